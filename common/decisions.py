@@ -1,0 +1,61 @@
+"""Decisions about neurons, counted and turned into the glossary's metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class DecisionCounts:
+    """Counts of one layer, summed over tokens.
+
+    Attributes:
+        decisions: tokens times neurons.
+        active: truly active ones.
+        predicted: those predicted active.
+        hits: those both active and predicted.
+    """
+
+    decisions: int = 0
+    active: int = 0
+    predicted: int = 0
+    hits: int = 0
+
+    def add(self, active: torch.Tensor, predicted: torch.Tensor) -> None:
+        """Count a batch: two bool tensors of one shape."""
+        self.decisions += active.numel()
+        self.active += int(active.sum())
+        self.predicted += int(predicted.sum())
+        self.hits += int((active & predicted).sum())
+
+    def metrics(self, *, rank: int, d_model: int, d_ff: int) -> dict[str, float]:
+        """Return the layer's metrics as fractions.
+
+        Recall is pooled over tokens: Σ predicted∧active / Σ active, 1 where nothing is active;
+        precision likewise, 1 where nothing is predicted. The FFN bytes ratio is what a decoded
+        token reads relative to dense: (predictor bytes + predicted-active share × FFN bytes) /
+        FFN bytes, with all weights of one type and the three matrices of a gated FFN.
+
+        Args:
+            rank: hidden units of the predictor.
+            d_model: hidden size.
+            d_ff: neurons of the layer.
+        """
+        predicted = self.predicted / self.decisions
+        predictor = rank * (d_model + d_ff) / (3 * d_model * d_ff)
+        return {
+            "activation_sparsity": 1 - self.active / self.decisions,
+            "activation_recall": self.hits / self.active if self.active else 1.0,
+            "precision": self.hits / self.predicted if self.predicted else 1.0,
+            "predicted_sparsity": 1 - predicted,
+            "ffn_bytes_ratio": predictor + predicted,
+        }
+
+
+def mean_metrics(layers: list[dict[str, float]]) -> dict[str, float]:
+    """Return the arithmetic mean over layers of every metric."""
+    return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}

@@ -1,0 +1,42 @@
+"""The one family of errors that a user may see.
+
+Every message is a single line that names the thing, says what was expected and gives the remedy.
+The command line turns a `PspError` into exit code 1; any other exception is a bug and keeps its
+traceback.
+"""
+
+
+class PspError(Exception):
+    """Something outside the program is wrong and the user can mend it."""
+
+
+class DataError(PspError):
+    """Text input that cannot be read or is too little."""
+
+
+class CheckpointError(PspError):
+    """A model directory that is incomplete, damaged or of an unsupported kind."""
+
+
+class TraceError(PspError):
+    """A trace store that is damaged, of another model, or not fit for the request."""
+
+
+class PredictorError(PspError):
+    """A predictor artifact that is damaged, incomplete or does not fit the model."""
+
+
+class ExportError(PspError):
+    """A file that PowerInfer could not run if it were written."""
+
+
+class FormatError(PspError):
+    """A GGUF or PWRI file that is damaged or breaks PowerInfer's contract."""
+
+
+class EngineError(PspError):
+    """An engine, embedded or PowerInfer's, that cannot run or did not answer."""
+
+
+class OutputError(PspError):
+    """An output that exists already or cannot be written."""

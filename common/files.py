@@ -1,0 +1,128 @@
+"""Files that are either whole or absent.
+
+A file is written under a temporary name in its own directory, synced to disk and renamed. Whatever
+goes wrong before the rename leaves nothing under the final name; a temporary file that a killed
+process left behind is overwritten by the next attempt.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import OutputError, PspError
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space or choose another --out",
+    errno.EDQUOT: "free some space or choose another --out",
+    errno.EFBIG: "raise the file size limit (ulimit -f) or choose another --out",
+    errno.EACCES: "choose a directory that you may write to",
+    errno.EPERM: "choose a directory that you may write to",
+    errno.EROFS: "choose a directory that you may write to",
+}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends without an exception.
+
+    Args:
+        path: final name; its directory is made if need be.
+
+    Yields:
+        The temporary path to write to, in the same directory.
+
+    Raises:
+        OutputError: the operating system refused a write, a sync or the rename.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        _sync(part)
+        os.replace(part, path)
+        _sync(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise write_error(path, error) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_error(path: Path, error: OSError) -> OutputError:
+    """Say in one line what the system refused and what to do about it."""
+    remedy = _REMEDIES.get(error.errno or 0, "check the path and try again")
+    return OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic_path(path) as part:
+        part.write_bytes(data)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `document` as indented UTF-8 JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        error: the file is missing, unreadable, not JSON or not an object; the line ends in
+            `remedy`.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or problem}; {remedy}") from problem
+    except ValueError as problem:
+        raise error(f"{path}: not valid JSON ({problem}); {remedy}") from problem
+    if not isinstance(document, dict):
+        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; {remedy}")
+    return document
+
+
+def sha256(data: bytes) -> str:
+    """Return the hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def claim_output(path: Path, *, force: bool, resumable: bool = False) -> None:
+    """Make sure that `path` is free to be written.
+
+    Args:
+        path: file or directory about to be made.
+        force: accept what is there: a directory is removed, a file stays until it is replaced.
+        resumable: the command could also go on with what is there; the message says so.
+
+    Raises:
+        OutputError: the output exists and `force` is false, or it cannot be removed.
+    """
+    if not (path.exists() or path.is_symlink()):
+        return
+    if not force:
+        resume = "--resume to go on with it, " if resumable else ""
+        raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
+    if path.is_dir() and not path.is_symlink():
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            raise write_error(path, error) from error

@@ -1,0 +1,86 @@
+"""Results as text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_METRICS = {
+    "activation_sparsity": "sparsity %",
+    "activation_recall": "recall %",
+    "precision": "precision %",
+    "predicted_sparsity": "pred. sparsity %",
+    "ffn_bytes_ratio": "FFN bytes",
+}
+_RATIOS = {"ffn_bytes_ratio"}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align columns: the first to the left, the rest to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _cell(key: str, value: float) -> str:
+    return f"{value:.3f}" if key in _RATIOS else f"{100 * value:.2f}"
+
+
+def layer_table(layers: Sequence[Mapping[str, float]], mean: Mapping[str, float] | None) -> str:
+    """Return one row a layer, and the mean if given; columns are the metrics present."""
+    keys = [key for key in _METRICS if key in layers[0]]
+    named = [(str(number), layer) for number, layer in enumerate(layers)]
+    if mean is not None:
+        named.append(("mean", mean))
+    rows = [[name, *(_cell(key, layer[key]) for key in keys)] for name, layer in named]
+    return table(["layer", *(_METRICS[key] for key in keys)], rows)
+
+
+def bench_table(result: Mapping[str, Any]) -> str:
+    """Return the table of a benchmark document, with the model card's columns first."""
+    rows = [
+        [
+            f"{result['model']}, all neurons",
+            *[_cell("", result["activation_sparsity"]), "–", "–", "–"],
+            f"{result['ppl_dense']:.4f}",
+            f"{result['tokens_per_second_dense']:.2f}",
+            "1.00",
+        ],
+        [
+            f"{result['model']}, predicted",
+            *(
+                _cell(key, result[key])
+                for key in (
+                    "activation_sparsity",
+                    "activation_recall",
+                    "predicted_sparsity",
+                    "ffn_bytes_ratio",
+                )
+            ),
+            f"{result['ppl_sparse']:.4f}",
+            f"{result['tokens_per_second']:.2f}",
+            f"{result['speedup']:.2f}",
+        ],
+    ]
+    header = ["model", "sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity"]
+    lines = [table([*header, "tokens/s", "speedup"], rows), ""]
+    lines.append(f"perplexity gap {100 * result['ppl_gap']:+.3f} %")
+    if result["engine"] == "PowerInfer":
+        lines.append("engine: PowerInfer; sparsity and recall by the embedded engine")
+    else:
+        lines.append(
+            "engine: embedded engine; its tokens/s are not PowerInfer's (pass --powerinfer-bin)"
+        )
+    lines.append(
+        f"all neurons: threshold -1e30 in the same engine, predictors still evaluated; "
+        f"text: {result['text']}"
+    )
+    return "\n".join(lines)
