@@ -1,0 +1,1 @@
+"""What collection and export both need to know of a model family."""

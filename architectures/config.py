@@ -1,0 +1,48 @@
+"""Readers for single values of a Hugging Face config.json, shared by the families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from common.errors import CheckpointError
+
+MAX_SIZE = 1 << 24
+"""Larger sizes than this are taken for damage, not for a model."""
+
+
+def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
+    """Raise the one-line error for a config value that cannot be used."""
+    raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}; {remedy}")
+
+
+def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive integer size.
+
+    Raises:
+        CheckpointError: absent without a default, not an integer, or out of range.
+    """
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
+        refuse(key, value, f"an integer from 1 to {MAX_SIZE}", "mend the checkpoint's config")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """Return a boolean that is false when absent."""
+    return bool(config.get(key, False))
+
+
+def rope_theta(config: Mapping[str, Any]) -> float:
+    """Return the rotary base from the new (`rope_parameters`) or the old (`rope_theta`) key.
+
+    Raises:
+        CheckpointError: the checkpoint scales its rotary embedding.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        refuse("rope_type", kind, "'default'", "rotary scaling is not supported yet")
+    return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
