@@ -1,0 +1,1 @@
+"""Activation traces, the predictors trained on them, and how good these are."""

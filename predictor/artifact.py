@@ -1,0 +1,180 @@
+"""The predictor artifact: what `train-predictor` writes and `export-gguf` reads.
+
+Layout of a directory::
+
+    predictors.json             schema, model, recipe, threshold and one entry a finished layer
+    layer-00.safetensors        fc1 (rank, d_model) float16, fc2 (d_ff, rank) float16,
+                                activation_counts (d_ff,) int64
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from common.errors import PredictorError
+from common.files import atomic_path, read_json, write_json
+from common.version import tool_version
+
+SCHEMA_VERSION = 1
+_AGAIN = "train the predictors again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorHeader:
+    """What predictors were made for and from.
+
+    Attributes:
+        model: the model as the user named it.
+        model_fingerprint: `Checkpoint.fingerprint` of the model whose traces were used.
+        architecture: name of the family.
+        activation: activation of the FFN.
+        n_layers: blocks.
+        d_model: hidden size.
+        d_ff: neurons in a layer.
+        rank: hidden units of every predictor.
+        threshold: a neuron is computed unless its logit is below this.
+        trace_hash: `TraceStore.hash` of the traces.
+        recipe: settings of the recipe, by name.
+        holdout: share of rows held out, by document.
+        label_top_fraction: clipping of the training labels, or None.
+        seed: seed of the run.
+    """
+
+    model: str
+    model_fingerprint: str
+    architecture: str
+    activation: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    rank: int
+    threshold: float
+    trace_hash: str
+    recipe: dict[str, Any]
+    holdout: float
+    label_top_fraction: float | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """One layer's predictor as it will be exported.
+
+    Attributes:
+        fc1: (rank, d_model) float16.
+        fc2: (d_ff, rank) float16.
+        activation_counts: (d_ff,) int64, traced tokens on which each neuron was active.
+    """
+
+    fc1: torch.Tensor
+    fc2: torch.Tensor
+    activation_counts: torch.Tensor
+
+
+@dataclass
+class PredictorArtifact:
+    """A predictor directory, opened for reading or for appending layers.
+
+    Attributes:
+        path: the directory.
+        header: what it was made for and from.
+        layers: metrics of each finished layer, in order.
+    """
+
+    path: Path
+    header: PredictorHeader
+    layers: list[dict[str, float]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path) -> PredictorArtifact:
+        """Open a directory.
+
+        Raises:
+            PredictorError: none there, damaged, or another schema version.
+        """
+        remedy = "pass a directory made by 'psp train-predictor'"
+        document = read_json(path / "predictors.json", PredictorError, remedy)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise PredictorError(
+                f"{path}: predictor schema version is {version!r}, this psp reads "
+                f"{SCHEMA_VERSION}; {_AGAIN}"
+            )
+        try:
+            return cls(path, PredictorHeader(**document["header"]), document["layers"])
+        except (KeyError, TypeError) as error:
+            raise PredictorError(f"{path}/predictors.json: damaged ({error}); {_AGAIN}") from error
+
+    @property
+    def complete(self) -> bool:
+        """Whether every layer is finished."""
+        return len(self.layers) == self.header.n_layers
+
+    def require_complete(self) -> None:
+        """Refuse an artifact with layers missing.
+
+        Raises:
+            PredictorError: with the command that goes on.
+        """
+        if not self.complete:
+            raise PredictorError(
+                f"{self.path}: layer {len(self.layers)} of {self.header.n_layers} is missing; "
+                "finish with 'psp train-predictor ... --resume'"
+            )
+
+    def _file(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:02d}.safetensors"
+
+    def write_header(self, mean: dict[str, float] | None = None) -> None:
+        """Write `predictors.json`; `mean` holds the means over layers once all are finished."""
+        write_json(
+            self.path / "predictors.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "tool_version": tool_version(),
+                "header": asdict(self.header),
+                "layers": self.layers,
+                "mean": mean,
+            },
+        )
+
+    def append(self, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
+        """Commit the next layer: first its file, then the index that counts it."""
+        with atomic_path(self._file(len(self.layers))) as part:
+            try:
+                save_file({k: v.contiguous() for k, v in vars(predictor).items()}, part)
+            except SafetensorError as error:
+                raise OSError(None, str(error)) from error
+        self.layers.append(metrics)
+        self.write_header()
+
+    def layer(self, layer: int) -> LayerPredictor:
+        """Read one layer.
+
+        Raises:
+            PredictorError: missing or damaged file, or shapes that do not fit the header.
+        """
+        file = self._file(layer)
+        try:
+            tensors = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise PredictorError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error
+        header = self.header
+        expected = {
+            "fc1": (header.rank, header.d_model),
+            "fc2": (header.d_ff, header.rank),
+            "activation_counts": (header.d_ff,),
+        }
+        for name, shape in expected.items():
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != shape:
+                raise PredictorError(
+                    f"{file}: {name} has shape {found}, predictors.json implies {shape}; {_AGAIN}"
+                )
+        return LayerPredictor(**{name: tensors[name] for name in expected})

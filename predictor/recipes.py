@@ -1,0 +1,97 @@
+"""How predictors are trained: the published recipe and ours, as plain settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.errors import PredictorError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of a training run; one loop serves all recipes.
+
+    Attributes:
+        name: name on the command line.
+        svd_start: start at the gate's truncated SVD instead of at random.
+        normalise: train on inputs scaled to unit root mean square. At threshold 0 the decisions of
+            a bias-free predictor do not depend on that scale, so it is exported unchanged.
+        importance: weight positives by their share of the FFN's output instead of equally.
+        negative_weight: weight of a negative relative to the batch's density.
+        negative_floor: added to the weight of a negative.
+        epochs: passes over the training rows, at most.
+        learning_rate: peak rate of AdamW.
+        cosine: anneal the rate to zero along a cosine instead of keeping it.
+        weight_decay: of AdamW.
+        batch: rows a step.
+        best_recall: keep the epoch with the best holdout recall instead of the last one.
+        stop_recall: stop once holdout recall reaches this.
+        patience: stop after this many epochs without a better recall.
+    """
+
+    name: str
+    svd_start: bool
+    normalise: bool
+    importance: bool
+    negative_weight: float
+    negative_floor: float
+    epochs: int
+    learning_rate: float
+    cosine: bool
+    weight_decay: float
+    batch: int
+    best_recall: bool
+    stop_recall: float
+    patience: int
+
+
+DEJAVU = Recipe(
+    name="dejavu",
+    svd_start=False,
+    normalise=False,
+    importance=False,
+    negative_weight=1.0,
+    negative_floor=0.005,
+    epochs=20,
+    learning_rate=1e-3,
+    cosine=False,
+    weight_decay=0.01,
+    batch=1024,
+    best_recall=True,
+    stop_recall=0.99,
+    patience=5,
+)
+"""The recipe behind ProSparse's published recall and sparsity (DejaVu_predictor): raw residual,
+random start, BCE with weight 1 for positives and batch density + 0.005 for negatives, AdamW, best
+epoch by recall. Unlike the original, its holdout shares no document with the training rows."""
+
+PSP = Recipe(
+    name="psp",
+    svd_start=True,
+    normalise=True,
+    importance=True,
+    negative_weight=1.0,
+    negative_floor=0.005,
+    epochs=4,
+    learning_rate=1e-3,
+    cosine=True,
+    weight_decay=0.01,
+    batch=1024,
+    best_recall=False,
+    stop_recall=1.0,
+    patience=4,
+)
+"""SVD start, normalised inputs, importance-weighted positives, cosine schedule."""
+
+RECIPES = {recipe.name: recipe for recipe in (PSP, DEJAVU)}
+
+
+def recipe_named(name: str) -> Recipe:
+    """Return a recipe.
+
+    Raises:
+        PredictorError: unknown name.
+    """
+    if name not in RECIPES:
+        raise PredictorError(f"recipe {name!r} is unknown; choose from {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,161 @@
+"""Training of a whole model's predictors, layer after layer, resumable."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.decisions import mean_metrics
+from common.errors import PredictorError
+from common.files import claim_output
+from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+from predictor.module import RANK_MULTIPLE, to_half
+from predictor.recipes import Recipe, recipe_named
+from predictor.rows import LabelledRows
+from predictor.traces import TraceStore
+from predictor.train import evaluate, train_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `train-predictor`.
+
+    Attributes:
+        traces: store directory.
+        out: artifact directory.
+        rank: hidden units, a multiple of 32.
+        recipe: `psp` or `dejavu`.
+        holdout: share of rows held out, by document.
+        label_top_fraction: train only on each token's largest activations, at most this fraction
+            of neurons (0.15 is the published clipping); None trains on all.
+        seed: seed of holdout, start and order.
+        force: replace an existing artifact.
+        resume: go on at the first missing layer.
+    """
+
+    traces: Path
+    out: Path
+    rank: int
+    recipe: str = "psp"
+    holdout: float = 0.1
+    label_top_fraction: float | None = None
+    seed: int = 0
+    force: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no model can have."""
+        if self.rank < RANK_MULTIPLE or self.rank % RANK_MULTIPLE:
+            raise PredictorError(
+                f"rank {self.rank} cannot run in PowerInfer; "
+                f"use a positive multiple of {RANK_MULTIPLE}"
+            )
+        recipe_named(self.recipe)
+
+
+def train_predictors(config: TrainConfig) -> PredictorArtifact:
+    """Train, measure on held-out documents and store a predictor for every layer.
+
+    Raises:
+        PspError: unusable traces, existing output, or an artifact made with other settings under
+            `resume`.
+    """
+    store = TraceStore.open(config.traces)
+    store.require_complete()
+    recipe = recipe_named(config.recipe)
+    if recipe.svd_start and config.rank // 2 > store.header.d_model:
+        raise PredictorError(
+            f"rank {config.rank} exceeds twice d_model ({2 * store.header.d_model}), which is "
+            "exact already; lower --rank"
+        )
+    held = store.holdout(config.holdout, config.seed)
+    artifact = _open_artifact(config, store, recipe)
+    train, holdout = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
+    layers = store.header.n_layers
+    with tqdm(total=layers * steps, unit="step", desc="train-predictor", disable=None) as bar:
+        for layer in range(layers):
+            bar.set_postfix(layer=f"{layer + 1}/{layers}")
+            if layer >= len(artifact.layers):
+                _train_one(config, store, recipe, artifact, train, holdout, bar)
+            bar.update((layer + 1) * steps - bar.n)
+    artifact.write_header(mean_metrics(artifact.layers))
+    return artifact
+
+
+def _train_one(
+    config: TrainConfig,
+    store: TraceStore,
+    recipe: Recipe,
+    artifact: PredictorArtifact,
+    train: torch.Tensor,
+    holdout: torch.Tensor,
+    bar: tqdm,
+) -> None:
+    layer, header = len(artifact.layers), store.header
+    rows = LabelledRows.make(
+        store.layer(layer),
+        header.d_ff,
+        normalise=recipe.normalise,
+        top_fraction=config.label_top_fraction,
+    )
+    trained = train_layer(
+        recipe,
+        rows,
+        store.weights(layer),
+        rank=config.rank,
+        train=train,
+        holdout=holdout,
+        generator=torch.Generator().manual_seed(config.seed * 1000 + layer),
+        on_step=bar.update,
+    )
+    if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
+        raise PredictorError(
+            f"layer {layer}: training diverged; check the traces of this layer, or try --recipe psp"
+        )
+    final = to_half(trained)
+    metrics = evaluate(final, rows, holdout).metrics(
+        rank=config.rank, d_model=header.d_model, d_ff=header.d_ff
+    )
+    predictor = LayerPredictor(
+        fc1=final.fc1.detach().half(),
+        fc2=final.fc2.detach().half(),
+        activation_counts=rows.rows.counts,
+    )
+    artifact.append(predictor, metrics)
+
+
+def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> PredictorArtifact:
+    header = PredictorHeader(
+        model=store.header.model,
+        model_fingerprint=store.header.model_fingerprint,
+        architecture=store.header.architecture,
+        activation=store.header.activation,
+        n_layers=store.header.n_layers,
+        d_model=store.header.d_model,
+        d_ff=store.header.d_ff,
+        rank=config.rank,
+        threshold=0.0,
+        trace_hash=store.hash,
+        recipe=asdict(recipe),
+        holdout=config.holdout,
+        label_top_fraction=config.label_top_fraction,
+        seed=config.seed,
+    )
+    if config.resume and (config.out / "predictors.json").exists():
+        artifact = PredictorArtifact.open(config.out)
+        for key, value in vars(header).items():
+            if getattr(artifact.header, key) != value:
+                raise PredictorError(
+                    f"{config.out}: was trained with another {key}; use the same settings and "
+                    "traces, or --force to start over"
+                )
+        return artifact
+    claim_output(config.out, force=config.force, resumable=True)
+    artifact = PredictorArtifact(config.out, header)
+    artifact.write_header()
+    return artifact
