@@ -1,0 +1,1 @@
+"""Files that PowerInfer runs: writing them and reading them back."""

@@ -1,0 +1,161 @@
+"""The export bundle: the PWRI file and what PowerInfer expects beside it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from architectures.checkpoint import Checkpoint
+from architectures.tokenizer import load_tokenizer
+from common.errors import ExportError, PredictorError
+from common.files import claim_output, write_bytes, write_json
+from common.version import tool_version
+from gguf_export.schema import BLOCK
+from gguf_export.tensors import plan_tensors
+from gguf_export.vocabulary import read_vocabulary
+from gguf_export.writer import write_sparse_file
+from predictor.artifact import PredictorArtifact
+
+SUFFIX = ".powerinfer.gguf"
+ACTIVATION_DIRECTORY = "activation"
+"""PowerInfer looks for its statistics under this name beside the model file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Settings of an export.
+
+    Attributes:
+        model: checkpoint directory or hub id.
+        predictors: artifact directory.
+        out: `NAME.powerinfer.gguf`.
+        force: replace existing outputs.
+    """
+
+    model: str
+    predictors: Path
+    out: Path
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse names from which the bundle's other names could not be made."""
+        if not self.out.name.endswith(SUFFIX) or self.out.name == SUFFIX:
+            raise ExportError(f"--out {self.out}: expected a name that ends in {SUFFIX}")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Paths of an export.
+
+    Attributes:
+        model_file: the PWRI file.
+        predictor_directory: `model_N.pt` and `config.json`, the form that PowerInfer's own
+            converters read.
+        activation_directory: `activation_N.pt`, hot/cold statistics.
+    """
+
+    model_file: Path
+    predictor_directory: Path
+    activation_directory: Path
+
+    @classmethod
+    def beside(cls, model_file: Path) -> Bundle:
+        """Return the bundle of a model file."""
+        stem = model_file.name.removesuffix(SUFFIX)
+        return cls(
+            model_file,
+            model_file.with_name(f"{stem}.predictors"),
+            model_file.with_name(ACTIVATION_DIRECTORY),
+        )
+
+    def paths(self) -> tuple[Path, Path, Path]:
+        """Return all outputs."""
+        return self.model_file, self.predictor_directory, self.activation_directory
+
+
+def export(config: ExportConfig) -> Bundle:
+    """Write the bundle; the model file comes last, so that its presence means completeness.
+
+    Raises:
+        PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
+            PowerInfer cannot run, existing outputs, or a refused write.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    predictors = PredictorArtifact.open(config.predictors)
+    check_fit(checkpoint, predictors)
+    vocabulary = read_vocabulary(load_tokenizer(checkpoint.path), checkpoint.shape.vocab_size)
+    bundle = Bundle.beside(config.out)
+    for path in bundle.paths():
+        claim_output(path, force=config.force)
+    _write_predictors(bundle.predictor_directory, predictors)
+    _write_activation(bundle.activation_directory, predictors)
+    write_sparse_file(
+        bundle.model_file,
+        architecture=checkpoint.architecture,
+        model=checkpoint.shape,
+        name=checkpoint.path.resolve().name,
+        vocabulary=vocabulary,
+        threshold=predictors.header.threshold,
+        provenance={
+            "psp.version": tool_version(),
+            "psp.model_fingerprint": checkpoint.fingerprint,
+            "psp.recipe": json.dumps(predictors.header.recipe),
+            "psp.activation": checkpoint.architecture.activation,
+        },
+        tensors=list(plan_tensors(checkpoint, predictors)),
+    )
+    return bundle
+
+
+def check_fit(checkpoint: Checkpoint, predictors: PredictorArtifact) -> None:
+    """Refuse predictors of another model and sizes that PowerInfer cannot run.
+
+    Raises:
+        PredictorError: incomplete, of another model, or with other shapes.
+        ExportError: a row size that is no multiple of 32.
+    """
+    predictors.require_complete()
+    header, shape = predictors.header, checkpoint.shape
+    for key in ("n_layers", "d_model", "d_ff"):
+        if getattr(header, key) != getattr(shape, key):
+            raise PredictorError(
+                f"{predictors.path}: predictors have {key} {getattr(header, key)}, the model has "
+                f"{getattr(shape, key)}; pass the model that the traces were collected from"
+            )
+    if header.model_fingerprint != checkpoint.fingerprint:
+        raise PredictorError(
+            f"{predictors.path}: predictors were trained for {header.model}, whose weights differ "
+            f"from {checkpoint.path}; pass that model or collect and train for this one"
+        )
+    for key, size in (("d_model", shape.d_model), ("rank", header.rank)):
+        if size % BLOCK:
+            raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
+    if shape.d_model != shape.n_heads * shape.head_dim:
+        raise ExportError("heads times head size differ from d_model; PowerInfer cannot run it")
+    for layer in range(header.n_layers):
+        predictors.layer(layer)
+
+
+def _write_tensor_file(path: Path, content: object) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def _write_predictors(directory: Path, predictors: PredictorArtifact) -> None:
+    for number in range(predictors.header.n_layers):
+        layer = predictors.layer(number)
+        content = {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
+        _write_tensor_file(directory / f"model_{number}.pt", content)
+    threshold = predictors.header.threshold
+    write_json(directory / "config.json", {"sparse_threshold": threshold})
+
+
+def _write_activation(directory: Path, predictors: PredictorArtifact) -> None:
+    for number in range(predictors.header.n_layers):
+        counts = predictors.layer(number).activation_counts
+        _write_tensor_file(directory / f"activation_{number}.pt", counts)

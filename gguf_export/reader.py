@@ -1,0 +1,230 @@
+"""Reading of GGUF and PWRI files, hostile ones included.
+
+Every count, length and offset is checked against the file's size before anything is allocated, so
+a lying header costs a one-line error and nothing else. Layout: ggml's gguf.md, version 3,
+little-endian; types: the `gguf` package's constants.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from common.errors import FormatError
+from gguf_export.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
+
+_SCALARS = {
+    GGUFValueType.UINT8: "<B",
+    GGUFValueType.INT8: "<b",
+    GGUFValueType.UINT16: "<H",
+    GGUFValueType.INT16: "<h",
+    GGUFValueType.UINT32: "<I",
+    GGUFValueType.INT32: "<i",
+    GGUFValueType.FLOAT32: "<f",
+    GGUFValueType.BOOL: "<?",
+    GGUFValueType.UINT64: "<Q",
+    GGUFValueType.INT64: "<q",
+    GGUFValueType.FLOAT64: "<d",
+}
+_MAX_DIMS = 4
+_PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.I32: np.dtype("<i4"),
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metadata value.
+
+    Attributes:
+        kind: its type in the file; ARRAY for arrays.
+        element: type of the elements of an array, else None.
+        data: int, float, bool, bytes (strings stay undecoded), numpy array or list of bytes.
+    """
+
+    kind: GGUFValueType
+    element: GGUFValueType | None
+    data: Any
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its name.
+        shape: numpy order, slowest dimension first.
+        kind: element type.
+        start: absolute offset of its data.
+        size: bytes of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    start: int
+    size: int
+
+
+class GGUFFile:
+    """An opened file whose header has been checked against its size."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            FormatError: not such a file, truncated, or a header that lies.
+        """
+        self.path = path
+        try:
+            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "is empty"
+            raise FormatError(f"{path}: {reason}; pass a file made by 'psp export-gguf'") from error
+        self._at = 0
+        magic = self._take(4, "magic").tobytes()
+        if magic not in (DENSE_MAGIC, SPARSE_MAGIC):
+            raise self._error(f"magic is {magic!r}, expected {SPARSE_MAGIC!r} or {DENSE_MAGIC!r}")
+        self.sparse = magic == SPARSE_MAGIC
+        version = self._scalar("<I", "version")
+        if version != VERSION:
+            raise self._error(f"version is {version}, expected {VERSION}")
+        tensor_count = self._count("tensor count", least=24)
+        value_count = self._count("value count", least=13)
+        self.values: dict[str, Value] = {}
+        for _ in range(value_count):
+            name = self._name("key")
+            if name in self.values:
+                raise self._error(f"key {name} appears twice")
+            self.values[name] = self._value(name)
+        infos = [self._tensor_info() for _ in range(tensor_count)]
+        self.tensors = self._place(infos)
+
+    def _error(self, problem: str) -> FormatError:
+        return FormatError(f"{self.path}: {problem}; the file is damaged or not PowerInfer's")
+
+    def _take(self, size: int, what: str) -> npt.NDArray[np.uint8]:
+        end = self._at + size
+        if end > len(self._bytes):
+            raise self._error(f"ends inside {what}")
+        piece = self._bytes[self._at : end]
+        self._at = end
+        return piece
+
+    def _scalar(self, code: str, what: str) -> Any:
+        return struct.unpack(code, self._take(struct.calcsize(code), what).tobytes())[0]
+
+    def _count(self, what: str, *, least: int) -> int:
+        """Read a count of things that take at least `least` bytes each."""
+        count = int(self._scalar("<Q", what))
+        if count > (len(self._bytes) - self._at) // least:
+            raise self._error(f"{what} {count} is more than the file can hold")
+        return count
+
+    def _string(self, what: str) -> bytes:
+        return self._take(self._count(f"length of {what}", least=1), what).tobytes()
+
+    def _name(self, what: str) -> str:
+        try:
+            return self._string(what).decode()
+        except UnicodeDecodeError as error:
+            raise self._error(f"a {what} is not UTF-8") from error
+
+    def _kind(self, what: str) -> GGUFValueType:
+        code = self._scalar("<I", what)
+        try:
+            return GGUFValueType(code)
+        except ValueError as error:
+            raise self._error(f"{what} has unknown type {code}") from error
+
+    def _value(self, name: str) -> Value:
+        kind = self._kind(name)
+        if kind is GGUFValueType.ARRAY:
+            element = self._kind(name)
+            return Value(kind, element, self._array(name, element))
+        if kind is GGUFValueType.STRING:
+            return Value(kind, None, self._string(name))
+        return Value(kind, None, self._scalar(_SCALARS[kind], name))
+
+    def _array(self, name: str, element: GGUFValueType) -> Any:
+        if element is GGUFValueType.STRING:
+            return [self._string(name) for _ in range(self._count(name, least=8))]
+        if element is GGUFValueType.ARRAY:
+            raise self._error(f"{name} is an array of arrays, which PowerInfer does not read")
+        code = _SCALARS[element]
+        count = self._count(name, least=struct.calcsize(code))
+        return self._take(count * struct.calcsize(code), name).view(np.dtype(code)).copy()
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self._name("tensor name")
+        dims = self._scalar("<I", name)
+        if not 1 <= dims <= _MAX_DIMS:
+            raise self._error(f"tensor {name} has {dims} dimensions")
+        shape = tuple(self._scalar("<Q", name) for _ in range(dims))[::-1]
+        code = self._scalar("<I", name)
+        try:
+            kind = GGMLQuantizationType(code)
+        except ValueError as error:
+            raise self._error(f"tensor {name} has unknown type {code}") from error
+        return name, shape, kind, self._scalar("<Q", name)
+
+    def _place(
+        self, infos: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]
+    ) -> dict[str, TensorInfo]:
+        base = -(-self._at // ALIGNMENT) * ALIGNMENT
+        tensors: dict[str, TensorInfo] = {}
+        for name, shape, kind, offset in infos:
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            size = math.prod(shape) // block * block_bytes
+            if name in tensors:
+                raise self._error(f"tensor {name} appears twice")
+            if 0 in shape or shape[-1] % block:
+                raise self._error(f"tensor {name} has shape {shape}, no multiple of its block")
+            if offset % ALIGNMENT:
+                raise self._error(f"tensor {name} is not aligned to {ALIGNMENT} bytes")
+            if base + offset + size > len(self._bytes):
+                raise self._error(f"tensor {name} ends after the file does")
+            tensors[name] = TensorInfo(name, shape, kind, base + offset, size)
+        return tensors
+
+    def value(self, key: str, kind: GGUFValueType, element: GGUFValueType | None = None) -> Any:
+        """Return a metadata value of a given type; strings come decoded.
+
+        Raises:
+            FormatError: the key is missing or of another type.
+        """
+        value = self.values.get(key)
+        if value is None:
+            raise self._error(f"key {key} is missing")
+        if (value.kind, value.element) != (kind, element):
+            found = (value.element or value.kind).name
+            raise self._error(f"key {key} is {found}, expected {(element or kind).name}")
+        if kind is GGUFValueType.STRING:
+            return value.data.decode("utf-8", "replace")
+        return value.data
+
+    def tensor(self, name: str) -> npt.NDArray[Any]:
+        """Return a tensor's data as a read-only array mapped from the file.
+
+        Raises:
+            FormatError: the tensor is missing or of a type other than F32, F16 or I32.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise self._error(f"tensor {name} is missing")
+        if info.kind not in _PLAIN:
+            raise FormatError(
+                f"{self.path}: tensor {name} has type {info.kind.name}, which this psp does not "
+                "run; export with F16"
+            )
+        data = self._bytes[info.start : info.start + info.size]
+        return data.view(_PLAIN[info.kind]).reshape(info.shape)
