@@ -1,0 +1,1 @@
+"""Running exported files: the embedded engine, real PowerInfer, and what they measure."""

@@ -1,0 +1,166 @@
+"""`bench-powerinfer`: speed and quality of an exported file, sparse against all neurons."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.decisions import DecisionCounts, mean_metrics
+from common.documents import read_documents
+from common.errors import EngineError
+from common.files import sha256
+from common.version import tool_version
+from gguf_export.schema import DENSE_THRESHOLD
+from powerinfer_bridge.engine import Engine
+from powerinfer_bridge.generate import generate
+from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.sample_text import sample_text
+
+EMBEDDED = "embedded engine"
+POWERINFER = "PowerInfer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Settings of a benchmark.
+
+    Attributes:
+        file: `*.powerinfer.gguf`.
+        powerinfer_bin: directory of a PowerInfer build, or None for the embedded engine.
+        data: held-out text, see `common.documents`; None takes `sample_text`.
+        field: key of the text in structured sources.
+        context: perplexity window, tokens.
+        chunks: perplexity windows, at most.
+        prompt: text to continue.
+        generate: tokens to generate a run.
+        repeats: runs of each kind.
+        threads: CPU threads.
+    """
+
+    file: Path
+    powerinfer_bin: Path | None = None
+    data: str | None = None
+    field: str = "text"
+    context: int = 512
+    chunks: int = 16
+    prompt: str = "The "
+    generate: int = 64
+    repeats: int = 3
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse settings that measure nothing."""
+        if self.generate < 2 or self.repeats < 1 or self.chunks < 1 or self.context < 8:
+            raise EngineError(
+                "nothing to measure: need at least 2 tokens, 1 repeat, 1 chunk and a context of 8"
+            )
+        if not self.prompt:
+            raise EngineError("the prompt is empty; pass some text to continue")
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Measure a file.
+
+    Both runs of a pair, sparse and all neurons (threshold −1e30), come from the same engine, in
+    turn. Recall and sparsity always come from the embedded engine, which sees every neuron.
+
+    Returns:
+        One JSON-ready document in the glossary's words; `tokens_per_second` figures are medians.
+
+    Raises:
+        PspError: unreadable file or text, or an engine that fails.
+    """
+    real = PowerInfer(config.powerinfer_bin) if config.powerinfer_bin else None
+    engine = Engine(config.file)
+    text = _text(config)
+    context = min(config.context, engine.hyper.context_length)
+    counts = engine.count()
+    ppl_sparse = engine_perplexity(engine, text, context, config.chunks, "perplexity, sparse")
+    engine.counts = None
+    dense = Engine(config.file, threshold=DENSE_THRESHOLD)
+    if real is None:
+        ppl_dense = engine_perplexity(dense, text, context, config.chunks, "perplexity, dense")
+    else:
+        # One thread: PowerInfer's parallel sparse sum is not exact (see docs/powerinfer.md).
+        ppl_sparse, ppl_dense = (
+            real.perplexity(config.file, text, context, config.chunks, threads=1, threshold=value)
+            for value in (None, DENSE_THRESHOLD)
+        )
+    speeds = _speeds(config, engine, dense, real)
+    sparse_speed, dense_speed = (statistics.median(speeds[key]) for key in ("sparse", "dense"))
+    return {
+        "model": engine.hyper.name,
+        "file": str(config.file),
+        "engine": EMBEDDED if real is None else POWERINFER,
+        **_decisions(engine, counts),
+        "ppl_dense": ppl_dense,
+        "ppl_sparse": ppl_sparse,
+        "ppl_gap": ppl_sparse / ppl_dense - 1,
+        "tokens_per_second": sparse_speed,
+        "tokens_per_second_dense": dense_speed,
+        "speedup": sparse_speed / dense_speed,
+        "samples": speeds,
+        "text": config.data or "pydoc_data.topics",
+        "text_sha256": sha256(text.encode("utf-8", "surrogateescape")),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "context": context,
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "tool_version": tool_version(),
+    }
+
+
+def _text(config: BenchConfig) -> str:
+    if config.data is None:
+        return sample_text()
+    return "\n".join(read_documents(config.data, config.field))
+
+
+def _speeds(
+    config: BenchConfig, sparse: Engine, dense: Engine, real: PowerInfer | None
+) -> dict[str, list[float]]:
+    """Return decoding speeds of alternating runs, tokens/s; one run of each kind warms up."""
+
+    def embedded(engine: Engine) -> Callable[[], float]:
+        return lambda: generate(engine, config.prompt, config.generate).tokens_per_second
+
+    def outside(powerinfer: PowerInfer, threshold: float | None) -> Callable[[], float]:
+        def run() -> float:
+            done = powerinfer.generate(
+                config.file,
+                config.prompt,
+                config.generate,
+                threads=config.threads,
+                threshold=threshold,
+            )
+            return done.timings["eval"].tokens_per_second
+
+        return run
+
+    runs = {"sparse": embedded(sparse), "dense": embedded(dense)}
+    if real is not None:
+        runs = {"sparse": outside(real, None), "dense": outside(real, DENSE_THRESHOLD)}
+    samples: dict[str, list[float]] = {kind: [] for kind in runs}
+    for number in tqdm(range(config.repeats + 1), unit="pair", desc="decode", disable=None):
+        for kind, run in runs.items():
+            speed = run()
+            if number:
+                samples[kind].append(speed)
+    return samples
+
+
+def _decisions(engine: Engine, counts: list[DecisionCounts]) -> dict[str, Any]:
+    """Return the means over layers of all metrics, and the metrics of each layer."""
+    hyper = engine.hyper
+    layers = [
+        layer.metrics(rank=engine.rank(number), d_model=hyper.d_model, d_ff=hyper.d_ff)
+        for number, layer in enumerate(counts)
+    ]
+    return {**mean_metrics(layers), "layers": layers}

@@ -1,0 +1,82 @@
+"""Sizes and constants of an exported file, read as PowerInfer reads them (llm_load_hparams)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import GGUFValueType
+
+from common.errors import FormatError
+from gguf_export.reader import GGUFFile
+from gguf_export.schema import BLOCK, THRESHOLD_KEY
+
+_ARCHITECTURE = "llama"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What the graph needs; names as in `architectures.spec.ModelShape`.
+
+    `threshold` is the file's `powerinfer.sparse_threshold`.
+    """
+
+    name: str
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    context_length: int
+    norm_eps: float
+    rope_theta: float
+    threshold: float
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.d_model // self.n_heads
+
+
+def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
+    """Read and check the keys of a sparse LLaMA file.
+
+    Raises:
+        FormatError: a dense file, another architecture, a missing key or impossible sizes.
+    """
+    if not file.sparse:
+        raise FormatError(
+            f"{file.path}: magic is GGUF, a dense file; pass a *.powerinfer.gguf (magic PWRI)"
+        )
+    kind = file.value("general.architecture", GGUFValueType.STRING)
+    if kind != _ARCHITECTURE:
+        raise FormatError(f"{file.path}: architecture {kind!r} is not supported, expected 'llama'")
+
+    def size(key: str) -> int:
+        value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
+        return value
+
+    def real(key: str) -> float:
+        value: float = file.value(key, GGUFValueType.FLOAT32)
+        return value
+
+    found = Hyperparameters(
+        name=file.value("general.name", GGUFValueType.STRING),
+        d_model=size("embedding_length"),
+        d_ff=size("feed_forward_length"),
+        n_layers=size("block_count"),
+        n_heads=size("attention.head_count"),
+        n_kv_heads=size("attention.head_count_kv"),
+        context_length=size("context_length"),
+        norm_eps=real(f"{kind}.attention.layer_norm_rms_epsilon"),
+        rope_theta=real(f"{kind}.rope.freq_base"),
+        threshold=real(THRESHOLD_KEY),
+    )
+    heads_fit = (
+        found.n_heads > 0
+        and found.n_kv_heads > 0
+        and found.d_model % (2 * found.n_heads) == 0
+        and found.n_heads % found.n_kv_heads == 0
+    )
+    if not heads_fit or found.d_model % BLOCK or not found.n_layers:
+        raise FormatError(f"{file.path}: sizes do not fit together ({found}); export it again")
+    return found
