@@ -1,0 +1,183 @@
+"""The quickstart's steps: corpus, model, then the code of the four commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import OutputError
+from common.files import read_json, write_json
+from common.version import tool_version
+from gguf_export.bundle import Bundle, ExportConfig, export
+from powerinfer_bridge.benchmark import BenchConfig, bench
+from predictor.collect import CollectConfig, collect
+from predictor.training import TrainConfig, train_predictors
+from quickstart.corpus import Corpus, write_corpus
+from quickstart.model import train_model
+from quickstart.sizes import Size, size_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Settings of the quickstart.
+
+    Attributes:
+        out: directory that receives everything.
+        size: `tiny` or `small`.
+        seed: seed of every step.
+        threads: CPU threads of the speed runs.
+        powerinfer_bin: directory of a PowerInfer build, or None for the embedded engine.
+    """
+
+    out: Path
+    size: str = "small"
+    seed: int = 0
+    threads: int = 2
+    powerinfer_bin: Path | None = None
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where each step puts its result."""
+
+    out: Path
+
+    @property
+    def corpus(self) -> Corpus:
+        """Text of both splits."""
+        return Corpus(self.out / "corpus" / "train.jsonl", self.out / "corpus" / "valid.txt")
+
+    @property
+    def model(self) -> Path:
+        """Hugging Face checkpoint."""
+        return self.out / "model"
+
+    @property
+    def traces(self) -> Path:
+        """Trace store."""
+        return self.out / "traces"
+
+    @property
+    def predictors(self) -> Path:
+        """Predictor artifact."""
+        return self.out / "predictors"
+
+    @property
+    def bundle(self) -> Bundle:
+        """Export bundle."""
+        return Bundle.beside(self.out / "export" / "quickstart.powerinfer.gguf")
+
+    @property
+    def result(self) -> Path:
+        """Benchmark result, JSON."""
+        return self.out / "bench.json"
+
+    def all(self) -> dict[str, Path]:
+        """Return every path by what it holds."""
+        return {
+            "training text": self.corpus.train,
+            "held-out text": self.corpus.valid,
+            "model": self.model,
+            "traces": self.traces,
+            "predictors": self.predictors,
+            "PowerInfer model": self.bundle.model_file,
+            "PowerInfer predictors": self.bundle.predictor_directory,
+            "activation statistics": self.bundle.activation_directory,
+            "benchmark": self.result,
+        }
+
+
+def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
+    """Run every step that is not finished yet.
+
+    Returns:
+        The benchmark's document and all paths.
+
+    Raises:
+        PspError: a step failed, or `out` holds a quickstart with other settings.
+    """
+    size = size_named(config.size)
+    paths = Paths(config.out)
+    _claim(config, paths)
+    model_done = paths.model / "done.json"
+    if not model_done.exists():
+        paths.model.mkdir(parents=True, exist_ok=True)
+        corpus = write_corpus(
+            paths.corpus.train.parent, characters=size.characters, seed=config.seed
+        )
+        train_model(corpus, paths.model, size, config.seed)
+        write_json(model_done, {"steps": size.steps})
+    _predict(config, size, paths)
+    if not paths.bundle.model_file.exists():
+        export(
+            ExportConfig(
+                model=str(paths.model),
+                predictors=paths.predictors,
+                out=paths.bundle.model_file,
+                force=True,
+            )
+        )
+    return _bench(config, size, paths), paths
+
+
+def _claim(config: QuickstartConfig, paths: Paths) -> None:
+    """Start a directory, or make sure that it was started with the same settings."""
+    settings: Mapping[str, Any] = {"size": config.size, "seed": config.seed}
+    marker = config.out / "quickstart.json"
+    if marker.exists():
+        found = read_json(marker, OutputError, "choose another --out").get("settings")
+        if found != settings:
+            raise OutputError(
+                f"{config.out}: holds a quickstart with {found}, not {dict(settings)}; "
+                "choose another --out or remove it"
+            )
+        return
+    if config.out.exists() and any(config.out.iterdir()):
+        raise OutputError(f"{config.out}: exists and is no quickstart; choose another --out")
+    write_json(marker, {"settings": settings, "tool_version": tool_version()})
+
+
+def _predict(config: QuickstartConfig, size: Size, paths: Paths) -> None:
+    collect(
+        CollectConfig(
+            model=str(paths.model),
+            data=str(paths.corpus.train),
+            out=paths.traces,
+            tokens=size.trace_tokens,
+            context=size.context,
+            seed=config.seed,
+            resume=True,
+        )
+    )
+    train_predictors(
+        TrainConfig(
+            traces=paths.traces,
+            out=paths.predictors,
+            rank=size.rank,
+            seed=config.seed,
+            resume=True,
+        )
+    )
+
+
+def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> dict[str, Any]:
+    settings = BenchConfig(
+        file=paths.bundle.model_file,
+        powerinfer_bin=config.powerinfer_bin,
+        data=str(paths.corpus.valid),
+        context=size.context,
+        chunks=size.chunks,
+        prompt="def main(",
+        generate=size.generate,
+        threads=config.threads,
+    )
+    if paths.result.exists():
+        result = read_json(paths.result, OutputError, f"remove {paths.result}")
+        made_for = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
+        if result.get("settings") == made_for:
+            return result
+    result = bench(settings)
+    write_json(paths.result, result)
+    return result

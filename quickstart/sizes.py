@@ -1,0 +1,99 @@
+"""The two sizes of the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from common.errors import PspError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Everything that scales.
+
+    Attributes:
+        characters: corpus size.
+        vocab_size: SentencePiece pieces.
+        d_model: hidden size.
+        d_ff: neurons in a layer.
+        n_layers: blocks.
+        n_heads: attention heads.
+        n_kv_heads: key/value heads.
+        context: training window, tokens.
+        steps: training steps.
+        batch: windows a step.
+        learning_rate: peak rate.
+        l1: final weight of the L1 term.
+        trace_tokens: tokens to collect.
+        rank: predictor rank.
+        chunks: perplexity windows.
+        generate: tokens a speed run.
+    """
+
+    characters: int
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    context: int
+    steps: int
+    batch: int
+    learning_rate: float
+    l1: float
+    trace_tokens: int
+    rank: int
+    chunks: int
+    generate: int
+
+
+SIZES = {
+    "tiny": Size(
+        characters=300_000,
+        vocab_size=512,
+        d_model=64,
+        d_ff=256,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        context=128,
+        steps=150,
+        batch=8,
+        learning_rate=6e-3,
+        l1=0.3,
+        trace_tokens=10_000,
+        rank=32,
+        chunks=8,
+        generate=16,
+    ),
+    "small": Size(
+        characters=4_000_000,
+        vocab_size=2048,
+        d_model=256,
+        d_ff=1024,
+        n_layers=4,
+        n_heads=8,
+        n_kv_heads=4,
+        context=256,
+        steps=400,
+        batch=8,
+        learning_rate=3e-3,
+        l1=0.3,
+        trace_tokens=50_000,
+        rank=32,
+        chunks=24,
+        generate=64,
+    ),
+}
+
+
+def size_named(name: str) -> Size:
+    """Return a size.
+
+    Raises:
+        PspError: unknown name.
+    """
+    if name not in SIZES:
+        raise PspError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
+    return SIZES[name]
