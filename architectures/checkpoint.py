@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def locate(model: str) -> Path:
         CheckpointError: neither a directory nor a repository that can be fetched.
     """
     path = Path(model)
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory; pass a checkpoint's directory")
@@ -98,7 +99,9 @@ class Checkpoint:
         present: dict[str, Path] = {}
         for shard in sorted(set(map(str, weight_map.values()))):
             if Path(shard).name != shard:
-                raise CheckpointError(f"{index}: shard {shard!r} is not a plain file name")
+                raise CheckpointError(
+                    f"{index}: shard {shard!r} is no plain file name; {_FETCH_AGAIN}"
+                )
             present |= self._names(self.path / shard)
         return present
 

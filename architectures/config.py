@@ -11,6 +11,9 @@ MAX_SIZE = 1 << 24
 """Larger sizes than this are taken for damage, not for a model."""
 
 
+_MEND = "mend the checkpoint's config"
+
+
 def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
     """Raise the one-line error for a config value that cannot be used."""
     raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}; {remedy}")
@@ -26,7 +29,7 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
-        refuse(key, value, f"an integer from 1 to {MAX_SIZE}", "mend the checkpoint's config")
+        refuse(key, value, f"an integer from 1 to {MAX_SIZE}", _MEND)
     return value
 
 
@@ -35,14 +38,33 @@ def flag(config: Mapping[str, Any], key: str) -> bool:
     return bool(config.get(key, False))
 
 
+def real(config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a positive real number.
+
+    Raises:
+        CheckpointError: not a number, or not above zero.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        refuse(key, value, "a number above 0", _MEND)
+    return float(value)
+
+
 def rope_theta(config: Mapping[str, Any]) -> float:
     """Return the rotary base from the new (`rope_parameters`) or the old (`rope_theta`) key.
 
     Raises:
         CheckpointError: the checkpoint scales its rotary embedding.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        refuse("rope_type", kind, "'default'", "rotary scaling is not supported yet")
-    return float(parameters.get("rope_theta", config.get("rope_theta", 10000.0)))
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(key)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict):
+            refuse(key, parameters, "an object", _MEND)
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            refuse("rope_type", kind, "'default'", "rotary scaling is not supported yet")
+        if "rope_theta" in parameters:
+            return real(parameters, "rope_theta", 10000.0)
+    return real(config, "rope_theta", 10000.0)

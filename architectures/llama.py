@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from architectures.config import flag, number, refuse, rope_theta
+from architectures.config import flag, number, real, refuse, rope_theta
 from architectures.spec import Architecture, ModelShape, TensorRule
 
 
@@ -27,6 +27,8 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
         if flag(config, key):
             refuse(key, True, "false", "PowerInfer's llama graph has no biases")
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
+    if d_model % n_heads:
+        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", "mend it")
     head_dim = number(config, "head_dim", default=d_model // n_heads)
     if head_dim * n_heads != d_model:
         refuse("head_dim", head_dim, f"{d_model // n_heads}", "PowerInfer derives it from sizes")
@@ -39,7 +41,7 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
         head_dim=head_dim,
         vocab_size=number(config, "vocab_size"),
         context_length=number(config, "max_position_embeddings"),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=real(config, "rms_norm_eps", 1e-6),
         rope_theta=rope_theta(config),
         tied_embeddings=flag(config, "tie_word_embeddings"),
     )

@@ -11,11 +11,16 @@ if TYPE_CHECKING:
     import sentencepiece
 
 
-def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
+def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """Load `tokenizer.model` from a checkpoint's directory.
 
+    Args:
+        path: the directory.
+        vocab_size: rows of the model's embedding, at least as many as there are pieces.
+
     Raises:
-        CheckpointError: the file is missing, damaged or has no begin-of-sequence piece.
+        CheckpointError: the file is missing, damaged, has no begin-of-sequence piece or more
+            pieces than the model has rows.
     """
     import sentencepiece
 
@@ -32,4 +37,9 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
         ) from error
     if tokenizer.bos_id() < 0:
         raise CheckpointError(f"{file}: has no BOS piece, which PowerInfer puts before every text")
+    if tokenizer.vocab_size() > vocab_size:
+        raise CheckpointError(
+            f"{file}: has {tokenizer.vocab_size()} pieces, the model {vocab_size} rows; "
+            "use the model's own tokenizer.model"
+        )
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def _open(source: str, field: str) -> Iterator[str]:
     readers = {".txt": _text, ".jsonl": _json_lines}
     if path.suffix not in readers:
         raise DataError(f"{source}: unknown kind of data; expected FILE.txt, FILE.jsonl or hf:NAME")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DataError(f"{source}: no such file; check --data")
     return readers[path.suffix](path, field)
 
@@ -85,6 +86,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 def _field(row: object, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else None
     if isinstance(text, str):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{where}: '{field}' holds half a surrogate pair; mend the text")
         return text
     found = ", ".join(sorted(map(str, row))) if isinstance(row, dict) else type(row).__name__
     raise DataError(f"{where}: no text under '{field}' (found: {found}); name it with --field")

@@ -9,6 +9,10 @@ traceback.
 class PspError(Exception):
     """Something outside the program is wrong and the user can mend it."""
 
+    def __init__(self, message: str) -> None:
+        """Keep the message on one line, whatever a hostile file's names hold."""
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
 
 class DataError(PspError):
     """Text input that cannot be read or is too little."""

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _REMEDIES = {
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an exception.
+    """Yield a temporary path that becomes the file `path` if the block ends without an exception.
 
     Args:
         path: final name; its directory is made if need be.
@@ -43,17 +43,49 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OutputError: the operating system refused a write, a sync or the rename.
     """
     part = path.with_name(f".{path.name}.part")
-    try:
+    with _cleared(path, part):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part)
         os.replace(part, path)
         _sync(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise write_error(path, error) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a temporary directory that replaces `path` if the block ends without an exception.
+
+    Args:
+        path: final name.
+
+    Yields:
+        An empty directory beside it.
+
+    Raises:
+        OutputError: the operating system refused a step.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with _cleared(path, part):
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        yield part
+        remove_output(path)
+        os.rename(part, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def _cleared(path: Path, part: Path) -> Iterator[None]:
+    """Remove `part` whatever goes wrong, and turn what the system refuses into one line."""
+    try:
+        yield
+    except BaseException as error:
+        # Where the system refused the path itself, it refuses to remove it too.
+        with suppress(OSError):
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        if isinstance(error, OSError):
+            raise write_error(path, error) from error
         raise
 
 
@@ -105,24 +137,40 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def claim_output(path: Path, *, force: bool, resumable: bool = False) -> None:
-    """Make sure that `path` is free to be written.
+def refuse_existing(path: Path, *, force: bool, resumable: bool = False) -> None:
+    """Make sure that `path` may be written.
 
     Args:
         path: file or directory about to be made.
-        force: accept what is there: a directory is removed, a file stays until it is replaced.
+        force: the user accepts that it is replaced.
         resumable: the command could also go on with what is there; the message says so.
 
     Raises:
-        OutputError: the output exists and `force` is false, or it cannot be removed.
+        OutputError: the output exists and `force` is false.
     """
-    if not (path.exists() or path.is_symlink()):
+    if force or not os.path.lexists(path) or _only_leftovers(path):
         return
-    if not force:
-        resume = "--resume to go on with it, " if resumable else ""
-        raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
-    if path.is_dir() and not path.is_symlink():
-        try:
+    resume = "--resume to go on with it, " if resumable else ""
+    raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
+
+
+def remove_output(path: Path) -> None:
+    """Remove what stands where an output is about to be made; a link goes, its target stays.
+
+    Raises:
+        OutputError: the system refused.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        except OSError as error:
-            raise write_error(path, error) from error
+        elif os.path.lexists(path):
+            path.unlink()
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def _only_leftovers(path: Path) -> bool:
+    """Whether a directory holds nothing but what a killed run left behind."""
+    return path.is_dir() and all(
+        entry.name.startswith(".") and entry.suffix == ".part" for entry in path.iterdir()
+    )
