@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from common.decisions import mean_metrics
 from common.errors import PredictorError
-from common.files import atomic_path, read_json, write_json
+from common.files import read_json, write_bytes, write_json
 from common.version import tool_version
 
 SCHEMA_VERSION = 1
@@ -131,8 +132,8 @@ class PredictorArtifact:
     def _file(self, layer: int) -> Path:
         return self.path / f"layer-{layer:02d}.safetensors"
 
-    def write_header(self, mean: dict[str, float] | None = None) -> None:
-        """Write `predictors.json`; `mean` holds the means over layers once all are finished."""
+    def write_header(self) -> None:
+        """Write `predictors.json`, with the means over layers once all are finished."""
         write_json(
             self.path / "predictors.json",
             {
@@ -140,17 +141,14 @@ class PredictorArtifact:
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
                 "layers": self.layers,
-                "mean": mean,
+                "mean": mean_metrics(self.layers) if self.complete else None,
             },
         )
 
     def append(self, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
         """Commit the next layer: first its file, then the index that counts it."""
-        with atomic_path(self._file(len(self.layers))) as part:
-            try:
-                save_file({k: v.contiguous() for k, v in vars(predictor).items()}, part)
-            except SafetensorError as error:
-                raise OSError(None, str(error)) from error
+        tensors = {name: tensor.contiguous() for name, tensor in vars(predictor).items()}
+        write_bytes(self._file(len(self.layers)), save(tensors))
         self.layers.append(metrics)
         self.write_header()
 

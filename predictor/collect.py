@@ -16,7 +16,7 @@ from architectures.model import layers_of, load_model
 from architectures.tokenizer import load_tokenizer
 from common.documents import read_documents
 from common.errors import TraceError
-from common.files import claim_output
+from common.files import refuse_existing, remove_output
 from predictor.magnitude import encode_magnitude
 from predictor.traces import LayerRows, LayerWeights, TraceHeader, TraceStore, pack_active
 from predictor.windows import Window, cut_shards, cut_windows
@@ -157,7 +157,7 @@ def collect(config: CollectConfig) -> TraceStore:
             model or other settings under `resume`, or a residual that overflows the stored type.
     """
     checkpoint = Checkpoint.open(config.model)
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size)
     header = _header(config, checkpoint)
     store = _open_store(config, header)
     if store.progress.complete:
@@ -216,7 +216,8 @@ def _open_store(config: CollectConfig, header: TraceHeader) -> TraceStore:
                     f"{value!r}; use the same settings, or --force to start over"
                 )
         return store
-    claim_output(config.out, force=config.force, resumable=True)
+    refuse_existing(config.out, force=config.force, resumable=True)
+    remove_output(config.out)
     return TraceStore.create(config.out, header)
 
 

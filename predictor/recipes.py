@@ -21,6 +21,9 @@ class Recipe:
         negative_floor: added to the weight of a negative.
         epochs: passes over the training rows, at most.
         learning_rate: peak rate of AdamW.
+        scale_rate: lower the rate of a matrix in proportion to its fan-in beyond the sizes that the
+            rate was tuned at, d_model 512 and rank 32 (maximal update parametrisation, Adam,
+            arXiv 2203.03466 table 3).
         cosine: anneal the rate to zero along a cosine instead of keeping it.
         weight_decay: of AdamW.
         batch: rows a step.
@@ -37,6 +40,7 @@ class Recipe:
     negative_floor: float
     epochs: int
     learning_rate: float
+    scale_rate: bool
     cosine: bool
     weight_decay: float
     batch: int
@@ -54,6 +58,7 @@ DEJAVU = Recipe(
     negative_floor=0.005,
     epochs=20,
     learning_rate=1e-3,
+    scale_rate=False,
     cosine=False,
     weight_decay=0.01,
     batch=1024,
@@ -73,7 +78,8 @@ PSP = Recipe(
     negative_weight=1.0,
     negative_floor=0.005,
     epochs=4,
-    learning_rate=1e-3,
+    learning_rate=1e-2,
+    scale_rate=True,
     cosine=True,
     weight_decay=0.01,
     batch=1024,

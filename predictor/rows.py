@@ -67,8 +67,9 @@ class LabelledRows:
         if not self.top:
             return self.active(index)
         magnitude = self.magnitude(index)
-        floor = magnitude.topk(self.top, dim=1).values[:, -1:]
-        return (magnitude > 0) & (magnitude >= floor)
+        largest = magnitude.topk(self.top, dim=1).indices
+        kept = torch.zeros(magnitude.shape, dtype=torch.bool).scatter_(1, largest, True)
+        return kept & (magnitude > 0)
 
     def magnitude(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 |act(g)·u| of active neurons, zero elsewhere."""

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from common.errors import TraceError
-from common.files import atomic_path, read_json, sha256, write_json
+from common.files import read_json, sha256, write_bytes, write_json
 from common.version import tool_version
 
 SCHEMA_VERSION = 1
@@ -233,11 +233,7 @@ class TraceStore:
 
     @staticmethod
     def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        with atomic_path(path) as part:
-            try:
-                save_file({name: t.contiguous() for name, t in tensors.items()}, part)
-            except SafetensorError as error:
-                raise OSError(None, str(error)) from error
+        write_bytes(path, save({name: t.contiguous() for name, t in tensors.items()}))
 
     @staticmethod
     def _load(path: Path) -> dict[str, torch.Tensor]:

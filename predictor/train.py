@@ -19,6 +19,8 @@ from predictor.traces import LayerWeights
 _EVALUATION_ROWS = 2048
 _MOMENT_ROWS = 32768
 _IMPORTANCE_CAP = 16.0
+_TUNED_WIDTH = 512
+_TUNED_RANK = 32
 
 
 def train_layer(
@@ -48,8 +50,10 @@ def train_layer(
         float32 predictor; round it with `module.to_half` before it is measured.
     """
     predictor = _start(recipe, rows, weights, rank, train, generator)
+    rates = _rates(recipe, predictor)
     optimiser = torch.optim.AdamW(
-        predictor.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        [{"params": [matrix], "lr": rate} for matrix, rate in rates],
+        weight_decay=recipe.weight_decay,
     )
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
     step, best, best_recall, bad = 0, predictor, -1.0, 0
@@ -57,8 +61,8 @@ def train_layer(
         order = train[torch.randperm(len(train), generator=generator)]
         for index in torch.split(order, recipe.batch):
             if recipe.cosine:
-                rate = 0.5 * (1 + math.cos(math.pi * step / steps))
-                optimiser.param_groups[0]["lr"] = recipe.learning_rate * rate
+                for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = _loss(recipe, predictor, rows, weights, index)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -92,6 +96,16 @@ def _start(
         return random_start(rank, d_model, d_ff, generator)
     sample = train[torch.randperm(len(train), generator=generator)[:_MOMENT_ROWS]]
     return svd_start(weights.gate, second_moment(rows.inputs(sample)), rank)
+
+
+def _rates(recipe: Recipe, predictor: Predictor) -> list[tuple[torch.nn.Parameter, float]]:
+    rank, d_model = predictor.fc1.shape
+    if not recipe.scale_rate:
+        return [(matrix, recipe.learning_rate) for matrix in (predictor.fc1, predictor.fc2)]
+    return [
+        (predictor.fc1, recipe.learning_rate * min(1.0, _TUNED_WIDTH / d_model)),
+        (predictor.fc2, recipe.learning_rate * min(1.0, _TUNED_RANK / rank)),
+    ]
 
 
 def _loss(

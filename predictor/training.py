@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.decisions import mean_metrics
 from common.errors import PredictorError
-from common.files import claim_output
+from common.files import refuse_existing, remove_output
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
 from predictor.module import RANK_MULTIPLE, to_half
 from predictor.recipes import Recipe, recipe_named
@@ -83,7 +82,6 @@ def train_predictors(config: TrainConfig) -> PredictorArtifact:
             if layer >= len(artifact.layers):
                 _train_one(config, store, recipe, artifact, train, holdout, bar)
             bar.update((layer + 1) * steps - bar.n)
-    artifact.write_header(mean_metrics(artifact.layers))
     return artifact
 
 
@@ -155,7 +153,8 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
                     "traces, or --force to start over"
                 )
         return artifact
-    claim_output(config.out, force=config.force, resumable=True)
+    refuse_existing(config.out, force=config.force, resumable=True)
+    remove_output(config.out)
     artifact = PredictorArtifact(config.out, header)
     artifact.write_header()
     return artifact
