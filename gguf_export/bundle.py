@@ -12,7 +12,13 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.errors import ExportError, PredictorError
-from common.files import claim_output, write_bytes, write_json
+from common.files import (
+    atomic_directory,
+    atomic_path,
+    refuse_existing,
+    write_bytes,
+    write_json,
+)
 from common.version import tool_version
 from gguf_export.schema import BLOCK
 from gguf_export.tensors import plan_tensors
@@ -78,7 +84,7 @@ class Bundle:
 
 
 def export(config: ExportConfig) -> Bundle:
-    """Write the bundle; the model file comes last, so that its presence means completeness.
+    """Write the bundle under temporary names; the model file gets its name last.
 
     Raises:
         PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
@@ -87,28 +93,50 @@ def export(config: ExportConfig) -> Bundle:
     checkpoint = Checkpoint.open(config.model)
     predictors = PredictorArtifact.open(config.predictors)
     check_fit(checkpoint, predictors)
-    vocabulary = read_vocabulary(load_tokenizer(checkpoint.path), checkpoint.shape.vocab_size)
+    vocab_size = checkpoint.shape.vocab_size
+    vocabulary = read_vocabulary(load_tokenizer(checkpoint.path, vocab_size), vocab_size)
     bundle = Bundle.beside(config.out)
+    _check_directory(bundle)
     for path in bundle.paths():
-        claim_output(path, force=config.force)
-    _write_predictors(bundle.predictor_directory, predictors)
-    _write_activation(bundle.activation_directory, predictors)
-    write_sparse_file(
-        bundle.model_file,
-        architecture=checkpoint.architecture,
-        model=checkpoint.shape,
-        name=checkpoint.path.resolve().name,
-        vocabulary=vocabulary,
-        threshold=predictors.header.threshold,
-        provenance={
-            "psp.version": tool_version(),
-            "psp.model_fingerprint": checkpoint.fingerprint,
-            "psp.recipe": json.dumps(predictors.header.recipe),
-            "psp.activation": checkpoint.architecture.activation,
-        },
-        tensors=list(plan_tensors(checkpoint, predictors)),
-    )
+        refuse_existing(path, force=config.force)
+    with (
+        atomic_path(bundle.model_file) as model_file,
+        atomic_directory(bundle.predictor_directory) as predictor_directory,
+        atomic_directory(bundle.activation_directory) as activation_directory,
+    ):
+        _write_predictors(predictor_directory, predictors)
+        _write_activation(activation_directory, predictors)
+        write_sparse_file(
+            model_file,
+            architecture=checkpoint.architecture,
+            model=checkpoint.shape,
+            name=checkpoint.path.resolve().name,
+            vocabulary=vocabulary,
+            threshold=predictors.header.threshold,
+            provenance={
+                "psp.version": tool_version(),
+                "psp.model_fingerprint": checkpoint.fingerprint,
+                "psp.recipe": json.dumps(predictors.header.recipe),
+                "psp.activation": checkpoint.architecture.activation,
+            },
+            tensors=list(plan_tensors(checkpoint, predictors)),
+        )
     return bundle
+
+
+def _check_directory(bundle: Bundle) -> None:
+    """Refuse to replace another model's statistics, whose name PowerInfer fixes.
+
+    Raises:
+        ExportError: another exported model lies in the directory.
+    """
+    directory = bundle.model_file.parent
+    others = {path.name for path in directory.glob(f"*{SUFFIX}")} - {bundle.model_file.name}
+    if others and bundle.activation_directory.exists():
+        raise ExportError(
+            f"{bundle.activation_directory}: belongs to {sorted(others)[0]}; "
+            "give every model a directory of its own"
+        )
 
 
 def check_fit(checkpoint: Checkpoint, predictors: PredictorArtifact) -> None:

@@ -93,29 +93,33 @@ class GGUFFile:
         self._at = 0
         magic = self._take(4, "magic").tobytes()
         if magic not in (DENSE_MAGIC, SPARSE_MAGIC):
-            raise self._error(f"magic is {magic!r}, expected {SPARSE_MAGIC!r} or {DENSE_MAGIC!r}")
+            raise self.error(f"magic is {magic!r}, expected {SPARSE_MAGIC!r} or {DENSE_MAGIC!r}")
         self.sparse = magic == SPARSE_MAGIC
         version = self._scalar("<I", "version")
         if version != VERSION:
-            raise self._error(f"version is {version}, expected {VERSION}")
+            raise self.error(f"version is {version}, expected {VERSION}")
         tensor_count = self._count("tensor count", least=24)
         value_count = self._count("value count", least=13)
         self.values: dict[str, Value] = {}
         for _ in range(value_count):
             name = self._name("key")
             if name in self.values:
-                raise self._error(f"key {name} appears twice")
+                raise self.error(f"key {name} appears twice")
             self.values[name] = self._value(name)
+        self._check_alignment()
         infos = [self._tensor_info() for _ in range(tensor_count)]
         self.tensors = self._place(infos)
 
-    def _error(self, problem: str) -> FormatError:
-        return FormatError(f"{self.path}: {problem}; the file is damaged or not PowerInfer's")
+    def error(self, problem: str) -> FormatError:
+        """Return the error for a file that breaks PowerInfer's contract."""
+        return FormatError(
+            f"{self.path}: {problem}; the file is damaged or foreign, export the file again"
+        )
 
     def _take(self, size: int, what: str) -> npt.NDArray[np.uint8]:
         end = self._at + size
         if end > len(self._bytes):
-            raise self._error(f"ends inside {what}")
+            raise self.error(f"ends inside {what}")
         piece = self._bytes[self._at : end]
         self._at = end
         return piece
@@ -127,7 +131,7 @@ class GGUFFile:
         """Read a count of things that take at least `least` bytes each."""
         count = int(self._scalar("<Q", what))
         if count > (len(self._bytes) - self._at) // least:
-            raise self._error(f"{what} {count} is more than the file can hold")
+            raise self.error(f"{what} {count} is more than the file can hold")
         return count
 
     def _string(self, what: str) -> bytes:
@@ -137,14 +141,14 @@ class GGUFFile:
         try:
             return self._string(what).decode()
         except UnicodeDecodeError as error:
-            raise self._error(f"a {what} is not UTF-8") from error
+            raise self.error(f"a {what} is not UTF-8") from error
 
     def _kind(self, what: str) -> GGUFValueType:
         code = self._scalar("<I", what)
         try:
             return GGUFValueType(code)
         except ValueError as error:
-            raise self._error(f"{what} has unknown type {code}") from error
+            raise self.error(f"{what} has unknown type {code}") from error
 
     def _value(self, name: str) -> Value:
         kind = self._kind(name)
@@ -159,22 +163,27 @@ class GGUFFile:
         if element is GGUFValueType.STRING:
             return [self._string(name) for _ in range(self._count(name, least=8))]
         if element is GGUFValueType.ARRAY:
-            raise self._error(f"{name} is an array of arrays, which PowerInfer does not read")
+            raise self.error(f"{name} is an array of arrays, which PowerInfer does not read")
         code = _SCALARS[element]
         count = self._count(name, least=struct.calcsize(code))
         return self._take(count * struct.calcsize(code), name).view(np.dtype(code)).copy()
+
+    def _check_alignment(self) -> None:
+        value = self.values.get("general.alignment")
+        if value is not None and value.data != ALIGNMENT:
+            raise self.error(f"general.alignment is {value.data}, expected {ALIGNMENT}")
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor name")
         dims = self._scalar("<I", name)
         if not 1 <= dims <= _MAX_DIMS:
-            raise self._error(f"tensor {name} has {dims} dimensions")
+            raise self.error(f"tensor {name} has {dims} dimensions")
         shape = tuple(self._scalar("<Q", name) for _ in range(dims))[::-1]
         code = self._scalar("<I", name)
         try:
             kind = GGMLQuantizationType(code)
         except ValueError as error:
-            raise self._error(f"tensor {name} has unknown type {code}") from error
+            raise self.error(f"tensor {name} has unknown type {code}") from error
         return name, shape, kind, self._scalar("<Q", name)
 
     def _place(
@@ -186,13 +195,13 @@ class GGUFFile:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             size = math.prod(shape) // block * block_bytes
             if name in tensors:
-                raise self._error(f"tensor {name} appears twice")
+                raise self.error(f"tensor {name} appears twice")
             if 0 in shape or shape[-1] % block:
-                raise self._error(f"tensor {name} has shape {shape}, no multiple of its block")
+                raise self.error(f"tensor {name} has shape {shape}, no multiple of its block")
             if offset % ALIGNMENT:
-                raise self._error(f"tensor {name} is not aligned to {ALIGNMENT} bytes")
+                raise self.error(f"tensor {name} is not aligned to {ALIGNMENT} bytes")
             if base + offset + size > len(self._bytes):
-                raise self._error(f"tensor {name} ends after the file does")
+                raise self.error(f"tensor {name} ends after the file does")
             tensors[name] = TensorInfo(name, shape, kind, base + offset, size)
         return tensors
 
@@ -204,10 +213,10 @@ class GGUFFile:
         """
         value = self.values.get(key)
         if value is None:
-            raise self._error(f"key {key} is missing")
+            raise self.error(f"key {key} is missing")
         if (value.kind, value.element) != (kind, element):
             found = (value.element or value.kind).name
-            raise self._error(f"key {key} is {found}, expected {(element or kind).name}")
+            raise self.error(f"key {key} is {found}, expected {(element or kind).name}")
         if kind is GGUFValueType.STRING:
             return value.data.decode("utf-8", "replace")
         return value.data
@@ -220,7 +229,7 @@ class GGUFFile:
         """
         info = self.tensors.get(name)
         if info is None:
-            raise self._error(f"tensor {name} is missing")
+            raise self.error(f"tensor {name} is missing")
         if info.kind not in _PLAIN:
             raise FormatError(
                 f"{self.path}: tensor {name} has type {info.kind.name}, which this psp does not "

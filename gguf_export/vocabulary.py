@@ -33,8 +33,11 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: sentencepiece.SentencePieceProcessor, vocab_size: int) -> Vocabulary:
-    """Turn a tokenizer into GGUF's lists, padded to `vocab_size` with unused pieces."""
-    size = min(tokenizer.vocab_size(), vocab_size)
+    """Turn a tokenizer into GGUF's lists, padded to `vocab_size` with unused pieces.
+
+    `vocab_size` is at least the number of pieces.
+    """
+    size = tokenizer.vocab_size()
     padding = [f"<pad_{number}>".encode() for number in range(size, vocab_size)]
     types = [_type(tokenizer, number) for number in range(size)]
     return Vocabulary(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
-from common.files import atomic_path
 from gguf_export.schema import SPARSE_MAGIC, THRESHOLD_KEY
 from gguf_export.tensors import PlannedTensor
 from gguf_export.vocabulary import Vocabulary
@@ -61,10 +59,10 @@ def write_sparse_file(
     provenance: dict[str, str],
     tensors: Sequence[PlannedTensor],
 ) -> None:
-    """Write a `*.powerinfer.gguf`, whole or not at all.
+    """Write a PWRI file.
 
     Args:
-        path: final name.
+        path: where to write it, a temporary name.
         architecture: the model's family.
         model: its sizes.
         name: `general.name`.
@@ -74,24 +72,21 @@ def write_sparse_file(
         tensors: what to write, in order.
 
     Raises:
-        OutputError: the system refused a write.
+        OSError: the system refused a write.
         ExportError: a weight does not fit float16.
     """
-    with atomic_path(path) as part:
-        writer = GGUFWriter(part, architecture.gguf_name)
-        try:
-            add_model_keys(writer, architecture, model, name)
-            add_vocabulary(writer, vocabulary)
-            writer.add_float32(THRESHOLD_KEY, threshold)
-            for key, value in provenance.items():
-                writer.add_string(key, value)
-            _write(writer, tensors)
-        finally:
-            writer.close()
-        with part.open("r+b") as file:
-            file.write(SPARSE_MAGIC)
-            file.flush()
-            os.fsync(file.fileno())
+    writer = GGUFWriter(path, architecture.gguf_name)
+    try:
+        add_model_keys(writer, architecture, model, name)
+        add_vocabulary(writer, vocabulary)
+        writer.add_float32(THRESHOLD_KEY, threshold)
+        for key, value in provenance.items():
+            writer.add_string(key, value)
+        _write(writer, tensors)
+    finally:
+        writer.close()
+    with path.open("r+b") as file:
+        file.write(SPARSE_MAGIC)
 
 
 def _write(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
