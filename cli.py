@@ -15,6 +15,16 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _PATH = click.Path(path_type=Path)
 
 
+class _Fraction(click.FloatRange):
+    """A range that holds no NaN, which compares false with both ends."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{number} is not a number.", param, ctx)
+        return number
+
+
 class _Group(click.Group):
     """Turns the one family of user errors into one line and exit code 1."""
 
@@ -48,9 +58,13 @@ def _data(*, required: bool, help_text: str) -> Callable[[Command], Command]:
 
 
 def _seed(command: Command) -> Command:
-    return click.option("--seed", default=0, show_default=True, help="Makes a run repeatable.")(
-        command
-    )
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**32 - 1),
+        default=0,
+        show_default=True,
+        help="Makes a run repeatable.",
+    )(command)
 
 
 def _threads(command: Command) -> Command:
@@ -101,8 +115,21 @@ def main() -> None:
 
 
 @main.command(short_help="Run the whole pipeline on a small model.")
-@click.option("--out", type=_PATH, default=Path("quickstart-out"), show_default=True)
-@click.option("--size", type=click.Choice(["tiny", "small"]), default="small", show_default=True)
+@click.option(
+    "--out",
+    type=_PATH,
+    metavar="DIR",
+    default=Path("quickstart-out"),
+    show_default=True,
+    help="Directory for everything that is made.",
+)
+@click.option(
+    "--size",
+    type=click.Choice(["tiny", "small"]),
+    default="small",
+    show_default=True,
+    help="tiny: seconds, for trying. small: minutes.",
+)
 @_seed
 @_threads
 @_powerinfer_bin
@@ -204,14 +231,14 @@ def collect(as_json: bool, threads: int, **options: Any) -> None:
 )
 @click.option(
     "--holdout",
-    type=click.FloatRange(0, 0.9, min_open=True),
+    type=_Fraction(0, 0.9, min_open=True),
     default=0.1,
     show_default=True,
     help="Share of rows held out, by document.",
 )
 @click.option(
     "--label-top-fraction",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_Fraction(0, 1, min_open=True),
     help="Train on each token's largest activations only (0.15 is the published clipping).",
 )
 @_seed

@@ -81,11 +81,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     real = PowerInfer(config.powerinfer_bin) if config.powerinfer_bin else None
     engine = Engine(config.file)
     text = _text(config)
+    room = _room(config, engine)
     context = min(config.context, engine.hyper.context_length)
     counts = engine.count()
     ppl_sparse = engine_perplexity(engine, text, context, config.chunks, "perplexity, sparse")
     engine.counts = None
-    dense = Engine(config.file, threshold=DENSE_THRESHOLD)
+    dense = engine.with_threshold(DENSE_THRESHOLD)
     if real is None:
         ppl_dense = engine_perplexity(dense, text, context, config.chunks, "perplexity, dense")
     else:
@@ -94,7 +95,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             real.perplexity(config.file, text, context, config.chunks, threads=1, threshold=value)
             for value in (None, DENSE_THRESHOLD)
         )
-    speeds = _speeds(config, engine, dense, real)
+    speeds = _speeds(config, room, engine, dense, real)
     sparse_speed, dense_speed = (statistics.median(speeds[key]) for key in ("sparse", "dense"))
     return {
         "model": engine.hyper.name,
@@ -123,8 +124,20 @@ def _text(config: BenchConfig) -> str:
     return "\n".join(read_documents(config.data, config.field))
 
 
+def _room(config: BenchConfig, engine: Engine) -> int:
+    """Return the tokens that prompt and continuation take."""
+    prompt = 1 + len(engine.vocabulary.encode(config.prompt, space_prefix=False))
+    needed = prompt + config.generate
+    if needed > engine.hyper.context_length:
+        raise EngineError(
+            f"prompt and -n need {needed} tokens, the model's context is "
+            f"{engine.hyper.context_length}; lower -n or shorten --prompt"
+        )
+    return needed
+
+
 def _speeds(
-    config: BenchConfig, sparse: Engine, dense: Engine, real: PowerInfer | None
+    config: BenchConfig, room: int, sparse: Engine, dense: Engine, real: PowerInfer | None
 ) -> dict[str, list[float]]:
     """Return decoding speeds of alternating runs, tokens/s; one run of each kind warms up."""
 
@@ -138,6 +151,7 @@ def _speeds(
                 config.prompt,
                 config.generate,
                 threads=config.threads,
+                context=room,
                 threshold=threshold,
             )
             return done.timings["eval"].tokens_per_second

@@ -8,6 +8,7 @@ and a stand-in; its speed says nothing about PowerInfer's.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -68,6 +69,12 @@ class Engine:
         half = self.hyper.head_dim // 2
         exponents = torch.arange(half, dtype=torch.float32) * (-2.0 / self.hyper.head_dim)
         self._frequencies = torch.tensor(self.hyper.rope_theta) ** exponents
+
+    def with_threshold(self, threshold: float) -> Engine:
+        """Return an engine on the same weights in memory with another threshold, counting off."""
+        other = copy.copy(self)
+        other.threshold, other.counts = threshold, None
+        return other
 
     def count(self) -> list[DecisionCounts]:
         """Count the truly active neurons against those computed, layer by layer, from now on.

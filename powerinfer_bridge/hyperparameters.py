@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gguf import GGUFValueType
@@ -49,7 +50,7 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         )
     kind = file.value("general.architecture", GGUFValueType.STRING)
     if kind != _ARCHITECTURE:
-        raise FormatError(f"{file.path}: architecture {kind!r} is not supported, expected 'llama'")
+        raise file.error(f"architecture {kind!r} is not supported, expected {_ARCHITECTURE!r}")
 
     def size(key: str) -> int:
         value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
@@ -71,12 +72,24 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         rope_theta=real(f"{kind}.rope.freq_base"),
         threshold=real(THRESHOLD_KEY),
     )
+    _check(file, found)
+    return found
+
+
+def _check(file: GGUFFile, found: Hyperparameters) -> None:
     heads_fit = (
         found.n_heads > 0
         and found.n_kv_heads > 0
         and found.d_model % (2 * found.n_heads) == 0
         and found.n_heads % found.n_kv_heads == 0
     )
-    if not heads_fit or found.d_model % BLOCK or not found.n_layers:
-        raise FormatError(f"{file.path}: sizes do not fit together ({found}); export it again")
-    return found
+    sizes = min(found.d_model, found.d_ff, found.n_layers, found.context_length)
+    if not heads_fit or found.d_model % BLOCK or not sizes:
+        raise file.error(f"sizes do not fit together ({found})")
+    constants_fit = (
+        0 <= found.norm_eps < 1
+        and 0 < found.rope_theta < math.inf
+        and not math.isnan(found.threshold)
+    )
+    if not constants_fit:
+        raise file.error(f"constants are impossible ({found})")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +81,20 @@ def parse_perplexity(output: str) -> float:
     """
     match = _PERPLEXITY.search(output)
     if match is None:
-        raise EngineError("PowerInfer's perplexity printed no final estimate; text too short?")
+        raise EngineError("PowerInfer's perplexity printed no final estimate; give it more text")
     value = float(match[1])
     if not 0 < value < float("inf"):
-        raise EngineError(f"PowerInfer's perplexity is {match[1]}: it computed wrongly")
+        raise EngineError(
+            f"PowerInfer's perplexity is {match[1]}: it computed wrongly; export the file again"
+        )
     return value
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-code, f'signal {-code}')}"
 
 
 class PowerInfer:
@@ -111,7 +122,14 @@ class PowerInfer:
                 )
 
     def generate(
-        self, model: Path, prompt: str, count: int, *, threads: int, threshold: float | None = None
+        self,
+        model: Path,
+        prompt: str,
+        count: int,
+        *,
+        threads: int,
+        context: int = 512,
+        threshold: float | None = None,
     ) -> Run:
         """Generate greedily, end-of-sequence ignored.
 
@@ -120,6 +138,7 @@ class PowerInfer:
             prompt: text to continue.
             count: tokens to generate.
             threads: CPU threads.
+            context: room for prompt and continuation, tokens.
             threshold: overrides the file's.
 
         Raises:
@@ -127,7 +146,7 @@ class PowerInfer:
         """
         options = ["--model", str(model.resolve()), "--prompt", prompt, "-n", str(count)]
         options += ["--threads", str(threads), "--temp", "0", "--repeat-penalty", "1.0"]
-        options += ["--seed", "0", "--ignore-eos", "--log-disable"]
+        options += ["-c", str(context), "--seed", "0", "--ignore-eos", "--log-disable"]
         stdout, stderr = self._run([str(self._main), *options], threshold)
         return Run(stdout, parse_timings(stderr))
 
@@ -168,23 +187,45 @@ class PowerInfer:
         program = Path(command[0])
         # The programs leave log files in the working directory: give them one that goes away.
         with tempfile.TemporaryDirectory() as directory:
-            try:
-                done = subprocess.run(
-                    command,
-                    cwd=directory,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    capture_output=True,
-                    timeout=self._timeout,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired as error:
-                raise EngineError(f"{program}: no end after {self._timeout:g} s") from error
-            except OSError as error:
-                raise EngineError(f"{program}: cannot be started ({error.strerror})") from error
-        stdout = done.stdout.decode("utf-8", "replace")
-        stderr = done.stderr.decode("utf-8", "replace")
-        if done.returncode:
+            code, stdout, stderr = self._wait(command, environment, directory)
+        if code:
             last = next((line for line in reversed(stderr.splitlines()) if line.strip()), "")
-            raise EngineError(f"{program}: ended with code {done.returncode}: {last.strip()}")
+            said = f": {last.strip()}" if last else ""
+            raise EngineError(f"{program}: {_ending(code)}{said}; run it by hand to see more")
         return stdout, stderr
+
+    def _wait(
+        self, command: list[str], environment: dict[str, str], directory: str
+    ) -> tuple[int, str, str]:
+        program = command[0]
+        try:
+            process = subprocess.Popen(
+                command,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise EngineError(
+                f"{program}: cannot be started ({reason}); build PowerInfer for this machine"
+            ) from error
+        with process:
+            try:
+                stdout, stderr = process.communicate(timeout=self._timeout)
+            except subprocess.TimeoutExpired as error:
+                raise EngineError(
+                    f"{program}: no end after {self._timeout:g} s; run it by hand to see why"
+                ) from error
+            finally:
+                # PowerInfer may have started programs of its own: end all that are left.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return (
+            process.returncode,
+            stdout.decode("utf-8", "replace"),
+            stderr.decode("utf-8", "replace"),
+        )

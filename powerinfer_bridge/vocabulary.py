@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 from gguf import GGUFValueType, TokenType
 
-from common.errors import FormatError
 from gguf_export.reader import GGUFFile
 
 _SPACE = "\u2581".encode()
@@ -31,7 +30,7 @@ class FileVocabulary:
         """
         kind = file.value("tokenizer.ggml.model", GGUFValueType.STRING)
         if kind != "llama":
-            raise FormatError(f"{file.path}: tokenizer {kind!r} is not supported, expected 'llama'")
+            raise file.error(f"tokenizer {kind!r} is not supported, expected 'llama'")
         array = GGUFValueType.ARRAY
         self.tokens: list[bytes] = file.value("tokenizer.ggml.tokens", array, GGUFValueType.STRING)
         self.scores: list[float] = file.value(
@@ -40,17 +39,24 @@ class FileVocabulary:
         self.types: list[int] = file.value(
             "tokenizer.ggml.token_type", array, GGUFValueType.INT32
         ).tolist()
-        if not len(self.tokens) == len(self.scores) == len(self.types):
-            raise FormatError(f"{file.path}: tokens, scores and types differ in number")
         self.bos_id: int = file.value("tokenizer.ggml.bos_token_id", GGUFValueType.UINT32)
         self._ids = {token: number for number, token in enumerate(self.tokens)}
+        self._check(file)
+
+    def _check(self, file: GGUFFile) -> None:
+        if not len(self.tokens) == len(self.scores) == len(self.types):
+            raise file.error("tokens, scores and types differ in number")
         if len(self._ids) != len(self.tokens):
-            raise FormatError(f"{file.path}: a token appears twice, which PowerInfer refuses")
+            twice = next(t for n, t in enumerate(self.tokens) if self._ids[t] != n)
+            raise file.error(f"token {twice.decode('utf-8', 'replace')!r} appears twice")
         if self.bos_id >= len(self.tokens):
-            raise FormatError(f"{file.path}: bos_token_id {self.bos_id} is outside the vocabulary")
-        missing = [byte for byte in range(256) if _byte_piece(byte) not in self._ids]
-        if missing:
-            raise FormatError(f"{file.path}: byte piece <0x{missing[0]:02X}> is missing")
+            raise file.error(f"bos_token_id {self.bos_id} is outside the vocabulary")
+        pieces = {_byte_piece(byte) for byte in range(256)}
+        for piece in sorted(pieces - self._ids.keys()):
+            raise file.error(f"byte piece {piece.decode()} is missing")
+        for token, kind in zip(self.tokens, self.types, strict=True):
+            if kind == TokenType.BYTE and token not in pieces:
+                raise file.error(f"byte piece {token.decode('utf-8', 'replace')!r} names no byte")
 
     def encode(self, text: str, *, space_prefix: bool = True) -> list[int]:
         """Return the token ids of `text`, without BOS.

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from common.errors import FormatError
 from gguf_export.reader import GGUFFile
 from powerinfer_bridge.hyperparameters import Hyperparameters
 
@@ -55,10 +54,12 @@ class Weights:
             FormatError: a tensor too many, too few, of a wrong shape or type.
         """
         self._file = file
+        if hyper.n_layers > len(file.tensors):
+            raise file.error(f"block_count is {hyper.n_layers}, more than there are tensors")
         shapes = expected_shapes(hyper, vocab_size)
         for name in sorted(shapes.keys() ^ file.tensors.keys()):
             problem = "is missing" if name in shapes else "is not PowerInfer's"
-            raise FormatError(f"{file.path}: tensor {name} {problem}; export the file again")
+            raise file.error(f"tensor {name} {problem}")
         for name, shape in shapes.items():
             self._check(name, shape)
         for layer in range(hyper.n_layers):
@@ -74,14 +75,11 @@ class Weights:
             want in (-1, found) for want, found in zip(shape, info.shape, strict=True)
         )
         if not fits:
-            raise FormatError(
-                f"{self._file.path}: tensor {name} has shape {info.shape}, expected {shape}"
-            )
+            raise self._file.error(f"tensor {name} has shape {info.shape}, expected {shape}")
         kind = GGMLQuantizationType.F32 if len(shape) == 1 else GGMLQuantizationType.F16
         if info.kind is not kind:
-            raise FormatError(
-                f"{self._file.path}: tensor {name} has type {info.kind.name}, expected {kind.name}"
-            )
+            found = f"type {info.kind.name}, expected {kind.name}"
+            raise self._file.error(f"tensor {name} has {found}")
 
     def _check_rank(self, layer: int) -> None:
         ranks = [
@@ -89,7 +87,7 @@ class Weights:
             self._file.tensors[f"blk.{layer}.fc2.weight"].shape[1],
         ]
         if ranks[0] != ranks[1]:
-            raise FormatError(f"{self._file.path}: layer {layer}: fc1 and fc2 ranks are {ranks}")
+            raise self._file.error(f"layer {layer}: fc1 and fc2 ranks are {ranks}")
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return tensor `name` (without `.weight`) as float32."""
