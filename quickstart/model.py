@@ -70,7 +70,10 @@ class _L1Term:
 
 def build_model(size: Size) -> LlamaForCausalLM:
     """Return a randomly initialised ReGLU LLaMA."""
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    transformers.utils.logging.disable_progress_bar()
 
     config = LlamaConfig(
         vocab_size=size.vocab_size,
@@ -133,7 +136,7 @@ def _ramp(progress: float) -> float:
 
 
 def _batches(corpus: Corpus, directory: Path, size: Size, seed: int) -> Iterator[torch.Tensor]:
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, size.vocab_size)
     bos = tokenizer.bos_id()
     length = size.context - 1
     windows: list[list[int]] = []

@@ -134,7 +134,7 @@ def _claim(config: QuickstartConfig, paths: Paths) -> None:
                 "choose another --out or remove it"
             )
         return
-    if config.out.exists() and any(config.out.iterdir()):
+    if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise OutputError(f"{config.out}: exists and is no quickstart; choose another --out")
     write_json(marker, {"settings": settings, "tool_version": tool_version()})
 
