@@ -1,0 +1,41 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: quickstart test lint types imports docs wheel bench check clean
+
+quickstart: $(READY)
+	$(BIN)/psp quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+imports: $(READY)
+	$(BIN)/lint-imports --no-cache
+
+docs: $(READY)
+	$(BIN)/python docs/make_reference.py
+
+wheel: $(READY)
+	$(BIN)/python tests/check_wheel.py $(BIN)/python
+
+bench: $(READY)
+	$(BIN)/python benchmarks/recipes.py
+
+check: lint types imports test wheel
+
+clean:
+	rm -rf .venv quickstart-out
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "psp needs Python 3.10 or newer; name one with PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)

@@ -1,0 +1,200 @@
+"""Shared fixtures: tiny random checkpoints in their real on-disk layout, and exact predictors."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from click.testing import CliRunner, Result
+
+from architectures.checkpoint import Checkpoint
+from cli import main
+from gguf_export.bundle import Bundle, ExportConfig, export
+from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+
+TEXT = (
+    "The quick brown fox jumps over the lazy dog.\n"
+    "def f(x):\n    return [y ** 2 for y in range(x) if y % 3]\n\n"
+    "import os, sys\n\nclass Café:\n\t'''naïve — tests'''\n\n"
+    "In the beginning there was a token, and the token was predicted.\n"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--runslow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs --runslow"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@dataclass(frozen=True)
+class ModelMaker:
+    """Writes random ReGLU checkpoints."""
+
+    tokenizer: bytes
+
+    def __call__(self, path: Path, *, seed: int = 0, shards: str = "5GB", **changes: Any) -> Path:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings: dict[str, Any] = {
+            "vocab_size": 320,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "hidden_act": "relu",
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "initializer_range": 0.15,
+        } | changes
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings)).half()
+        with torch.no_grad():
+            for _, weight in model.named_parameters():
+                if weight.dim() == 1:
+                    weight.uniform_(0.5, 1.5)
+        model.save_pretrained(path, max_shard_size=shards)
+        (path / "tokenizer.model").write_bytes(self.tokenizer)
+        return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_bytes() -> bytes:
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines() * 20),
+        model_writer=buffer,
+        model_type="bpe",
+        vocab_size=320,
+        byte_fallback=True,
+        character_coverage=0.99,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        num_threads=1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer_bytes: bytes) -> ModelMaker:
+    return ModelMaker(tokenizer_bytes)
+
+
+@pytest.fixture(scope="session")
+def model_dir(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "random-reglu")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve documents as JSON lines."""
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    lines = (json.dumps({"text": f"Document {number}.\n{TEXT}"}) for number in range(12))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def exact(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return fc1 and fc2 whose logits are the gate itself, at rank 2 · d_model.
+
+    fc1 = [I; −I] and fc2 = [W, −W] give fc2·relu(fc1·x) = W·x.
+    """
+    identity = torch.eye(gate.shape[1])
+    return torch.cat([identity, -identity]), torch.cat([gate, -gate], dim=1)
+
+
+def write_predictors(
+    model: Path,
+    out: Path,
+    make: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exact,
+) -> PredictorArtifact:
+    """Write predictors made from each layer's gate matrix (times its norm), without training."""
+    checkpoint = Checkpoint.open(model)
+    shape = checkpoint.shape
+    layers = []
+    for layer in range(shape.n_layers):
+        gate = checkpoint.layer_tensor(layer, "mlp.gate_proj.weight").float()
+        norm = checkpoint.layer_tensor(layer, "post_attention_layernorm.weight").float()
+        fc1, fc2 = make(gate * norm)
+        layers.append(LayerPredictor(fc1.half(), fc2.half(), torch.arange(shape.d_ff)))
+    header = PredictorHeader(
+        model=str(model),
+        model_fingerprint=checkpoint.fingerprint,
+        architecture="llama",
+        activation="relu",
+        n_layers=shape.n_layers,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        rank=len(layers[0].fc1),
+        threshold=0.0,
+        trace_hash="",
+        recipe={"name": "made by hand"},
+        holdout=0.1,
+        label_top_fraction=None,
+        seed=0,
+    )
+    artifact = PredictorArtifact(out, header)
+    for predictor in layers:
+        artifact.append(predictor, {"activation_recall": 1.0})
+    return artifact
+
+
+@pytest.fixture(scope="session")
+def exact_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exact") / "predictors"
+    write_predictors(model_dir, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def exact_bundle(
+    model_dir: Path, exact_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    out = tmp_path_factory.mktemp("export") / "exact.powerinfer.gguf"
+    return export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out))
+
+
+@pytest.fixture
+def psp() -> Callable[..., Result]:
+    """Run the command line in this process; bugs keep their traceback."""
+
+    def run(*arguments: object) -> Result:
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def powerinfer_bin() -> Path:
+    """Directory of real PowerInfer programs, or a visible skip."""
+    directory = os.environ.get("PSP_POWERINFER_BIN")
+    if not directory:
+        pytest.skip("set PSP_POWERINFER_BIN to a PowerInfer build's bin directory to run this")
+    return Path(directory)

@@ -1,0 +1,346 @@
+"""Predictors of one layer: start, rounding, labels and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from common.errors import PspError
+from predictor.initialise import random_start, second_moment, svd_start
+from predictor.magnitude import decode_magnitude, encode_magnitude
+from predictor.module import Predictor, decide, to_half
+from predictor.recipes import DEJAVU, PSP, Recipe
+from predictor.rows import LabelledRows, normalise_rms
+from predictor.traces import LayerRows, LayerWeights, pack_active
+from predictor.train import evaluate, train_layer
+
+D_MODEL, D_FF, RANK = 64, 96, 32
+TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)
+
+
+@contextmanager
+def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
+    """Expect an error of one line that holds all parts."""
+    with pytest.raises(kind) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def rows_from(active: torch.Tensor, codes: torch.Tensor, inputs: torch.Tensor) -> LayerRows:
+    return LayerRows(inputs.half(), pack_active(active), active.sum(0), codes[active])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fixed_threads() -> None:
+    """One thread from the first fixture on: tiny matrices gain nothing from more."""
+    torch.set_num_threads(1)
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+
+def test_the_full_svd_start_has_the_sign_of_every_gate() -> None:
+    gate, inputs = normal(D_FF, D_MODEL), normal(500, D_MODEL, seed=1)
+    predictor = svd_start(gate, second_moment(inputs), 2 * D_MODEL)
+    assert predictor.fc1.shape == (2 * D_MODEL, D_MODEL)
+    assert predictor.fc2.shape == (D_FF, 2 * D_MODEL)
+    exact = inputs.double() @ gate.double().T
+    clear = exact.abs() > 1e-4
+    assert clear.float().mean() > 0.999
+    assert torch.equal(decide(predictor, inputs, 0.0)[clear], (exact > 0)[clear])
+
+
+def test_the_truncated_svd_start_is_optimal() -> None:
+    """No linear map of its rank has a smaller E‖(W − A)x‖², with every gate of unit power."""
+    mixing = normal(D_MODEL, D_MODEL) * torch.logspace(0, -1, D_MODEL)
+    moment = second_moment(normal(4000, D_MODEL, seed=1) @ mixing.T)
+    gate, k = normal(D_FF, D_MODEL, seed=2), RANK // 2
+    gate = gate / (gate @ moment * gate).sum(1, keepdim=True).sqrt()
+    factor = torch.linalg.cholesky(moment.double())
+
+    def error(approximation: torch.Tensor) -> float:
+        return float(((gate - approximation).double() @ factor).square().sum())
+
+    # A neuron's scale must not matter: its sign does not depend on it.
+    scales = torch.logspace(-2, 2, D_FF)[:, None]
+    predictor = svd_start(gate * scales, moment, RANK)
+    fc1, fc2 = predictor.fc1.detach(), predictor.fc2.detach()
+    assert torch.equal(fc1, torch.cat([fc1[:k], -fc1[:k]]))
+    assert torch.equal(fc2, torch.cat([fc2[:, :k], -fc2[:, :k]], dim=1))
+    ours = error(fc2[:, :k] @ fc1[:k])
+    least = torch.linalg.svdvals(gate.double() @ factor)[k:].square().sum()
+    assert float(least) * 0.999 <= ours <= float(least) * 1.01
+    for seed in range(20):
+        down = normal(k, D_MODEL, seed=100 + seed)
+        # The best up matrix for a given down matrix, by least squares.
+        up = gate @ moment @ down.T @ torch.linalg.inv(down @ moment @ down.T)
+        assert ours < error(up @ down)
+
+
+def test_the_random_start_is_drawn_from_the_generator_within_its_bounds() -> None:
+    first, again = (random_start(RANK, D_MODEL, D_FF, seeded(3)) for _ in range(2))
+    other = random_start(RANK, D_MODEL, D_FF, seeded(4))
+    assert torch.equal(first.fc1, again.fc1)
+    assert torch.equal(first.fc2, again.fc2)
+    assert not torch.equal(first.fc1, other.fc1)
+    for weight, fan_in in ((first.fc1, D_MODEL), (first.fc2, RANK)):
+        assert 0.95 * fan_in**-0.5 < float(weight.detach().abs().max()) <= fan_in**-0.5
+
+
+# --- decisions and rounding ----------------------------------------------------------------------
+
+
+def test_a_logit_at_the_threshold_is_computed() -> None:
+    zero = Predictor(torch.zeros(RANK, D_MODEL), torch.zeros(D_FF, RANK))
+    assert decide(zero, normal(3, D_MODEL), 0.0).all()
+    assert not decide(zero, normal(3, D_MODEL), 1e-6).any()
+
+
+@pytest.mark.parametrize("fc1_scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("fc2_scale", [1e-6, 1.0, 1e6])
+def test_half_precision_flips_only_logits_within_rounding_of_zero(
+    fc1_scale: float, fc2_scale: float
+) -> None:
+    """Also where weights leave float16's range, evenly or from unit to unit and row to row."""
+    units, neurons = 10 ** (3 * normal(RANK, seed=2)), 10 ** (3 * normal(D_FF, seed=3))
+    fc1 = normal(RANK, D_MODEL) * units[:, None] * fc1_scale
+    fc2 = normal(D_FF, RANK, seed=1) / units * neurons[:, None] * fc2_scale
+    inputs = normal(400, D_MODEL, seed=4)
+    half = to_half(Predictor(fc1, fc2))
+    for weight in (half.fc1, half.fc2):
+        assert torch.isfinite(weight).all()
+        assert torch.equal(weight, weight.half().float())
+    x, a, b = inputs.double(), fc1.double(), fc2.double()
+    logits = torch.relu(x @ a.T) @ b.T
+    # Every weight moves by at most 2^-11 of itself, so a logit by at most twice that of this.
+    bound = (x.abs() @ a.abs().T) @ b.abs().T
+    flipped = decide(half, inputs, 0.0) != (logits >= 0)
+    assert flipped.float().mean() < 0.005
+    assert bool((logits.abs() < 2 * 2**-11 * 1.1 * bound)[flipped].all())
+
+
+# --- rows, labels, magnitudes --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows]:
+    """Return active neurons, codes and inputs of 50 rows, and how they are stored."""
+    active = torch.rand(50, 37, generator=seeded()) < 0.4
+    active[7] = False
+    # Codes that differ within a row: nothing ties.
+    codes = torch.stack([torch.randperm(255, generator=seeded(n))[:37] + 1 for n in range(50)])
+    inputs = normal(50, 8)
+    return active, codes, inputs, rows_from(active, codes.to(torch.uint8), inputs)
+
+
+def test_rows_are_gathered_in_any_order(
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
+) -> None:
+    active, codes, inputs, stored = coded
+    index = torch.cat([torch.randperm(50, generator=seeded(1)), torch.tensor([3, 3, 7])])
+    rows = LabelledRows.make(stored, 37, normalise=False)
+    assert torch.equal(rows.inputs(index), inputs.half().float()[index])
+    assert torch.equal(rows.active(index), active[index])
+    assert torch.equal(rows.labels(index), active[index])
+    expected = torch.where(active, decode_magnitude(codes), torch.zeros(()))
+    torch.testing.assert_close(rows.magnitude(index), expected[index])
+
+
+@pytest.mark.parametrize(("fraction", "top"), [(0.15, 5), (0.001, 1), (0.5, 18), (1.0, 37)])
+def test_clipped_labels_are_exactly_the_largest(
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows], fraction: float, top: int
+) -> None:
+    active, codes, _, stored = coded
+    rows = LabelledRows.make(stored, 37, normalise=False, top_fraction=fraction)
+    labels = rows.labels(torch.arange(50))
+    for label, row, code in zip(labels, active, codes, strict=True):
+        largest = sorted(row.nonzero()[:, 0].tolist(), key=lambda n: -int(code[n]))[:top]
+        assert label.nonzero()[:, 0].tolist() == sorted(largest)
+    assert torch.equal(rows.active(torch.arange(50)), active)
+
+
+def test_clipping_keeps_no_more_labels_than_asked_for_where_magnitudes_tie() -> None:
+    """Codes are coarse, so that many neurons of a wide layer share the smallest kept one."""
+    active = torch.ones(4, 40, dtype=torch.bool)
+    stored = rows_from(active, torch.full((4, 40), 150, dtype=torch.uint8), normal(4, 8))
+    rows = LabelledRows.make(stored, 40, normalise=False, top_fraction=0.25)
+    assert rows.labels(torch.arange(4)).sum(1).tolist() == [10] * 4
+
+
+def test_magnitudes_survive_coding_within_a_sixteenth_of_an_octave() -> None:
+    magnitude = torch.logspace(-6, 3.5, 10_000)
+    error = decode_magnitude(encode_magnitude(magnitude)) / magnitude
+    assert float(error.max()) < 2 ** (1 / 16) * 1.0001
+    assert float(error.min()) > 2 ** (-1 / 16) * 0.9999
+    assert encode_magnitude(torch.tensor([0.0, 1e30])).tolist() == [0, 255]
+
+
+def test_normalised_inputs_have_unit_root_mean_square(
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
+) -> None:
+    rows = LabelledRows.make(coded[3], 37, normalise=True)
+    inputs = rows.inputs(torch.arange(50))
+    torch.testing.assert_close(inputs.square().mean(1), torch.ones(50))
+    torch.testing.assert_close(inputs, normalise_rms(coded[2].half().float()))
+    assert torch.equal(normalise_rms(torch.zeros(1, 8)), torch.zeros(1, 8))
+
+
+# --- training of a layer -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[LayerRows, LayerWeights]:
+    """Return a layer whose gate has rank 8 beneath noise and is closed on the average input."""
+    mean = normal(D_MODEL, seed=1)
+    mean = mean / mean.norm()
+    gate = normal(D_FF, 8, seed=2) @ normal(8, D_MODEL, seed=3) / 8**0.5
+    gate = gate + normal(D_FF, D_MODEL, seed=4)
+    gate = gate - torch.outer(gate @ mean + D_MODEL**0.5, mean)
+    inputs = (normal(3000, D_MODEL, seed=5) + 1.2 * mean).half()
+    opened = inputs.float() @ gate.T
+    codes = encode_magnitude((opened * normal(3000, D_FF, seed=6)).abs())
+    norms = torch.rand(D_FF, generator=seeded(7)) + 0.5
+    return rows_from(opened > 0, codes, inputs), LayerWeights(gate, norms)
+
+
+def trained(
+    recipe: Recipe, planted: tuple[LayerRows, LayerWeights], seed: int = 0, **options: Any
+) -> tuple[LabelledRows, Predictor]:
+    rows = LabelledRows.make(planted[0], D_FF, normalise=recipe.normalise)
+    chosen: dict[str, Any] = {
+        "train": TRAIN,
+        "holdout": HOLDOUT,
+        "generator": seeded(seed),
+    } | options
+    return rows, train_layer(recipe, rows, planted[1], rank=RANK, **chosen)
+
+
+def importance_loss(predictor: Predictor, rows: LabelledRows, norms: torch.Tensor) -> float:
+    """Return the held-out loss of the psp recipe at the best scale of the logits."""
+    active = rows.active(HOLDOUT)
+    importance = rows.magnitude(HOLDOUT) * norms
+    positive = (importance * active.sum() / importance.sum()).clamp_max(16)
+    weight = torch.where(active, positive, active.float().mean() + 0.005)
+    with torch.no_grad():
+        logits = predictor(rows.inputs(HOLDOUT))
+    losses = [
+        binary_cross_entropy_with_logits(logits * 2.0**power, active.float(), weight=weight)
+        for power in range(-8, 8)
+    ]
+    return float(min(losses))
+
+
+def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
+    counts = evaluate(predictor, rows, HOLDOUT)
+    metrics = counts.metrics(rank=RANK, d_model=D_MODEL, d_ff=D_FF)
+    return metrics["activation_recall"] * metrics["precision"]
+
+
+def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
+    rows, predictor = trained(replace(PSP, batch=128, epochs=8), planted)
+    start = svd_start(planted[1].gate, second_moment(rows.inputs(TRAIN)), RANK)
+    norms = planted[1].down_norms
+    loss = importance_loss(predictor, rows, norms)
+    assert loss < 0.95 * importance_loss(start, rows, norms)
+
+
+def test_the_dejavu_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
+    rows, predictor = trained(replace(DEJAVU, batch=64, epochs=6), planted)
+    start = random_start(RANK, D_MODEL, D_FF, seeded())
+    assert recall_times_precision(predictor, rows) > 2 * recall_times_precision(start, rows)
+
+
+@pytest.mark.parametrize("recipe", [PSP, DEJAVU], ids=lambda recipe: recipe.name)
+def test_a_seed_fixes_the_result(recipe: Recipe, planted: tuple[LayerRows, LayerWeights]) -> None:
+    short = replace(recipe, batch=256, epochs=2)
+    first, again, other = (trained(short, planted, seed)[1] for seed in (5, 5, 6))
+    assert torch.equal(first.fc1, again.fc1)
+    assert torch.equal(first.fc2, again.fc2)
+    assert not torch.equal(first.fc2, other.fc2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs"),
+    [
+        ({"best_recall": False}, 7),
+        ({"stop_recall": 0.0}, 1),
+        # Without learning no epoch is better than the first.
+        ({"learning_rate": 0.0, "weight_decay": 0.0, "patience": 3}, 1 + 3),
+    ],
+    ids=["all epochs", "recall reached", "out of patience"],
+)
+def test_the_published_recipe_stops_by_recall(
+    planted: tuple[LayerRows, LayerWeights], changes: dict[str, Any], epochs: int
+) -> None:
+    steps: list[int] = []
+    recipe = replace(DEJAVU, **({"epochs": 7, "batch": 500} | changes))
+    trained(recipe, planted, on_step=lambda: steps.append(1))
+    assert len(steps) == epochs * 5
+
+
+def test_the_published_recipe_keeps_the_first_epoch_of_the_best_recall(
+    planted: tuple[LayerRows, LayerWeights],
+) -> None:
+    recipe = replace(DEJAVU, batch=600, learning_rate=0.01, epochs=4, patience=4)
+    epochs = [
+        trained(replace(recipe, best_recall=False, epochs=number), planted)
+        for number in range(1, 5)
+    ]
+    recalls = [evaluate(predictor, rows, HOLDOUT).hits for rows, predictor in epochs]
+    best = recalls.index(max(recalls))
+    assert best < 3
+    _, chosen = trained(recipe, planted)
+    assert torch.equal(chosen.fc1, epochs[best][1].fc1)
+    assert torch.equal(chosen.fc2, epochs[best][1].fc2)
+
+
+def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
+    planted: tuple[LayerRows, LayerWeights],
+) -> None:
+    rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
+    start = svd_start(planted[1].gate, second_moment(rows.inputs(TRAIN)), RANK)
+    inputs = rows.inputs(HOLDOUT)
+    torch.testing.assert_close(predictor(inputs), start(inputs), atol=1e-3, rtol=1e-3)
+
+
+def test_importance_weights_favour_the_neurons_whose_output_is_large(
+    planted: tuple[LayerRows, LayerWeights],
+) -> None:
+    half = D_FF // 2
+    norms = torch.cat([torch.full((half,), 10.0), torch.ones(D_FF - half)])
+    layer = (planted[0], replace(planted[1], down_norms=norms))
+    for importance, low, high in ((True, 0.15, 1.0), (False, -0.05, 0.05)):
+        recipe = replace(PSP, batch=200, epochs=4, importance=importance)
+        rows, predictor = trained(recipe, layer)
+        active = rows.active(HOLDOUT)
+        found = active & decide(predictor, rows.inputs(HOLDOUT), 0.0)
+        recall = found.sum(0) / active.sum(0)
+        assert low < float(recall[:half].mean() - recall[half:].mean()) < high
+
+
+def test_training_never_reads_the_holdout(planted: tuple[LayerRows, LayerWeights]) -> None:
+    recipe = replace(PSP, batch=256, epochs=1)
+    _, first = trained(recipe, planted)
+    stored = planted[0]
+    spoilt = stored.inputs.clone()
+    spoilt[HOLDOUT] = float("nan")
+    _, second = trained(recipe, (replace(stored, inputs=spoilt), planted[1]))
+    assert torch.equal(first.fc1, second.fc1)
+    assert torch.equal(first.fc2, second.fc2)

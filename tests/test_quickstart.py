@@ -1,0 +1,99 @@
+"""The quickstart at its smallest size, and what it exports in a real PowerInfer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cli import main
+from common.errors import OutputError
+from gguf_export.schema import DENSE_THRESHOLD
+from powerinfer_bridge.engine import Engine
+from powerinfer_bridge.generate import generate
+from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.powerinfer import PowerInfer
+from quickstart.corpus import write_corpus
+from quickstart.pipeline import Paths, QuickstartConfig, quickstart
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuickstartConfig, str]:
+    """Run `psp quickstart --size tiny` once; returns its settings and what it printed."""
+    out = tmp_path_factory.mktemp("quickstart") / "out"
+    result = CliRunner().invoke(
+        main, ["quickstart", "--size", "tiny", "--threads", "2", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    return QuickstartConfig(out=out, size="tiny"), result.stdout
+
+
+def test_prints_the_summary_and_every_path(finished: tuple[QuickstartConfig, str]) -> None:
+    config, printed = finished
+    for column in ("sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity"):
+        assert column in printed
+    assert "embedded engine" in printed
+    for path in Paths(config.out).all().values():
+        assert path.exists()
+        assert str(path) in printed
+
+
+def test_model_is_sparse_and_predictors_are_useful(
+    finished: tuple[QuickstartConfig, str],
+) -> None:
+    config, _ = finished
+    result = json.loads(Paths(config.out).result.read_text())
+    assert 0.80 <= result["activation_sparsity"] <= 0.95
+    assert result["activation_recall"] > 0.7
+    assert result["predicted_sparsity"] > 0.6
+    assert abs(result["ppl_gap"]) < 0.03
+    # Untrained, the model would be at the vocabulary's size.
+    assert result["ppl_dense"] < 150
+
+
+def test_second_run_reuses_every_step(finished: tuple[QuickstartConfig, str]) -> None:
+    config, _ = finished
+    files = [path for path in config.out.rglob("*") if path.is_file()]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    result, paths = quickstart(config)
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert result == json.loads(paths.result.read_text())
+
+
+def test_other_settings_need_another_directory(
+    finished: tuple[QuickstartConfig, str], tmp_path: Path
+) -> None:
+    config, _ = finished
+    with pytest.raises(OutputError, match="choose another --out"):
+        quickstart(QuickstartConfig(out=config.out, size="tiny", seed=1))
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="no quickstart"):
+        quickstart(QuickstartConfig(out=tmp_path, size="tiny"))
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_corpus_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    first, again, other = (
+        write_corpus(tmp_path / name, characters=50_000, seed=seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert first.train.read_bytes() == again.train.read_bytes()
+    assert first.valid.read_bytes() == again.valid.read_bytes()
+    assert first.train.read_bytes() != other.train.read_bytes()
+
+
+@pytest.mark.powerinfer
+@pytest.mark.parametrize("threshold", [None, DENSE_THRESHOLD], ids=["sparse", "dense"])
+def test_real_powerinfer_agrees(
+    finished: tuple[QuickstartConfig, str], powerinfer_bin: Path, threshold: float | None
+) -> None:
+    paths = Paths(finished[0].out)
+    file, text = paths.bundle.model_file, paths.corpus.valid.read_text(encoding="utf-8")
+    engine, real = Engine(file, threshold=threshold), PowerInfer(powerinfer_bin)
+    theirs = real.perplexity(file, text, 128, 16, threads=1, threshold=threshold)
+    assert engine_perplexity(engine, text, 128, 16, "ours") == pytest.approx(theirs, rel=5e-3)
+    run = real.generate(file, "def main(", 24, threads=1, threshold=threshold)
+    ours = generate(engine, "def main(", 24).text
+    assert run.text.strip() == ("def main(" + ours).strip()
