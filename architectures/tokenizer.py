@@ -36,7 +36,9 @@ def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePiecePr
             f"{file}: not a SentencePiece model; fetch the checkpoint again"
         ) from error
     if tokenizer.bos_id() < 0:
-        raise CheckpointError(f"{file}: has no BOS piece, which PowerInfer puts before every text")
+        raise CheckpointError(
+            f"{file}: has no BOS piece, which PowerInfer needs; use another tokenizer.model"
+        )
     if tokenizer.vocab_size() > vocab_size:
         raise CheckpointError(
             f"{file}: has {tokenizer.vocab_size()} pieces, the model {vocab_size} rows; "

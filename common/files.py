@@ -137,21 +137,28 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def refuse_existing(path: Path, *, force: bool, resumable: bool = False) -> None:
+def refuse_existing(
+    path: Path, *, force: bool, marker: str | None = None, resumable: bool = False
+) -> None:
     """Make sure that `path` may be written.
 
     Args:
         path: file or directory about to be made.
         force: the user accepts that it is replaced.
+        marker: for directories: a file that every one of the kind holds. One without it was made by
+            somebody else and is never replaced.
         resumable: the command could also go on with what is there; the message says so.
 
     Raises:
-        OutputError: the output exists and `force` is false.
+        OutputError: the output exists and may not be replaced.
     """
-    if force or not os.path.lexists(path) or _only_leftovers(path):
+    if not os.path.lexists(path) or _only_leftovers(path):
         return
-    resume = "--resume to go on with it, " if resumable else ""
-    raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
+    if not force:
+        resume = "--resume to go on with it, " if resumable else ""
+        raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
+    if marker and path.is_dir() and not (path / marker).exists():
+        raise OutputError(f"{path} was not made by this command; choose another --out")
 
 
 def remove_output(path: Path) -> None:
@@ -171,6 +178,6 @@ def remove_output(path: Path) -> None:
 
 def _only_leftovers(path: Path) -> bool:
     """Whether a directory holds nothing but what a killed run left behind."""
-    return path.is_dir() and all(
+    return (path.is_dir() and not path.is_symlink()) and all(
         entry.name.startswith(".") and entry.suffix == ".part" for entry in path.iterdir()
     )

@@ -17,12 +17,13 @@ from common.files import (
     atomic_path,
     refuse_existing,
     write_bytes,
+    write_error,
     write_json,
 )
 from common.version import tool_version
 from gguf_export.schema import BLOCK
 from gguf_export.tensors import plan_tensors
-from gguf_export.vocabulary import read_vocabulary
+from gguf_export.vocabulary import Vocabulary, read_vocabulary
 from gguf_export.writer import write_sparse_file
 from predictor.artifact import PredictorArtifact
 
@@ -97,8 +98,9 @@ def export(config: ExportConfig) -> Bundle:
     vocabulary = read_vocabulary(load_tokenizer(checkpoint.path, vocab_size), vocab_size)
     bundle = Bundle.beside(config.out)
     _check_directory(bundle)
-    for path in bundle.paths():
-        refuse_existing(path, force=config.force)
+    refuse_existing(bundle.model_file, force=config.force)
+    refuse_existing(bundle.predictor_directory, force=config.force, marker="config.json")
+    refuse_existing(bundle.activation_directory, force=config.force, marker="activation_0.pt")
     with (
         atomic_path(bundle.model_file) as model_file,
         atomic_directory(bundle.predictor_directory) as predictor_directory,
@@ -106,22 +108,31 @@ def export(config: ExportConfig) -> Bundle:
     ):
         _write_predictors(predictor_directory, predictors)
         _write_activation(activation_directory, predictors)
-        write_sparse_file(
-            model_file,
-            architecture=checkpoint.architecture,
-            model=checkpoint.shape,
-            name=checkpoint.path.resolve().name,
-            vocabulary=vocabulary,
-            threshold=predictors.header.threshold,
-            provenance={
-                "psp.version": tool_version(),
-                "psp.model_fingerprint": checkpoint.fingerprint,
-                "psp.recipe": json.dumps(predictors.header.recipe),
-                "psp.activation": checkpoint.architecture.activation,
-            },
-            tensors=list(plan_tensors(checkpoint, predictors)),
-        )
+        try:
+            _write_model(model_file, checkpoint, predictors, vocabulary)
+        except OSError as error:
+            raise write_error(bundle.model_file, error) from error
     return bundle
+
+
+def _write_model(
+    path: Path, checkpoint: Checkpoint, predictors: PredictorArtifact, vocabulary: Vocabulary
+) -> None:
+    write_sparse_file(
+        path,
+        architecture=checkpoint.architecture,
+        model=checkpoint.shape,
+        name=checkpoint.path.resolve().name,
+        vocabulary=vocabulary,
+        threshold=predictors.header.threshold,
+        provenance={
+            "psp.version": tool_version(),
+            "psp.model_fingerprint": checkpoint.fingerprint,
+            "psp.recipe": json.dumps(predictors.header.recipe),
+            "psp.activation": checkpoint.architecture.activation,
+        },
+        tensors=list(plan_tensors(checkpoint, predictors)),
+    )
 
 
 def _check_directory(bundle: Bundle) -> None:

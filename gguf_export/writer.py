@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +90,13 @@ def write_sparse_file(
         file.write(SPARSE_MAGIC)
 
 
+class _Whole(np.ndarray[Any, Any]):
+    """Writes itself through the file object, which says why a write failed; numpy does not."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "") -> None:
+        fid.write(np.ascontiguousarray(self).data)
+
+
 def _write(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
     for tensor in tensors:
         dtype = np.dtype(tensor.dtype)
@@ -98,7 +106,7 @@ def _write(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tqdm(tensors, unit="tensor", desc="export-gguf", disable=None):
-        writer.write_tensor_data(_convert(tensor))
+        writer.write_tensor_data(_convert(tensor).view(_Whole))
 
 
 def _convert(tensor: PlannedTensor) -> npt.NDArray[np.generic]:

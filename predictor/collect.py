@@ -57,6 +57,13 @@ class CollectConfig:
     force: bool = False
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse settings that record nothing."""
+        if self.tokens < 1 or self.context < 2 or self.batch < 1:
+            raise TraceError("nothing to record: need 1 token, a context of 2 and a batch of 1")
+        if self.dtype not in _STORED:
+            raise TraceError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(_STORED)}")
+
 
 class Recorder:
     """Hooks that turn one forward pass into trace rows of every layer."""
@@ -216,7 +223,7 @@ def _open_store(config: CollectConfig, header: TraceHeader) -> TraceStore:
                     f"{value!r}; use the same settings, or --force to start over"
                 )
         return store
-    refuse_existing(config.out, force=config.force, resumable=True)
+    refuse_existing(config.out, force=config.force, marker="manifest.json", resumable=True)
     remove_output(config.out)
     return TraceStore.create(config.out, header)
 

@@ -297,7 +297,7 @@ class TraceStore:
         """Choose whole documents for the holdout.
 
         Args:
-            share: least share of rows to hold out.
+            share: share of rows to hold out, at least, unless all documents but one fall short.
             seed: seed of the choice.
 
         Returns:

@@ -153,7 +153,7 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
                     "traces, or --force to start over"
                 )
         return artifact
-    refuse_existing(config.out, force=config.force, resumable=True)
+    refuse_existing(config.out, force=config.force, marker="predictors.json", resumable=True)
     remove_output(config.out)
     artifact = PredictorArtifact(config.out, header)
     artifact.write_header()

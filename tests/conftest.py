@@ -170,12 +170,16 @@ def exact_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
+def make_export(model: Path, predictors: Path, out: Path, *, force: bool = False) -> Bundle:
+    return export(ExportConfig(model=str(model), predictors=predictors, out=out, force=force))
+
+
 @pytest.fixture(scope="session")
 def exact_bundle(
     model_dir: Path, exact_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Bundle:
     out = tmp_path_factory.mktemp("export") / "exact.powerinfer.gguf"
-    return export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out))
+    return make_export(model_dir, exact_dir, out)
 
 
 @pytest.fixture

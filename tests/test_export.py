@@ -13,13 +13,14 @@ import pytest
 import sentencepiece
 import torch
 from conftest import ModelMaker, write_predictors
+from conftest import make_export as run
 from gguf import GGMLQuantizationType, TokenType
 from gguf import GGUFValueType as Kind
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError, OutputError, PredictorError, PspError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from common.errors import ExportError, PredictorError, PspError
+from gguf_export.bundle import Bundle
 from gguf_export.reader import GGUFFile
 from predictor.artifact import PredictorArtifact
 
@@ -63,10 +64,6 @@ def exact_file(exact_bundle: Bundle) -> GGUFFile:
 
 def files(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-
-
-def run(model: Path, predictors: Path, out: Path, *, force: bool = False) -> Bundle:
-    return export(ExportConfig(model=str(model), predictors=predictors, out=out, force=force))
 
 
 def exported(model: Path, tmp_path: Path) -> GGUFFile:
@@ -355,45 +352,3 @@ def test_sizes_that_powerinfer_cannot_run_are_refused(
     write_predictors(model_dir, tmp_path / "narrow", lambda gate: zeros)
     message = refusal(ExportError, model_dir, tmp_path / "narrow", tmp_path)
     assert "rank 48 is no multiple of 32" in message
-
-
-@pytest.mark.parametrize("name", ["model.gguf", "m.powerinfer.gguf.bak", ".powerinfer.gguf", ""])
-def test_a_name_without_the_suffix_is_refused(
-    model_dir: Path, exact_dir: Path, tmp_path: Path, name: str
-) -> None:
-    with pytest.raises(ExportError) as caught:
-        run(model_dir, exact_dir, tmp_path / "out" / name)
-    found = f"--out {tmp_path / 'out' / name}: expected a name that ends in .powerinfer.gguf"
-    assert str(caught.value) == found
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("length", [235, 300])
-def test_a_name_too_long_for_the_disk_is_refused(
-    model_dir: Path, exact_dir: Path, tmp_path: Path, length: int
-) -> None:
-    with pytest.raises(OutputError) as caught:
-        run(model_dir, exact_dir, tmp_path / "out" / f"{'x' * length}.powerinfer.gguf")
-    assert len(str(caught.value).splitlines()) == 1
-    assert "name too long" in str(caught.value)
-
-
-@pytest.mark.parametrize("taken", ["m.powerinfer.gguf", "m.predictors", "activation"])
-def test_an_existing_output_is_kept_without_force_and_replaced_with_it(
-    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path, taken: str
-) -> None:
-    out = tmp_path / "m.powerinfer.gguf"
-    old = tmp_path / taken if taken.endswith("gguf") else tmp_path / taken / "activation_7.pt"
-    old.parent.mkdir(exist_ok=True)
-    old.write_bytes(b"precious")
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(OutputError) as caught:
-        run(model_dir, exact_dir, out)
-    expected = f"{tmp_path / taken} exists; pass --force to replace it or another --out"
-    assert str(caught.value) == expected
-    assert sorted(tmp_path.rglob("*")) == before
-    assert old.read_bytes() == b"precious"
-
-    run(model_dir, exact_dir, out, force=True)
-    assert out.read_bytes() == exact_bundle.model_file.read_bytes()
-    assert len(files(tmp_path)) == 6

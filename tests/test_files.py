@@ -25,6 +25,9 @@ from common.files import (
     write_error,
     write_json,
 )
+from gguf_export.bundle import Bundle
+from predictor.collect import CollectConfig, collect
+from predictor.traces import TraceStore
 
 # Python ignores SIGXFSZ, so a write past the limit fails with EFBIG as one on a full disk does with
 # ENOSPC: after part of the file has been written.
@@ -204,23 +207,38 @@ def test_sha256_is_the_standard_one() -> None:
 
 
 @pytest.mark.parametrize("force", [True, False])
-def test_a_free_name_can_be_claimed(tmp_path: Path, force: bool) -> None:
+def test_a_free_name_may_be_written(tmp_path: Path, force: bool) -> None:
     refuse_existing(tmp_path / "new", force=force)
-    assert not (tmp_path / "new").exists()
+    remove_output(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["file", "directory", "link", "dangling link"])
-def test_an_existing_output_is_refused_and_stays(tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "out"
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "link to nothing", "dangling link"])
+def test_an_existing_output_is_refused_unless_forced_and_stays(tmp_path: Path, kind: str) -> None:
+    out, empty = tmp_path / "out", tmp_path / "empty"
+    empty.mkdir()
     if kind == "file":
         out.write_bytes(b"old")
     elif kind == "directory":
         write_bytes(out / "file", b"old")
     else:
-        out.symlink_to(tmp_path if kind == "link" else tmp_path / "gone")
+        targets = {"link": tmp_path, "link to nothing": empty, "dangling link": tmp_path / "gone"}
+        out.symlink_to(targets[kind])
     with refused(OutputError, f"{out} exists", "--force", "another --out"):
         refuse_existing(out, force=False)
-    assert out.is_symlink() or out.exists()
+    refuse_existing(out, force=True)
+    assert os.path.lexists(out)
+
+
+def test_what_a_killed_run_left_is_no_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with atomic_path(out / "manifest.json") as part:
+        part.write_bytes(b"{}")
+    (out / "manifest.json").rename(part)
+    refuse_existing(out, force=False)
+    write_bytes(out / "file", b"whole")
+    with refused(OutputError, f"{out} exists"):
+        refuse_existing(out, force=False)
 
 
 def test_only_a_resumable_output_is_offered_resumption(tmp_path: Path) -> None:
@@ -231,11 +249,11 @@ def test_only_a_resumable_output_is_offered_resumption(tmp_path: Path) -> None:
         assert ("--resume" in str(error.value)) == resumable
 
 
-def test_removal_takes_directories_files_and_nothing(tmp_path: Path) -> None:
+def test_outputs_of_every_kind_are_removed(tmp_path: Path) -> None:
     write_bytes(tmp_path / "directory" / "deep" / "file", b"old")
     write_bytes(tmp_path / "file", b"old")
-    for name in ("directory", "file", "nothing"):
-        refuse_existing(tmp_path / name, force=True)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name in ("directory", "file", "link"):
         remove_output(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -244,8 +262,8 @@ def test_removal_never_reaches_through_a_link(tmp_path: Path) -> None:
     write_bytes(tmp_path / "precious" / "file", b"old")
     (tmp_path / "link").symlink_to(tmp_path / "precious")
     remove_output(tmp_path / "link")
+    assert not os.path.lexists(tmp_path / "link")
     assert (tmp_path / "precious" / "file").read_bytes() == b"old"
-    assert not (tmp_path / "link").is_symlink()
 
 
 def test_a_replaced_link_leaves_its_target_alone(tmp_path: Path) -> None:
@@ -257,27 +275,95 @@ def test_a_replaced_link_leaves_its_target_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "link").is_symlink()
 
 
-def test_what_a_killed_run_left_is_no_output(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".manifest.json.part").write_bytes(b"{")
-    refuse_existing(tmp_path / "out", force=False)
-    (tmp_path / "out" / "manifest.json").write_bytes(b"{}")
-    with pytest.raises(OutputError):
-        refuse_existing(tmp_path / "out", force=False)
-
-
-def test_a_directory_is_replaced_whole_or_stays(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    write_bytes(out / "old", b"old")
-
-    def fail() -> None:
+def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    for content in ("first", "second"):
         with atomic_directory(out) as part:
-            write_bytes(part / "new", b"new")
-            raise KeyError
+            assert list(part.iterdir()) == []
+            (part / content).write_text(content)
+            assert not (out / content).exists()
+        assert [path.name for path in out.iterdir()] == [content]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
 
-    with pytest.raises(KeyError):
-        fail()
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
-    with atomic_directory(out) as part:
-        write_bytes(part / "new", b"new")
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["new"]
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_the_old_directory_survives_a_failed_replacement(
+    tmp_path: Path, kind: type[BaseException]
+) -> None:
+    def replace_half() -> None:
+        with atomic_directory(tmp_path / "out") as part:
+            (part / "new").write_bytes(b"half")
+            raise kind("half way")
+
+    write_bytes(tmp_path / "out" / "old", b"old")
+    with pytest.raises(kind, match="half way"):
+        replace_half()
+    assert names(tmp_path) == {"old"}
+
+
+def test_a_directory_that_a_killed_process_left_is_made_anew(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as part:
+        (part / "file").write_bytes(b"x")
+    (tmp_path / "out").rename(part)
+    with atomic_directory(tmp_path / "out") as part:
+        (part / "other").write_bytes(b"y")
+    assert names(tmp_path) == {"other"}
+
+
+def settings(model: Path, data: Path, out: Path, *, resume: bool = False) -> CollectConfig:
+    return CollectConfig(
+        model=str(model), data=str(data), out=out, tokens=600, context=64, resume=resume
+    )
+
+
+@pytest.fixture(scope="module")
+def small_traces(
+    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    return collect(settings(model_dir, data_file, tmp_path_factory.mktemp("small") / "traces"))
+
+
+@pytest.mark.parametrize("missing", [100_000, 1], ids=["a third missing", "a byte missing"])
+def test_export_on_a_full_disk_leaves_nothing(
+    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path, missing: int
+) -> None:
+    out = tmp_path / "a.powerinfer.gguf"
+    limit = exact_bundle.model_file.stat().st_size - missing
+    line = psp_with_little_room(
+        limit, "export-gguf", "--model", model_dir, "--predictors", exact_dir, "--out", out
+    )
+    assert line.startswith(f"Error: cannot write {out}: ")
+    assert "File too large" in line
+    assert "ulimit -f" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_collect_on_a_full_disk_goes_on_once_there_is_room(
+    model_dir: Path, data_file: Path, small_traces: TraceStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "traces"
+    sizes = ("--tokens", 600, "--context", 64)
+    line = psp_with_little_room(
+        40_000, "collect", "--model", model_dir, "--data", data_file, "--out", out, *sizes
+    )
+    shard = out / "layer-00" / "shard-00000.safetensors"
+    assert line.startswith(f"Error: cannot write {shard}: ")
+    assert "File too large" in line
+    assert "ulimit -f" in line
+    assert names(out) == {"manifest.json", "weights.safetensors"}
+    collect(settings(model_dir, data_file, out, resume=True))
+    assert names(out) == names(small_traces.path)
+    assert shard.read_bytes() == (small_traces.path / shard.relative_to(out)).read_bytes()
+
+
+def test_train_predictor_on_a_full_disk_leaves_no_layer_file(
+    small_traces: TraceStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "predictors"
+    line = psp_with_little_room(
+        30_000, "train-predictor", "--traces", small_traces.path, "--out", out, "--rank", 128
+    )
+    assert line.startswith(f"Error: cannot write {out / 'layer-00.safetensors'}: ")
+    assert "File too large" in line
+    assert "ulimit -f" in line
+    assert names(out) == {"predictors.json"}
