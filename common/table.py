@@ -72,7 +72,7 @@ def bench_table(result: Mapping[str, Any]) -> str:
     ]
     header = ["model", "sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity"]
     lines = [table([*header, "tokens/s", "speedup"], rows), ""]
-    lines.append(f"perplexity gap {100 * result['ppl_gap']:+.3f} %")
+    lines.append(f"perplexity gap {100 * result['ppl_gap']:+.3f} %; {_compare_texts(result)}")
     if result["engine"] == "PowerInfer":
         lines.append("engine: PowerInfer; sparsity and recall by the embedded engine")
     else:
@@ -84,3 +84,14 @@ def bench_table(result: Mapping[str, Any]) -> str:
         f"text: {result['text']}"
     )
     return "\n".join(lines)
+
+
+def _compare_texts(result: Mapping[str, Any]) -> str:
+    sparse, dense = (result["continuations"][kind] for kind in ("sparse", "dense"))
+    if sparse == dense:
+        return "greedy text identical"
+    same = next(
+        (at for at, (a, b) in enumerate(zip(sparse, dense, strict=False)) if a != b),
+        min(len(sparse), len(dense)),
+    )
+    return f"greedy text differs after {same} of {len(dense)} characters"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,9 @@ from common.files import sha256
 from common.version import tool_version
 from gguf_export.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.generate import generate
-from powerinfer_bridge.perplexity import engine_perplexity
 from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.runners import EmbeddedRunner, PowerInferRunner, Runner
 from powerinfer_bridge.sample_text import sample_text
-
-EMBEDDED = "embedded engine"
-POWERINFER = "PowerInfer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,32 +78,24 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     text = _text(config)
     room = _room(config, engine)
     context = min(config.context, engine.hyper.context_length)
+    embedded = EmbeddedRunner(engine)
     counts = engine.count()
-    ppl_sparse = engine_perplexity(engine, text, context, config.chunks, "perplexity, sparse")
+    ppl_sparse = embedded.perplexity(text, context, config.chunks, None)
     engine.counts = None
-    dense = engine.with_threshold(DENSE_THRESHOLD)
-    if real is None:
-        ppl_dense = engine_perplexity(dense, text, context, config.chunks, "perplexity, dense")
-    else:
-        # One thread: PowerInfer's parallel sparse sum is not exact (see docs/powerinfer.md).
-        ppl_sparse, ppl_dense = (
-            real.perplexity(config.file, text, context, config.chunks, threads=1, threshold=value)
-            for value in (None, DENSE_THRESHOLD)
-        )
-    speeds = _speeds(config, room, engine, dense, real)
-    sparse_speed, dense_speed = (statistics.median(speeds[key]) for key in ("sparse", "dense"))
+    runner: Runner = embedded
+    if real is not None:
+        runner = PowerInferRunner(real, config.file, config.threads, room)
+        ppl_sparse = runner.perplexity(text, context, config.chunks, None)
+    ppl_dense = runner.perplexity(text, context, config.chunks, DENSE_THRESHOLD)
     return {
         "model": engine.hyper.name,
         "file": str(config.file),
-        "engine": EMBEDDED if real is None else POWERINFER,
+        "engine": runner.name,
         **_decisions(engine, counts),
         "ppl_dense": ppl_dense,
         "ppl_sparse": ppl_sparse,
         "ppl_gap": ppl_sparse / ppl_dense - 1,
-        "tokens_per_second": sparse_speed,
-        "tokens_per_second_dense": dense_speed,
-        "speedup": sparse_speed / dense_speed,
-        "samples": speeds,
+        **_decoding(config, runner),
         "text": config.data or "pydoc_data.topics",
         "text_sha256": sha256(text.encode("utf-8", "surrogateescape")),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
@@ -136,38 +123,25 @@ def _room(config: BenchConfig, engine: Engine) -> int:
     return needed
 
 
-def _speeds(
-    config: BenchConfig, room: int, sparse: Engine, dense: Engine, real: PowerInfer | None
-) -> dict[str, list[float]]:
-    """Return decoding speeds of alternating runs, tokens/s; one run of each kind warms up."""
-
-    def embedded(engine: Engine) -> Callable[[], float]:
-        return lambda: generate(engine, config.prompt, config.generate).tokens_per_second
-
-    def outside(powerinfer: PowerInfer, threshold: float | None) -> Callable[[], float]:
-        def run() -> float:
-            done = powerinfer.generate(
-                config.file,
-                config.prompt,
-                config.generate,
-                threads=config.threads,
-                context=room,
-                threshold=threshold,
-            )
-            return done.timings["eval"].tokens_per_second
-
-        return run
-
-    runs = {"sparse": embedded(sparse), "dense": embedded(dense)}
-    if real is not None:
-        runs = {"sparse": outside(real, None), "dense": outside(real, DENSE_THRESHOLD)}
-    samples: dict[str, list[float]] = {kind: [] for kind in runs}
+def _decoding(config: BenchConfig, runner: Runner) -> dict[str, Any]:
+    """Return speeds and texts of alternating runs; one run of each kind warms up."""
+    thresholds = {"sparse": None, "dense": DENSE_THRESHOLD}
+    samples: dict[str, list[float]] = {kind: [] for kind in thresholds}
+    texts: dict[str, str] = {}
     for number in tqdm(range(config.repeats + 1), unit="pair", desc="decode", disable=None):
-        for kind, run in runs.items():
-            speed = run()
+        for kind, threshold in thresholds.items():
+            decoded = runner.decode(config.prompt, config.generate, threshold)
+            texts[kind] = decoded.text
             if number:
-                samples[kind].append(speed)
-    return samples
+                samples[kind].append(decoded.tokens_per_second)
+    sparse, dense = (statistics.median(samples[kind]) for kind in thresholds)
+    return {
+        "tokens_per_second": sparse,
+        "tokens_per_second_dense": dense,
+        "speedup": sparse / dense,
+        "samples": samples,
+        "continuations": texts,
+    }
 
 
 def _decisions(engine: Engine, counts: list[DecisionCounts]) -> dict[str, Any]:

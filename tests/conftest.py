@@ -20,6 +20,9 @@ from cli import main
 from gguf_export.bundle import Bundle, ExportConfig, export
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
 
+# Only the tests that ask for the real programs may use them.
+POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
+
 TEXT = (
     "The quick brown fox jumps over the lazy dog.\n"
     "def f(x):\n    return [y ** 2 for y in range(x) if y % 3]\n\n"
@@ -198,7 +201,6 @@ def psp() -> Callable[..., Result]:
 @pytest.fixture(scope="session")
 def powerinfer_bin() -> Path:
     """Directory of real PowerInfer programs, or a visible skip."""
-    directory = os.environ.get("PSP_POWERINFER_BIN")
-    if not directory:
+    if not POWERINFER_BIN:
         pytest.skip("set PSP_POWERINFER_BIN to a PowerInfer build's bin directory to run this")
-    return Path(directory)
+    return Path(POWERINFER_BIN)
