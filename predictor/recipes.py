@@ -17,6 +17,7 @@ class Recipe:
         normalise: train on inputs scaled to unit root mean square. At threshold 0 the decisions of
             a bias-free predictor do not depend on that scale, so it is exported unchanged.
         importance: weight positives by their share of the FFN's output instead of equally.
+        importance_cap: most that a positive may weigh, relative to the batch's mean.
         negative_weight: weight of a negative relative to the batch's density.
         negative_floor: added to the weight of a negative.
         epochs: passes over the training rows, at most.
@@ -36,6 +37,7 @@ class Recipe:
     svd_start: bool
     normalise: bool
     importance: bool
+    importance_cap: float
     negative_weight: float
     negative_floor: float
     epochs: int
@@ -54,6 +56,7 @@ DEJAVU = Recipe(
     svd_start=False,
     normalise=False,
     importance=False,
+    importance_cap=1.0,
     negative_weight=1.0,
     negative_floor=0.005,
     epochs=20,
@@ -75,6 +78,7 @@ PSP = Recipe(
     svd_start=True,
     normalise=True,
     importance=True,
+    importance_cap=16.0,
     negative_weight=1.0,
     negative_floor=0.005,
     epochs=4,

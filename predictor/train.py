@@ -18,7 +18,6 @@ from predictor.traces import LayerWeights
 
 _EVALUATION_ROWS = 2048
 _MOMENT_ROWS = 32768
-_IMPORTANCE_CAP = 16.0
 _TUNED_WIDTH = 512
 _TUNED_RANK = 32
 
@@ -123,7 +122,7 @@ def _loss(
     if recipe.importance:
         importance = rows.magnitude(index) * weights.down_norms
         mean = importance.sum() / labels.sum().clamp_min(1)
-        positive = (importance / mean.clamp_min(1e-30)).clamp_max(_IMPORTANCE_CAP)
+        positive = (importance / mean.clamp_min(1e-30)).clamp_max(recipe.importance_cap)
     weight = torch.where(labels, positive, negative)
     logits = predictor(rows.inputs(index))
     return binary_cross_entropy_with_logits(logits, labels.float(), weight=weight)
