@@ -21,7 +21,7 @@ from common.files import (
     write_json,
 )
 from common.version import tool_version
-from gguf_export.schema import BLOCK
+from gguf_export.schema import BLOCK, SMALLEST_D_FF
 from gguf_export.tensors import plan_tensors
 from gguf_export.vocabulary import Vocabulary, read_vocabulary
 from gguf_export.writer import write_sparse_file
@@ -173,6 +173,10 @@ def check_fit(checkpoint: Checkpoint, predictors: PredictorArtifact) -> None:
     for key, size in (("d_model", shape.d_model), ("rank", header.rank)):
         if size % BLOCK:
             raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
+    if shape.d_ff < SMALLEST_D_FF:
+        raise ExportError(
+            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}; PowerInfer computes smaller FFNs wrongly"
+        )
     if shape.d_model != shape.n_heads * shape.head_dim:
         raise ExportError("heads times head size differ from d_model; PowerInfer cannot run it")
     for layer in range(header.n_layers):

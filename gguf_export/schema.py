@@ -15,6 +15,10 @@ ALIGNMENT = 32
 BLOCK = 32
 """Row sizes (d_model and rank) must be multiples of this."""
 
+SMALLEST_D_FF = 1001
+"""Up to 1000 neurons PowerInfer takes a kernel made for attention heads, which leaves out blocks of
+128 neurons by another rule (ggml.c:ggml_compute_forward_mul_mat_sparse_head): wrong text."""
+
 THRESHOLD_KEY = "powerinfer.sparse_threshold"
 DENSE_THRESHOLD = -1e30
 """A threshold that computes every neuron: the dense ReLU model in the sparse engine."""

@@ -9,7 +9,7 @@ from gguf import GGUFValueType
 
 from common.errors import FormatError
 from gguf_export.reader import GGUFFile
-from gguf_export.schema import BLOCK, THRESHOLD_KEY
+from gguf_export.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 
 _ARCHITECTURE = "llama"
 
@@ -83,8 +83,8 @@ def _check(file: GGUFFile, found: Hyperparameters) -> None:
         and found.d_model % (2 * found.n_heads) == 0
         and found.n_heads % found.n_kv_heads == 0
     )
-    sizes = min(found.d_model, found.d_ff, found.n_layers, found.context_length)
-    if not heads_fit or found.d_model % BLOCK or not sizes:
+    sizes_fit = found.d_model and found.n_layers and found.context_length
+    if not (heads_fit and sizes_fit) or found.d_model % BLOCK or found.d_ff < SMALLEST_D_FF:
         raise file.error(f"sizes do not fit together ({found})")
     constants_fit = (
         0 <= found.norm_eps < 1

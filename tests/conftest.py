@@ -60,7 +60,7 @@ class ModelMaker:
         settings: dict[str, Any] = {
             "vocab_size": 320,
             "hidden_size": 64,
-            "intermediate_size": 112,
+            "intermediate_size": 1012,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

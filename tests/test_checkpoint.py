@@ -79,7 +79,7 @@ def test_open_reads_the_sizes_of_the_model(model_dir: Path) -> None:
     assert checkpoint.architecture.name == "llama"
     assert vars(checkpoint.shape) == {
         "d_model": 64,
-        "d_ff": 112,
+        "d_ff": 1012,
         "n_layers": 2,
         "n_heads": 4,
         "n_kv_heads": 2,
@@ -220,7 +220,7 @@ def test_an_unsupported_class_is_named_and_the_supported_are_listed(
         ),
         ({"hidden_size": None}, ["hidden_size is None", "an integer from 1", "mend"]),
         ({"hidden_size": 64.0}, ["hidden_size is 64.0", "an integer from 1", "mend"]),
-        ({"intermediate_size": "112"}, ["intermediate_size is '112'", "an integer", "mend"]),
+        ({"intermediate_size": "1012"}, ["intermediate_size is '1012'", "an integer", "mend"]),
         ({"num_hidden_layers": 0}, ["num_hidden_layers is 0", "an integer from 1", "mend"]),
         ({"num_hidden_layers": True}, ["num_hidden_layers is True", "an integer", "mend"]),
         ({"vocab_size": 1 << 40}, ["vocab_size is 1099511627776", "an integer", "mend"]),
@@ -270,12 +270,12 @@ def test_a_missing_tensor_is_named(copy: Path, name: str) -> None:
         Checkpoint.open(copy)
 
 
-@pytest.mark.parametrize("shape", [(64, 112), (112, 32), (112 * 64,)])
+@pytest.mark.parametrize("shape", [(64, 1012), (1012, 32), (1012 * 64,)])
 def test_a_tensor_of_the_wrong_shape_is_named_with_both_shapes(
     copy: Path, shape: tuple[int, ...]
 ) -> None:
     rewrite(copy, lambda tensors: tensors.update({GATE: torch.zeros(shape)}))
-    with refused(GATE, f"has shape {shape}", "(112, 64)", "fetch the checkpoint again"):
+    with refused(GATE, f"has shape {shape}", "(1012, 64)", "fetch the checkpoint again"):
         Checkpoint.open(copy)
 
 

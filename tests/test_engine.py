@@ -107,8 +107,8 @@ def test_counts_of_an_exact_predictor(exact_bundle: Bundle, model_dir: Path) -> 
     counts = engine.count()
     engine.forward(tokens_of(model_dir, 100), KVCache(engine.hyper.n_layers))
     for layer in counts:
-        metrics = layer.metrics(rank=128, d_model=64, d_ff=112)
-        assert layer.decisions == 100 * 112
+        metrics = layer.metrics(rank=128, d_model=64, d_ff=1012)
+        assert layer.decisions == 100 * 1012
         assert 0.2 < metrics["activation_sparsity"] < 0.8
         # Float16 rounding of gate times norm may flip neurons whose gate is almost zero.
         assert metrics["activation_recall"] > 0.995
@@ -119,7 +119,7 @@ def test_skip_rule_is_below_not_at_the_threshold(make_model: ModelMaker, tmp_pat
     """A logit equal to the threshold is computed: zeros at threshold 0 skip nothing."""
     model = make_model(tmp_path / "model")
     write_predictors(
-        model, tmp_path / "zeros", lambda gate: (torch.zeros(32, 64), torch.zeros(112, 32))
+        model, tmp_path / "zeros", lambda gate: (torch.zeros(32, 64), torch.zeros(1012, 32))
     )
     out = tmp_path / "zeros.powerinfer.gguf"
     export(ExportConfig(model=str(model), predictors=tmp_path / "zeros", out=out))

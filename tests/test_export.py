@@ -31,7 +31,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "llama.context_length": (Kind.UINT32, 128),
     "llama.embedding_length": (Kind.UINT32, 64),
     "llama.block_count": (Kind.UINT32, 2),
-    "llama.feed_forward_length": (Kind.UINT32, 112),
+    "llama.feed_forward_length": (Kind.UINT32, 1012),
     "llama.rope.dimension_count": (Kind.UINT32, 16),
     "llama.attention.head_count": (Kind.UINT32, 4),
     "llama.attention.head_count_kv": (Kind.UINT32, 2),
@@ -198,7 +198,7 @@ def test_activation_statistics_are_one_vector_of_counts_a_layer(exact_bundle: Bu
         file = exact_bundle.activation_directory / f"activation_{layer}.pt"
         counts = torch.load(file, weights_only=True)
         assert counts.dtype == torch.int64
-        assert torch.equal(counts, torch.arange(112))
+        assert torch.equal(counts, torch.arange(1012))
 
 
 def test_the_bundle_holds_these_files_and_no_other(exact_bundle: Bundle) -> None:
@@ -303,7 +303,7 @@ def test_predictors_of_another_model_are_refused(
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"intermediate_size": 96}, "have d_ff 112, the model has 96"),
+        ({"intermediate_size": 1024}, "have d_ff 1012, the model has 1024"),
         ({"num_hidden_layers": 3}, "have n_layers 2, the model has 3"),
         ({"hidden_size": 128}, "have d_model 64, the model has 128"),
     ],
@@ -348,7 +348,17 @@ def test_sizes_that_powerinfer_cannot_run_are_refused(
     write_predictors(model, tmp_path / "wide")
     message = refusal(ExportError, model, tmp_path / "wide", tmp_path)
     assert "d_model 48 is no multiple of 32" in message
-    zeros = torch.zeros(48, 64), torch.zeros(112, 48)
+    zeros = torch.zeros(48, 64), torch.zeros(1012, 48)
     write_predictors(model_dir, tmp_path / "narrow", lambda gate: zeros)
     message = refusal(ExportError, model_dir, tmp_path / "narrow", tmp_path)
     assert "rank 48 is no multiple of 32" in message
+
+
+def test_an_ffn_that_powerinfer_would_compute_wrongly_is_refused(
+    make_model: ModelMaker, tmp_path: Path
+) -> None:
+    """Up to 1000 neurons it takes a kernel with another skip rule."""
+    model = make_model(tmp_path / "model", intermediate_size=1000)
+    write_predictors(model, tmp_path / "predictors")
+    message = refusal(ExportError, model, tmp_path / "predictors", tmp_path)
+    assert message == "d_ff 1000 is below 1001; PowerInfer computes smaller FFNs wrongly"

@@ -344,7 +344,7 @@ def test_collect_on_a_full_disk_goes_on_once_there_is_room(
     out = tmp_path / "traces"
     sizes = ("--tokens", 600, "--context", 64)
     line = psp_with_little_room(
-        40_000, "collect", "--model", model_dir, "--data", data_file, "--out", out, *sizes
+        200_000, "collect", "--model", model_dir, "--data", data_file, "--out", out, *sizes
     )
     shard = out / "layer-00" / "shard-00000.safetensors"
     assert line.startswith(f"Error: cannot write {shard}: ")

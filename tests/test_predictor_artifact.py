@@ -118,13 +118,13 @@ def test_predictors_are_measured_as_stored_on_documents_held_out(
         stored, rows = artifact.layer(number), traces.layer(number)
         assert (stored.fc1.dtype, stored.fc2.dtype) == (torch.float16, torch.float16)
         assert stored.fc1.shape == (RANK, 64)
-        assert stored.fc2.shape == (112, RANK)
+        assert stored.fc2.shape == (1012, RANK)
         assert torch.equal(stored.activation_counts, rows.counts)
         predictor = Predictor(stored.fc1.float(), stored.fc2.float())
         counts = DecisionCounts()
         decided = decide(predictor, rows.inputs.float()[held], 0.0)
-        counts.add(unpack_active(rows.active, 112)[held], decided)
-        expected = counts.metrics(rank=RANK, d_model=64, d_ff=112)
+        counts.add(unpack_active(rows.active, 1012)[held], decided)
+        expected = counts.metrics(rank=RANK, d_model=64, d_ff=1012)
         # Normalised inputs, which psp trains and measures on, may round the other way at zero.
         assert metrics == pytest.approx(expected, abs=1e-4)
         # Better than guessing at the same density, whose recall is that density.
@@ -139,7 +139,7 @@ def test_the_index_names_model_traces_recipe_and_means(
     assert header["model"] == traces.header.model
     assert header["model_fingerprint"] == traces.header.model_fingerprint
     assert header["trace_hash"] == traces.hash
-    assert (header["n_layers"], header["d_model"], header["d_ff"]) == (2, 64, 112)
+    assert (header["n_layers"], header["d_model"], header["d_ff"]) == (2, 64, 1012)
     assert (header["rank"], header["threshold"], header["recipe"]["name"]) == (RANK, 0, "psp")
     assert document["layers"] == artifact.layers
     assert len(artifact.layers) == 2

@@ -146,7 +146,7 @@ def test_traces_equal_plain_pytorch(traces: TraceStore, model_dir: Path, long_da
     for layer, expected in enumerate(reference):
         rows = traces.layer(layer)
         torch.testing.assert_close(rows.inputs.float(), expected["residual"], atol=1e-3, rtol=2e-3)
-        active = unpack_active(rows.active, 112)
+        active = unpack_active(rows.active, 1012)
         # A gate within float32 noise of zero may fall on either side.
         clear = expected["gate"].abs() > 1e-4
         assert clear.float().mean() > 0.999
@@ -157,13 +157,14 @@ def test_traces_equal_plain_pytorch(traces: TraceStore, model_dir: Path, long_da
         product = (expected["gate"].relu() * expected["up"]).abs()[active]
         sound = product > 1e-4
         assert sound.float().mean() > 0.99
-        error = (magnitude / product - 1).abs()[sound]
-        assert float(error.max()) < MAGNITUDE_ERROR
+        # Half a step of the code, and float32 noise of gate and up.
+        allowed = MAGNITUDE_ERROR * product + 1e-5
+        assert bool(((magnitude - product).abs() < allowed)[sound].all())
 
 
 def test_sparsity_is_the_share_of_neurons_that_are_not_active(traces: TraceStore) -> None:
     for layer, sparsity in enumerate(traces.activation_sparsity()):
-        active = unpack_active(traces.layer(layer).active, 112)
+        active = unpack_active(traces.layer(layer).active, 1012)
         assert sparsity == pytest.approx(1 - float(active.double().mean()))
 
 
@@ -177,7 +178,7 @@ def test_stored_weights_are_gate_times_norm_and_the_norms_of_down_columns(
         gate = tensors[name + "mlp.gate_proj.weight"].float() * norm
         down = tensors[name + "mlp.down_proj.weight"].float().square().sum(0).sqrt()
         weights = traces.weights(layer)
-        torch.testing.assert_close(weights.gate, gate, atol=0, rtol=1e-3)
+        torch.testing.assert_close(weights.gate, gate, atol=2**-25, rtol=2**-11)
         torch.testing.assert_close(weights.down_norms, down)
 
 

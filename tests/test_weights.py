@@ -138,10 +138,10 @@ def test_an_extra_tensor_is_named(exact_bundle: Bundle, tmp_path: Path, name: st
         ("output_norm.weight", lambda x: x[:32], "(32,)", "(64,)"),
         ("output_norm.weight", lambda x: x[None], "(1, 64)", "(64,)"),
         ("blk.0.attn_k.weight", lambda x: np.tile(x, (2, 1)), "(64, 64)", "(32, 64)"),
-        ("blk.1.ffn_down_t.weight", lambda x: x.T, "(64, 112)", "(112, 64)"),
-        ("blk.1.ffn_gate.weight", lambda x: x.reshape(-1), "(7168,)", "(112, 64)"),
+        ("blk.1.ffn_down_t.weight", lambda x: x.T, "(64, 1012)", "(1012, 64)"),
+        ("blk.1.ffn_gate.weight", lambda x: x.reshape(-1), "(64768,)", "(1012, 64)"),
         ("blk.0.fc1.weight", lambda x: x[:, :32], "(128, 32)", "(any, 64)"),
-        ("blk.0.fc2.weight", lambda x: x[:96], "(96, 128)", "(112, any)"),
+        ("blk.0.fc2.weight", lambda x: x[:96], "(96, 128)", "(1012, any)"),
     ],
 )
 def test_a_misshapen_tensor_is_named_with_both_shapes(
@@ -231,6 +231,7 @@ def test_impossible_sizes_are_refused(
     [
         ("llama.embedding_length", 0),
         ("llama.feed_forward_length", 0),
+        ("llama.feed_forward_length", 1000),
         ("llama.attention.head_count_kv", 1),
     ],
 )
