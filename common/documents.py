@@ -33,6 +33,16 @@ def read_documents(source: str, field: str = "text") -> Iterator[str]:
         raise DataError(f"{source}: holds no text; pass a source with at least one document")
 
 
+def read_text(source: str, field: str = "text") -> str:
+    """Return a whole source as one text: a .txt file as it is, else its documents line by line.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    separator = "" if source.endswith(".txt") else "\n"
+    return separator.join(read_documents(source, field))
+
+
 def _open(source: str, field: str) -> Iterator[str]:
     if source.startswith("hf:"):
         return _dataset(source, field)

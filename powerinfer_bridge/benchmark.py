@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.decisions import DecisionCounts, mean_metrics
-from common.documents import read_documents
+from common.documents import read_text
 from common.errors import EngineError
 from common.files import sha256
 from common.version import tool_version
@@ -75,7 +75,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     real = PowerInfer(config.powerinfer_bin) if config.powerinfer_bin else None
     engine = Engine(config.file)
-    text = _text(config)
+    text = read_text(config.data, config.field) if config.data else sample_text()
     room = _room(config, engine)
     context = min(config.context, engine.hyper.context_length)
     embedded = EmbeddedRunner(engine)
@@ -103,12 +103,6 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "tool_version": tool_version(),
     }
-
-
-def _text(config: BenchConfig) -> str:
-    if config.data is None:
-        return sample_text()
-    return "\n".join(read_documents(config.data, config.field))
 
 
 def _room(config: BenchConfig, engine: Engine) -> int:

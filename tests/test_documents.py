@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from common.documents import TEXT_DOCUMENT_CHARACTERS, read_documents
+from common.documents import TEXT_DOCUMENT_CHARACTERS, read_documents, read_text
 from common.errors import DataError
 
 
@@ -216,3 +216,17 @@ def test_a_malformed_dataset_name_is_refused_without_a_look_at_the_network(
     monkeypatch.setattr(datasets, "load_dataset", load)
     with refused(source, "hf:NAME[:CONFIG][:SPLIT]"):
         list(read_documents(source))
+
+
+def test_a_whole_text_file_is_read_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    content = "".join(f"line {number}\n\n" for number in range(9000)) + "end without newline"
+    path.write_text(content, encoding="utf-8")
+    assert len(list(read_documents(str(path)))) > 1
+    assert read_text(str(path)) == content
+
+
+def test_documents_of_other_sources_are_joined_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"body": "one"}\n{"body": "two"}\n', encoding="utf-8")
+    assert read_text(str(path), "body") == "one\ntwo"
