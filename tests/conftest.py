@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,16 @@ from click.testing import CliRunner, Result
 
 from architectures.checkpoint import Checkpoint
 from cli import main
+from common.errors import PspError
 from gguf_export.bundle import Bundle, ExportConfig, export
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+from predictor.collect import CollectConfig, collect
+from predictor.traces import TraceStore
 
 # Only the tests that ask for the real programs may use them.
 POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
+
+TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog.\n"
@@ -43,9 +49,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs --runslow"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _fixed_threads() -> None:
-    torch.set_num_threads(2)
+    """One thread: tiny matrices gain nothing from more, and bytes depend on the number."""
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
+    """Expect an error of one line that holds all parts."""
+    with pytest.raises(kind) as error:
+        yield
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,44 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of uneven length, of about 4,000 tokens in all, under `body`."""
+    path = tmp_path_factory.mktemp("data") / "long.jsonl"
+    texts = [f"{number}: " + TEXT[number % 7 :] * (number % 3 + 1) for number in range(16)]
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def settings(model_dir: Path, long_data: Path) -> Callable[..., CollectConfig]:
+    """Make settings of a collection on the tiny model."""
+
+    def make(out: Path, **changes: Any) -> CollectConfig:
+        chosen: dict[str, Any] = {
+            "model": str(model_dir),
+            "data": str(long_data),
+            "field": "body",
+            "tokens": TRACE_TOKENS,
+            "context": TRACE_CONTEXT,
+        }
+        return CollectConfig(out=out, **(chosen | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def traces(
+    settings: Callable[..., CollectConfig], tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    """Traces of three shards, made in one go."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("predictor.collect._SHARD_BYTES", 1)
+        store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
+    assert len(store.progress.shards) == 3
+    return store
+
+
 def exact(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return fc1 and fc2 whose logits are the gate itself, at rank 2 · d_model.
 
@@ -191,6 +247,7 @@ def psp() -> Callable[..., Result]:
 
     def run(*arguments: object) -> Result:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        torch.set_num_threads(1)  # --threads outlives the call
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

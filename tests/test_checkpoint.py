@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conftest
 import huggingface_hub
 import pytest
 import sentencepiece
@@ -27,15 +28,7 @@ INDEX = "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
-@contextmanager
-def refused(*parts: str) -> Iterator[None]:
-    """Expect a CheckpointError of one line that holds all parts."""
-    with pytest.raises(CheckpointError) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+refused = partial(conftest.refused, CheckpointError)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ FFN_METRICS = {
     "predicted_sparsity",
     "ffn_bytes_ratio",
 }
-SMALL_BENCH = ("--ctx", 64, "--chunks", 2, "-n", 4, "--repeats", 1, "--threads", 2)
+SMALL_BENCH = ("--ctx", 64, "--chunks", 2, "-n", 4, "--repeats", 1, "--threads", 1)
 FAKE_MAIN = """
 import os, sys
 ms = 600 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 300

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import conftest
 import datasets
 import pytest
 
 from common.documents import TEXT_DOCUMENT_CHARACTERS, read_documents, read_text
 from common.errors import DataError
 
-
-@contextmanager
-def refused(*parts: str) -> Iterator[None]:
-    """Expect a DataError of one line that holds all parts."""
-    with pytest.raises(DataError) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
+refused = partial(conftest.refused, DataError)
 
 
 def write_lines(path: Path, *rows: object) -> str:

@@ -6,14 +6,12 @@ import errno
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
+from conftest import refused
 
-from common.errors import DataError, OutputError, PspError
+from common.errors import DataError, OutputError
 from common.files import (
     atomic_directory,
     atomic_path,
@@ -40,23 +38,6 @@ limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 main()
 """
-
-
-@contextmanager
-def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
-    """Expect an error of one line that holds all parts."""
-    with pytest.raises(kind) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fixed_threads() -> None:
-    """One thread from the first fixture on: tiny matrices gain nothing from more."""
-    torch.set_num_threads(1)
 
 
 def names(directory: Path) -> set[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.errors import PspError
 from predictor.initialise import random_start, second_moment, svd_start
 from predictor.magnitude import decode_magnitude, encode_magnitude
 from predictor.module import Predictor, decide, to_half
@@ -24,17 +21,6 @@ D_MODEL, D_FF, RANK = 64, 96, 32
 TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)
 
 
-@contextmanager
-def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
-    """Expect an error of one line that holds all parts."""
-    with pytest.raises(kind) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -45,12 +31,6 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def rows_from(active: torch.Tensor, codes: torch.Tensor, inputs: torch.Tensor) -> LayerRows:
     return LayerRows(inputs.half(), pack_active(active), active.sum(0), codes[active])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fixed_threads() -> None:
-    """One thread from the first fixture on: tiny matrices gain nothing from more."""
-    torch.set_num_threads(1)
 
 
 # --- the start -----------------------------------------------------------------------------------

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import Result
+from conftest import refused
 from safetensors.torch import load_file, save_file
 
 from common.decisions import DecisionCounts, mean_metrics
-from common.errors import OutputError, PredictorError, PspError, TraceError
+from common.errors import OutputError, PredictorError, TraceError
 from predictor.artifact import PredictorArtifact
 from predictor.collect import CollectConfig, collect
 from predictor.module import Predictor, decide
@@ -23,23 +23,6 @@ from predictor.traces import TraceStore, unpack_active
 from predictor.training import TrainConfig, train_predictors
 
 RANK = 32
-
-
-@contextmanager
-def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
-    """Expect an error of one line that holds all parts."""
-    with pytest.raises(kind) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fixed_threads() -> None:
-    """One thread from the first fixture on: tiny matrices gain nothing from more."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[QuickstartConfig
     """Run `psp quickstart --size tiny` once; returns its settings and what it printed."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
     result = CliRunner().invoke(
-        main, ["quickstart", "--size", "tiny", "--threads", "2", "--out", str(out)]
+        main, ["quickstart", "--size", "tiny", "--threads", "1", "--out", str(out)]
     )
     assert result.exit_code == 0, result.output
-    return QuickstartConfig(out=out, size="tiny"), result.stdout
+    return QuickstartConfig(out=out, size="tiny", threads=1), result.stdout
 
 
 def test_prints_the_summary_and_every_path(finished: tuple[QuickstartConfig, str]) -> None:

@@ -8,22 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import TEXT, ModelMaker
+from conftest import TRACE_CONTEXT, TRACE_TOKENS, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
-from common.errors import OutputError, PspError, TraceError
+from common.errors import OutputError, TraceError
 from predictor.collect import CollectConfig, collect
 from predictor.traces import TraceStore
 
-TOKENS = 3000
-CONTEXT = 100
+TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
 # Runs a collection that is killed at its n-th rename, or (n = 0) in the middle of a write.
 KILLED = """
 import os, resource, signal, sys
@@ -54,64 +51,13 @@ collect(CollectConfig(
 """
 
 
-@contextmanager
-def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
-    """Expect an error of one line that holds all parts."""
-    with pytest.raises(kind) as error:
-        yield
-    message = str(error.value)
-    assert "\n" not in message
-    for part in parts:
-        assert part in message
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fixed_threads() -> None:
-    """One thread from the first fixture on: tiny matrices gain nothing from more."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_shards() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Close shards after 1,024 rows, the least there is; a tiny model would fill none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_BYTES", 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return documents of uneven length, of about 4,000 tokens in all, under `body`."""
-    path = tmp_path_factory.mktemp("data") / "long.jsonl"
-    texts = [f"{number}: " + TEXT[number % 7 :] * (number % 3 + 1) for number in range(16)]
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture(scope="module")
-def settings(model_dir: Path, long_data: Path) -> Callable[..., CollectConfig]:
-    def make(out: Path, **changes: Any) -> CollectConfig:
-        chosen: dict[str, Any] = {
-            "model": str(model_dir),
-            "data": str(long_data),
-            "field": "body",
-            "tokens": TOKENS,
-            "context": CONTEXT,
-        }
-        return CollectConfig(out=out, **(chosen | changes))
-
-    return make
+    monkeypatch.setattr("predictor.collect._SHARD_BYTES", 1)
 
 
 Settings = Callable[..., CollectConfig]
-
-
-@pytest.fixture(scope="module")
-def traces(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> TraceStore:
-    """Return traces of three shards, made in one go."""
-    store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
-    assert len(store.progress.shards) == 3
-    return store
 
 
 @pytest.fixture
