@@ -26,8 +26,9 @@ docs: $(READY)
 wheel: $(READY)
 	$(BIN)/python tests/check_wheel.py $(BIN)/python
 
-bench: $(READY)
-	$(BIN)/python benchmarks/recipes.py
+bench: quickstart
+	$(BIN)/python benchmarks/recipes.py --model quickstart-out/model --tokens 50000 \
+		--train quickstart-out/corpus/train.jsonl --valid quickstart-out/corpus/valid.txt
 
 check: lint types imports test wheel
 
