@@ -166,12 +166,16 @@ def collect(config: CollectConfig) -> TraceStore:
     checkpoint = Checkpoint.open(config.model)
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size)
     header = _header(config, checkpoint)
-    store = _open_store(config, header)
-    if store.progress.complete:
+    store = _begun_store(config, header)
+    if store is not None and store.progress.complete:
         return store
+    next(read_documents(config.data, config.field))  # unreadable text costs no existing store
     torch.manual_seed(config.seed)
     compute = torch.float32 if config.device == "cpu" else _checkpoint_dtype(checkpoint)
     model = load_model(checkpoint, dtype=compute, device=config.device)
+    if store is None:
+        remove_output(config.out)
+        store = TraceStore.create(config.out, header)
     _save_weights(store, checkpoint)
     recorder = Recorder(model, checkpoint, _STORED[config.dtype])
     windows = cut_windows(read_documents(config.data, config.field), tokenizer, header.context)
@@ -213,7 +217,8 @@ def _header(config: CollectConfig, checkpoint: Checkpoint) -> TraceHeader:
     )
 
 
-def _open_store(config: CollectConfig, header: TraceHeader) -> TraceStore:
+def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | None:
+    """Return the store to go on with, or None where one is to be made."""
     if config.resume and (config.out / "manifest.json").exists():
         store = TraceStore.open(config.out)
         for key, value in vars(header).items():
@@ -224,8 +229,7 @@ def _open_store(config: CollectConfig, header: TraceHeader) -> TraceStore:
                 )
         return store
     refuse_existing(config.out, force=config.force, marker="manifest.json", resumable=True)
-    remove_output(config.out)
-    return TraceStore.create(config.out, header)
+    return None
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -16,7 +16,7 @@ import pytest
 from conftest import TRACE_CONTEXT, TRACE_TOKENS, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
-from common.errors import OutputError, TraceError
+from common.errors import DataError, OutputError, TraceError
 from predictor.collect import CollectConfig, collect
 from predictor.traces import TraceStore
 
@@ -247,3 +247,15 @@ def test_a_shard_that_does_not_fit_the_manifest_is_named(copy: Path, name: str, 
     save_file(tensors, file)
     with refused(TraceError, str(file), "has shape", "collect the traces again"):
         TraceStore.open(copy).layer(0)
+
+
+def test_unreadable_text_costs_no_existing_store(
+    settings: Settings, copy: Path, tmp_path: Path
+) -> None:
+    before = contents(copy)
+    with refused(DataError, str(tmp_path / "gone.txt"), "check --data"):
+        collect(settings(copy, data=str(tmp_path / "gone.txt"), force=True))
+    assert contents(copy) == before
+    with refused(DataError, str(tmp_path / "gone.txt")):
+        collect(settings(tmp_path / "new", data=str(tmp_path / "gone.txt")))
+    assert not (tmp_path / "new").exists()
