@@ -60,6 +60,10 @@ class BenchConfig:
         if not self.prompt:
             raise EngineError("the prompt is empty; pass some text to continue")
 
+    def document(self) -> dict[str, Any]:
+        """Return the settings as a result records them, ready for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
 
 def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure a file.
@@ -98,7 +102,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         **_decoding(config, runner),
         "text": config.data or "pydoc_data.topics",
         "text_sha256": sha256(text.encode("utf-8", "surrogateescape")),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+        "settings": config.document(),
         "context": context,
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
         "tool_version": tool_version(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,7 @@ def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> dict[str, Any]
     )
     if paths.result.exists():
         result = read_json(paths.result, OutputError, f"remove {paths.result}")
-        made_for = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(settings).items()}
-        if result.get("settings") == made_for:
+        if result.get("settings") == settings.document():
             return result
     result = bench(settings)
     write_json(paths.result, result)
