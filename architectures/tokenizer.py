@@ -1,17 +1,62 @@
-"""The checkpoint's own tokenizer: SentencePiece with byte fallback, read by the library itself."""
+"""The checkpoint's own tokenizer and the name of its chat template.
+
+tokenizer.model is read by SentencePiece; tokenizer.json, and the vocab.json with merges.txt of
+GPT-2's byte-level BPE, by Hugging Face's `tokenizers`. No code of a checkpoint is run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from common.errors import CheckpointError
+from common.files import read_json
 
 if TYPE_CHECKING:
     import sentencepiece
+    import tokenizers
+
+_FETCH_AGAIN = "fetch the checkpoint again"
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+class Tokenizer(Protocol):
+    """What psp needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
+        ...
+
+    def bos_id(self) -> int:
+        """Return the id of the begin-of-sequence token."""
+        ...
+
+
+def load_tokenizer(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) -> Tokenizer:
+    """Load the first of tokenizer.model, tokenizer.json, vocab.json with merges.txt.
+
+    Args:
+        path: the checkpoint's directory.
+        vocab_size: rows of the model's embedding, at least as many as there are tokens.
+        config: its config.json, whose `bos_token_id` counts for all but tokenizer.model.
+
+    Raises:
+        CheckpointError: no tokenizer, a damaged one, one without a begin-of-sequence token or with
+            more tokens than the model has rows. `encode` raises it too: some damage shows only in
+            use.
+    """
+    if (path / "tokenizer.model").is_file():
+        tokenizer: Tokenizer = load_sentencepiece(path, vocab_size)
+        return tokenizer
+    file, rust = _read_rust(path)
+    _check_rows(file, "tokens", max(rust.get_vocab().values(), default=-1) + 1, vocab_size)
+    return _RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config))
+
+
+def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
     """Load `tokenizer.model` from a checkpoint's directory.
 
     Args:
@@ -32,16 +77,134 @@ def load_tokenizer(path: Path, vocab_size: int) -> sentencepiece.SentencePiecePr
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{file}: not a SentencePiece model; fetch the checkpoint again"
-        ) from error
+        raise CheckpointError(f"{file}: not a SentencePiece model; {_FETCH_AGAIN}") from error
     if tokenizer.bos_id() < 0:
         raise CheckpointError(
             f"{file}: has no BOS piece, which PowerInfer needs; use another tokenizer.model"
         )
-    if tokenizer.vocab_size() > vocab_size:
-        raise CheckpointError(
-            f"{file}: has {tokenizer.vocab_size()} pieces, the model {vocab_size} rows; "
-            "use the model's own tokenizer.model"
-        )
+    _check_rows(file, "pieces", tokenizer.vocab_size(), vocab_size)
     return tokenizer
+
+
+def chat_template_of(path: Path) -> str | None:
+    """Return the Jinja text of a checkpoint's chat template, None if it has none.
+
+    It is chat_template.jinja, which newer checkpoints have, else `chat_template` in
+    tokenizer_config.json: a text, or named texts of which `default` counts.
+
+    Raises:
+        CheckpointError: a file that cannot be read, or a template that is none of these.
+    """
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); {_FETCH_AGAIN}") from error
+    template = _read_optional(path / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else template
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(
+            f"{path / 'tokenizer_config.json'}: chat_template is neither text nor a list with a "
+            "'default' one; name the format with --chat-template"
+        )
+    return template
+
+
+@dataclass(frozen=True)
+class _RustTokenizer:
+    """A tokenizer of the `tokenizers` library and the file that it came from."""
+
+    file: Path
+    rust: tokenizers.Tokenizer
+    bos: int
+
+    def encode(self, text: str) -> list[int]:
+        with _damage_refused(self.file):
+            return self.rust.encode(text, add_special_tokens=False).ids
+
+    def bos_id(self) -> int:
+        return self.bos
+
+
+@contextmanager
+def _damage_refused(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the Rust code is no Exception
+        raise CheckpointError(
+            f"{file}: cannot be used as a tokenizer ({error}); {_FETCH_AGAIN}"
+        ) from error
+
+
+def _read_rust(path: Path) -> tuple[Path, tokenizers.Tokenizer]:
+    import tokenizers
+
+    file, vocab, merges = (path / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if file.is_file():
+        with _damage_refused(file):
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            tokenizer.no_truncation()  # the file may keep settings of its last use
+            tokenizer.no_padding()
+        return file, tokenizer
+    if vocab.is_file() and merges.is_file():
+        return vocab, _read_byte_level(vocab, merges)
+    raise CheckpointError(
+        f"{path / 'tokenizer.model'}: not found, nor tokenizer.json, nor vocab.json with "
+        "merges.txt; add the model's SentencePiece tokenizer.model or one of the others"
+    )
+
+
+def _read_byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """Return GPT-2's tokenizer as transformers builds it, its special tokens matched in texts."""
+    import tokenizers
+
+    settings = _read_optional(vocab.with_name("tokenizer_config.json"))
+    with _damage_refused(vocab):
+        model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
+        tokenizer = tokenizers.Tokenizer(model)
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = {token for key in _SPECIAL if (token := _content(settings.get(key)))}
+        known = sorted(token for token in special if tokenizer.token_to_id(token) is not None)
+        tokenizer.add_special_tokens(known)
+    return tokenizer
+
+
+def _check_rows(file: Path, unit: str, count: int, vocab_size: int) -> None:
+    if count > vocab_size:
+        raise CheckpointError(
+            f"{file}: has {count} {unit}, the model {vocab_size} rows; "
+            f"use the model's own {file.name}"
+        )
+
+
+def _bos_id(
+    path: Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, config: Mapping[str, Any]
+) -> int:
+    for values in (config, _read_optional(path / "generation_config.json")):
+        number = values.get("bos_token_id")
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab_size:
+            return number
+    token = _content(_read_optional(path / "tokenizer_config.json").get("bos_token"))
+    found = tokenizer.token_to_id(token) if token else None
+    if found is None:
+        raise CheckpointError(
+            f"{path / 'config.json'}: no usable bos_token_id, nor one in generation_config.json, "
+            "nor a bos_token of the vocabulary in tokenizer_config.json; "
+            "add the model's bos_token_id to config.json"
+        )
+    return found
+
+
+def _content(token: object) -> str | None:
+    """Return the text of a token that a config gives as text or as an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    return read_json(file, CheckpointError, _FETCH_AGAIN) if file.is_file() else {}

@@ -125,7 +125,7 @@ def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as problem:
         raise error(f"{path}: {problem.strerror or problem}; {remedy}") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({problem}); {remedy}") from problem
     if not isinstance(document, dict):
         raise error(f"{path}: expected a JSON object, found {type(document).__name__}; {remedy}")

@@ -10,16 +10,33 @@ from typing import Any
 
 import conftest
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from common.documents import TEXT_DOCUMENT_CHARACTERS, read_documents, read_text
+from common.documents import (
+    LONGEST_TEXT_CHARACTERS,
+    TEXT_DOCUMENT_CHARACTERS,
+    read_documents,
+    read_text,
+)
 from common.errors import DataError
 
 refused = partial(conftest.refused, DataError)
 
 
-def write_lines(path: Path, *rows: object) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> str:
+    parquet.write_table(pyarrow.table(columns), path, **options)
+    return str(path)
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    """Write rows in the kind that the suffix names."""
+    if path.suffix == ".parquet":
+        return write_parquet(path, {key: [row[key] for row in rows] for key in rows[0]})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    array = json.dumps(rows, indent=1, ensure_ascii=False)
+    path.write_text(array if path.suffix == ".json" else lines, encoding="utf-8")
     return str(path)
 
 
@@ -33,23 +50,40 @@ def paragraphs(count: int, end: str = "\n") -> str:
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
 def test_a_text_is_cut_at_blank_lines_and_joins_to_itself(tmp_path: Path, end: str) -> None:
     text = paragraphs(52, end) + "the last paragraph has no blank line after it"
-    path = tmp_path / "long.txt"
-    path.write_bytes(text.encode())
-    documents = list(read_documents(str(path)))
+    (tmp_path / "long.txt").write_bytes(text.encode())
+    documents = list(read_documents(str(tmp_path / "long.txt")))
     assert "".join(documents) == text
     assert len(documents) == 3 + 1
-    paragraph = len(paragraphs(1, end))
     for document in documents[:-1]:
         assert document.endswith(end + end)
         # Cut at the first blank line past the limit, not later.
-        assert 0 <= len(document) - TEXT_DOCUMENT_CHARACTERS < paragraph
+        assert 0 <= len(document) - TEXT_DOCUMENT_CHARACTERS < len(paragraphs(1, end))
 
 
 def test_a_text_without_blank_lines_is_one_document(tmp_path: Path) -> None:
     text = "a line\n" * 5000
-    assert len(text) > 2 * TEXT_DOCUMENT_CHARACTERS
+    assert 2 * TEXT_DOCUMENT_CHARACTERS < len(text) < LONGEST_TEXT_CHARACTERS
     (tmp_path / "solid.txt").write_text(text)
     assert list(read_documents(str(tmp_path / "solid.txt"))) == [text]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["LF", "CRLF"])
+def test_a_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path, end: str) -> None:
+    line = "y" * 98 + end
+    text = line * 3000 + "end"
+    (tmp_path / "solid.txt").write_bytes(text.encode())
+    documents = list(read_documents(str(tmp_path / "solid.txt")))
+    assert "".join(documents) == text == read_text(str(tmp_path / "solid.txt"))
+    assert len(documents) == len(text) // LONGEST_TEXT_CHARACTERS + 1
+    for document in documents[:-1]:
+        assert document.endswith(end)
+        assert 0 <= len(document) - LONGEST_TEXT_CHARACTERS < len(line)
+
+
+def test_a_long_text_is_not_read_to_its_end_for_its_first_document(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_bytes(b"a line\n" * 100_000 + b"\xff")
+    first = next(read_documents(str(tmp_path / "long.txt")))
+    assert LONGEST_TEXT_CHARACTERS <= len(first) < LONGEST_TEXT_CHARACTERS + 7
 
 
 def test_a_line_of_blanks_counts_as_a_blank_line(tmp_path: Path) -> None:
@@ -58,63 +92,188 @@ def test_a_line_of_blanks_counts_as_a_blank_line(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "a.txt"))) == [first, "second\n"]
 
 
-def test_json_lines_are_documents_in_order_untouched(tmp_path: Path) -> None:
-    texts = ["one\r\ntwo\r\n", "naïve — 測試", "  indented\n\n"]
-    source = write_lines(tmp_path / "a.jsonl", *({"text": text} for text in texts))
-    assert list(read_documents(source)) == texts
-
-
 def test_blank_lines_and_blank_documents_of_json_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n{"text": " \\n"}\n{"text": ""}\n{"text": "two"}')
     assert list(read_documents(str(path))) == ["one", "two"]
 
 
-def test_the_field_names_the_key_of_the_text(tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "a.jsonl", {"text": "no", "body": "yes"})
-    assert list(read_documents(source, "body")) == ["yes"]
-    assert list(read_documents(source)) == ["no"]
-
-
-def test_documents_are_read_one_by_one(tmp_path: Path) -> None:
-    """The first document comes before the broken second line is looked at."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\nnot JSON\n')
+def test_a_broken_line_is_met_after_all_documents_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    rows = "".join(f'{{"text": "document {n}"}}\n' for n in range(20_000))
+    path.write_bytes((rows + "{\n" + rows).encode() + b"\xff")
     documents = read_documents(str(path))
-    assert next(documents) == "one"
-    with refused(f"{path}:2", "not valid JSON", "mend the line"):
+    assert next(documents) == "document 0"
+    with refused(f"{path}:20001", "not valid JSON", "mend the line"):
+        for number, document in enumerate(documents, 1):
+            assert document == f"document {number}"
+    assert number == 19_999
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_rows_of_every_kind_are_the_same_documents(tmp_path: Path, suffix: str) -> None:
+    texts = ["one\r\ntwo\r\n", " \n", "naïve — 測試 🙂", "  indented\n\n", ""]
+    rows = [{"id": n, "body": text, "text": "no"} for n, text in enumerate(texts)]
+    source = write(tmp_path / f"a.{suffix}", rows)
+    assert list(read_documents(source, "body")) == [texts[0], *texts[2:4]]
+    assert list(read_documents(source)) == ["no"] * len(texts)
+
+
+def test_an_object_per_line_called_json_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\n  {"text": "one"}\n\n{"text": "two"}\n{"text":\n')
+    documents = read_documents(str(path))
+    assert [next(documents), next(documents)] == ["one", "two"]
+    with refused(f"{path}:5", "not valid JSON", "an array of objects, or an object a line"):
         next(documents)
 
 
-@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl"])
+@pytest.mark.parametrize(
+    "content", ['[{"text": "a"}', '[{"text": "a"},]', '[{"text": "a"}] x', "[", "[1 2]"]
+)
+def test_a_broken_json_array_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with refused(str(tmp_path / "a.json"), "not valid JSON", "mend the file"):
+        list(read_documents(str(tmp_path / "a.json")))
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, '{"a":' * 200_000], ids=["array", "object"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_nested_without_end_is_refused(tmp_path: Path, suffix: str, content: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(content)
+    with refused(str(path), "not valid JSON", "recursion"):
+        list(read_documents(str(path)))
+
+
+def test_parquet_is_streamed(tmp_path: Path) -> None:
+    texts = [f"{number:04d}" * 1000 for number in range(2000)]
+    options: dict[str, Any] = {"compression": "none", "use_dictionary": False}
+    path = tmp_path / "a.parquet"
+    write_parquet(path, {"text": [*texts, "SPOIL"]}, row_group_size=100, **options)
+    path.write_bytes(path.read_bytes().replace(b"SPOIL", b"\xff" * 5))
+    documents, before, most = read_documents(str(path)), pyarrow.total_allocated_bytes(), 0
+    for text in texts[:1900]:
+        assert next(documents) == text
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert most < 2 << 20 < path.stat().st_size // 3
+    with refused(str(path), "not a readable Parquet file"):
+        list(documents)
+
+
+def test_only_the_fields_column_of_parquet_is_read(tmp_path: Path) -> None:
+    """The other column's values are spoilt in the file, which nobody notices."""
+    path = tmp_path / "a.parquet"
+    columns = {"a": ["SPOIL"] * 3, "text": ["x", "y", "z"]}
+    write_parquet(path, columns, compression="none", use_dictionary=False, write_statistics=False)
+    data = path.read_bytes()
+    assert data.count(b"\x05\0\0\0SPOIL") == 3
+    path.write_bytes(data.replace(b"\x05\0\0\0SPOIL", b"\xff\xff\xff\x7fSPOIL"))
+    assert list(read_documents(str(path))) == ["x", "y", "z"]
+    with refused(str(path), "not a readable Parquet file"):
+        list(read_documents(str(path), "a"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())],
+    ids=str,
+)
+def test_parquet_texts_come_in_every_type_of_text(tmp_path: Path, kind: Any) -> None:
+    column = pyarrow.array(["one", "two", "one"], type=kind)
+    source = write_parquet(tmp_path / "a.parquet", {"a.b": column})
+    assert list(read_documents(source, "a.b")) == ["one", "two", "one"]
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [(1, "int"), (1.5, "float"), (b"a", "bytes"), (True, "bool"), ({"a": "b"}, "dict")],
+)
+def test_a_column_that_is_not_text_is_refused(tmp_path: Path, column: Any, found: str) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"text": [column]})
+    with refused(f"{source} row 0", f"'text' but {found}", "--field"):
+        list(read_documents(source))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"text",
+        lambda data: b"PAR1" + b"\0" * 100 + b"PAR1",
+        lambda data: data[:-20],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:4] + b"\xff" * 60 + data[64:],
+        lambda data: data[:-40] + b"\xff" * 32 + data[-8:],
+        lambda data: data.replace(b"document 50", b"\xff" * 11),
+    ],
+    ids=["empty", "text", "hollow", "cut", "half", "page", "footer", "UTF-8"],
+)
+def test_a_damaged_parquet_file_is_refused(tmp_path: Path, damage: Any) -> None:
+    texts = [f"document {number}" for number in range(100)]
+    source = write_parquet(tmp_path / "a.parquet", {"text": texts}, compression="none")
+    Path(source).write_bytes(damage(Path(source).read_bytes()))
+    with refused(source, "not a readable Parquet file", "fetch or write it again"):
+        list(read_documents(source))
+
+
+def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"text": ["one"] * 70 + [None]})
+    documents = read_documents(source)
+    assert [next(documents) for _ in range(70)] == ["one"] * 70
+    with refused(f"{source} row 70", "'text' but NoneType", "--field"):
+        next(documents)
+
+
+def test_a_parquet_file_without_the_column_is_refused(tmp_path: Path) -> None:
+    source = write_parquet(tmp_path / "a.parquet", {"id": [], "body": []})
+    with refused(source, "no text under 'text'", "found: body, id", "--field"):
+        list(read_documents(source))
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with refused("a.parquet", "text", "write it again"):
+        list(read_documents(str(tmp_path / "a.parquet")))
+
+
+def test_a_row_with_any_number_of_names_is_refused_in_a_short_line(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [{f"key {number}": 0 for number in range(10_000)}])
+    with pytest.raises(DataError, match=r"found: key 0, .*….*--field") as error:
+        list(read_documents(source))
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.json", "gone.parquet", "dir.txt"])
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "dir.txt").mkdir()
     with refused(str(tmp_path / name), "no such file", "--data"):
         list(read_documents(str(tmp_path / name)))
 
 
-def test_a_directory_is_no_file(tmp_path: Path) -> None:
-    (tmp_path / "dir.txt").mkdir()
-    with refused(str(tmp_path / "dir.txt"), "no such file"):
-        list(read_documents(str(tmp_path / "dir.txt")))
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.json", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.csv", "a", "a.JSON", "a.txt.gz"])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text")
-    with refused(str(tmp_path / name), "FILE.txt", "FILE.jsonl", "hf:NAME"):
+    kinds = ["FILE.txt", "FILE.jsonl", "FILE.json", "FILE.parquet", "hf:NAME"]
+    with refused(str(tmp_path / name), *kinds):
         list(read_documents(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("content", ["", " \n\t\n\n"], ids=["empty", "blank"])
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+BLANKS = [(suffix, text) for suffix in ("txt", "jsonl", "json") for text in ("", " \n\t\n\n")]
+
+
+@pytest.mark.parametrize(("suffix", "content"), [*BLANKS, ("json", " []"), ("parquet", "")])
 def test_a_source_without_text_is_refused(tmp_path: Path, suffix: str, content: str) -> None:
     path = tmp_path / f"empty.{suffix}"
     path.write_text(content)
+    if suffix == "parquet":
+        write_parquet(path, {"text": []})
     with refused(str(path), "holds no text", "at least one document"):
         list(read_documents(str(path)))
 
 
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json"])
 def test_another_encoding_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"latin.{suffix}"
     path.write_bytes('{"text": "café"}\n'.encode("latin-1"))
@@ -122,7 +281,11 @@ def test_another_encoding_is_refused(tmp_path: Path, suffix: str) -> None:
         list(read_documents(str(path)))
 
 
-@pytest.mark.parametrize("row", ["{", "{'text': 'a'}", '{"text": "a"} x'])
+@pytest.mark.parametrize(
+    "row",
+    ["{", "{'text': 'a'}", '{"text": "a"} x', '{"text": ' + "9" * 5000 + "}"],
+    ids=["half", "quotes", "rest", "number"],
+)
 def test_a_broken_json_line_is_named_by_its_number(tmp_path: Path, row: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "one"}}\n\n{row}\n')
@@ -133,18 +296,21 @@ def test_a_broken_json_line_is_named_by_its_number(tmp_path: Path, row: str) -> 
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"body": "a", "id": 3}, "body, id"),
-        ({"text": 3}, "text"),
-        ({"text": None}, "text"),
-        (["a"], "list"),
-        ("a", "str"),
+        ({"body": "a", "id": 3}, "found: body, id"),
+        ({}, "found: )"),
+        ({"text": 3}, "but int"),
+        ({"text": None}, "but NoneType"),
+        ({"text": {"text": "a"}}, "but dict"),
+        (["a"], "found: list"),
+        ("a", "found: str"),
     ],
 )
+@pytest.mark.parametrize(("suffix", "place"), [("jsonl", ":2"), ("json", " row 1")])
 def test_a_row_without_the_field_is_refused_and_says_what_it_has(
-    tmp_path: Path, row: object, found: str
+    tmp_path: Path, suffix: str, place: str, row: object, found: str
 ) -> None:
-    source = write_lines(tmp_path / "a.jsonl", {"text": "fine"}, row)
-    with refused(f"{source}:2", "'text'", f"found: {found}", "--field"):
+    source = write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row])
+    with refused(source + place, "'text'", found, "--field"):
         list(read_documents(source))
 
 
@@ -198,6 +364,13 @@ def test_a_dataset_row_without_the_field_is_refused(monkeypatch: pytest.MonkeyPa
         list(read_documents("hf:owner/name"))
 
 
+@pytest.mark.parametrize("rest", ["/gone", "::test"])
+def test_an_unknown_dataset_or_split_is_one_line(tmp_path: Path, rest: str) -> None:
+    write(tmp_path / "train.jsonl", [{"text": "a"}])
+    with refused(f"hf:{tmp_path}{rest}", "cannot be loaded", "check name"):
+        list(read_documents(f"hf:{tmp_path}{rest}"))
+
+
 @pytest.mark.parametrize("source", ["hf:", "hf::config", "hf:a:b:c:d"])
 def test_a_malformed_dataset_name_is_refused_without_a_look_at_the_network(
     monkeypatch: pytest.MonkeyPatch, source: str
@@ -219,6 +392,5 @@ def test_a_whole_text_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_documents_of_other_sources_are_joined_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "two.jsonl"
-    path.write_text('{"body": "one"}\n{"body": "two"}\n', encoding="utf-8")
-    assert read_text(str(path), "body") == "one\ntwo"
+    source = write(tmp_path / "two.jsonl", [{"body": "one"}, {"body": "two"}])
+    assert read_text(source, "body") == "one\ntwo"
