@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: config and safetensors shards, read lazily."""
+"""A Hugging Face checkpoint on disk: config and tensors, read lazily."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 
 from architectures.registry import resolve
-from architectures.spec import Architecture, ModelShape
+from architectures.spec import Architecture, ModelShape, TensorRule
+from architectures.tensor_files import TensorFiles
 from common.errors import CheckpointError
 from common.files import read_json
 
 _FETCH_AGAIN = "fetch the checkpoint again"
-_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FINGERPRINT_ROWS = 8
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def locate(model: str) -> Path:
@@ -31,7 +31,7 @@ def locate(model: str) -> Path:
 
     Args:
         model: directory, or `OWNER/NAME` on the Hugging Face hub. From the hub only config,
-            safetensors and tokenizer files are fetched, never code.
+            weight and tokenizer files are fetched, never code.
 
     Raises:
         CheckpointError: neither a directory nor a repository that can be fetched.
@@ -44,8 +44,11 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        patterns = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+        path = Path(snapshot_download(model, allow_patterns=patterns))
+        if not any(path.glob("model*.safetensors")):
+            path = Path(snapshot_download(model, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        return path
     except Exception as error:
         # The client raises many kinds: no network, unknown repository, gated repository.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -88,67 +91,63 @@ class Checkpoint:
         return checkpoint
 
     @cached_property
-    def _shards(self) -> dict[str, Path]:
-        """Tensor name to shard file."""
-        index = self.path / _INDEX
-        if not index.exists():
-            return self._names(self.path / "model.safetensors")
-        weight_map = read_json(index, CheckpointError, _FETCH_AGAIN).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: no 'weight_map'; {_FETCH_AGAIN}")
-        present: dict[str, Path] = {}
-        for shard in sorted(set(map(str, weight_map.values()))):
-            if Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{index}: shard {shard!r} is no plain file name; {_FETCH_AGAIN}"
-                )
-            present |= self._names(self.path / shard)
-        return present
+    def files(self) -> TensorFiles:
+        """The stored tensors by name."""
+        return TensorFiles(self.path)
 
-    def _names(self, shard: Path) -> dict[str, Path]:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard}: shard is missing; {_FETCH_AGAIN}")
-        try:
-            with safetensors.safe_open(shard, framework="pt") as file:
-                return dict.fromkeys(file.keys(), shard)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{shard}: shard is truncated or damaged ({error}); {_FETCH_AGAIN}"
-            ) from error
-
-    def source(self, name: str, tied_to: str | None = None) -> str:
-        """Return the stored name that holds tensor `name`.
+    def source(self, rule: TensorRule, layer: int = 0) -> str:
+        """Return the stored name of the tensor that a rule stands for.
 
         Raises:
             CheckpointError: neither it nor its tied stand-in is stored.
         """
-        if tied_to is not None and self.shape.tied_embeddings:
-            name = tied_to
-        if name not in self._shards:
-            raise CheckpointError(f"{self.path}: tensor {name} is missing; {_FETCH_AGAIN}")
-        return name
+        name = rule.source.format(layer=layer)
+        if rule.tied_to is not None and self.shape.tied_embeddings:
+            name = rule.tied_to
+        # Checkpoints saved from the bare model lack the first part of every name.
+        for stored in (name, name.removeprefix(f"{self.architecture.base}.")):
+            if stored in self.files.shards:
+                return stored
+        raise CheckpointError(f"{self.path}: tensor {name} is missing; {_FETCH_AGAIN}")
 
     def _check_tensors(self) -> None:
         for rule in self.architecture.tensors:
             for layer in range(self.shape.n_layers if rule.per_layer else 1):
-                name = self.source(rule.source.format(layer=layer), rule.tied_to)
-                with safetensors.safe_open(self._shards[name], framework="pt") as file:
-                    found = tuple(file.get_slice(name).get_shape())
+                name = self.source(rule, layer)
+                found, dtype = self.files.describe(name)
+                where = f"{self.files.shards[name]}: tensor {name}"
+                if dtype not in _DTYPES:
+                    raise CheckpointError(
+                        f"{where} has dtype {dtype}; quantised checkpoints cannot be used, pass "
+                        "the float16, bfloat16 or float32 original"
+                    )
                 if found != rule.shape(self.shape):
                     raise CheckpointError(
-                        f"{self._shards[name]}: tensor {name} has shape {found}, config.json "
-                        f"implies {rule.shape(self.shape)}; {_FETCH_AGAIN}"
+                        f"{where} has shape {found}, config.json implies "
+                        f"{rule.shape(self.shape)}; {_FETCH_AGAIN}"
                     )
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, in its stored dtype."""
-        with safetensors.safe_open(self._shards[self.source(name)], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+    def read(self, rule: TensorRule, layer: int = 0) -> torch.Tensor:
+        """Read the tensor that a rule stands for, its factor folded in.
+
+        Returns:
+            The tensor in its stored dtype, or in float32 where there is a factor other than 1.
+        """
+        tensor = self.files.read(self.source(rule, layer))
+        factor = rule.factor(self.shape)
+        return tensor if factor == 1 else tensor.float() * factor
 
     def layer_tensor(self, layer: int, name: str) -> torch.Tensor:
-        """Read one tensor of a block, such as `mlp.gate_proj.weight`."""
-        return self.tensor(f"{self.architecture.layers}.{layer}.{name}")
+        """Read one tensor of a block, such as `mlp.gate_proj.weight`, its factor folded in."""
+        return self.read(self.architecture.rule(name), layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the stored weights, told by the first layer's gate."""
+        name = self.source(self.architecture.rule(self.architecture.gate))
+        dtype = self.files.describe(name)[1]
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @cached_property
     def fingerprint(self) -> str:
@@ -162,8 +161,7 @@ class Checkpoint:
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for layer in range(self.shape.n_layers):
             for part in (self.architecture.gate, self.architecture.ffn_down):
-                name = f"{self.architecture.layers}.{layer}.{part}"
-                with safetensors.safe_open(self._shards[name], framework="pt") as file:
-                    rows = file.get_slice(name)[:_FINGERPRINT_ROWS].float().contiguous()
+                name = self.source(self.architecture.rule(part), layer)
+                rows = self.files.rows(name, _FINGERPRINT_ROWS).float().contiguous()
                 digest.update(rows.numpy().tobytes())
         return digest.hexdigest()

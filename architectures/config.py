@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any, NoReturn
 
 from common.errors import CheckpointError
@@ -33,19 +34,22 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def flag(config: Mapping[str, Any], key: str) -> bool:
-    """Return a boolean that is false when absent."""
-    return bool(config.get(key, False))
+def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    """Return a boolean, `default` when absent."""
+    value = config.get(key)
+    return default if value is None else bool(value)
 
 
-def real(config: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a positive real number.
+def real(config: Mapping[str, Any], key: str, default: float | None) -> float:
+    """Return a positive, finite real number.
 
     Raises:
-        CheckpointError: not a number, or not above zero.
+        CheckpointError: absent without a default, not a number, or not above zero.
     """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
         refuse(key, value, "a number above 0", _MEND)
     return float(value)
 

@@ -1,40 +1,171 @@
-"""The runnable torch model of a checkpoint, on transformers' own classes."""
+"""The runnable torch model of a checkpoint, on transformers' own classes.
+
+The model is built empty and filled tensor by tensor from the family's rules, so constants are
+folded, every file format is read by one path and no code from the checkpoint is run. Blocks that do
+not fit the device are streamed: read when their turn comes and dropped right after.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from architectures.checkpoint import Checkpoint
+from architectures.memory import weight_budget
 from common.errors import CheckpointError
 
+WEIGHTS = ("auto", "resident", "streamed")
 
-def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str) -> nn.Module:
-    """Build the model and load its weights; no code from the checkpoint is run.
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        causal_lm: transformers' model; without `head` its output head is empty.
+        blocks: its blocks in order, the first ones if not all were asked for.
+        streamed: whether blocks are read anew at every use.
+        device: where it runs.
+    """
+
+    causal_lm: nn.Module
+    blocks: list[nn.Module]
+    streamed: bool
+    device: str
+
+    @torch.inference_mode()
+    def run(self, tokens: torch.Tensor) -> None:
+        """Run the blocks on (batch, length) int64 token ids for the sake of their hooks."""
+        base: Any = self.causal_lm.base_model
+        with _enough_memory(self.device):
+            base(input_ids=tokens.to(self.device), use_cache=False)
+
+    @torch.inference_mode()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return (batch, length, vocab_size) logits of (batch, length) int64 token ids."""
+        with _enough_memory(self.device):
+            output = self.causal_lm(input_ids=tokens.to(self.device), use_cache=False)
+        logits: torch.Tensor = output.logits
+        return logits
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    n_blocks: int | None = None,
+    weights: str = "auto",
+    head: bool = True,
+) -> LoadedModel:
+    """Build the model and load its weights.
 
     Args:
         checkpoint: the opened checkpoint.
         dtype: floating type to run in.
         device: torch device.
+        n_blocks: load the first blocks only; None loads all.
+        weights: `resident` keeps every block on the device, `streamed` reads blocks when they run,
+            `auto` streams if they would not fit.
+        head: load the output head too.
 
     Raises:
-        CheckpointError: transformers refuses the checkpoint, or the device is not there.
+        CheckpointError: the device is not there or too small.
     """
-    import transformers
+    architecture, shape = checkpoint.architecture, checkpoint.shape
+    check_device(device)
+    with _enough_memory(device):
+        with torch.device("meta"):
+            model = architecture.make_model(shape, checkpoint.config)
+        model.requires_grad_(False).eval()
+        stack = model.get_submodule(architecture.layers)
+        assert isinstance(stack, nn.ModuleList)
+        del stack[shape.n_layers if n_blocks is None else n_blocks :]
+        blocks = list(stack)
+        if weights == "auto":
+            size = len(blocks) * block_bytes(checkpoint, dtype)
+            weights = "streamed" if size > weight_budget(device) else "resident"
+        _fill_rest(model, checkpoint, dtype, device, head)
+        for layer, block in enumerate(blocks):
+            read = partial(_block_state, checkpoint, layer, dtype, device)
+            if weights == "streamed":
+                _stream(block, read)
+            else:
+                block.load_state_dict(read(), assign=True)
+    return LoadedModel(model, blocks, weights == "streamed", device)
 
-    model_class = getattr(transformers, checkpoint.architecture.model_class)
-    transformers.utils.logging.disable_progress_bar()
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Return the size of one block's weights in `dtype`."""
+    elements = sum(
+        torch.Size(rule.shape(checkpoint.shape)).numel()
+        for rule in checkpoint.architecture.tensors
+        if rule.per_layer
+    )
+    return elements * dtype.itemsize
+
+
+def _fill_rest(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str, head: bool
+) -> None:
+    """Load what lies outside the blocks, and compute the rotary frequencies anew."""
+    for rule in checkpoint.architecture.tensors:
+        if not rule.per_layer and (head or rule.tied_to is None):
+            tensor = checkpoint.read(rule).to(device, dtype)
+            model.load_state_dict({rule.source: tensor}, assign=True, strict=False)
+    base: Any = model.base_model
+    if hasattr(base, "rotary_emb"):
+        base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)
+
+
+def _block_state(
+    checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str
+) -> dict[str, torch.Tensor]:
+    prefix = f"{checkpoint.architecture.layers}.{{layer}}."
+    return {
+        rule.source.removeprefix(prefix): checkpoint.read(rule, layer).to(device, dtype)
+        for rule in checkpoint.architecture.tensors
+        if rule.per_layer
+    }
+
+
+def _stream(block: nn.Module, read: Any) -> None:
+    def fetch(module: nn.Module, args: Any) -> None:
+        module.load_state_dict(read(), assign=True)
+
+    def drop(module: nn.Module, args: Any, output: Any) -> None:
+        module.to_empty(device="meta")
+
+    block.register_forward_pre_hook(fetch)
+    block.register_forward_hook(drop)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or that is not there.
+
+    Raises:
+        CheckpointError: in one line.
+    """
     try:
-        model = model_class.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
-        loaded: nn.Module = model.eval().to(device)
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.path}: cannot run on {device} ({reason}); check the model and --device"
+            f"cannot run on device {device!r} ({reason}); check --device"
         ) from error
-    return loaded
 
 
-def layers_of(model: nn.Module, checkpoint: Checkpoint) -> list[nn.Module]:
-    """Return the model's blocks in order."""
-    return list(model.get_submodule(checkpoint.architecture.layers).children())
+@contextmanager
+def _enough_memory(device: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(
+            f"{device}: out of memory; lower --batch or --context, or pass --weights streamed"
+        ) from error

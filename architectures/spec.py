@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+if TYPE_CHECKING:
+    from torch import nn
+
+Activation = Literal["relu", "fatrelu", "drelu"]
 Transform = Literal["none", "permute_q", "permute_k", "transpose"]
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +33,13 @@ class ModelShape:
         vocab_size: rows of the embedding.
         context_length: longest sequence that the model was trained for, tokens.
         norm_eps: epsilon of the normalisation layers.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies; 0 where positions are learned.
         tied_embeddings: the output head is the embedding matrix.
+        activation: `relu`, `fatrelu` or `drelu`.
+        activation_threshold: FATReLU passes values from this on; 0 for the others.
+        embedding_scale: factor folded into the embedding.
+        residual_scale: factor folded into what each half of a block adds to the residual stream.
+        output_scale: factor folded into the output head.
     """
 
     d_model: int
@@ -43,6 +53,11 @@ class ModelShape:
     norm_eps: float
     rope_theta: float
     tied_embeddings: bool
+    activation: Activation = "relu"
+    activation_threshold: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +65,23 @@ class TensorRule:
     """One tensor: its name on both sides and what happens to it in between.
 
     Attributes:
-        source: name in the checkpoint; `{layer}` stands for the block's number.
-        target: name in the GGUF file; `{layer}` likewise.
+        source: name in the checkpoint and in the runnable model; `{layer}` stands for the block's
+            number.
+        target: name in the GGUF file, `{layer}` likewise; None where the family has no export yet.
         dims: names of the `ModelShape` sizes, in the checkpoint's order. `q_rows` and `kv_rows`
-            stand for heads times head size.
+            stand for heads times head size, `qkv_rows` for both together, `positions` for the rows
+            of a table of learned positions.
         transform: change of layout between the two.
-        tied_to: tensor that stands in where embeddings are tied and `source` is absent.
+        tied_to: tensor that stands in where embeddings are tied.
+        scale: name of the `ModelShape` factor that is folded into the tensor.
     """
 
     source: str
-    target: str
     dims: tuple[str, ...]
+    target: str | None = None
     transform: Transform = "none"
     tied_to: str | None = None
+    scale: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -71,11 +90,23 @@ class TensorRule:
 
     def shape(self, model: ModelShape) -> tuple[int, ...]:
         """Return the tensor's shape in the checkpoint."""
+        q_rows, kv_rows = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
         rows = {
-            "q_rows": model.n_heads * model.head_dim,
-            "kv_rows": model.n_kv_heads * model.head_dim,
+            "q_rows": q_rows,
+            "kv_rows": kv_rows,
+            "qkv_rows": q_rows + 2 * kv_rows,
+            "positions": model.context_length + POSITION_OFFSET,
         }
         return tuple(rows[dim] if dim in rows else int(getattr(model, dim)) for dim in self.dims)
+
+    def factor(self, model: ModelShape) -> float:
+        """Return the factor to fold into the tensor."""
+        return 1.0 if self.scale is None else float(getattr(model, self.scale))
+
+
+POSITION_OFFSET = 2
+"""Rows before the first position in OPT's table of learned positions (transformers
+`models/opt/modeling_opt.py:OPTLearnedPositionalEmbedding`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,26 +116,29 @@ class Architecture:
     Attributes:
         name: the family's name in messages and metadata.
         hf_classes: values of `architectures` in config.json that belong to the family.
-        gguf_name: `general.architecture` of the exported file.
-        activation: the activation PowerInfer computes for this family.
-        model_class: name of the class in `transformers` that runs the checkpoint.
-        layers: path of the block list in that model.
+        claims: tells, of a config with such a class, whether it belongs to this family.
+        gguf_name: `general.architecture` of the exported file; None where there is no export yet.
+        base: first part of the tensor names, which some published checkpoints leave out.
+        layers: path of the block list in the runnable model.
         predictor_input: path in a block of the module whose input is the predictor's input.
-        activation_taps: paths in a block of the modules whose outputs must all be positive for a
-            neuron to be active.
+        activation_taps: paths in a block of the modules whose outputs must all pass the activation
+            for a neuron to be active.
         ffn_output: path in a block of the module whose input is the FFN's sparse intermediate.
-        gate: rule of the matrix that decides activity.
-        ffn_norm: rule of the norm between the predictor's input and `gate`.
-        ffn_down: rule of the down projection.
-        tensors: all tensors of the checkpoint, in the order of the file.
+        gate: tensor of a block that decides activity, (d_ff, d_model).
+        ffn_norm: tensor of a block, the weight of the norm between predictor's input and `gate`.
+        ffn_down: tensor of a block, the down projection, (d_model, d_ff).
+        centred: that norm subtracts the mean (LayerNorm) instead of only scaling (RMSNorm).
+        ffn_matrices: matrices of an FFN, 3 if gated, else 2.
+        tensors: all tensors of the checkpoint, in the order of the exported file.
         read_shape: turns config.json into a `ModelShape`, or raises `CheckpointError`.
+        make_model: builds the untrained model, whose parameters are named as `tensors`.
     """
 
     name: str
     hf_classes: tuple[str, ...]
-    gguf_name: str
-    activation: str
-    model_class: str
+    claims: Callable[[Config], bool] = lambda config: True
+    gguf_name: str | None = None
+    base: str
     layers: str
     predictor_input: str
     activation_taps: tuple[str, ...]
@@ -112,5 +146,13 @@ class Architecture:
     gate: str
     ffn_norm: str
     ffn_down: str
+    centred: bool
+    ffn_matrices: int
     tensors: tuple[TensorRule, ...]
-    read_shape: Callable[[Mapping[str, Any]], ModelShape]
+    read_shape: Callable[[Config], ModelShape]
+    make_model: Callable[[ModelShape, Config], nn.Module]
+
+    def rule(self, name: str) -> TensorRule:
+        """Return the rule of a tensor of a block, such as `mlp.gate_proj.weight`."""
+        source = f"{self.layers}.{{layer}}.{name}"
+        return next(rule for rule in self.tensors if rule.source == source)

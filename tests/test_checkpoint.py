@@ -19,9 +19,9 @@ from conftest import TEXT, ModelMaker
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import layers_of, load_model
+from architectures.model import load_model
 from architectures.registry import ARCHITECTURES
-from architectures.tokenizer import load_tokenizer
+from architectures.tokenizer import load_sentencepiece, load_tokenizer
 from common.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -59,12 +59,11 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
 
 
 def all_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    names = [
-        rule.source.format(layer=layer)
+    return {
+        checkpoint.source(rule, layer): checkpoint.read(rule, layer)
         for rule in checkpoint.architecture.tensors
         for layer in range(checkpoint.shape.n_layers if rule.per_layer else 1)
-    ]
-    return {name: checkpoint.tensor(name) for name in names}
+    }
 
 
 def test_open_reads_the_sizes_of_the_model(model_dir: Path) -> None:
@@ -82,6 +81,11 @@ def test_open_reads_the_sizes_of_the_model(model_dir: Path) -> None:
         "norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tied_embeddings": False,
+        "activation": "relu",
+        "activation_threshold": 0.0,
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
+        "output_scale": 1.0,
     }
 
 
@@ -110,9 +114,9 @@ def test_tied_embeddings_need_no_head(make_model: ModelMaker, tmp_path: Path) ->
     model = make_model(tmp_path / "tied", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(model / "model.safetensors")
     checkpoint = Checkpoint.open(model)
-    head = checkpoint.source("lm_head.weight", "model.embed_tokens.weight")
+    head = next(rule for rule in checkpoint.architecture.tensors if rule.tied_to)
     assert checkpoint.shape.tied_embeddings
-    assert head == "model.embed_tokens.weight"
+    assert checkpoint.source(head) == "model.embed_tokens.weight"
 
 
 def test_the_rotary_base_is_read_from_the_new_and_the_old_key(copy: Path) -> None:
@@ -157,18 +161,24 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         Checkpoint.open("owner/name")
 
 
-def test_a_hub_id_is_fetched_without_code_or_pickles(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_hub_id_is_fetched_without_code_and_bin_files_only_where_there_is_nothing_else(
+    model_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    calls: list[tuple[str, list[str]]] = []
+    calls: list[set[str]] = []
+    if kind == "bin":
+        torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+        (copy / "model.safetensors").unlink()
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
-        calls.append((name, allow_patterns))
-        return str(model_dir)
+        assert name == "owner/name"
+        calls.append(set(allow_patterns))
+        return str(copy)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert Checkpoint.open("owner/name").path == model_dir
-    assert calls == [("owner/name", ["*.json", "*.safetensors", "tokenizer.model"])]
+    assert Checkpoint.open("owner/name").path == copy
+    always = {"*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"}
+    assert calls == [always, always | {"pytorch_model*.bin"}][: 1 if kind == "safetensors" else 2]
 
 
 def test_a_directory_without_config_is_refused(copy: Path) -> None:
@@ -211,6 +221,9 @@ def test_an_unsupported_class_is_named_and_the_supported_are_listed(
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
             ["rope_type is 'dynamic'", "'default'", "not supported"],
         ),
+        ({"head_dim": 15, "hidden_size": 60}, ["head_dim is 15", "even"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "a divisor of 4"]),
+        ({"quantization_config": {"bits": 4}}, ["quantization_config", "float16", "original"]),
         ({"hidden_size": None}, ["hidden_size is None", "an integer from 1", "mend"]),
         ({"hidden_size": 64.0}, ["hidden_size is 64.0", "an integer from 1", "mend"]),
         ({"intermediate_size": "1012"}, ["intermediate_size is '1012'", "an integer", "mend"]),
@@ -237,7 +250,7 @@ def test_a_config_that_powerinfer_cannot_run_is_refused_by_its_key(
 
 def test_a_missing_only_shard_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    with refused(str(copy / "model.safetensors"), "missing", "fetch the checkpoint again"):
+    with refused(str(copy), "no weights", "model.safetensors", "fetch the checkpoint again"):
         Checkpoint.open(copy)
 
 
@@ -288,7 +301,7 @@ def test_an_index_without_a_map_is_refused(copy: Path, content: str) -> None:
 
 
 def test_the_tokenizer_is_the_checkpoints_own(model_dir: Path) -> None:
-    tokenizer = load_tokenizer(model_dir, 320)
+    tokenizer = load_sentencepiece(model_dir, 320)
     assert tokenizer.bos_id() == 1
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
@@ -296,7 +309,7 @@ def test_the_tokenizer_is_the_checkpoints_own(model_dir: Path) -> None:
 def test_a_missing_tokenizer_is_refused(copy: Path) -> None:
     (copy / "tokenizer.model").unlink()
     with refused(str(copy / "tokenizer.model"), "not found", "SentencePiece tokenizer.model"):
-        load_tokenizer(copy, 320)
+        load_sentencepiece(copy, 320)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x00" * 1000], ids=["empty", "text", "0"])
@@ -323,8 +336,8 @@ def test_a_tokenizer_without_bos_is_refused(copy: Path) -> None:
 
 
 def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(model_dir: Path) -> None:
-    file, size = model_dir / "tokenizer.model", load_tokenizer(model_dir, 320).vocab_size()
-    assert load_tokenizer(model_dir, size).vocab_size() == size
+    file, size = model_dir / "tokenizer.model", load_sentencepiece(model_dir, 320).vocab_size()
+    assert load_sentencepiece(model_dir, size).vocab_size() == size
     with refused(str(file), f"{size} pieces", f"{size - 1} rows", "the model's own tokenizer"):
         load_tokenizer(model_dir, size - 1)
 
@@ -332,15 +345,14 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows_is_refused(model_d
 def test_a_loaded_model_has_the_checkpoints_weights_and_is_ready_to_run(model_dir: Path) -> None:
     checkpoint = Checkpoint.open(model_dir)
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    assert not model.training
-    layers = layers_of(model, checkpoint)
-    assert len(layers) == 2
-    for number, layer in enumerate(layers):
+    assert not model.causal_lm.training
+    assert len(model.blocks) == 2
+    for number, layer in enumerate(model.blocks):
         loaded = layer.get_parameter("mlp.gate_proj.weight")
         stored = checkpoint.layer_tensor(number, "mlp.gate_proj.weight")
         assert torch.equal(loaded, stored.float())
 
 
 def test_a_device_that_is_not_there_is_refused(model_dir: Path) -> None:
-    with refused(str(model_dir), "cannot run on nonsense", "--device"):
+    with refused("cannot run on device 'nonsense'", "--device"):
         load_model(Checkpoint.open(model_dir), dtype=torch.float32, device="nonsense")

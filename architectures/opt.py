@@ -1,0 +1,121 @@
+"""OPT: LayerNorm, biases, learned positions, a plain ReLU FFN.
+
+Layout: transformers `models/opt/modeling_opt.py`. Tap: PowerInfer@d3ebd7c `llama.cpp:build_opt`
+(the predictor reads `ffn_inp`, the residual before the FFN norm).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from architectures.config import flag, number, refuse
+from architectures.spec import Architecture, Config, ModelShape, TensorRule
+
+_NORM_EPS = 1e-5
+"""torch's default, which transformers' OPT does not change."""
+
+_NEEDED = {
+    "do_layer_norm_before": True,
+    "enable_bias": True,
+    "layer_norm_elementwise_affine": True,
+    "_remove_final_layer_norm": False,
+}
+
+
+def _shape(config: Config) -> ModelShape:
+    activation = config.get("activation_function", "relu")
+    if activation != "relu":
+        refuse("activation_function", activation, "'relu'", "only ReLU makes activations zero")
+    for key, needed in _NEEDED.items():
+        if flag(config, key, default=needed) is not needed:
+            found = str(not needed).lower()
+            refuse(key, not needed, str(needed).lower(), f"PowerInfer has no graph for {found}")
+    d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
+    width = number(config, "word_embed_proj_dim", default=d_model)
+    if width != d_model:
+        refuse("word_embed_proj_dim", width, str(d_model), "PowerInfer has no projection there")
+    if d_model % n_heads:
+        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", "mend it")
+    return ModelShape(
+        d_model=d_model,
+        d_ff=number(config, "ffn_dim"),
+        n_layers=number(config, "num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=d_model // n_heads,
+        vocab_size=number(config, "vocab_size"),
+        context_length=number(config, "max_position_embeddings"),
+        norm_eps=_NORM_EPS,
+        rope_theta=0.0,
+        tied_embeddings=flag(config, "tie_word_embeddings", default=True),
+    )
+
+
+def _model(shape: ModelShape, config: Config) -> nn.Module:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    settings = OPTConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        word_embed_proj_dim=shape.d_model,
+        ffn_dim=shape.d_ff,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        max_position_embeddings=shape.context_length,
+        activation_function="relu",
+        dropout=0.0,
+        tie_word_embeddings=False,
+    )
+    model: nn.Module = OPTForCausalLM(settings)
+    return model
+
+
+def _with_bias(source: str, *dims: str) -> tuple[TensorRule, TensorRule]:
+    return (
+        TensorRule(source=f"{source}.weight", dims=dims),
+        TensorRule(source=f"{source}.bias", dims=dims[:1]),
+    )
+
+
+def _block(source: str, *dims: str) -> tuple[TensorRule, TensorRule]:
+    return _with_bias(f"model.decoder.layers.{{layer}}.{source}", *dims)
+
+
+_TENSORS: tuple[Any, ...] = (
+    TensorRule(source="model.decoder.embed_tokens.weight", dims=("vocab_size", "d_model")),
+    TensorRule(source="model.decoder.embed_positions.weight", dims=("positions", "d_model")),
+    *_with_bias("model.decoder.final_layer_norm", "d_model"),
+    TensorRule(
+        source="lm_head.weight",
+        dims=("vocab_size", "d_model"),
+        tied_to="model.decoder.embed_tokens.weight",
+    ),
+    *_block("self_attn_layer_norm", "d_model"),
+    *_block("self_attn.q_proj", "d_model", "d_model"),
+    *_block("self_attn.k_proj", "d_model", "d_model"),
+    *_block("self_attn.v_proj", "d_model", "d_model"),
+    *_block("self_attn.out_proj", "d_model", "d_model"),
+    *_block("final_layer_norm", "d_model"),
+    *_block("fc1", "d_ff", "d_model"),
+    *_block("fc2", "d_model", "d_ff"),
+)
+
+OPT = Architecture(
+    name="opt",
+    hf_classes=("OPTForCausalLM",),
+    base="model",
+    layers="model.decoder.layers",
+    predictor_input="final_layer_norm",
+    activation_taps=("fc1",),
+    ffn_output="fc2",
+    gate="fc1.weight",
+    ffn_norm="final_layer_norm.weight",
+    ffn_down="fc2.weight",
+    centred=True,
+    ffn_matrices=2,
+    tensors=_TENSORS,
+    read_shape=_shape,
+    make_model=_model,
+)

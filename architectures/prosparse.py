@@ -1,0 +1,29 @@
+"""ProSparse LLaMA: a gated FFN whose activation passes values from a threshold on (FATReLU).
+
+Config: `hidden_act: fatrelu`, `hidden_act_param` the threshold, as in the published checkpoints of
+arXiv 2402.13516, whose modelling code compares with `>=`.
+"""
+
+from __future__ import annotations
+
+from architectures.gated import gated_family, gated_shape, relu_activation
+from architectures.spec import Config, ModelShape
+
+_OWN_CLASS = "SparseLlamaForCausalLM"
+
+
+def _shape(config: Config) -> ModelShape:
+    activation, threshold = relu_activation(config)
+    mistral = "MistralForCausalLM" in config["architectures"]
+    return gated_shape(config, activation=activation, threshold=threshold, mistral=mistral)
+
+
+PROSPARSE = gated_family(
+    name="prosparse",
+    hf_classes=(_OWN_CLASS, "LlamaForCausalLM", "MistralForCausalLM"),
+    claims=lambda config: (
+        _OWN_CLASS in config["architectures"] or config.get("hidden_act") == "fatrelu"
+    ),
+    read_shape=_shape,
+)
+"""Also MiniCPM-S in llama-format, whose constants are in the weights already."""
