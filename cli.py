@@ -25,6 +25,24 @@ class _Fraction(click.FloatRange):
         return number
 
 
+class _Layers(click.ParamType[tuple[int, ...]]):
+    """Layer numbers such as `0-7,12`, as an ascending tuple."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        layers: set[int] = set()
+        for part in value.split(","):
+            first, dash, last = part.strip().partition("-")
+            ends = (first, last if dash else first)
+            if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends):
+                self.fail(f"{part!r} is neither a layer nor a range; write 0-7 or 0,5,9-11.")
+            if int(ends[0]) > int(ends[1]):
+                self.fail(f"{part!r} ends before it begins.", param, ctx)
+            layers.update(range(int(ends[0]), int(ends[1]) + 1))
+        return tuple(sorted(layers))
+
+
 class _Group(click.Group):
     """Turns the one family of user errors into one line and exit code 1."""
 
@@ -48,10 +66,16 @@ def _out(metavar: str, help_text: str) -> Callable[[Command], Command]:
 def _data(*, required: bool, help_text: str) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         command = click.option(
-            "--field", default="text", show_default=True, help="Key of the text in .jsonl and hf:."
+            "--field",
+            default="text",
+            show_default=True,
+            help="Key of the text in every kind but .txt.",
         )(command)
         return click.option(
-            "--data", required=required, metavar="FILE.txt|FILE.jsonl|hf:NAME", help=help_text
+            "--data",
+            required=required,
+            metavar="FILE|hf:NAME[:CONFIG][:SPLIT]",
+            help=f"{help_text}  FILE: .txt, .jsonl, .json or .parquet.",
         )(command)
 
     return decorate
@@ -183,6 +207,34 @@ def quickstart(
     show_default=True,
     help="How predictor inputs are stored.",
 )
+@click.option(
+    "--importance-bits",
+    type=click.Choice(["0", "2", "4", "8"]),
+    default="2",
+    show_default=True,
+    callback=lambda ctx, parameter, value: int(value),
+    help="Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
+)
+@click.option(
+    "--layers",
+    type=_Layers(),
+    metavar="0-7,12",
+    help="Record these layers only, to go through the model in passes.  [default: all]",
+)
+@click.option(
+    "--chat-template",
+    type=click.Choice(["auto", "none", "minicpm"]),
+    default="auto",
+    show_default=True,
+    help="Put text in a chat model's format; auto: the model's own if psp knows it.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "resident", "streamed"]),
+    default="auto",
+    show_default=True,
+    help="Keep the model on the device, or read it block by block; auto: as it fits.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Torch device of the model.")
 @_seed
 @_threads
@@ -194,24 +246,57 @@ def collect(as_json: bool, threads: int, **options: Any) -> None:
     from common.table import layer_table
     from predictor.collect import CollectConfig
     from predictor.collect import collect as run
+    from predictor.summary import trace_summary
 
-    store = run(CollectConfig(**options))
-    sparsity = store.activation_sparsity()
-    layers = [{"activation_sparsity": value} for value in sparsity]
-    result = {
-        "traces": str(store.path),
-        "tokens": store.rows,
-        "documents": sum(rows > 0 for rows in store.progress.document_rows),
-        "activation_sparsity": sum(sparsity) / len(sparsity),
-        "layers": layers,
-    }
+    store = run(CollectConfig(**options), lambda line: click.echo(line, err=True))
+    summary = trace_summary(store)
     if as_json:
-        _print_json(result)
+        _print_json(summary)
         return
     if store.rows < store.header.tokens:
         click.echo(f"note: the data ended after {store.rows} tokens", err=True)
-    click.echo(layer_table(layers, None))
-    click.echo(f"\n{store.rows} tokens of {result['documents']} documents in {store.path}")
+    click.echo(layer_table(summary["layers"], None))
+    click.echo(f"\n{store.rows} tokens of {store.documents} documents in {store.path}")
+
+
+@main.group(short_help="Look into collected traces.")
+def traces() -> None:
+    """Print or verify a directory of traces."""
+
+
+@traces.command("info", short_help="Print what a store holds.")
+@click.argument("traces", type=_PATH, metavar="TRACES")
+@_as_json
+def traces_info(traces: Path, as_json: bool) -> None:
+    """Print what traces were made from, how far they are, and every layer's sparsity."""
+    from common.table import fact_table, layer_table
+    from predictor.summary import trace_summary
+    from predictor.traces import TraceStore
+
+    summary = trace_summary(TraceStore.open(traces))
+    if as_json:
+        _print_json(summary)
+        return
+    layers = summary.pop("layers")
+    click.echo(fact_table(summary))
+    if layers:
+        click.echo("\n" + layer_table(layers, None))
+
+
+@traces.command("check", short_help="Verify every file of a store.")
+@click.argument("traces", type=_PATH, metavar="TRACES")
+@_as_json
+def traces_check(traces: Path, as_json: bool) -> None:
+    """Verify checksums, shapes and counts; exit code 1 at the first file that is wrong."""
+    from predictor.summary import check_traces
+    from predictor.traces import TraceStore
+
+    result = check_traces(TraceStore.open(traces))
+    if as_json:
+        _print_json(result)
+        return
+    state = "complete" if result["complete"] else "interrupted, go on with 'psp collect --resume'"
+    click.echo(f"{traces}: {result['files']} files of {result['tokens']} tokens are whole; {state}")
 
 
 @main.command("train-predictor", short_help="Train a predictor for every layer.")
@@ -253,14 +338,19 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     from predictor.training import TrainConfig, train_predictors
 
     artifact = train_predictors(TrainConfig(**options))
-    mean = mean_metrics(artifact.layers)
+    layers = artifact.rows()
+    mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         recipe = artifact.header.recipe["name"]
-        _print_json(
-            {"predictors": str(artifact.path), "recipe": recipe, **mean, "layers": artifact.layers}
-        )
+        _print_json({"predictors": str(artifact.path), "recipe": recipe, **mean, "layers": layers})
         return
-    click.echo(layer_table(artifact.layers, mean))
+    click.echo(layer_table(layers, mean))
+    if missing := artifact.missing:
+        click.echo(
+            f"note: {len(missing)} layers are still missing, the first is {missing[0]}; collect "
+            "them with --layers, then train with --resume",
+            err=True,
+        )
 
 
 @main.command("export-gguf", short_help="Write files that PowerInfer runs.")

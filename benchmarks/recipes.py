@@ -89,7 +89,7 @@ def main(
                 "recipe": recipe,
                 "rank": rank,
                 "tokens": store.rows,
-                **mean_metrics(artifact.layers),
+                **mean_metrics(list(artifact.layers.values())),
                 "ppl_dense": dense,
                 "ppl_sparse": sparse,
                 "ppl_gap": sparse / dense - 1,

@@ -32,21 +32,24 @@ class DecisionCounts:
         self.predicted += int(predicted.sum())
         self.hits += int((active & predicted).sum())
 
-    def metrics(self, *, rank: int, d_model: int, d_ff: int) -> dict[str, float]:
+    def metrics(
+        self, *, rank: int, d_model: int, d_ff: int, ffn_matrices: int = 3
+    ) -> dict[str, float]:
         """Return the layer's metrics as fractions.
 
         Recall is pooled over tokens: Σ predicted∧active / Σ active, 1 where nothing is active;
         precision likewise, 1 where nothing is predicted. The FFN bytes ratio is what a decoded
         token reads relative to dense: (predictor bytes + predicted-active share × FFN bytes) /
-        FFN bytes, with all weights of one type and the three matrices of a gated FFN.
+        FFN bytes, with all weights of one type.
 
         Args:
             rank: hidden units of the predictor.
             d_model: hidden size.
             d_ff: neurons of the layer.
+            ffn_matrices: matrices of the FFN, 3 if gated, else 2.
         """
         predicted = self.predicted / self.decisions
-        predictor = rank * (d_model + d_ff) / (3 * d_model * d_ff)
+        predictor = rank * (d_model + d_ff) / (ffn_matrices * d_model * d_ff)
         return {
             "activation_sparsity": 1 - self.active / self.decisions,
             "activation_recall": self.hits / self.active if self.active else 1.0,

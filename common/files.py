@@ -164,12 +164,19 @@ def refuse_existing(
 def remove_output(path: Path) -> None:
     """Remove what stands where an output is about to be made; a link goes, its target stays.
 
+    A directory is renamed before it is emptied, so that a process killed meanwhile leaves none
+    that looks like the output; the next call removes what is left of it.
+
     Raises:
         OutputError: the system refused.
     """
+    aside = path.with_name(f".{path.name}.old")
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if os.path.isdir(aside):
+            shutil.rmtree(aside)
+        if os.path.isdir(path) and not path.is_symlink():
+            os.rename(path, aside)
+            shutil.rmtree(aside)
         elif os.path.lexists(path):
             path.unlink()
     except OSError as error:

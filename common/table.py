@@ -35,13 +35,24 @@ def _cell(key: str, value: float) -> str:
 
 
 def layer_table(layers: Sequence[Mapping[str, float]], mean: Mapping[str, float] | None) -> str:
-    """Return one row a layer, and the mean if given; columns are the metrics present."""
+    """Return one row a layer, and the mean if given; columns are the metrics present.
+
+    Args:
+        layers: metrics by name, and the layer's number under `layer`.
+        mean: metrics by name.
+    """
     keys = [key for key in _METRICS if key in layers[0]]
-    named = [(str(number), layer) for number, layer in enumerate(layers)]
+    named = [(str(int(layer["layer"])), layer) for layer in layers]
     if mean is not None:
         named.append(("mean", mean))
     rows = [[name, *(_cell(key, layer[key]) for key in keys)] for name, layer in named]
     return table(["layer", *(_METRICS[key] for key in keys)], rows)
+
+
+def fact_table(facts: Mapping[str, Any]) -> str:
+    """Return one line a fact, names aligned."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {facts[name]}" for name in facts)
 
 
 def bench_table(result: Mapping[str, Any]) -> str:

@@ -24,16 +24,26 @@ def reference() -> str:
         terminal_width=_WIDTH,
     )
     parts.append(f"```\n{main.get_help(root)}\n```\n")
-    for name in sorted(main.commands):
+    parts += _sections(root, main)
+    return "\n".join(parts)
+
+
+def _sections(parent: click.Context, group: click.Group) -> list[str]:
+    """Return a section for every command, those of a group after it."""
+    parts = []
+    for name in sorted(group.commands):
+        command = group.commands[name]
         context = click.Context(
-            main.commands[name],
+            command,
             info_name=name,
-            parent=root,
+            parent=parent,
             max_content_width=_WIDTH,
             terminal_width=_WIDTH,
         )
-        parts.append(f"## psp {name}\n\n```\n{main.commands[name].get_help(context)}\n```\n")
-    return "\n".join(parts)
+        parts.append(f"## {context.command_path}\n\n```\n{command.get_help(context)}\n```\n")
+        if isinstance(command, click.Group):
+            parts += _sections(context, command)
+    return parts
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from architectures.checkpoint import Checkpoint
-from architectures.tokenizer import load_tokenizer
+from architectures.registry import ARCHITECTURES
+from architectures.tokenizer import load_sentencepiece
 from common.errors import ExportError, PredictorError
 from common.files import (
     atomic_directory,
@@ -93,9 +94,10 @@ def export(config: ExportConfig) -> Bundle:
     """
     checkpoint = Checkpoint.open(config.model)
     predictors = PredictorArtifact.open(config.predictors)
+    _check_family(checkpoint)
     check_fit(checkpoint, predictors)
     vocab_size = checkpoint.shape.vocab_size
-    vocabulary = read_vocabulary(load_tokenizer(checkpoint.path, vocab_size), vocab_size)
+    vocabulary = read_vocabulary(load_sentencepiece(checkpoint.path, vocab_size), vocab_size)
     bundle = Bundle.beside(config.out)
     _check_directory(bundle)
     refuse_existing(bundle.model_file, force=config.force)
@@ -129,7 +131,7 @@ def _write_model(
             "psp.version": tool_version(),
             "psp.model_fingerprint": checkpoint.fingerprint,
             "psp.recipe": json.dumps(predictors.header.recipe),
-            "psp.activation": checkpoint.architecture.activation,
+            "psp.activation": checkpoint.shape.activation,
         },
         tensors=list(plan_tensors(checkpoint, predictors)),
     )
@@ -147,6 +149,15 @@ def _check_directory(bundle: Bundle) -> None:
         raise ExportError(
             f"{bundle.activation_directory}: belongs to {sorted(others)[0]}; "
             "give every model a directory of its own"
+        )
+
+
+def _check_family(checkpoint: Checkpoint) -> None:
+    if checkpoint.architecture.gguf_name is None:
+        families = sorted({family.name for family in ARCHITECTURES if family.gguf_name})
+        raise ExportError(
+            f"{checkpoint.path}: family {checkpoint.architecture.name} cannot be exported yet; "
+            f"those that can: {', '.join(families)}"
         )
 
 

@@ -69,6 +69,7 @@ def plan_tensors(checkpoint: Checkpoint, predictors: PredictorArtifact) -> Itera
     for rule in checkpoint.architecture.tensors:
         for layer in range(model.n_layers if rule.per_layer else 1):
             shape = transformed_shape(rule.shape(model), rule.transform)
+            assert rule.target is not None
             yield PlannedTensor(
                 rule.target.format(layer=layer),
                 shape,
@@ -86,8 +87,7 @@ def plan_tensors(checkpoint: Checkpoint, predictors: PredictorArtifact) -> Itera
 
 
 def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> npt.NDArray[np.generic]:
-    stored = checkpoint.tensor(checkpoint.source(rule.source.format(layer=layer), rule.tied_to))
-    tensor = apply_transform(stored, rule.transform, checkpoint.shape)
+    tensor = apply_transform(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
     array: npt.NDArray[np.generic] = tensor.float().contiguous().numpy()
     return array
 

@@ -22,7 +22,7 @@ from common.errors import PredictorError
 from common.files import read_json, write_bytes, write_json
 from common.version import tool_version
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _AGAIN = "train the predictors again"
 
 
@@ -40,7 +40,7 @@ class PredictorHeader:
         d_ff: neurons in a layer.
         rank: hidden units of every predictor.
         threshold: a neuron is computed unless its logit is below this.
-        trace_hash: `TraceStore.hash` of the traces.
+        traces_identity: `TraceStore.identity` of the traces.
         recipe: settings of the recipe, by name.
         holdout: share of rows held out, by document.
         label_top_fraction: clipping of the training labels, or None.
@@ -56,7 +56,7 @@ class PredictorHeader:
     d_ff: int
     rank: int
     threshold: float
-    trace_hash: str
+    traces_identity: str
     recipe: dict[str, Any]
     holdout: float
     label_top_fraction: float | None
@@ -85,12 +85,12 @@ class PredictorArtifact:
     Attributes:
         path: the directory.
         header: what it was made for and from.
-        layers: metrics of each finished layer, in order.
+        layers: layer number to metrics, of the finished layers.
     """
 
     path: Path
     header: PredictorHeader
-    layers: list[dict[str, float]] = field(default_factory=list)
+    layers: dict[int, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -108,14 +108,20 @@ class PredictorArtifact:
                 f"{SCHEMA_VERSION}; {_AGAIN}"
             )
         try:
-            return cls(path, PredictorHeader(**document["header"]), document["layers"])
-        except (KeyError, TypeError) as error:
+            layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
+            return cls(path, PredictorHeader(**document["header"]), layers)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PredictorError(f"{path}/predictors.json: damaged ({error}); {_AGAIN}") from error
 
     @property
     def complete(self) -> bool:
         """Whether every layer is finished."""
-        return len(self.layers) == self.header.n_layers
+        return not self.missing
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the layers that are not finished."""
+        return [layer for layer in range(self.header.n_layers) if layer not in self.layers]
 
     def require_complete(self) -> None:
         """Refuse an artifact with layers missing.
@@ -123,10 +129,10 @@ class PredictorArtifact:
         Raises:
             PredictorError: with the command that goes on.
         """
-        if not self.complete:
+        if missing := self.missing:
             raise PredictorError(
-                f"{self.path}: layer {len(self.layers)} of {self.header.n_layers} is missing; "
-                "finish with 'psp train-predictor ... --resume'"
+                f"{self.path}: {len(missing)} of {self.header.n_layers} layers are missing, the "
+                f"first is {missing[0]}; finish with 'psp train-predictor ... --resume'"
             )
 
     def _file(self, layer: int) -> Path:
@@ -140,16 +146,20 @@ class PredictorArtifact:
                 "schema_version": SCHEMA_VERSION,
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
-                "layers": self.layers,
-                "mean": mean_metrics(self.layers) if self.complete else None,
+                "layers": self.rows(),
+                "mean": mean_metrics(list(self.layers.values())) if self.complete else None,
             },
         )
 
-    def append(self, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
-        """Commit the next layer: first its file, then the index that counts it."""
+    def rows(self) -> list[dict[str, float]]:
+        """Return the metrics of the finished layers in order, each with its number."""
+        return [{"layer": layer, **self.layers[layer]} for layer in sorted(self.layers)]
+
+    def add(self, layer: int, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
+        """Commit a layer: first its file, then the index that counts it."""
         tensors = {name: tensor.contiguous() for name, tensor in vars(predictor).items()}
-        write_bytes(self._file(len(self.layers)), save(tensors))
-        self.layers.append(metrics)
+        write_bytes(self._file(layer), save(tensors))
+        self.layers[layer] = metrics
         self.write_header()
 
     def layer(self, layer: int) -> LayerPredictor:

@@ -1,28 +1,42 @@
-"""Recording of activation traces with hooks on the real model."""
+"""Collection of activation traces: text through the real model into a store."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
+from os.path import exists, isdir, islink
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import layers_of, load_model
-from architectures.tokenizer import load_tokenizer
+from architectures.model import WEIGHTS, LoadedModel, check_device, load_model
+from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.documents import read_documents
-from common.errors import TraceError
+from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
-from predictor.magnitude import encode_magnitude
-from predictor.traces import LayerRows, LayerWeights, TraceHeader, TraceStore, pack_active
-from predictor.windows import Window, cut_shards, cut_windows
+from predictor.importance import BITS
+from predictor.layer_weights import LayerWeights, read_layer_weights
+from predictor.manifest import TraceHeader
+from predictor.recorder import Recorder
+from predictor.shard_file import INPUT_DTYPES
+from predictor.templates import choose_template
+from predictor.traces import TraceStore
+from predictor.windows import (
+    cut_batches,
+    cut_shards,
+    cut_windows,
+    order_windows,
+    segments_of,
+    text_sha256,
+)
 
-_SHARD_BYTES = 1 << 28
-_STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_SHARD_BYTES = 1 << 30
+_SHARD_ROWS = (1024, 16384)
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +49,13 @@ class CollectConfig:
         out: store directory.
         tokens: rows to record.
         field: key of the text in structured sources.
+        chat_template: `auto`, or one of `common.chat.TEMPLATES`.
+        layers: blocks to record, ascending; None records all.
         context: longest window in tokens.
-        batch: windows run at once.
+        batch: full windows run at once; more of them where windows are shorter.
         dtype: how inputs are stored, `float16` or `bfloat16`.
+        importance_bits: bits of an active neuron's importance, see `predictor.importance`.
+        weights: `auto`, `resident` or `streamed`, see `architectures.model.load_model`.
         device: torch device of the model.
         seed: recorded, and seeds torch.
         force: replace an existing store.
@@ -49,9 +67,13 @@ class CollectConfig:
     out: Path
     tokens: int
     field: str = "text"
+    chat_template: str = "auto"
+    layers: tuple[int, ...] | None = None
     context: int = 512
     batch: int = 8
     dtype: str = "float16"
+    importance_bits: int = 2
+    weights: str = "auto"
     device: str = "cpu"
     seed: int = 0
     force: bool = False
@@ -61,165 +83,148 @@ class CollectConfig:
         """Refuse settings that record nothing."""
         if self.tokens < 1 or self.context < 2 or self.batch < 1:
             raise TraceError("nothing to record: need 1 token, a context of 2 and a batch of 1")
-        if self.dtype not in _STORED:
-            raise TraceError(f"dtype {self.dtype!r} is unknown; choose from {', '.join(_STORED)}")
+        for name, value, choices in (
+            ("dtype", self.dtype, INPUT_DTYPES),
+            ("importance_bits", self.importance_bits, BITS),
+            ("weights", self.weights, WEIGHTS),
+        ):
+            if value not in choices:
+                listed = ", ".join(map(str, choices))
+                raise TraceError(f"{name} {value!r} is unknown; choose from {listed}")
 
 
-class Recorder:
-    """Hooks that turn one forward pass into trace rows of every layer."""
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        """Register the hooks.
-
-        Args:
-            model: the running model.
-            checkpoint: names its family.
-            dtype: stored type of the inputs.
-        """
-        self._dtype = dtype
-        self._mask = torch.empty(0, dtype=torch.bool)
-        self._seen: list[dict[str, torch.Tensor]] = []
-        self.rows: list[list[LayerRows]] = []
-        architecture = checkpoint.architecture
-        for number, block in enumerate(layers_of(model, checkpoint)):
-            self._seen.append({})
-            self.rows.append([])
-            self._hook_input(block.get_submodule(architecture.predictor_input), number)
-            for tap in architecture.activation_taps:
-                self._hook_tap(block.get_submodule(tap), number)
-            self._hook_output(block.get_submodule(architecture.ffn_output), number)
-
-    def _hook_input(self, module: nn.Module, layer: int) -> None:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._seen[layer] = {"inputs": args[0][self._mask]}
-
-        module.register_forward_pre_hook(hook)
-
-    def _hook_tap(self, module: nn.Module, layer: int) -> None:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            positive = output[self._mask] > 0
-            seen = self._seen[layer]
-            seen["active"] = seen["active"] & positive if "active" in seen else positive
-
-        module.register_forward_hook(hook)
-
-    def _hook_output(self, module: nn.Module, layer: int) -> None:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            seen = self._seen[layer]
-            inputs = seen["inputs"].to(self._dtype)
-            if not torch.isfinite(inputs).all():
-                raise TraceError(
-                    f"layer {layer}: the residual does not fit {self._dtype}; "
-                    "use --dtype bfloat16, or check the model if that is in use already"
-                )
-            active = seen["active"]
-            magnitude = args[0][self._mask][active].abs()
-            self.rows[layer].append(
-                LayerRows(
-                    inputs=inputs.cpu(),
-                    active=pack_active(active),
-                    counts=active.sum(0).cpu(),
-                    magnitude=encode_magnitude(magnitude).cpu(),
-                )
-            )
-
-        module.register_forward_pre_hook(hook)
-
-    def run(self, model: nn.Module, windows: Sequence[Window], device: str) -> None:
-        """Run one batch of windows and record its rows, window after window."""
-        length = max(len(window.tokens) for window in windows)
-        tokens = torch.zeros(len(windows), length, dtype=torch.long)
-        mask = torch.zeros(len(windows), length, dtype=torch.bool)
-        for row, window in enumerate(windows):
-            tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
-            mask[row, : len(window.tokens)] = True
-        self._mask = mask.to(device)
-        # Right padding under causal attention changes no earlier position, so no mask is needed;
-        # one logit is enough, since only the blocks matter.
-        model(input_ids=tokens.to(device), use_cache=False, logits_to_keep=1)
-
-    def take(self) -> list[LayerRows]:
-        """Return the rows recorded since the last call, one entry a layer."""
-        taken = [
-            LayerRows(
-                inputs=torch.cat([part.inputs for part in parts]),
-                active=torch.cat([part.active for part in parts]),
-                counts=torch.stack([part.counts for part in parts]).sum(0),
-                magnitude=torch.cat([part.magnitude for part in parts]),
-            )
-            for parts in self.rows
-        ]
-        self.rows = [[] for _ in self.rows]
-        return taken
-
-
-def collect(config: CollectConfig) -> TraceStore:
+def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceStore:
     """Record traces into a store.
+
+    Args:
+        config: settings.
+        report: receives lines about what is going to happen.
 
     Returns:
         The complete store; it holds fewer rows than asked for if the data ended first.
 
     Raises:
-        PspError: unreadable data, unsupported checkpoint, existing output, a store of another
-            model or other settings under `resume`, or a residual that overflows the stored type.
+        PspError: unreadable data, unsupported checkpoint, existing output, too little disk, a store
+            of another model, text or settings under `resume`, or a residual that overflows the
+            stored type.
     """
+    check_device(config.device)
     checkpoint = Checkpoint.open(config.model)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size)
-    header = _header(config, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    template = choose_template(checkpoint, config.chat_template, report)
+    header = trace_header(config, checkpoint, template)
     store = _begun_store(config, header)
     if store is not None and store.progress.complete:
         return store
-    next(read_documents(config.data, config.field))  # unreadable text costs no existing store
+    # Nothing that cannot run costs an existing store.
+    next(read_documents(config.data, config.field, template))
+    _check_disk(config, header, store, report)
     torch.manual_seed(config.seed)
-    compute = torch.float32 if config.device == "cpu" else _checkpoint_dtype(checkpoint)
-    model = load_model(checkpoint, dtype=compute, device=config.device)
+    model = load_model(
+        checkpoint,
+        dtype=getattr(torch, header.compute_dtype),
+        device=config.device,
+        n_blocks=max(header.layers) + 1,
+        weights=config.weights,
+        head=False,
+    )
+    if model.streamed:
+        report("weights: streamed block by block, the model does not stay in memory")
     if store is None:
         remove_output(config.out)
         store = TraceStore.create(config.out, header)
-    _save_weights(store, checkpoint)
-    recorder = Recorder(model, checkpoint, _STORED[config.dtype])
-    windows = cut_windows(read_documents(config.data, config.field), tokenizer, header.context)
-    shards = cut_shards(windows, header.shard_rows, header.tokens)
-    with tqdm(total=config.tokens, unit="tok", desc="collect", disable=None) as bar:
-        for number, shard in enumerate(shards):
-            if number >= len(store.progress.shards):
-                for batch in _batches(shard, config.batch):
-                    with torch.inference_mode():
-                        recorder.run(model, batch, config.device)
-                    bar.update(sum(len(window.tokens) for window in batch))
-                store.commit(recorder.take(), _count_documents(store, shard))
-            else:
-                bar.update(store.progress.shards[number])
-    store.finish()
+    record(model, checkpoint, tokenizer, store)
     return store
 
 
-def _header(config: CollectConfig, checkpoint: Checkpoint) -> TraceHeader:
+def record(
+    model: LoadedModel, checkpoint: Checkpoint, tokenizer: Tokenizer, store: TraceStore
+) -> None:
+    """Record what is missing in a store and mark it complete.
+
+    Raises:
+        PspError: the text is unreadable or not the one that the store was begun with, a residual
+            overflows, or the disk refuses.
+    """
+    header = store.header
+    recorder = Recorder(
+        model,
+        checkpoint,
+        _save_weights(store, checkpoint),
+        dtype=INPUT_DTYPES[header.input_dtype],
+        importance_bits=header.importance_bits,
+    )
+    documents = read_documents(header.data, header.field, header.chat_template)
+    windows = cut_windows(documents, tokenizer, header.context)
+    shards = cut_shards(windows, header.shard_rows, header.tokens)
+    held = list(store.progress.shards)
+    with tqdm(total=header.tokens, unit="tok", desc="collect", disable=None) as bar:
+        for committed, shard in zip_longest(held, map(order_windows, shards)):
+            digest = text_sha256(shard or [])
+            segments = segments_of(shard or [])
+            begun = committed and (committed.text_sha256, committed.segments)
+            if begun and begun != (digest, segments):
+                raise TraceError(
+                    f"{store.path}: {header.data} or the tokenizer has changed since the store "
+                    "was begun; restore it, or use --force to start over"
+                )
+            if committed is not None:
+                bar.update(committed.rows)
+                continue
+            with store.shard(segments, digest) as writers:
+                for batch in cut_batches(shard, header.batch * header.context):
+                    recorder.run(batch, lambda layer, rows: writers[layer].append(rows))
+                    bar.update(sum(len(window.tokens) for window in batch))
+    if not store.rows:
+        raise DataError(f"{header.data}: gives no tokens; pass a source with at least one document")
+    store.finish()
+
+
+def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -> TraceHeader:
+    """Return the header of the store that `config` asks for.
+
+    Raises:
+        TraceError: a layer that the model does not have.
+    """
     shape = checkpoint.shape
-    rows = _SHARD_BYTES // (2 * shape.d_model * shape.n_layers)
+    layers = list(range(shape.n_layers)) if config.layers is None else list(config.layers)
+    if not layers or layers[0] < 0 or layers[-1] >= shape.n_layers:
+        raise TraceError(
+            f"--layers: the model has layers 0 to {shape.n_layers - 1}; choose among those"
+        )
+    on_cpu = torch.device(config.device).type == "cpu"
+    compute = torch.float32 if on_cpu else checkpoint.dtype
+    row_bytes = 2 * shape.d_model + shape.d_ff // 8
+    least, most = _SHARD_ROWS
     return TraceHeader(
         model=config.model,
         model_fingerprint=checkpoint.fingerprint,
         architecture=checkpoint.architecture.name,
-        activation=checkpoint.architecture.activation,
+        activation=shape.activation,
+        activation_threshold=shape.activation_threshold,
+        ffn_matrices=checkpoint.architecture.ffn_matrices,
         n_layers=shape.n_layers,
+        layers=layers,
         d_model=shape.d_model,
         d_ff=shape.d_ff,
-        norm_eps=shape.norm_eps,
         input_dtype=config.dtype,
+        importance_bits=config.importance_bits,
+        compute_dtype=str(compute).removeprefix("torch."),
         data=config.data,
         field=config.field,
+        chat_template=template,
         tokens=config.tokens,
         context=min(config.context, shape.context_length),
         batch=config.batch,
-        shard_rows=max(1024, min(16384, rows)),
+        # Not by the layers recorded: passes over the layers must cut the text alike.
+        shard_rows=max(least, min(most, _SHARD_BYTES // (row_bytes * shape.n_layers))),
         seed=config.seed,
     )
 
 
 def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | None:
     """Return the store to go on with, or None where one is to be made."""
-    if config.resume and (config.out / "manifest.json").exists():
+    if config.resume and exists(config.out / "manifest.json"):
         store = TraceStore.open(config.out)
         for key, value in vars(header).items():
             if getattr(store.header, key) != value:
@@ -232,28 +237,56 @@ def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | Non
     return None
 
 
-def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    stored = checkpoint.layer_tensor(0, checkpoint.architecture.ffn_norm).dtype
-    return stored if stored in (torch.float16, torch.bfloat16) else torch.float32
+def _check_disk(
+    config: CollectConfig, header: TraceHeader, store: TraceStore | None, report: Report
+) -> None:
+    needed = most_bytes(header, header.tokens - (store.rows if store else 0))
+    place = next(path for path in (config.out, *config.out.absolute().parents) if exists(path))
+    if not isdir(place):
+        raise OutputError(f"{config.out}: {place} is no directory; choose another --out")
+    free = shutil.disk_usage(place).free
+    if store is None and isdir(config.out) and not islink(config.out):
+        free += sum(file.lstat().st_size for file in config.out.rglob("*"))
+    report(f"disk: needs at most {_size(needed)}, {_size(free)} free")
+    if needed > free:
+        raise OutputError(
+            f"{config.out}: the traces need up to {_size(needed)}, {_size(free)} are free; collect "
+            "fewer --tokens, or some --layers at a time, or choose another --out"
+        )
 
 
-def _save_weights(store: TraceStore, checkpoint: Checkpoint) -> None:
-    architecture = checkpoint.architecture
-    for layer in range(checkpoint.shape.n_layers):
-        gate = checkpoint.layer_tensor(layer, architecture.gate).float()
-        norm = checkpoint.layer_tensor(layer, architecture.ffn_norm).float()
-        down = checkpoint.layer_tensor(layer, architecture.ffn_down).float()
-        store.save_weights(layer, LayerWeights(gate * norm, torch.linalg.vector_norm(down, dim=0)))
+def most_bytes(header: TraceHeader, rows: int) -> int:
+    """Return the most that `rows` rows of all recorded layers and their weights can take on disk.
+
+    Every neuron active on every token would take this much; half of them active, the most that is
+    seen, takes `importance_bits · d_ff / 16` bytes less a row and layer.
+    """
+    row = 2 * header.d_model + -(-header.d_ff // 8) + 4
+    row += -(-header.d_ff * header.importance_bits // 8)
+    shards = -(-rows // header.shard_rows)
+    weights = 2 * header.d_model * header.d_ff + 4 * header.d_ff + 1024
+    layer = rows * row + shards * (8 * header.d_ff + 1024) + weights
+    # The manifest: at worst every window, of two rows, is a document of its own.
+    return len(header.layers) * layer + 4096 + 256 * shards + 24 * rows
 
 
-def _batches(shard: Sequence[Window], size: int) -> Iterator[Sequence[Window]]:
-    for start in range(0, len(shard), size):
-        yield shard[start : start + size]
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
 
 
-def _count_documents(store: TraceStore, shard: Sequence[Window]) -> list[int]:
-    rows = list(store.progress.document_rows)
-    for window in shard:
-        rows.extend([0] * (window.document + 1 - len(rows)))
-        rows[window.document] += len(window.tokens)
-    return rows
+def _save_weights(store: TraceStore, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+    norms = {}
+
+    def read() -> Iterator[tuple[int, LayerWeights]]:
+        for layer in store.header.layers:
+            weights = read_layer_weights(checkpoint, layer)
+            norms[layer] = weights.down_norms
+            yield layer, weights
+
+    store.save_weights(read())
+    return norms

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.magnitude import decode_magnitude
-from predictor.traces import LayerRows, unpack_active
+from predictor.bits import unpack_active
+from predictor.importance import codes_at, decode_importance
+from predictor.layer_weights import LayerWeights
+from predictor.traces import LayerRows
 
 _TINY = 1e-20
 
@@ -23,35 +25,20 @@ class LabelledRows:
 
     Attributes:
         rows: the rows as stored.
-        d_ff: neurons.
-        starts: (rows,) int64, where each row's magnitudes begin.
+        weights: the layer's weights.
         normalise: scale inputs to unit root mean square.
         top: keep at most this many labels a token, those of largest magnitude; 0 keeps all.
     """
 
     rows: LayerRows
-    d_ff: int
-    starts: torch.Tensor
+    weights: LayerWeights
     normalise: bool
-    top: int
+    top: int = 0
 
-    @classmethod
-    def make(
-        cls, rows: LayerRows, d_ff: int, *, normalise: bool, top_fraction: float | None = None
-    ) -> LabelledRows:
-        """Index stored rows.
-
-        Args:
-            rows: one layer's rows.
-            d_ff: neurons.
-            normalise: scale inputs to unit root mean square.
-            top_fraction: keep the labels of at most this fraction of neurons for each token (0.15
-                is the published recipe's clipping); None keeps all.
-        """
-        per_row = _set_bits(rows.active)
-        starts = torch.cumsum(per_row, 0) - per_row
-        top = 0 if top_fraction is None else max(1, int(top_fraction * d_ff))
-        return cls(rows, d_ff, starts, normalise, top)
+    @property
+    def d_ff(self) -> int:
+        """Neurons of the layer."""
+        return len(self.weights.down_norms)
 
     def inputs(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_model) float32 inputs of the chosen rows."""
@@ -66,24 +53,21 @@ class LabelledRows:
         """Return (n, d_ff) bool labels to train on: `active`, cut if asked for."""
         if not self.top:
             return self.active(index)
-        magnitude = self.magnitude(index)
+        magnitude = self.importance(index) / self.weights.down_norms.clamp_min(1e-30)
         largest = magnitude.topk(self.top, dim=1).indices
         kept = torch.zeros(magnitude.shape, dtype=torch.bool).scatter_(1, largest, True)
         return kept & (magnitude > 0)
 
-    def magnitude(self, index: torch.Tensor) -> torch.Tensor:
-        """Return (n, d_ff) float32 |act(g)·u| of active neurons, zero elsewhere."""
+    def importance(self, index: torch.Tensor) -> torch.Tensor:
+        """Return (n, d_ff) float32 |act(g)·u|·‖down column‖ as stored, zero where not active."""
         active = self.active(index)
         counts = active.sum(1)
         # Positions of each row's codes: its start, then one after the other.
         first = torch.cumsum(counts, 0) - counts
         offsets = torch.arange(int(counts.sum())) - torch.repeat_interleave(first, counts)
-        positions = torch.repeat_interleave(self.starts[index], counts) + offsets
-        magnitude = torch.zeros(active.shape)
-        magnitude[active] = decode_magnitude(self.rows.magnitude[positions])
-        return magnitude
-
-
-def _set_bits(active: torch.Tensor) -> torch.Tensor:
-    bits = torch.tensor([value.bit_count() for value in range(256)])
-    return torch.cat([bits[part.long()].sum(1) for part in torch.split(active, 4096)])
+        positions = torch.repeat_interleave(self.rows.starts[index], counts) + offsets
+        bits = self.rows.importance_bits
+        relative = decode_importance(codes_at(self.rows.importance, positions, bits), bits)
+        importance = torch.zeros(active.shape)
+        importance[active] = relative * torch.repeat_interleave(self.rows.scale[index], counts)
+        return importance

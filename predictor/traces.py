@@ -3,76 +3,37 @@
 Layout of a store directory::
 
     manifest.json                     written last at every commit; the truth about what is valid
-    layer-00/weights.safetensors      gate      (d_ff, d_model) float16, gate matrix times norm
-                                      down_norms (d_ff,) float32, norms of the down columns
-    layer-00/shard-00000.safetensors  inputs    (rows, d_model) float16 or bfloat16
-                                      active    (rows, ceil(d_ff / 8)) uint8, bit-packed, LSB first
-                                      counts    (d_ff,) int64, tokens on which a neuron was active
-                                      magnitude (sum of counts,) uint8 codes, row by row
+    layer-00/weights.safetensors      gate (d_ff, d_model) float16 and down_norms (d_ff,) float32,
+                                      see `predictor.layer_weights`
+    layer-00/shard-00000.safetensors  rows, see `predictor.shard_file`
 
-A shard is committed by writing its file for every layer and then the manifest that counts it. A
-killed run leaves at most files that no manifest counts; the next run overwrites them.
+A shard is committed by renaming its file of every layer and then writing the manifest that counts
+it. A killed run leaves at most files that no manifest counts; the next run overwrites them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.errors import TraceError
-from common.files import read_json, sha256, write_bytes, write_json
-from common.version import tool_version
+from common.files import atomic_path, sha256, write_bytes
+from predictor.bits import count_active
+from predictor.holdout import hold_out
+from predictor.layer_weights import LayerWeights
+from predictor.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
+from predictor.shard_file import ShardLayout, ShardWriter, check_shard, read_shard, shard_counts
 
-SCHEMA_VERSION = 1
 _AGAIN = "collect the traces again"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceHeader:
-    """What a store was made from; two stores with equal headers and data are interchangeable.
-
-    Attributes:
-        model: the model as the user named it.
-        model_fingerprint: `Checkpoint.fingerprint`.
-        architecture: name of the family.
-        activation: activation of the FFN.
-        n_layers: blocks.
-        d_model: hidden size.
-        d_ff: neurons in a layer.
-        norm_eps: epsilon of the FFN norm.
-        input_dtype: `float16` or `bfloat16`.
-        data: the text source as the user named it.
-        field: key of the text in the source.
-        tokens: tokens asked for.
-        context: longest window, tokens.
-        batch: windows run at once.
-        shard_rows: rows after which a shard is closed.
-        seed: seed of the run.
-    """
-
-    model: str
-    model_fingerprint: str
-    architecture: str
-    activation: str
-    n_layers: int
-    d_model: int
-    d_ff: int
-    norm_eps: float
-    input_dtype: str
-    data: str
-    field: str
-    tokens: int
-    context: int
-    batch: int
-    shard_rows: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -82,47 +43,20 @@ class LayerRows:
     Attributes:
         inputs: (rows, d_model) float16 or bfloat16, the predictor's input.
         active: (rows, ceil(d_ff / 8)) uint8, bit-packed, least significant bit first.
-        counts: (d_ff,) int64.
-        magnitude: (number of set bits,) uint8 codes in row order, see `predictor.magnitude`.
+        counts: (d_ff,) int64, rows in which each neuron was active.
+        importance_bits: bits of a code; 0 where no importance is stored.
+        scale: (rows,) float32, mean importance of a row's active neurons, or empty.
+        starts: (rows,) int64, position of each row's first code, or empty.
+        importance: (bytes,) uint8, packed codes, see `predictor.importance`.
     """
 
     inputs: torch.Tensor
     active: torch.Tensor
     counts: torch.Tensor
-    magnitude: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What training needs of a layer's weights.
-
-    Attributes:
-        gate: (d_ff, d_model) float32, gate matrix times the FFN norm's weight.
-        down_norms: (d_ff,) float32, norm of each column of the down projection.
-    """
-
-    gate: torch.Tensor
-    down_norms: torch.Tensor
-
-
-@dataclass
-class Progress:
-    """What is committed: rows of each shard, and rows of each document in order."""
-
-    shards: list[int] = field(default_factory=list)
-    document_rows: list[int] = field(default_factory=list)
-    complete: bool = False
-
-
-def pack_active(active: torch.Tensor) -> torch.Tensor:
-    """Pack (rows, d_ff) bool into (rows, ceil(d_ff / 8)) uint8."""
-    return torch.from_numpy(np.packbits(active.cpu().numpy(), axis=1, bitorder="little"))
-
-
-def unpack_active(packed: torch.Tensor, d_ff: int) -> torch.Tensor:
-    """Unpack (rows, ceil(d_ff / 8)) uint8 into (rows, d_ff) bool."""
-    bits = np.unpackbits(packed.numpy(), axis=1, count=d_ff, bitorder="little")
-    return torch.from_numpy(bits.view(bool))
+    importance_bits: int
+    scale: torch.Tensor
+    starts: torch.Tensor
+    importance: torch.Tensor
 
 
 class TraceStore:
@@ -146,20 +80,7 @@ class TraceStore:
         Raises:
             TraceError: no store there, damaged manifest or another schema version.
         """
-        manifest = read_json(
-            path / "manifest.json", TraceError, "pass a directory made by 'psp collect'"
-        )
-        version = manifest.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise TraceError(
-                f"{path}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}; "
-                f"{_AGAIN}"
-            )
-        try:
-            header = TraceHeader(**manifest["header"])
-            progress = Progress(**manifest["progress"])
-        except (KeyError, TypeError) as error:
-            raise TraceError(f"{path}/manifest.json: damaged ({error}); {_AGAIN}") from error
+        header, progress = read_manifest(path)
         return cls(path, header, progress)
 
     def require_complete(self) -> None:
@@ -177,121 +98,171 @@ class TraceStore:
     @property
     def rows(self) -> int:
         """Tokens recorded."""
-        return sum(self.progress.shards)
+        return sum(shard.rows for shard in self.progress.shards)
 
     @property
-    def hash(self) -> str:
-        """SHA-256 of the manifest: names the store in what is made from it."""
-        return sha256((self.path / "manifest.json").read_bytes())
+    def documents(self) -> int:
+        """Documents with at least one row."""
+        return len({number for shard in self.progress.shards for number, _ in shard.segments})
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what the rows were made from, whichever layers are recorded.
+
+        Stores of one collection made in several passes over the layers share it.
+        """
+        header = asdict(self.header) | {"layers": None}
+        texts = [shard.text_sha256 for shard in self.progress.shards]
+        return sha256(json.dumps([header, texts], sort_keys=True).encode())
 
     def _write_manifest(self) -> None:
-        write_json(
-            self.path / "manifest.json",
-            {
-                "schema_version": SCHEMA_VERSION,
-                "tool_version": tool_version(),
-                "header": asdict(self.header),
-                "progress": asdict(self.progress),
-            },
-        )
+        write_manifest(self.path, self.header, self.progress)
 
     def _layer_file(self, layer: int, name: str) -> Path:
         return self.path / f"layer-{layer:02d}" / f"{name}.safetensors"
 
-    def commit(self, layers: Sequence[LayerRows], document_rows: Sequence[int]) -> None:
-        """Append one shard.
+    def _shard_file(self, layer: int, number: int) -> Path:
+        return self._layer_file(layer, f"shard-{number:05d}")
+
+    def _layout(self, rows: int) -> ShardLayout:
+        header = self.header
+        return ShardLayout(
+            rows=rows,
+            d_model=header.d_model,
+            d_ff=header.d_ff,
+            input_dtype=header.input_dtype,
+            importance_bits=header.importance_bits,
+        )
+
+    @contextmanager
+    def shard(
+        self, segments: Sequence[Sequence[int]], text_sha256: str
+    ) -> Iterator[dict[int, ShardWriter]]:
+        """Append one shard: yield a writer for each layer, commit if the block ends well.
 
         Args:
-            layers: rows of every layer, equally many.
-            document_rows: for every document so far, how many rows are recorded, this shard's
-                included.
+            segments: document number and rows of each run of rows, in the order of the rows.
+            text_sha256: checksum of the shard's token ids.
+
+        Yields:
+            Layer number to writer.
         """
-        number = len(self.progress.shards)
-        for layer, rows in enumerate(layers):
-            self._save(self._layer_file(layer, f"shard-{number:05d}"), vars(rows))
-        self.progress.shards.append(len(layers[0].inputs))
-        self.progress.document_rows = list(document_rows)
+        number, rows = len(self.progress.shards), sum(rows for _, rows in segments)
+        with ExitStack() as stack:
+            writers = {}
+            for layer in self.header.layers:
+                file = self._shard_file(layer, number)
+                part = stack.enter_context(atomic_path(file))
+                writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), file))
+            yield writers
+        digest = _joined(writers[layer].digest for layer in self.header.layers)
+        shard = Shard(segments=[list(s) for s in segments], text_sha256=text_sha256, sha256=digest)
+        self.progress.shards.append(shard)
         self._write_manifest()
 
     def finish(self) -> None:
-        """Mark the store complete."""
+        """Mark the store complete and remove what killed runs left behind."""
+        for layer in self.header.layers:
+            wanted = {self._shard_file(layer, n).name for n in range(len(self.progress.shards))}
+            for file in self._layer_file(layer, "weights").parent.iterdir():
+                if _is_ours(file) and file.name not in wanted:
+                    file.unlink()
         self.progress.complete = True
         self._write_manifest()
 
-    def save_weights(self, layer: int, weights: LayerWeights) -> None:
-        """Store a layer's weights, the gate as float16."""
-        tensors = {"gate": weights.gate.half(), "down_norms": weights.down_norms}
-        self._save(self._layer_file(layer, "weights"), tensors)
+    def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
+        """Store the weights of every recorded layer, in order, gates as float16."""
+        digests = []
+        for layer, weights in layers:
+            tensors = {"gate": weights.gate.half(), "down_norms": weights.down_norms}
+            data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            write_bytes(self._layer_file(layer, "weights"), data)
+            digests.append(xxhash.xxh3_128_hexdigest(data))
+        self.progress.weights = digests
+        self._write_manifest()
 
     def weights(self, layer: int) -> LayerWeights:
-        """Read what `save_weights` stored."""
-        d_ff, d_model = self.header.d_ff, self.header.d_model
-        tensors = self._load(self._layer_file(layer, "weights"))
-        self._expect(layer, "weights", tensors, "gate", (d_ff, d_model))
-        self._expect(layer, "weights", tensors, "down_norms", (d_ff,))
-        return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
+        """Read what `save_weights` stored.
 
-    @staticmethod
-    def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        write_bytes(path, save({name: t.contiguous() for name, t in tensors.items()}))
-
-    @staticmethod
-    def _load(path: Path) -> dict[str, torch.Tensor]:
+        Raises:
+            TraceError: missing, damaged or of other sizes than the manifest says.
+        """
+        file = self._layer_file(layer, "weights")
         try:
-            tensors: dict[str, torch.Tensor] = load_file(path)
+            tensors: Mapping[str, torch.Tensor] = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise TraceError(f"{path}: missing or damaged ({error}); {_AGAIN}") from error
-        return tensors
-
-    def _expect(
-        self,
-        layer: int,
-        file: str,
-        tensors: Mapping[str, torch.Tensor],
-        name: str,
-        shape: tuple[int, ...],
-    ) -> None:
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            raise TraceError(
-                f"{self._layer_file(layer, file)}: {name} has shape {found}, the manifest implies "
-                f"{shape}; {_AGAIN}"
-            )
+            raise TraceError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error
+        d_ff, d_model = self.header.d_ff, self.header.d_model
+        for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
+            found = tuple(tensors[name].shape) if name in tensors else None
+            if found != shape:
+                raise TraceError(
+                    f"{file}: {name} has shape {found}, the manifest implies {shape}; {_AGAIN}"
+                )
+        return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
     def layer(self, layer: int) -> LayerRows:
         """Read all rows of one layer.
 
         Raises:
-            TraceError: a shard is missing, damaged or does not fit the manifest.
+            TraceError: the layer was not recorded, or a shard is missing, damaged or does not fit
+                the manifest.
         """
-        packed = -(-self.header.d_ff // 8)
-        parts: list[dict[str, torch.Tensor]] = []
-        for number, rows in enumerate(self.progress.shards):
-            name = f"shard-{number:05d}"
-            tensors = self._load(self._layer_file(layer, name))
-            self._expect(layer, name, tensors, "inputs", (rows, self.header.d_model))
-            self._expect(layer, name, tensors, "active", (rows, packed))
-            self._expect(layer, name, tensors, "counts", (self.header.d_ff,))
-            self._expect(layer, name, tensors, "magnitude", (int(tensors["counts"].sum()),))
-            parts.append(tensors)
-        joined: dict[str, Any] = {
+        if layer not in self.header.layers:
+            raise TraceError(f"{self.path}: layer {layer} was not collected; see --layers")
+        if not self.progress.shards:
+            raise TraceError(f"{self.path}: holds no rows yet; go on with 'psp collect --resume'")
+        parts, starts, bits = [], [], self.header.importance_bits
+        code_bytes = 0
+        for number, shard in enumerate(self.progress.shards):
+            part = read_shard(self._shard_file(layer, number), self._layout(shard.rows))
+            if bits:
+                per_row = count_active(part["active"])
+                starts.append(torch.cumsum(per_row, 0) - per_row + code_bytes * (8 // bits))
+                code_bytes += len(part["importance"])
+            parts.append(part)
+        joined = {
             name: torch.cat([part[name] for part in parts])
-            for name in ("inputs", "active", "magnitude")
+            for name in ("inputs", "active", "scale", "importance")
         }
-        counts = torch.stack([part["counts"] for part in parts]).sum(0)
-        return LayerRows(counts=counts, **joined)
+        return LayerRows(
+            counts=torch.stack([part["counts"] for part in parts]).sum(0),
+            importance_bits=bits,
+            starts=torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64),
+            **joined,
+        )
 
-    def activation_sparsity(self) -> list[float]:
-        """Return every layer's activation sparsity over all rows, from the stored counts."""
+    def activation_sparsity(self) -> dict[int, float]:
+        """Return every recorded layer's activation sparsity over all rows, from stored counts."""
         decisions = self.rows * self.header.d_ff
-        sparsity = []
-        for layer in range(self.header.n_layers):
-            active = 0
-            for number in range(len(self.progress.shards)):
-                shard = self._load(self._layer_file(layer, f"shard-{number:05d}"))
-                active += int(shard["counts"].sum())
-            sparsity.append(1 - active / decisions)
+        sparsity = {}
+        for layer in self.header.layers:
+            files = (self._shard_file(layer, n) for n in range(len(self.progress.shards)))
+            active = sum(int(shard_counts(file).sum()) for file in files)
+            sparsity[layer] = 1 - active / decisions
         return sparsity
+
+    def check(self) -> None:
+        """Verify every committed file: sizes, counts, checksums.
+
+        Raises:
+            TraceError: naming the first file that is wrong.
+        """
+        weights = dict(zip(self.header.layers, self.progress.weights, strict=False))
+        for layer, digest in weights.items():
+            self.weights(layer)
+            file = self._layer_file(layer, "weights")
+            if xxhash.xxh3_128_hexdigest(file.read_bytes()) != digest:
+                raise TraceError(f"{file}: checksum differs from the manifest's; {_AGAIN}")
+        if self.progress.shards and len(weights) != len(self.header.layers):
+            raise TraceError(f"{self.path}/manifest.json: weights of layers are missing; {_AGAIN}")
+        for number, shard in enumerate(self.progress.shards):
+            layout = self._layout(shard.rows)
+            digests = [check_shard(self._shard_file(n, number), layout) for n in self.header.layers]
+            if _joined(digests) != shard.sha256:
+                raise TraceError(
+                    f"{self.path}: shard {number} is whole but not the manifest's; {_AGAIN}"
+                )
 
     def holdout(self, share: float, seed: int) -> torch.Tensor:
         """Choose whole documents for the holdout.
@@ -306,18 +277,19 @@ class TraceStore:
         Raises:
             TraceError: fewer than two documents.
         """
-        documents = [rows for rows in self.progress.document_rows if rows]
-        if len(documents) < 2:
+        segments = [segment for shard in self.progress.shards for segment in shard.segments]
+        if len({document for document, _ in segments}) < 2:
             raise TraceError(
-                f"{self.path}: holds {len(documents)} document, a holdout by document needs at "
+                f"{self.path}: holds {self.documents} document, a holdout by document needs at "
                 "least 2; collect from more documents or more --tokens"
             )
-        order = np.random.default_rng(seed).permutation(len(documents))
-        held: set[int] = set()
-        for document in order[:-1]:
-            if sum(documents[i] for i in held) >= share * self.rows:
-                break
-            held.add(int(document))
-        lengths = torch.tensor(documents)
-        chosen = torch.tensor([i in held for i in range(len(documents))])
-        return torch.repeat_interleave(chosen, lengths)
+        return hold_out(segments, share, seed)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is a shard's, or one that was not finished."""
+    return file.match("shard-*.safetensors") or file.match(".*.safetensors.part")
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -14,7 +14,6 @@ from predictor.initialise import random_start, second_moment, svd_start
 from predictor.module import Predictor, decide
 from predictor.recipes import Recipe
 from predictor.rows import LabelledRows
-from predictor.traces import LayerWeights
 
 _EVALUATION_ROWS = 2048
 _MOMENT_ROWS = 32768
@@ -25,7 +24,6 @@ _TUNED_RANK = 32
 def train_layer(
     recipe: Recipe,
     rows: LabelledRows,
-    weights: LayerWeights,
     *,
     rank: int,
     train: torch.Tensor,
@@ -38,7 +36,6 @@ def train_layer(
     Args:
         recipe: settings.
         rows: the layer's trace rows.
-        weights: the layer's gate and down norms.
         rank: hidden units.
         train: (n,) int64, rows to train on.
         holdout: (m,) int64, rows that choose the epoch where the recipe asks for that.
@@ -48,7 +45,7 @@ def train_layer(
     Returns:
         float32 predictor; round it with `module.to_half` before it is measured.
     """
-    predictor = _start(recipe, rows, weights, rank, train, generator)
+    predictor = _start(recipe, rows, rank, train, generator)
     rates = _rates(recipe, predictor)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
@@ -62,7 +59,7 @@ def train_layer(
             if recipe.cosine:
                 for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            loss = _loss(recipe, predictor, rows, weights, index)
+            loss = _loss(recipe, predictor, rows, index)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -85,16 +82,15 @@ def train_layer(
 def _start(
     recipe: Recipe,
     rows: LabelledRows,
-    weights: LayerWeights,
     rank: int,
     train: torch.Tensor,
     generator: torch.Generator,
 ) -> Predictor:
-    d_ff, d_model = weights.gate.shape
+    d_ff, d_model = rows.weights.gate.shape
     if not recipe.svd_start:
         return random_start(rank, d_model, d_ff, generator)
     sample = train[torch.randperm(len(train), generator=generator)[:_MOMENT_ROWS]]
-    return svd_start(weights.gate, second_moment(rows.inputs(sample)), rank)
+    return svd_start(rows.weights.gate, second_moment(rows.inputs(sample)), rank)
 
 
 def _rates(recipe: Recipe, predictor: Predictor) -> list[tuple[torch.nn.Parameter, float]]:
@@ -111,7 +107,6 @@ def _loss(
     recipe: Recipe,
     predictor: Predictor,
     rows: LabelledRows,
-    weights: LayerWeights,
     index: torch.Tensor,
 ) -> torch.Tensor:
     """Binary cross-entropy over neurons; see `Recipe` for the weights."""
@@ -120,7 +115,7 @@ def _loss(
     negative = recipe.negative_weight * density + recipe.negative_floor
     positive = torch.ones(())
     if recipe.importance:
-        importance = rows.magnitude(index) * weights.down_norms
+        importance = rows.importance(index)
         mean = importance.sum() / labels.sum().clamp_min(1)
         positive = (importance / mean.clamp_min(1e-30)).clamp_max(recipe.importance_cap)
     weight = torch.where(labels, positive, negative)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+from predictor.importance import RANKING_BITS
 from predictor.module import RANK_MULTIPLE, to_half
 from predictor.recipes import Recipe, recipe_named
 from predictor.rows import LabelledRows
@@ -57,7 +58,10 @@ class TrainConfig:
 
 
 def train_predictors(config: TrainConfig) -> PredictorArtifact:
-    """Train, measure on held-out documents and store a predictor for every layer.
+    """Train, measure on held-out documents and store a predictor for every recorded layer.
+
+    Traces made in passes over the layers are trained one store after the other into one artifact,
+    under `resume`.
 
     Raises:
         PspError: unusable traces, existing output, or an artifact made with other settings under
@@ -71,18 +75,33 @@ def train_predictors(config: TrainConfig) -> PredictorArtifact:
             f"rank {config.rank} exceeds twice d_model ({2 * store.header.d_model}), which is "
             "exact already; lower --rank"
         )
+    _check_importance(config, store, recipe)
     held = store.holdout(config.holdout, config.seed)
     artifact = _open_artifact(config, store, recipe)
     train, holdout = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
-    layers = store.header.n_layers
-    with tqdm(total=layers * steps, unit="step", desc="train-predictor", disable=None) as bar:
-        for layer in range(layers):
-            bar.set_postfix(layer=f"{layer + 1}/{layers}")
-            if layer >= len(artifact.layers):
-                _train_one(config, store, recipe, artifact, train, holdout, bar)
-            bar.update((layer + 1) * steps - bar.n)
+    layers = store.header.layers
+    with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
+        for number, layer in enumerate(layers):
+            bar.set_postfix(layer=f"{number + 1}/{len(layers)}")
+            if layer not in artifact.layers:
+                _train_one(config, store, recipe, artifact, layer, train, holdout, bar)
+            bar.update((number + 1) * steps - bar.n)
     return artifact
+
+
+def _check_importance(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None:
+    bits = store.header.importance_bits
+    if recipe.importance and not bits:
+        raise PredictorError(
+            f"{store.path}: holds no importance, by which recipe {recipe.name} weighs; collect "
+            "with --importance-bits 2, or pass --recipe dejavu"
+        )
+    if config.label_top_fraction is not None and bits < RANKING_BITS:
+        raise PredictorError(
+            f"{store.path}: its importance of {bits} bits cannot rank neurons; collect with "
+            f"--importance-bits {RANKING_BITS}, or leave out --label-top-fraction"
+        )
 
 
 def _train_one(
@@ -90,21 +109,21 @@ def _train_one(
     store: TraceStore,
     recipe: Recipe,
     artifact: PredictorArtifact,
+    layer: int,
     train: torch.Tensor,
     holdout: torch.Tensor,
     bar: tqdm,
 ) -> None:
-    layer, header = len(artifact.layers), store.header
-    rows = LabelledRows.make(
+    header, share = store.header, config.label_top_fraction
+    rows = LabelledRows(
         store.layer(layer),
-        header.d_ff,
+        store.weights(layer),
         normalise=recipe.normalise,
-        top_fraction=config.label_top_fraction,
+        top=0 if share is None else max(1, int(share * header.d_ff)),
     )
     trained = train_layer(
         recipe,
         rows,
-        store.weights(layer),
         rank=config.rank,
         train=train,
         holdout=holdout,
@@ -117,14 +136,17 @@ def _train_one(
         )
     final = to_half(trained)
     metrics = evaluate(final, rows, holdout).metrics(
-        rank=config.rank, d_model=header.d_model, d_ff=header.d_ff
+        rank=config.rank,
+        d_model=header.d_model,
+        d_ff=header.d_ff,
+        ffn_matrices=header.ffn_matrices,
     )
     predictor = LayerPredictor(
         fc1=final.fc1.detach().half(),
         fc2=final.fc2.detach().half(),
         activation_counts=rows.rows.counts,
     )
-    artifact.append(predictor, metrics)
+    artifact.add(layer, predictor, metrics)
 
 
 def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> PredictorArtifact:
@@ -138,7 +160,7 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
         d_ff=store.header.d_ff,
         rank=config.rank,
         threshold=0.0,
-        trace_hash=store.hash,
+        traces_identity=store.identity,
         recipe=asdict(recipe),
         holdout=config.holdout,
         label_top_fraction=config.label_top_fraction,

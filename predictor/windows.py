@@ -1,26 +1,19 @@
-"""Documents to token windows, and windows to shards.
+"""Documents to token windows, windows to shards, and shards to batches.
 
 A window is one sequence that the model sees on its own: the BOS token, then tokens of a single
-document. Long documents give several windows; no window crosses documents.
+document. Long documents give several windows; no window crosses documents. Within a shard windows
+are ordered by length, so that a batch holds little padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+import numpy as np
 
-class Tokenizer(Protocol):
-    """What windows need of a tokenizer."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without special tokens."""
-        ...
-
-    def bos_id(self) -> int:
-        """Return the id of the begin-of-sequence token."""
-        ...
+from architectures.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,3 +59,41 @@ def cut_shards(windows: Iterable[Window], rows: int, tokens: int) -> Iterator[li
             return
     if shard:
         yield shard
+
+
+def order_windows(shard: Iterable[Window]) -> list[Window]:
+    """Return the windows, longest first; equally long ones keep their order."""
+    return sorted(shard, key=lambda window: -len(window.tokens))
+
+
+def cut_batches(windows: Sequence[Window], tokens: int) -> Iterator[Sequence[Window]]:
+    """Yield batches of neighbouring windows, each of at most `tokens` positions with padding.
+
+    Args:
+        windows: ordered by `order_windows`.
+        tokens: positions of a batch; a window longer than that is a batch of its own.
+    """
+    start = 0
+    while start < len(windows):
+        size = max(1, tokens // len(windows[start].tokens))
+        yield windows[start : start + size]
+        start += size
+
+
+def segments_of(windows: Iterable[Window]) -> list[list[int]]:
+    """Return document number and rows of each run of rows of one document."""
+    segments: list[list[int]] = []
+    for window in windows:
+        if segments and segments[-1][0] == window.document:
+            segments[-1][1] += len(window.tokens)
+        else:
+            segments.append([window.document, len(window.tokens)])
+    return segments
+
+
+def text_sha256(windows: Iterable[Window]) -> str:
+    """Return a checksum of all token ids and of where windows begin."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(np.array([len(window.tokens), *window.tokens], "<i8").tobytes())
+    return digest.hexdigest()

@@ -28,6 +28,8 @@ from predictor.traces import TraceStore
 POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
+SHARD_ROWS = (1024, 1024)
+"""A tiny model would never fill a shard of the usual size."""
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog.\n"
@@ -171,7 +173,7 @@ def traces(
 ) -> TraceStore:
     """Traces of three shards, made in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_BYTES", 1)
+        patch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
         store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
     assert len(store.progress.shards) == 3
     return store
@@ -210,15 +212,15 @@ def write_predictors(
         d_ff=shape.d_ff,
         rank=len(layers[0].fc1),
         threshold=0.0,
-        trace_hash="",
+        traces_identity="",
         recipe={"name": "made by hand"},
         holdout=0.1,
         label_top_fraction=None,
         seed=0,
     )
     artifact = PredictorArtifact(out, header)
-    for predictor in layers:
-        artifact.append(predictor, {"activation_recall": 1.0})
+    for number, predictor in enumerate(layers):
+        artifact.add(number, predictor, {"activation_recall": 1.0})
     return artifact
 
 

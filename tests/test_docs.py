@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from cli import main
@@ -39,6 +40,8 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_every_option_named_in_an_example_exists(page: Path) -> None:
     for example in re.findall(r"^psp [a-z-]+ .*$", page.read_text(encoding="utf-8"), re.MULTILINE):
         command = main.commands[example.split()[1]]
+        if isinstance(command, click.Group):
+            command = command.commands[example.split()[2]]
         options = {option for parameter in command.params for option in parameter.opts}
         used = set(re.findall(r"--[a-z-]+", example))
         assert used <= options, example

@@ -9,8 +9,6 @@ import pytest
 import torch
 from conftest import TEXT, ModelMaker, write_predictors
 
-from architectures.checkpoint import Checkpoint
-from architectures.model import load_model
 from architectures.tokenizer import load_tokenizer
 from common.errors import EngineError
 from gguf_export.bundle import Bundle, ExportConfig, export
@@ -24,7 +22,9 @@ LOGIT_TOLERANCE = 2e-2
 
 
 def reference_logits(model: Path, tokens: list[int]) -> torch.Tensor:
-    module = load_model(Checkpoint.open(model), dtype=torch.float32, device="cpu")
+    from transformers import LlamaForCausalLM
+
+    module = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
         logits: torch.Tensor = module(input_ids=torch.tensor([tokens])).logits[0]
     return logits
@@ -50,11 +50,13 @@ def test_logits_equal_transformers(
 def test_perplexity_equals_transformers(
     model_dir: Path, exact_bundle: Bundle, threshold: float | None
 ) -> None:
+    from transformers import LlamaForCausalLM
+
     engine = Engine(exact_bundle.model_file, threshold=threshold)
     ours = engine_perplexity(engine, TEXT * 8, 64, None, "ours")
     tokens = tokens_of(model_dir, 10**6)
     assert tokens == [1, *engine.vocabulary.encode(TEXT * 8)]
-    module = load_model(Checkpoint.open(model_dir), dtype=torch.float32, device="cpu")
+    module = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
     @torch.inference_mode()
     def evaluate(ids: list[int]) -> torch.Tensor:

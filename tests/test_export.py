@@ -321,7 +321,7 @@ def test_predictors_of_other_sizes_are_refused(
     [
         (
             lambda path: edit_index(path, lambda index: index["layers"].pop()),
-            "layer 1 of 2 is missing; finish with 'psp train-predictor ... --resume'",
+            "the first is 1; finish with 'psp train-predictor ... --resume'",
         ),
         (lambda path: (path / "layer-01.safetensors").unlink(), "layer-01.safetensors: missing"),
         (lambda path: (path / "layer-00.safetensors").write_bytes(bytes(9)), "damaged"),

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from predictor.bits import active_places, pack_active
+from predictor.importance import decode_importance, pack_codes
 from predictor.initialise import random_start, second_moment, svd_start
-from predictor.magnitude import decode_magnitude, encode_magnitude
+from predictor.layer_weights import LayerWeights
 from predictor.module import Predictor, decide, to_half
 from predictor.recipes import DEJAVU, PSP, Recipe
+from predictor.recorder import row_importance
 from predictor.rows import LabelledRows, normalise_rms
-from predictor.traces import LayerRows, LayerWeights, pack_active
+from predictor.traces import LayerRows
 from predictor.train import evaluate, train_layer
 
 D_MODEL, D_FF, RANK = 64, 96, 32
@@ -29,8 +32,26 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=seeded(seed))
 
 
-def rows_from(active: torch.Tensor, codes: torch.Tensor, inputs: torch.Tensor) -> LayerRows:
-    return LayerRows(inputs.half(), pack_active(active), active.sum(0), codes[active])
+def rows_from(
+    active: torch.Tensor, importance: torch.Tensor, inputs: torch.Tensor, bits: int = 8
+) -> LayerRows:
+    """Store rows as a collection does."""
+    packed, per_row = pack_active(active), active.sum(1)
+    row, _ = active_places(packed)
+    scale, codes = row_importance(importance[active], row, len(active), bits)
+    return LayerRows(
+        inputs=inputs.half(),
+        active=packed,
+        counts=active.sum(0),
+        importance_bits=bits,
+        scale=scale,
+        starts=torch.cumsum(per_row, 0) - per_row,
+        importance=torch.from_numpy(pack_codes(codes.numpy(), bits)),
+    )
+
+
+def unweighted(d_ff: int, d_model: int = 8) -> LayerWeights:
+    return LayerWeights(torch.zeros(d_ff, d_model), torch.ones(d_ff))
 
 
 # --- the start -----------------------------------------------------------------------------------
@@ -116,66 +137,78 @@ def test_half_precision_flips_only_logits_within_rounding_of_zero(
     assert bool((logits.abs() < 2 * 2**-11 * 1.1 * bound)[flipped].all())
 
 
-# --- rows, labels, magnitudes --------------------------------------------------------------------
+# --- rows, labels, importance --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def coded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows]:
-    """Return active neurons, codes and inputs of 50 rows, and how they are stored."""
+    """Return active neurons, importance and inputs of 50 rows, and how they are stored."""
     active = torch.rand(50, 37, generator=seeded()) < 0.4
     active[7] = False
-    # Codes that differ within a row: nothing ties.
-    codes = torch.stack([torch.randperm(255, generator=seeded(n))[:37] + 1 for n in range(50)])
+    # A quarter of an octave apart within a row: no two share a code.
+    order = torch.stack([torch.randperm(37, generator=seeded(n)) for n in range(50)])
+    importance = torch.exp2((order - 25) / 4) * active
     inputs = normal(50, 8)
-    return active, codes, inputs, rows_from(active, codes.to(torch.uint8), inputs)
+    return active, importance, inputs, rows_from(active, importance, inputs)
 
 
 def test_rows_are_gathered_in_any_order(
     coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
 ) -> None:
-    active, codes, inputs, stored = coded
+    active, importance, inputs, stored = coded
     index = torch.cat([torch.randperm(50, generator=seeded(1)), torch.tensor([3, 3, 7])])
-    rows = LabelledRows.make(stored, 37, normalise=False)
+    rows = LabelledRows(stored, unweighted(37), normalise=False)
     assert torch.equal(rows.inputs(index), inputs.half().float()[index])
     assert torch.equal(rows.active(index), active[index])
     assert torch.equal(rows.labels(index), active[index])
-    expected = torch.where(active, decode_magnitude(codes), torch.zeros(()))
-    torch.testing.assert_close(rows.magnitude(index), expected[index])
+    # Half a step of the code either way.
+    torch.testing.assert_close(rows.importance(index), importance[index], rtol=0.045, atol=0)
 
 
-@pytest.mark.parametrize(("fraction", "top"), [(0.15, 5), (0.001, 1), (0.5, 18), (1.0, 37)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_importance_is_decoded_from_each_rows_own_codes(bits: int) -> None:
+    active = torch.rand(40, 29, generator=seeded()) < 0.3
+    importance = normal(40, 29, seed=1).abs().exp() * active
+    stored = rows_from(active, importance, normal(40, 8), bits)
+    rows = LabelledRows(stored, unweighted(29), normalise=False)
+    _, codes = row_importance(importance[active], active.nonzero()[:, 0], 40, bits)
+    expected = torch.zeros(40, 29)
+    expected[active] = decode_importance(codes, bits)
+    expected *= importance.sum(1, keepdim=True) / active.sum(1, keepdim=True).clamp_min(1)
+    index = torch.randperm(40, generator=seeded(2))
+    torch.testing.assert_close(rows.importance(index), expected[index])
+    assert len(torch.unique(expected[active])) > 4
+
+
+@pytest.mark.parametrize("top", [1, 5, 18, 37])
 def test_clipped_labels_are_exactly_the_largest(
-    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows], fraction: float, top: int
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows], top: int
 ) -> None:
-    active, codes, _, stored = coded
-    rows = LabelledRows.make(stored, 37, normalise=False, top_fraction=fraction)
-    labels = rows.labels(torch.arange(50))
-    for label, row, code in zip(labels, active, codes, strict=True):
-        largest = sorted(row.nonzero()[:, 0].tolist(), key=lambda n: -int(code[n]))[:top]
-        assert label.nonzero()[:, 0].tolist() == sorted(largest)
-    assert torch.equal(rows.active(torch.arange(50)), active)
+    """By |act(g)·u|, so the norms of the down columns are divided out."""
+    active, importance, _, stored = coded
+    norms = torch.exp2(torch.randint(-3, 4, (37,), generator=seeded(1)) + 0.0)
+    weights = LayerWeights(torch.zeros(37, 8), norms)
+    labels = LabelledRows(stored, weights, normalise=False, top=top).labels(torch.arange(50))
+    for label, row, values in zip(labels, active, importance / norms, strict=True):
+        largest = sorted(row.nonzero()[:, 0].tolist(), key=lambda n: -float(values[n]))[:top]
+        kept = label.nonzero()[:, 0].tolist()
+        # Different down norms may make two neurons tie.
+        assert len(kept) == len(largest)
+        assert sorted(values[kept].tolist()) == pytest.approx(sorted(values[largest].tolist()))
 
 
 def test_clipping_keeps_no_more_labels_than_asked_for_where_magnitudes_tie() -> None:
     """Codes are coarse, so that many neurons of a wide layer share the smallest kept one."""
     active = torch.ones(4, 40, dtype=torch.bool)
-    stored = rows_from(active, torch.full((4, 40), 150, dtype=torch.uint8), normal(4, 8))
-    rows = LabelledRows.make(stored, 40, normalise=False, top_fraction=0.25)
+    stored = rows_from(active, torch.full((4, 40), 3.0), normal(4, 8))
+    rows = LabelledRows(stored, unweighted(40), normalise=False, top=10)
     assert rows.labels(torch.arange(4)).sum(1).tolist() == [10] * 4
-
-
-def test_magnitudes_survive_coding_within_a_sixteenth_of_an_octave() -> None:
-    magnitude = torch.logspace(-6, 3.5, 10_000)
-    error = decode_magnitude(encode_magnitude(magnitude)) / magnitude
-    assert float(error.max()) < 2 ** (1 / 16) * 1.0001
-    assert float(error.min()) > 2 ** (-1 / 16) * 0.9999
-    assert encode_magnitude(torch.tensor([0.0, 1e30])).tolist() == [0, 255]
 
 
 def test_normalised_inputs_have_unit_root_mean_square(
     coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
 ) -> None:
-    rows = LabelledRows.make(coded[3], 37, normalise=True)
+    rows = LabelledRows(coded[3], unweighted(37), normalise=True)
     inputs = rows.inputs(torch.arange(50))
     torch.testing.assert_close(inputs.square().mean(1), torch.ones(50))
     torch.testing.assert_close(inputs, normalise_rms(coded[2].half().float()))
@@ -195,27 +228,27 @@ def planted() -> tuple[LayerRows, LayerWeights]:
     gate = gate - torch.outer(gate @ mean + D_MODEL**0.5, mean)
     inputs = (normal(3000, D_MODEL, seed=5) + 1.2 * mean).half()
     opened = inputs.float() @ gate.T
-    codes = encode_magnitude((opened * normal(3000, D_FF, seed=6)).abs())
     norms = torch.rand(D_FF, generator=seeded(7)) + 0.5
-    return rows_from(opened > 0, codes, inputs), LayerWeights(gate, norms)
+    importance = (opened * normal(3000, D_FF, seed=6)).abs() * norms
+    return rows_from(opened > 0, importance, inputs), LayerWeights(gate, norms)
 
 
 def trained(
     recipe: Recipe, planted: tuple[LayerRows, LayerWeights], seed: int = 0, **options: Any
 ) -> tuple[LabelledRows, Predictor]:
-    rows = LabelledRows.make(planted[0], D_FF, normalise=recipe.normalise)
+    rows = LabelledRows(*planted, normalise=recipe.normalise)
     chosen: dict[str, Any] = {
         "train": TRAIN,
         "holdout": HOLDOUT,
         "generator": seeded(seed),
     } | options
-    return rows, train_layer(recipe, rows, planted[1], rank=RANK, **chosen)
+    return rows, train_layer(recipe, rows, rank=RANK, **chosen)
 
 
-def importance_loss(predictor: Predictor, rows: LabelledRows, norms: torch.Tensor) -> float:
+def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:
     """Return the held-out loss of the psp recipe at the best scale of the logits."""
     active = rows.active(HOLDOUT)
-    importance = rows.magnitude(HOLDOUT) * norms
+    importance = rows.importance(HOLDOUT)
     positive = (importance * active.sum() / importance.sum()).clamp_max(16)
     weight = torch.where(active, positive, active.float().mean() + 0.005)
     with torch.no_grad():
@@ -236,9 +269,7 @@ def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
 def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
     rows, predictor = trained(replace(PSP, batch=128, epochs=8), planted)
     start = svd_start(planted[1].gate, second_moment(rows.inputs(TRAIN)), RANK)
-    norms = planted[1].down_norms
-    loss = importance_loss(predictor, rows, norms)
-    assert loss < 0.95 * importance_loss(start, rows, norms)
+    assert importance_loss(predictor, rows) < 0.95 * importance_loss(start, rows)
 
 
 def test_the_dejavu_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
@@ -304,8 +335,11 @@ def test_importance_weights_favour_the_neurons_whose_output_is_large(
     planted: tuple[LayerRows, LayerWeights],
 ) -> None:
     half = D_FF // 2
-    norms = torch.cat([torch.full((half,), 10.0), torch.ones(D_FF - half)])
-    layer = (planted[0], replace(planted[1], down_norms=norms))
+    favour = torch.cat([torch.full((half,), 10.0), torch.ones(D_FF - half)])
+    before = LabelledRows(*planted, normalise=False)
+    every = torch.arange(3000)
+    stored = rows_from(before.active(every), before.importance(every) * favour, planted[0].inputs)
+    layer = (stored, planted[1])
     for importance, low, high in ((True, 0.15, 1.0), (False, -0.05, 0.05)):
         recipe = replace(PSP, batch=200, epochs=4, importance=importance)
         rows, predictor = trained(recipe, layer)

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import OutputError, PredictorError, TraceError
 from predictor.artifact import PredictorArtifact
+from predictor.bits import unpack_active
 from predictor.collect import CollectConfig, collect
 from predictor.module import Predictor, decide
-from predictor.traces import TraceStore, unpack_active
+from predictor.traces import TraceStore
 from predictor.training import TrainConfig, train_predictors
 
 RANK = 32
@@ -30,9 +31,8 @@ def traces(
     model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
     out = tmp_path_factory.mktemp("traces") / "traces"
-    return collect(
-        CollectConfig(model=str(model_dir), data=str(data_file), out=out, tokens=1500, context=64)
-    )
+    sizes: dict[str, Any] = {"tokens": 1500, "context": 64, "importance_bits": 8}
+    return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def copy_traces(traces: TraceStore, tmp_path: Path) -> Path:
 
 
 def interrupt_after_layer_0(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> None:
-    append = PredictorArtifact.append
+    add = PredictorArtifact.add
 
-    def append_or_stop(artifact: PredictorArtifact, *arguments: Any) -> None:
+    def add_or_stop(artifact: PredictorArtifact, *arguments: Any) -> None:
         if artifact.layers:
             raise InterruptedError("stopped by the test")
-        append(artifact, *arguments)
+        add(artifact, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PredictorArtifact, "append", append_or_stop)
+        patch.setattr(PredictorArtifact, "add", add_or_stop)
         with pytest.raises(InterruptedError, match="stopped by the test"):
             run()
 
@@ -97,7 +97,7 @@ def test_predictors_are_measured_as_stored_on_documents_held_out(
     artifact.require_complete()
     held = traces.holdout(0.2, 3)
     assert 0.2 * traces.rows <= int(held.sum()) < traces.rows / 2
-    for number, metrics in enumerate(artifact.layers):
+    for number, metrics in artifact.layers.items():
         stored, rows = artifact.layer(number), traces.layer(number)
         assert (stored.fc1.dtype, stored.fc2.dtype) == (torch.float16, torch.float16)
         assert stored.fc1.shape == (RANK, 64)
@@ -121,12 +121,12 @@ def test_the_index_names_model_traces_recipe_and_means(
     header = document["header"]
     assert header["model"] == traces.header.model
     assert header["model_fingerprint"] == traces.header.model_fingerprint
-    assert header["trace_hash"] == traces.hash
+    assert header["traces_identity"] == traces.identity
     assert (header["n_layers"], header["d_model"], header["d_ff"]) == (2, 64, 1012)
     assert (header["rank"], header["threshold"], header["recipe"]["name"]) == (RANK, 0, "psp")
-    assert document["layers"] == artifact.layers
+    assert document["layers"] == [{"layer": n, **artifact.layers[n]} for n in range(2)]
     assert len(artifact.layers) == 2
-    assert document["mean"] == mean_metrics(artifact.layers)
+    assert document["mean"] == mean_metrics(list(artifact.layers.values()))
     assert contents(artifact.path).keys() == {
         *("predictors.json", "layer-00.safetensors", "layer-01.safetensors"),
     }
@@ -134,7 +134,7 @@ def test_the_index_names_model_traces_recipe_and_means(
 
 def test_full_rank_predicts_almost_everything(train: Train, tmp_path: Path) -> None:
     """At rank 2 · d_model the start is exact; training may trade a little of it."""
-    for metrics in train(tmp_path / "out", rank=128).layers:
+    for metrics in train(tmp_path / "out", rank=128).layers.values():
         assert metrics["activation_recall"] > 0.8
         assert metrics["precision"] > 0.8
 
@@ -153,7 +153,9 @@ def test_clipped_labels_give_sparser_predictions(
     train: Train, artifact: PredictorArtifact, tmp_path: Path
 ) -> None:
     clipped = train(tmp_path / "clipped", label_top_fraction=0.1)
-    for ours, whole in zip(clipped.layers, artifact.layers, strict=True):
+    assert clipped.layers.keys() == artifact.layers.keys()
+    for layer, ours in clipped.layers.items():
+        whole = artifact.layers[layer]
         assert ours["activation_sparsity"] == whole["activation_sparsity"]
         assert ours["predicted_sparsity"] > whole["predicted_sparsity"]
         assert ours["activation_recall"] < whole["activation_recall"]
@@ -182,7 +184,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     half = PredictorArtifact.open(out)
     assert len(half.layers) == 1
     with refused(
-        PredictorError, str(out), "layer 1 of 2 is missing", "psp train-predictor ... --resume"
+        PredictorError,
+        str(out),
+        "1 of 2 layers are missing, the first is 1",
+        "psp train-predictor ... --resume",
     ):
         half.require_complete()
     train(out, resume=True)
@@ -231,7 +236,7 @@ def test_resume_with_other_traces_is_refused(
 ) -> None:
     other = copy_traces(traces, tmp_path)
     edit(other / "manifest.json", lambda manifest: manifest["header"].update(data="other.txt"))
-    with refused(PredictorError, str(copy), "trace_hash", "traces", "--force"):
+    with refused(PredictorError, str(copy), "traces_identity", "traces", "--force"):
         train(copy, resume=True, traces=other)
 
 
@@ -259,6 +264,34 @@ def test_incomplete_traces_are_refused(train: Train, traces: TraceStore, tmp_pat
     with refused(TraceError, str(half), "interrupted", "'psp collect ... --resume'"):
         train(tmp_path / "out", traces=half)
     assert not (tmp_path / "out").exists()
+
+
+def test_traces_without_importance_train_the_recipe_that_needs_none(
+    train: Train, traces: TraceStore, tmp_path: Path
+) -> None:
+    bare = collect(
+        CollectConfig(
+            model=traces.header.model,
+            data=traces.header.data,
+            out=tmp_path / "bare",
+            tokens=300,
+            context=64,
+            importance_bits=0,
+        )
+    ).path
+    with refused(PredictorError, str(bare), "no importance", "--importance-bits 2", "dejavu"):
+        train(tmp_path / "out", traces=bare)
+    assert not (tmp_path / "out").exists()
+    assert train(tmp_path / "out", traces=bare, recipe="dejavu").complete
+
+
+def test_clipping_needs_importance_that_ranks_neurons(
+    train: Train, traces: TraceStore, tmp_path: Path
+) -> None:
+    coarse = copy_traces(traces, tmp_path)
+    edit(coarse / "manifest.json", lambda manifest: manifest["header"].update(importance_bits=2))
+    with refused(PredictorError, str(coarse), "2 bits", "--importance-bits 8", "--label-top"):
+        train(tmp_path / "out", traces=coarse, label_top_fraction=0.15)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 16, 33, -32])
@@ -325,10 +358,10 @@ def test_a_directory_without_predictors_is_refused(tmp_path: Path) -> None:
         PredictorArtifact.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
     edit(copy / "predictors.json", lambda document: document.update(schema_version=version))
-    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 1", "again"):
+    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 2", "again"):
         PredictorArtifact.open(copy)
 
 
@@ -354,8 +387,8 @@ def test_the_command_prints_the_metrics_of_the_artifact(
     out = tmp_path / "out"
     options = ("--traces", traces.path, "--out", out, "--rank", RANK, "--json")
     result = json.loads(psp("train-predictor", *options).stdout)
-    assert result.pop("layers") == artifact.layers
+    assert result.pop("layers") == artifact.rows()
     assert result.pop("predictors") == str(out)
     assert result.pop("recipe") == "psp"
-    assert result == mean_metrics(artifact.layers)
+    assert result == mean_metrics(list(artifact.layers.values()))
     assert contents(out) == contents(artifact.path)

@@ -1,63 +1,31 @@
-"""Trace stores: interrupted and killed runs, refused outputs, damaged files."""
+"""Trace stores: interrupted runs, refused settings and outputs, damaged files, space on disk."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
-from conftest import TRACE_CONTEXT, TRACE_TOKENS, ModelMaker, refused
+from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError, OutputError, TraceError
 from predictor.collect import CollectConfig, collect
+from predictor.manifest import TraceHeader
+from predictor.summary import trace_summary
 from predictor.traces import TraceStore
 
-TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
-# Runs a collection that is killed at its n-th rename, or (n = 0) in the middle of a write.
-KILLED = """
-import os, resource, signal, sys
-from pathlib import Path
-import torch
-import predictor.collect
-from predictor.collect import CollectConfig, collect
-
-model, data, out, tokens, context, renames = sys.argv[1:]
-torch.set_num_threads(1)
-predictor.collect._SHARD_BYTES = 1
-left, replace = int(renames), os.replace
-
-def replace_or_die(*paths):
-    global left
-    left -= 1
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-
-os.replace = replace_or_die
-if left == 0:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-collect(CollectConfig(
-    model=model, data=data, out=Path(out), field="body", tokens=int(tokens), context=int(context)))
-"""
+Settings = Callable[..., CollectConfig]
+Change = Callable[[dict[str, Any]], object]
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Close shards after 1,024 rows, the least there is; a tiny model would fill none."""
-    monkeypatch.setattr("predictor.collect._SHARD_BYTES", 1)
-
-
-Settings = Callable[..., CollectConfig]
+    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 @pytest.fixture
@@ -71,103 +39,43 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def edit_manifest(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit_manifest(directory: Path, change: Change) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
     change(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
-def interrupt_after(commits: int, monkeypatch: pytest.MonkeyPatch, run: CollectConfig) -> None:
-    commit = TraceStore.commit
+# --- resume with something else ------------------------------------------------------------------
 
-    def commit_or_stop(store: TraceStore, *arguments: Any) -> None:
-        if len(store.progress.shards) == commits:
-            raise InterruptedError("stopped by the test")
-        commit(store, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TraceStore, "commit", commit_or_stop)
-        with pytest.raises(InterruptedError, match="stopped by the test"):
-            collect(run)
-
-
-@pytest.mark.parametrize("commits", [0, 1, 2])
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    traces: TraceStore,
-    settings: Settings,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    commits: int,
-) -> None:
-    out = tmp_path / "out"
-    interrupt_after(commits, monkeypatch, settings(out))
-    half = TraceStore.open(out)
-    assert len(half.progress.shards) == commits
-    with refused(TraceError, str(out), f"after {half.rows} rows", "psp collect ... --resume"):
-        half.require_complete()
-    collect(settings(out, resume=True))
-    assert contents(out) == contents(traces.path)
+OTHER_SETTINGS: list[tuple[str, str, object]] = [
+    ("tokens", "tokens", 2999),
+    ("context", "context", 99),
+    ("batch", "batch", 4),
+    ("seed", "seed", 1),
+    ("dtype", "input_dtype", "bfloat16"),
+    ("importance_bits", "importance_bits", 4),
+    ("field", "field", "text"),
+    ("data", "data", "other.txt"),
+    ("chat_template", "chat_template", "minicpm"),
+    ("layers", "layers", (1,)),
+]
 
 
-@pytest.mark.parametrize(
-    ("renames", "shards", "ending"),
-    [(1, None, signal.SIGKILL), (8, 1, signal.SIGKILL), (0, 0, signal.SIGXFSZ)],
-    ids=["before the first manifest", "between the layers of shard 1", "amid a write"],
-)
-def test_a_killed_run_resumes_to_the_same_bytes(
-    traces: TraceStore,
-    settings: Settings,
-    tmp_path: Path,
-    renames: int,
-    shards: int | None,
-    ending: signal.Signals,
-) -> None:
-    """Renames: the manifest, two weights, then two layers and a manifest for every shard."""
-    run = settings(tmp_path / "out")
-    arguments = (run.model, run.data, run.out, TOKENS, CONTEXT, renames)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == -ending, done.stderr
-    if shards is not None:
-        assert len(TraceStore.open(run.out).progress.shards) == shards
-    assert contents(run.out).keys() - contents(traces.path).keys(), "nothing was left half-written"
-    collect(settings(run.out, resume=True))
-    assert contents(run.out) == contents(traces.path)
-
-
-def test_resume_of_nothing_starts_and_of_a_complete_run_changes_nothing(
-    settings: Settings, tmp_path: Path
-) -> None:
-    run = settings(tmp_path / "out", tokens=200, resume=True)
-    first = contents(collect(run).path)
-    assert contents(collect(run).path) == first
-    assert len(first) == 1 + 2 * 2
-
-
-@pytest.mark.parametrize(
-    ("key", "name", "value"),
-    [
-        ("tokens", "tokens", 2999),
-        ("context", "context", 99),
-        ("batch", "batch", 4),
-        ("seed", "seed", 1),
-        ("dtype", "input_dtype", "bfloat16"),
-        ("field", "field", "text"),
-        ("data", "data", "other.txt"),
-    ],
-)
+@pytest.mark.parametrize(("key", "name", "value"), OTHER_SETTINGS)
 def test_resume_with_other_settings_is_refused(
     settings: Settings, copy: Path, key: str, name: str, value: object
 ) -> None:
     before = contents(copy)
-    with refused(TraceError, str(copy), name, repr(value), "same settings", "--force"):
+    shown = repr(list(value) if isinstance(value, tuple) else value)
+    with refused(TraceError, str(copy), name, shown, "same settings", "--force"):
         collect(settings(copy, resume=True, **{key: value}))
     assert contents(copy) == before
+
+
+def test_no_setting_that_changes_the_bytes_is_left_out_above() -> None:
+    known = {key for key, _, _ in OTHER_SETTINGS}
+    elsewhere = {"model", "out", "weights", "device", "force", "resume"}
+    assert {field.name for field in fields(CollectConfig)} == known | elsewhere
 
 
 def test_resume_with_another_model_is_refused(
@@ -181,6 +89,9 @@ def test_resume_with_another_model_is_refused(
         collect(settings(copy, resume=True, model=str(other)))
 
 
+# --- outputs -------------------------------------------------------------------------------------
+
+
 def test_an_existing_output_needs_force(settings: Settings, copy: Path) -> None:
     (copy / "stray").write_text("old")
     before = contents(copy)
@@ -192,61 +103,21 @@ def test_an_existing_output_needs_force(settings: Settings, copy: Path) -> None:
     assert not (copy / "stray").exists()
 
 
-def test_a_directory_without_traces_is_refused(tmp_path: Path) -> None:
-    with refused(TraceError, str(tmp_path / "manifest.json"), "No such file", "'psp collect'"):
-        TraceStore.open(tmp_path)
-
-
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
-    edit_manifest(copy, lambda manifest: manifest.update(schema_version=version))
-    with refused(TraceError, str(copy), f"version is {version!r}", "reads 1", "again"):
-        TraceStore.open(copy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda manifest: manifest.pop("header"),
-        lambda manifest: manifest["header"].pop("d_ff"),
-        lambda manifest: manifest["header"].update(extra=1),
-        lambda manifest: manifest.update(progress=None),
-    ],
-    ids=["no header", "no d_ff", "extra key", "no progress"],
-)
-def test_a_damaged_manifest_is_refused(
-    copy: Path, change: Callable[[dict[str, Any]], None]
+@pytest.mark.parametrize("changes", [{"force": True}, {"resume": True}, {}])
+def test_somebody_else_s_directory_is_never_touched(
+    settings: Settings, tmp_path: Path, changes: dict[str, bool]
 ) -> None:
-    edit_manifest(copy, change)
-    with refused(TraceError, str(copy / "manifest.json"), "damaged", "collect the traces again"):
-        TraceStore.open(copy)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("precious")
+    with refused(OutputError, str(tmp_path / "out"), "another --out"):
+        collect(settings(tmp_path / "out", **changes))
+    assert contents(tmp_path / "out") == {"precious": b"precious"}
 
 
-@pytest.mark.parametrize("name", ["shard-00001", "weights"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
-def test_a_missing_or_damaged_file_is_named(copy: Path, name: str, damage: str) -> None:
-    file = copy / "layer-01" / f"{name}.safetensors"
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-1] if damage == "truncated" else b"garbage")
-    store = TraceStore.open(copy)
-    store.layer(0)
-    with refused(TraceError, str(file), "missing or damaged", "collect the traces again"):
-        store.weights(1) if name == "weights" else store.layer(1)
-
-
-@pytest.mark.parametrize("name", ["inputs", "active", "counts", "magnitude"])
-@pytest.mark.parametrize("cut", [True, False], ids=["short", "absent"])
-def test_a_shard_that_does_not_fit_the_manifest_is_named(copy: Path, name: str, cut: bool) -> None:
-    file = copy / "layer-00" / "shard-00000.safetensors"
-    tensors = load_file(file)
-    whole = tensors.pop(name)
-    if cut:
-        tensors[name] = whole[1:].clone()
-    save_file(tensors, file)
-    with refused(TraceError, str(file), "has shape", "collect the traces again"):
-        TraceStore.open(copy).layer(0)
+@pytest.mark.parametrize("changes", [{"force": True}, {"resume": True}, {}])
+def test_a_name_too_long_is_refused(settings: Settings, changes: dict[str, bool]) -> None:
+    with refused(OutputError, "x" * 300, "File name too long"):
+        collect(settings(Path("x" * 300), **changes))
 
 
 def test_unreadable_text_costs_no_existing_store(
@@ -259,3 +130,265 @@ def test_unreadable_text_costs_no_existing_store(
     with refused(DataError, str(tmp_path / "gone.txt")):
         collect(settings(tmp_path / "new", data=str(tmp_path / "gone.txt")))
     assert not (tmp_path / "new").exists()
+
+
+# --- damaged manifests ---------------------------------------------------------------------------
+
+
+def test_a_directory_without_traces_is_refused(tmp_path: Path) -> None:
+    with refused(TraceError, str(tmp_path / "manifest.json"), "No such file", "'psp collect'"):
+        TraceStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
+def test_another_schema_version_is_refused(settings: Settings, copy: Path, version: object) -> None:
+    edit_manifest(copy, lambda manifest: manifest.update(schema_version=version))
+    before = contents(copy)
+    told = (str(copy), f"version is {version!r}", "reads 2", "again")
+    with refused(TraceError, *told):
+        TraceStore.open(copy)
+    with refused(TraceError, *told):
+        collect(settings(copy, resume=True))
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"\xff\xfe", b"null", b"[]", b"[" * 10**5, b"1" * 10**4],
+    ids=["empty", "cut", "not UTF-8", "null", "array", "deep", "long number"],
+)
+def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, text: bytes) -> None:
+    (copy / "manifest.json").write_bytes(text)
+    with refused(TraceError, str(copy / "manifest.json")):
+        TraceStore.open(copy)
+
+
+HEADER_TYPES = get_type_hints(TraceHeader)
+WRONG: dict[object, list[object]] = {
+    str: [None, 1, [], {}],
+    int: [None, "1", [1], 1.5, {}, -1],
+    float: [None, "0", [], {}],
+    list[int]: [None, "01", {}, 0, ["0"], [0.0], [None], [], [-1], [2], [0, 0]],
+}
+
+
+def accepts(directory: Path) -> bool:
+    """Open a store and use all of it; whatever is refused must be refused in one line."""
+    try:
+        store = TraceStore.open(directory)
+        trace_summary(store)
+        store.check()
+        store.holdout(0.1, 0)
+        for layer in store.header.layers:
+            store.layer(layer)
+    except TraceError as error:
+        return "\n" in str(error)
+    return True
+
+
+@pytest.mark.parametrize("key", HEADER_TYPES)
+def test_a_header_without_a_key_or_with_a_wrong_value_is_refused(copy: Path, key: str) -> None:
+    whole, accepted = (copy / "manifest.json").read_bytes(), []
+    for value in ["absent", *WRONG[HEADER_TYPES[key]]]:
+        manifest = json.loads(whole)
+        manifest["header"].pop(key)
+        if value != "absent":
+            manifest["header"][key] = value
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        if accepts(copy):
+            accepted.append(value)
+    assert accepted == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("d_ff", 0), ("d_model", 0), ("n_layers", 0), ("input_dtype", "int8"), ("importance_bits", 3)],
+)
+def test_impossible_sizes_are_refused(copy: Path, key: str, value: object) -> None:
+    edit_manifest(copy, lambda manifest: manifest["header"].update({key: value}))
+    assert not accepts(copy)
+
+
+WRONG_PROGRESS: dict[str, Change] = {
+    "no header": lambda manifest: manifest.pop("header"),
+    "header a list": lambda manifest: manifest.update(header=[]),
+    "header with more": lambda manifest: manifest["header"].update(extra=1),
+    "no progress": lambda manifest: manifest.pop("progress"),
+    "progress null": lambda manifest: manifest.update(progress=None),
+    "progress a list": lambda manifest: manifest.update(progress=[]),
+    "no shards": lambda manifest: manifest["progress"].pop("shards"),
+    "no complete": lambda manifest: manifest["progress"].pop("complete"),
+    "shards null": lambda manifest: manifest["progress"].update(shards=None),
+    "shards an object": lambda manifest: manifest["progress"].update(shards={}),
+    "shards text": lambda manifest: manifest["progress"].update(shards=""),
+    "a shard null": lambda manifest: manifest["progress"]["shards"].append(None),
+    "a shard a list": lambda manifest: manifest["progress"]["shards"].append([]),
+}
+
+
+@pytest.mark.parametrize("change", WRONG_PROGRESS)
+def test_a_damaged_manifest_is_refused(copy: Path, change: str) -> None:
+    edit_manifest(copy, WRONG_PROGRESS[change])
+    with refused(TraceError, str(copy / "manifest.json"), "damaged", "collect the traces again"):
+        TraceStore.open(copy)
+
+
+SEGMENTS: list[object] = [
+    *(None, {}, "", "ab", 5, [5], [[0]], [[0, 1, 2]], [None], [], [{}], ["ab"]),
+    *([[0, -1]], [[0, 0]], [[-1, 5]], [["0", 5]], [[0, 5.0]], [[0, True]], [[0, 10**30]]),
+]
+
+
+@pytest.mark.parametrize("segments", SEGMENTS, ids=repr)
+def test_impossible_segments_are_refused(copy: Path, segments: object) -> None:
+    edit_manifest(copy, lambda m: m["progress"]["shards"][1].update(segments=segments))
+    with refused(TraceError, str(copy / "manifest.json"), "damaged", "collect the traces again"):
+        TraceStore.open(copy)
+
+
+@pytest.mark.parametrize("key", ["segments", "text_sha256", "sha256"])
+def test_a_shard_entry_without_a_key_or_with_a_wrong_one_is_refused(copy: Path, key: str) -> None:
+    whole = (copy / "manifest.json").read_bytes()
+    for change in ("pop", "number", "null", "extra"):
+        entry = json.loads(whole)
+        shard = entry["progress"]["shards"][0]
+        value = shard.pop(key)
+        if change != "pop":
+            shard |= {key: {"number": 5, "null": None, "extra": value}[change]}
+        if change == "extra":
+            shard["other"] = 1
+        (copy / "manifest.json").write_text(json.dumps(entry))
+        with refused(TraceError, str(copy / "manifest.json"), "damaged", "again"):
+            TraceStore.open(copy)
+
+
+@pytest.mark.parametrize("change", ["one less", "one more", "rows moved", "a checksum"])
+def test_a_manifest_of_other_shards_is_noticed(copy: Path, change: str) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    shards = manifest["progress"]["shards"]
+    if change == "one less":
+        shards.pop(0)
+    elif change == "one more":
+        shards.append(shards[0])
+    elif change == "rows moved":
+        shards[0]["segments"][0][1] -= 1
+        shards[1]["segments"][0][1] += 1
+    else:
+        shards[0]["sha256"] = shards[1]["sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with refused(TraceError, str(copy), "collect the traces again"):
+        TraceStore.open(copy).check()
+
+
+# --- damaged files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["shard-00001", "weights"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "empty"])
+def test_a_missing_or_damaged_file_is_named(copy: Path, name: str, damage: str) -> None:
+    file = copy / "layer-01" / f"{name}.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        damaged = {"truncated": file.read_bytes()[:-1], "garbage": b"garbage", "empty": b""}
+        file.write_bytes(damaged[damage])
+    store = TraceStore.open(copy)
+    store.layer(0)
+    uses: list[Callable[[], object]] = [store.check]
+    if name == "weights":
+        uses.append(lambda: store.weights(1))
+    else:
+        uses += [lambda: store.layer(1), lambda: trace_summary(store)]
+    for use in uses:
+        with refused(TraceError, str(file), "missing or damaged", "collect the traces again"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["inputs", "active", "counts", "scale", "importance"])
+@pytest.mark.parametrize("cut", [True, False], ids=["short", "absent"])
+def test_a_shard_that_does_not_fit_the_manifest_is_named(copy: Path, name: str, cut: bool) -> None:
+    file = copy / "layer-00" / "shard-00000.safetensors"
+    tensors = load_file(file)
+    whole = tensors.pop(name)
+    if cut:
+        tensors[name] = whole[1:].clone()
+    save_file(tensors, file)
+    for use in (lambda: TraceStore.open(copy).layer(0), TraceStore.open(copy).check):
+        with refused(TraceError, str(file), "has shape", "collect the traces again"):
+            use()
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.999])
+@pytest.mark.parametrize("name", ["shard-00000", "shard-00002", "weights"])
+def test_check_names_the_file_with_a_changed_byte(copy: Path, name: str, place: float) -> None:
+    file = copy / "layer-01" / f"{name}.safetensors"
+    TraceStore.open(copy).check()
+    data = bytearray(file.read_bytes())
+    data[int(place * len(data))] ^= 1
+    file.write_bytes(data)
+    with refused(TraceError, str(file), "collect the traces again"):
+        TraceStore.open(copy).check()
+
+
+@pytest.fixture
+def even(settings: Settings, tmp_path: Path) -> TraceStore:
+    """Return a store of two layers and two shards of as many rows: files of equal layouts."""
+    data = tmp_path / "one.jsonl"
+    data.write_text("".join(json.dumps({"body": TEXT * 30}) + "\n" for _ in range(2)))
+    store = collect(settings(tmp_path / "even", data=str(data), tokens=2200))
+    assert [shard.rows for shard in store.progress.shards] == [1100, 1100]
+    return store
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("layer-00/shard-00000", "layer-01/shard-00000"),
+        ("layer-00/shard-00000", "layer-00/shard-00001"),
+        ("layer-01/shard-00001", "layer-00/shard-00000"),
+        ("layer-00/weights", "layer-01/weights"),
+    ],
+)
+def test_files_that_have_changed_places_are_noticed(even: TraceStore, one: str, other: str) -> None:
+    first, second = (even.path / f"{name}.safetensors" for name in (one, other))
+    even.check()
+    kept = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(kept)
+    with refused(TraceError, str(even.path), "collect the traces again"):
+        TraceStore.open(even.path).check()
+
+
+@pytest.mark.parametrize("documents", [0, 1])
+def test_a_holdout_needs_two_documents(settings: Settings, tmp_path: Path, documents: int) -> None:
+    store = collect(settings(tmp_path / "out", tokens=50))
+    if not documents:
+        store.progress.shards.clear()
+    with refused(TraceError, str(store.path), f"{documents} document", "at least 2", "--tokens"):
+        store.holdout(0.1, 0)
+
+
+def test_the_identity_tells_collections_apart(
+    traces: TraceStore, settings: Settings, tmp_path: Path
+) -> None:
+    changes: list[dict[str, object]] = [
+        {"tokens": 200},
+        {"tokens": 201},
+        {"tokens": 200, "seed": 1},
+        {"tokens": 200, "dtype": "bfloat16"},
+        {"tokens": 200, "importance_bits": 8},
+        {"tokens": 200, "context": 50},
+    ]
+    stores = [collect(settings(tmp_path / f"{n}", **c)) for n, c in enumerate(changes)]
+    identities = {store.identity for store in (traces, *stores)}
+    assert len(identities) == 1 + len(changes)
+    assert TraceStore.open(traces.path).identity == traces.identity
+
+
+@pytest.mark.parametrize("layers", [(), (2,), (-1, 0), (0, 99)])
+def test_layers_that_the_model_does_not_have_are_refused(
+    settings: Settings, tmp_path: Path, layers: tuple[int, ...]
+) -> None:
+    with refused(TraceError, "--layers", "layers 0 to 1"):
+        collect(settings(tmp_path / "out", layers=layers))
+    assert not (tmp_path / "out").exists()

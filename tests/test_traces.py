@@ -1,43 +1,39 @@
-"""Traces: what is recorded, against plain PyTorch; windows; holdout."""
+"""What is recorded, against plain PyTorch; layers in passes; overflow."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from conftest import TEXT, TRACE_CONTEXT, TRACE_TOKENS, ModelMaker, refused
+from conftest import SHARD_ROWS, TRACE_CONTEXT, TRACE_TOKENS, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.errors import PspError, TraceError
+from predictor.bits import unpack_active
 from predictor.collect import CollectConfig, collect
-from predictor.magnitude import decode_magnitude
-from predictor.traces import (
-    Progress,
-    TraceHeader,
-    TraceStore,
-    pack_active,
-    unpack_active,
-)
-from predictor.windows import Window, cut_shards, cut_windows
+from predictor.importance import codes_at
+from predictor.recorder import passes
+from predictor.rows import LabelledRows
+from predictor.traces import LayerRows, TraceStore
+from predictor.training import TrainConfig, train_predictors
 
 TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
-# One step of the code is an eighth of an octave, so rounding is off by 2 ** (1 / 16) at most.
-MAGNITUDE_ERROR = 0.045
+D_FF = 1012
+# Octaves a step, and where the first code begins, written down anew.
+STEP_AND_LOW = {2: (2.0, -4.0), 4: (1.0, -11.0), 8: (0.125, -20.0)}
+Settings = Callable[..., CollectConfig]
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Close shards after 1,024 rows, the least there is; a tiny model would fill none."""
-    monkeypatch.setattr("predictor.collect._SHARD_BYTES", 1)
-
-
-Settings = Callable[..., CollectConfig]
+    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -45,28 +41,65 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def reference_windows(model: Path, data: Path) -> list[list[int]]:
+@dataclass(frozen=True)
+class Reference:
+    """Windows with their documents, and every layer's values on each of them."""
+
+    windows: list[tuple[int, list[int]]]
+    layers: list[list[dict[str, torch.Tensor]]]
+
+    def order(self, tokens: int) -> list[tuple[int, int]]:
+        """Return number and rows of every window as stored: shards, each longest window first."""
+        shards: list[list[tuple[int, int]]] = [[]]
+        for number, (_, window) in enumerate(self.windows):
+            if sum(rows for _, rows in shards[-1]) >= SHARD_ROWS[0]:
+                shards.append([])
+            rows = min(len(window), tokens)
+            tokens -= rows
+            if rows:
+                shards[-1].append((number, rows))
+        return [
+            window
+            for shard in shards
+            for window in sorted(shard, key=lambda window: window[1], reverse=True)
+        ]
+
+    def rows(self, layer: int, tokens: int) -> dict[str, torch.Tensor]:
+        order, windows = self.order(tokens), self.layers[layer]
+        return {
+            key: torch.cat([windows[number][key][:rows] for number, rows in order])
+            for key in windows[0]
+        }
+
+    def documents(self, tokens: int) -> list[int]:
+        """Return the document of every row."""
+        return [self.windows[number][0] for number, rows in self.order(tokens) for _ in range(rows)]
+
+
+def reference_windows(model: Path, data: Path) -> list[tuple[int, list[int]]]:
     """Cut the documents into windows, written down anew: BOS and up to CONTEXT - 1 tokens."""
     tokenizer, windows = load_tokenizer(model, 10**6), []
-    for line in data.read_text().splitlines():
+    for document, line in enumerate(data.read_text().splitlines()):
         ids = tokenizer.encode(json.loads(line)["body"])
         while ids:
-            windows.append([1, *ids[: CONTEXT - 1]])
+            windows.append((document, [1, *ids[: CONTEXT - 1]]))
             ids = ids[CONTEXT - 1 :]
     return windows
 
 
 @torch.inference_mode()
-def reference_rows(model: Path, windows: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+def reference_layers(
+    model: Path, windows: list[tuple[int, list[int]]]
+) -> list[list[dict[str, torch.Tensor]]]:
     """Recompute residual, gate and up of every layer in plain PyTorch on transformers' states."""
     from transformers import LlamaForCausalLM
 
     hf = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32)
     weights = {k: v.float() for k, v in load_file(model / "model.safetensors").items()}
-    parts: list[dict[str, list[torch.Tensor]]] = [{}, {}]
-    for window in windows:
+    layers: list[list[dict[str, torch.Tensor]]] = [[], []]
+    for _, window in windows:
         states = hf(torch.tensor([window]), output_hidden_states=True).hidden_states
-        for layer, rows in enumerate(parts):
+        for layer, rows in enumerate(layers):
             block = hf.model.layers[layer]
             rotary = hf.model.rotary_emb(states[layer], torch.arange(len(window))[None])
             normed = block.input_layernorm(states[layer])
@@ -81,37 +114,105 @@ def reference_rows(model: Path, windows: list[list[int]]) -> list[dict[str, torc
                 # The reference itself is right: it gives the next layer's input.
                 out = (gate.relu() * up) @ weights[name + "mlp.down_proj.weight"].T
                 torch.testing.assert_close(residual + out, states[1][0], atol=1e-4, rtol=1e-4)
-            for key, value in (("residual", residual), ("gate", gate), ("up", up)):
-                rows.setdefault(key, []).append(value)
-    return [{key: torch.cat(value)[:TOKENS] for key, value in rows.items()} for rows in parts]
+            rows.append({"residual": residual, "gate": gate, "up": up})
+    return layers
 
 
-def test_traces_equal_plain_pytorch(traces: TraceStore, model_dir: Path, long_data: Path) -> None:
-    """Same windows, same residual, same active neurons, same magnitudes."""
-    reference = reference_rows(model_dir, reference_windows(model_dir, long_data))
-    for layer, expected in enumerate(reference):
-        rows = traces.layer(layer)
+@pytest.fixture(scope="module")
+def reference(model_dir: Path, long_data: Path) -> Reference:
+    windows = reference_windows(model_dir, long_data)
+    return Reference(windows, reference_layers(model_dir, windows))
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
+def test_traces_equal_plain_pytorch(traces: TraceStore, reference: Reference) -> None:
+    """Same windows in the stored order, same residual, same active neurons."""
+    for layer in range(2):
+        expected, rows = reference.rows(layer, TOKENS), traces.layer(layer)
         torch.testing.assert_close(rows.inputs.float(), expected["residual"], atol=1e-3, rtol=2e-3)
-        active = unpack_active(rows.active, 1012)
+        active = unpack_active(rows.active, D_FF)
         # A gate within float32 noise of zero may fall on either side.
         clear = expected["gate"].abs() > 1e-4
         assert clear.float().mean() > 0.999
         assert torch.equal(active[clear], (expected["gate"] > 0)[clear])
         assert 0.2 < active.float().mean() < 0.8
         assert torch.equal(rows.counts, active.sum(0))
-        magnitude = decode_magnitude(rows.magnitude)
-        product = (expected["gate"].relu() * expected["up"]).abs()[active]
-        sound = product > 1e-4
-        assert sound.float().mean() > 0.99
-        # Half a step of the code, and float32 noise of gate and up.
-        allowed = MAGNITUDE_ERROR * product + 1e-5
-        assert bool(((magnitude - product).abs() < allowed)[sound].all())
+
+
+def row_codes(rows: LayerRows, row: int, count: int) -> torch.Tensor:
+    places = rows.starts[row] + torch.arange(count)
+    return codes_at(rows.importance, places, rows.importance_bits).long()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_importance_is_that_of_plain_pytorch(
+    settings: Settings, reference: Reference, model_dir: Path, tmp_path: Path, bits: int
+) -> None:
+    """|act(g)·u|·‖down‖ over the row's mean, on the code that holds its logarithm."""
+    store = collect(settings(tmp_path / "out", tokens=1500, importance_bits=bits))
+    assert len(store.progress.shards) == 2
+    step, low = STEP_AND_LOW[bits]
+    for layer in range(2):
+        expected, rows, weights = (
+            reference.rows(layer, 1500),
+            store.layer(layer),
+            store.weights(layer),
+        )
+        active = unpack_active(rows.active, D_FF)
+        product = (expected["gate"].relu() * expected["up"]).abs()
+        importance = product * weights.down_norms
+        mean = torch.where(active, importance, 0).sum(1) / active.sum(1)
+        torch.testing.assert_close(rows.scale, mean, atol=1e-6, rtol=1e-4)
+        codes = torch.cat([row_codes(rows, n, int(active[n].sum())) for n in range(1500)])
+        # Float32 noise of gate and up.
+        noise, relative = 1e-5 * weights.down_norms / mean[:, None], importance / mean[:, None]
+        bounds = [
+            ((at.clamp_min(1e-30).log2() - low) / step).floor().clamp(0, 2**bits - 1)[active]
+            for at in ((relative - noise) * (1 - 1e-4), (relative + noise) * (1 + 1e-4))
+        ]
+        assert ((bounds[0] <= codes) & (codes <= bounds[1])).all()
+        assert (bounds[0] == bounds[1]).float().mean() > 0.98, "the bounds leave no choice"
+        assert len(set(codes.tolist())) >= min(2**bits, 80)
+        decoded = LabelledRows(rows, weights, normalise=False).importance(torch.arange(1500))
+        near = active & (relative > 2.0 ** (low + 1)) & (relative < 2.0 ** (low + step * 2**bits))
+        off = (decoded / importance).log2().abs()
+        assert off[near & (product > 1e-3)].max() < step / 2 + 0.02
+        assert (decoded[~active] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 0.01, 0.25])
+def test_values_pass_above_zero_or_from_the_threshold_on(
+    dtype: torch.dtype, threshold: float
+) -> None:
+    edge = torch.tensor(threshold, dtype=dtype)
+    up, down = (torch.nextafter(edge, torch.tensor(x, dtype=dtype)) for x in (1.0, -1.0))
+    values = torch.stack([up, edge, down, -edge, edge * 0 - 1, edge + 1, edge * 0, edge / 0 * 0])
+    expected = [True, threshold > 0, False, False, False, True, False, False]
+    assert passes(values, threshold).tolist() == expected
+
+
+def test_without_importance_the_rest_is_the_same(
+    traces: TraceStore, settings: Settings, tmp_path: Path
+) -> None:
+    store = collect(settings(tmp_path / "out", importance_bits=0))
+    for layer in range(2):
+        bare, whole = store.layer(layer), traces.layer(layer)
+        for name in ("inputs", "active", "counts"):
+            assert torch.equal(getattr(bare, name), getattr(whole, name))
+        assert bare.importance_bits == 0
+        assert len(bare.scale) == len(bare.starts) == len(bare.importance) == 0
+    store.check()
 
 
 def test_sparsity_is_the_share_of_neurons_that_are_not_active(traces: TraceStore) -> None:
-    for layer, sparsity in enumerate(traces.activation_sparsity()):
-        active = unpack_active(traces.layer(layer).active, 1012)
-        assert sparsity == pytest.approx(1 - float(active.double().mean()))
+    sparsity = traces.activation_sparsity()
+    assert list(sparsity) == [0, 1]
+    for layer, value in sparsity.items():
+        active = unpack_active(traces.layer(layer).active, D_FF)
+        assert value == pytest.approx(1 - float(active.double().mean()))
 
 
 def test_stored_weights_are_gate_times_norm_and_the_norms_of_down_columns(
@@ -128,18 +229,25 @@ def test_stored_weights_are_gate_times_norm_and_the_norms_of_down_columns(
         torch.testing.assert_close(weights.down_norms, down)
 
 
+# --- tokens and documents ------------------------------------------------------------------------
+
+
 def test_documents_are_counted_and_the_last_is_cut_to_the_exact_number(
-    traces: TraceStore, model_dir: Path, long_data: Path
+    traces: TraceStore, model_dir: Path, long_data: Path, reference: Reference
 ) -> None:
     tokenizer = load_tokenizer(model_dir, 320)
     expected = []
     for line in long_data.read_text().splitlines():
         ids = len(tokenizer.encode(json.loads(line)["body"]))
         expected.append(ids + -(-ids // (CONTEXT - 1)))
-    rows = traces.progress.document_rows
-    assert traces.rows == sum(rows) == sum(traces.progress.shards) == TOKENS
-    assert rows[:-1] == expected[: len(rows) - 1]
-    assert 0 < rows[-1] < expected[len(rows) - 1]
+    segments = [segment for shard in traces.progress.shards for segment in shard.segments]
+    stored = [document for document, rows in segments for _ in range(rows)]
+    assert stored == reference.documents(TOKENS)
+    counts = [stored.count(document) for document in range(traces.documents)]
+    assert traces.rows == sum(counts) == len(stored) == TOKENS
+    assert counts[:-1] == expected[: len(counts) - 1]
+    assert 0 < counts[-1] < expected[len(counts) - 1]
+    assert all(shard.rows >= SHARD_ROWS[0] for shard in traces.progress.shards[:-1])
 
 
 @pytest.mark.parametrize("tokens", [1, CONTEXT, 1024, 1025])
@@ -147,79 +255,19 @@ def test_exactly_as_many_tokens_as_asked_for(
     settings: Settings, tmp_path: Path, tokens: int
 ) -> None:
     store = collect(settings(tmp_path / "out", tokens=tokens))
-    assert store.rows == sum(store.progress.document_rows) == tokens
+    assert store.rows == sum(shard.rows for shard in store.progress.shards) == tokens
     for layer in range(2):
         assert len(store.layer(layer).inputs) == tokens
 
 
-def test_data_that_ends_early_gives_a_complete_store_and_a_note(
-    psp: Callable[..., Result], model_dir: Path, data_file: Path, tmp_path: Path
-) -> None:
-    out, tokens = tmp_path / "out", ("--tokens", 10**6, "--json")
-    done = psp("collect", "--model", model_dir, "--data", data_file, "--out", out, *tokens)
-    assert done.exit_code == 0
-    store = TraceStore.open(out)
-    store.require_complete()
-    assert 100 < store.rows < 10**6
-    assert json.loads(done.stdout)["tokens"] == store.rows
-    again = psp(
-        "collect", "--model", model_dir, "--data", data_file, "--out", out, *tokens[:2], "--resume"
-    )
-    assert f"the data ended after {store.rows} tokens" in again.stderr
-
-
-def test_windows_begin_with_bos_and_hold_one_document(model_dir: Path) -> None:
-    tokenizer, documents = load_tokenizer(model_dir, 320), [TEXT * 3, "a", TEXT]
-    windows = list(cut_windows(documents, tokenizer, 50))
-    joined: dict[int, list[int]] = {0: [], 1: [], 2: []}
-    for window in windows:
-        assert window.tokens[0] == 1
-        assert 2 <= len(window.tokens) <= 50
-        joined[window.document] += window.tokens[1:]
-    assert joined == {n: tokenizer.encode(text) for n, text in enumerate(documents)}
-    assert [window.document for window in windows] == sorted(w.document for w in windows)
-
-
-@pytest.mark.parametrize("rows", [30, 36])
-@pytest.mark.parametrize("tokens", [1, 10, 35, 36, 37, 95, 96, 200])
-def test_shards_are_whole_windows_of_at_least_the_rows_asked_for(tokens: int, rows: int) -> None:
-    windows = [Window(number, list(range(12))) for number in range(8)]
-    shards = list(cut_shards(windows, rows, tokens))
-    sizes = [sum(len(window.tokens) for window in shard) for shard in shards]
-    assert sum(sizes) == min(tokens, 96)
-    assert all(rows <= size < rows + 12 for size in sizes[:-1])
-    flat = [window for shard in shards for window in shard]
-    assert flat[:-1] == windows[: len(flat) - 1]
-
-
+@pytest.mark.parametrize(
+    "changes", [{}, {"weights": "streamed"}, {"layers": (0, 1)}], ids=["again", "streamed", "named"]
+)
 def test_two_runs_give_the_same_bytes(
-    traces: TraceStore, settings: Settings, tmp_path: Path
+    traces: TraceStore, settings: Settings, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    collect(settings(tmp_path / "again"))
+    collect(settings(tmp_path / "again", **changes))
     assert contents(tmp_path / "again") == contents(traces.path)
-
-
-@pytest.fixture
-def hot_model(make_model: ModelMaker, tmp_path: Path) -> Path:
-    """Return a model whose residual leaves float16's range."""
-    model = make_model(tmp_path / "hot")
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].float() * 1e6
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    return model
-
-
-def test_a_residual_beyond_float16_asks_for_bfloat16_which_works(
-    hot_model: Path, settings: Settings, tmp_path: Path
-) -> None:
-    run = {"model": str(hot_model), "tokens": 200}
-    with refused(TraceError, "layer 0", "does not fit torch.float16", "--dtype bfloat16"):
-        collect(settings(tmp_path / "half", **run))
-    store = collect(settings(tmp_path / "brain", dtype="bfloat16", **run))
-    inputs = store.layer(0).inputs
-    assert inputs.dtype == torch.bfloat16
-    assert torch.isfinite(inputs).all()
-    assert inputs.float().abs().max() > 65504
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(
@@ -228,80 +276,117 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     model = make_model(tmp_path / "small", vocab_size=100)
     with refused(PspError, str(model), "tokenizer.model", "100"):
         collect(settings(tmp_path / "out", model=str(model)))
+    assert not (tmp_path / "out").exists()
 
 
-def store_of(document_rows: list[int]) -> TraceStore:
-    header = TraceHeader(
-        model="",
-        model_fingerprint="",
-        architecture="llama",
-        activation="relu",
-        n_layers=1,
-        d_model=1,
-        d_ff=1,
-        norm_eps=1e-5,
-        input_dtype="float16",
-        data="",
-        field="",
-        tokens=sum(document_rows),
-        context=1,
-        batch=1,
-        shard_rows=1,
-        seed=0,
-    )
-    return TraceStore(Path("traces"), header, Progress([sum(document_rows)], document_rows, True))
-
-
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.5, 0.7])
-def test_the_holdout_is_whole_documents_of_at_least_the_share(share: float) -> None:
-    documents = [30, 0, 7, 50, 1, 12, 25, 0, 40, 33, 18, 9]
-    chosen = set()
-    for seed in range(20):
-        held = store_of(documents).holdout(share, seed)
-        assert held.dtype == torch.bool
-        parts = torch.split(held, documents)
-        assert all(part.all() or not part.any() for part in parts)
-        # At least the share, and no document more than that takes; something is left to train on.
-        assert share * sum(documents) <= int(held.sum()) < share * sum(documents) + max(documents)
-        assert not held.all()
-        assert torch.equal(held, store_of(documents).holdout(share, seed))
-        chosen.add(tuple(held.tolist()))
-    assert len(chosen) > 5
-
-
-def test_the_holdout_never_takes_everything_nor_nothing() -> None:
-    for seed in range(10):
-        held = store_of([10, 10]).holdout(0.9, seed)
-        assert int(held.sum()) == 10
-
-
-@pytest.mark.parametrize("documents", [[], [100], [0, 100, 0]])
-def test_a_holdout_needs_two_documents(documents: list[int]) -> None:
-    with refused(TraceError, "traces", "document", "at least 2", "--tokens"):
-        store_of(documents).holdout(0.1, 0)
-
-
-@pytest.mark.parametrize("d_ff", [1, 7, 8, 9, 112, 113])
-def test_packing_keeps_every_bit(d_ff: int) -> None:
-    active = torch.rand(17, d_ff, generator=torch.Generator().manual_seed(d_ff)) < 0.5
-    packed = pack_active(active)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (17, -(-d_ff // 8))
-    assert torch.equal(unpack_active(packed, d_ff), active)
-
-
-def test_the_least_significant_bit_comes_first() -> None:
-    active = torch.tensor([[True, False, False, False, False, False, False, True, True]])
-    assert pack_active(active).tolist() == [[0b10000001, 1]]
-
-
+@pytest.mark.parametrize("bits", [0, 2, 4, 8])
 def test_a_d_ff_that_fills_no_byte_is_recorded_as_well(
-    make_model: ModelMaker, settings: Settings, tmp_path: Path
+    make_model: ModelMaker, settings: Settings, tmp_path: Path, bits: int
 ) -> None:
     model = make_model(tmp_path / "odd", intermediate_size=109)
-    store = collect(settings(tmp_path / "out", model=str(model), tokens=200))
+    run = settings(tmp_path / "out", model=str(model), tokens=200, importance_bits=bits)
+    store = collect(run)
+    store.check()
     rows = store.layer(1)
     active = unpack_active(rows.active, 109)
     assert Checkpoint.open(model).shape.d_ff == active.shape[1] == 109
     assert torch.equal(active.sum(0), rows.counts)
-    assert len(rows.magnitude) == int(active.sum())
+    assert len(rows.importance) == -(-int(active.sum()) * bits // 8)
+
+
+# --- layers in passes ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep_model(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("deep") / "model"
+    return make_model(path, num_hidden_layers=3, intermediate_size=96)
+
+
+def test_layers_collected_in_passes_are_those_of_one_pass(
+    deep_model: Path, settings: Settings, tmp_path: Path
+) -> None:
+    """The same bytes, one identity, and one artifact from both passes under resume."""
+    run = {"model": str(deep_model), "tokens": 1300}
+    whole = collect(settings(tmp_path / "whole", **run))
+    passes = [collect(settings(tmp_path / f"{at}", layers=at, **run)) for at in ((0, 2), (1,))]
+    together: dict[str, bytes] = {}
+    for store in passes:
+        store.check()
+        files = contents(store.path)
+        assert len(files) == 1 + len(store.header.layers) * 3
+        together |= files
+        assert store.identity == whole.identity
+        assert list(store.activation_sparsity()) == store.header.layers
+    expected = contents(whole.path)
+    assert together | {"manifest.json": b""} == expected | {"manifest.json": b""}
+    with refused(TraceError, str(passes[0].path), "layer 1 was not collected", "--layers"):
+        passes[0].layer(1)
+
+    def train(store: TraceStore, out: Path, resume: bool) -> None:
+        config = TrainConfig(traces=store.path, out=out, rank=32, holdout=0.2, resume=resume)
+        train_predictors(config)
+
+    train(whole, tmp_path / "one", False)
+    for store in reversed(passes):
+        train(store, tmp_path / "other", True)
+    assert contents(tmp_path / "other") == contents(tmp_path / "one")
+
+
+# --- overflow ------------------------------------------------------------------------------------
+
+
+def heated(model: Path, name: str, factor: float) -> Path:
+    """Multiply one tensor of a model, so that its residual leaves float16's range."""
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = tensors[name].float() * factor
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "factor"),
+    [
+        (0, "model.embed_tokens.weight", 1e6),
+        (1, "model.layers.0.mlp.down_proj.weight", 3e4),
+    ],
+)
+def test_a_residual_beyond_float16_is_counted_and_asks_for_bfloat16_which_works(
+    make_model: ModelMaker,
+    settings: Settings,
+    tmp_path: Path,
+    layer: int,
+    name: str,
+    factor: float,
+) -> None:
+    model = heated(make_model(tmp_path / "hot"), name, factor)
+    run = {"model": str(model), "tokens": 200}
+    store = collect(settings(tmp_path / "brain", dtype="bfloat16", **run))
+    inputs = store.layer(layer).inputs
+    assert inputs.dtype == torch.bfloat16
+    assert torch.isfinite(inputs).all()
+    assert inputs.float().abs().max() > 65504
+    half = settings(tmp_path / "half", **run)
+    with pytest.raises(TraceError) as error:
+        collect(half)
+    told = re.fullmatch(
+        rf"layer {layer}: (\d+) of {200 * 64} residual values of a batch do not fit torch.float16 "
+        r"\(largest ([\d.e+]+)\); use --dtype bfloat16, .*",
+        str(error.value),
+    )
+    assert told, str(error.value)
+    # The windows of 200 tokens make one batch, so the stored rows tell count and size.
+    assert int(told[1]) == pytest.approx(int((inputs.float().abs() > 65504).sum()), rel=0.01)
+    assert float(told[2]) == pytest.approx(float(inputs.float().abs().max()), rel=0.01)
+    assert TraceStore.open(half.out).rows == 0, "nothing infinite was stored"
+    assert not list(half.out.rglob(".*")), "nothing was left half-written"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_residual_that_is_no_number_is_refused_in_either_dtype(
+    make_model: ModelMaker, settings: Settings, tmp_path: Path, dtype: str
+) -> None:
+    model = heated(make_model(tmp_path / "broken"), "model.embed_tokens.weight", float("nan"))
+    run = settings(tmp_path / "out", model=str(model), tokens=200, dtype=dtype)
+    with refused(TraceError, "layer 0", f"{200 * 64} of {200 * 64}", dtype, "check the model"):
+        collect(run)

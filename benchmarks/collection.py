@@ -1,0 +1,193 @@
+"""What collecting traces costs beyond running the model: time, disk and memory.
+
+Prints one JSON line. `ratio_time` compares recording (tokenising, running, writing, checksums,
+sync) with the bare forward pass of the same model on the same batches, taken in turn; `ratio_disk`
+compares with a recorder that stores inputs and labels as float16; `extra_rss_bytes` is the peak of
+a whole collection beyond that of a process that loads the model and runs one batch.
+
+    python benchmarks/collection.py --model DIR --data FILE.jsonl --tokens 50000
+    python benchmarks/collection.py --llama-7b-layers 2 --data FILE.jsonl --tokens 8192
+    python benchmarks/collection.py --model DIR --data FILE.jsonl --memory 50000 --memory 500000
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from architectures.checkpoint import Checkpoint
+from architectures.model import LoadedModel, load_model
+from architectures.tokenizer import load_tokenizer
+from common.documents import read_documents
+from predictor.collect import CollectConfig, collect, record, trace_header
+from predictor.manifest import TraceHeader
+from predictor.traces import TraceStore
+from predictor.windows import cut_batches, cut_shards, cut_windows, order_windows
+
+
+@click.command()
+@click.option("--model", help="Checkpoint directory.")
+@click.option("--llama-7b-layers", type=int, help="Use a random model of LLaMA-7B's sizes instead.")
+@click.option("--data", required=True, help="Text, several documents.")
+@click.option("--tokens", default=50_000, show_default=True)
+@click.option("--context", default=256, show_default=True)
+@click.option("--rounds", default=3, show_default=True, help="Runs of each kind, in turn.")
+@click.option("--importance-bits", default=2, show_default=True)
+@click.option("--memory", multiple=True, type=int, help="Measure memory at this many tokens.")
+@click.option("--child", type=click.Choice(["base", "collect"]), hidden=True)
+@click.option("--tokenizer", help="tokenizer.model for the random model.  [default: of --model]")
+def main(
+    model: str | None,
+    llama_7b_layers: int | None,
+    data: str,
+    tokens: int,
+    context: int,
+    rounds: int,
+    importance_bits: int,
+    memory: tuple[int, ...],
+    child: str | None,
+    tokenizer: str | None,
+) -> None:
+    """Run the comparison."""
+    with tempfile.TemporaryDirectory() as work:
+        directory = Path(work)
+        if llama_7b_layers:
+            source = Path(tokenizer or f"{model}/tokenizer.model")
+            model = str(random_llama_7b(directory / "random", llama_7b_layers, source))
+        assert model is not None
+        config = CollectConfig(
+            model=model,
+            data=data,
+            out=directory / "traces",
+            tokens=tokens,
+            context=context,
+            importance_bits=importance_bits,
+        )
+        if child:
+            run_child(child, config)
+        elif memory:
+            click.echo(json.dumps(measure_memory(config, memory)))
+        else:
+            click.echo(json.dumps(measure_time_and_disk(config, rounds)))
+
+
+def random_llama_7b(path: Path, n_layers: int, tokenizer: Path) -> Path:
+    """Write a random ReGLU LLaMA of 7B sizes with few layers and the given tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=n_layers,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        hidden_act="relu",
+        dtype=torch.float16,
+    )
+    LlamaForCausalLM(settings).half().save_pretrained(path)
+    shutil.copy(tokenizer, path / "tokenizer.model")
+    return path
+
+
+def batches(config: CollectConfig, header: TraceHeader, checkpoint: Checkpoint) -> Iterator[Any]:
+    """Yield the batches that a collection runs."""
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    windows = cut_windows(read_documents(config.data), tokenizer, header.context)
+    for shard in cut_shards(windows, header.shard_rows, header.tokens):
+        yield from cut_batches(order_windows(shard), header.batch * header.context)
+
+
+def padded(batch: Any) -> torch.Tensor:
+    """Return a batch's (windows, length) int64 token ids."""
+    rows = [torch.tensor(window.tokens) for window in batch]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def loaded(config: CollectConfig, checkpoint: Checkpoint) -> LoadedModel:
+    """Load the model as a collection does."""
+    return load_model(checkpoint, dtype=torch.float32, device="cpu", head=False)
+
+
+def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, Any]:
+    """Time both in turn on one machine and weigh the store."""
+    checkpoint = Checkpoint.open(config.model)
+    header = trace_header(config, checkpoint, "none")
+    inputs = [padded(batch) for batch in batches(config, header, checkpoint)]
+    bare, hooked = loaded(config, checkpoint), loaded(config, checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    seconds: dict[str, list[float]] = {"forward": [], "collect": []}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for tokens in inputs:
+            bare.run(tokens)
+        seconds["forward"].append(time.perf_counter() - start)
+        shutil.rmtree(config.out, ignore_errors=True)
+        start = time.perf_counter()
+        store = TraceStore.create(config.out, header)
+        record(hooked, checkpoint, tokenizer, store)
+        seconds["collect"].append(time.perf_counter() - start)
+        hooked = loaded(config, checkpoint)
+    rows, shape = store.rows, checkpoint.shape
+    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
+    weights = sum(file.stat().st_size for file in config.out.rglob("weights.safetensors"))
+    reference = 2 * (shape.d_model + shape.d_ff) * shape.n_layers * rows
+    return {
+        "model": config.model,
+        "tokens": rows,
+        "activation_sparsity": sum(store.activation_sparsity().values()) / shape.n_layers,
+        "seconds_forward": seconds["forward"],
+        "seconds_collect": seconds["collect"],
+        "ratio_time": statistics.median(seconds["collect"]) / statistics.median(seconds["forward"]),
+        "bytes_per_token_and_layer": (size - weights) / rows / shape.n_layers,
+        "ratio_disk": (size - weights) / reference,
+        "ratio_disk_with_weights": size / reference,
+        "importance_bits": config.importance_bits,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def run_child(kind: str, config: CollectConfig) -> None:
+    """Do one part in this process and print its peak resident memory, bytes."""
+    if kind == "base":
+        checkpoint = Checkpoint.open(config.model)
+        header = trace_header(config, checkpoint, "none")
+        loaded(config, checkpoint).run(padded(next(batches(config, header, checkpoint))))
+    else:
+        collect(config)
+    click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def measure_memory(config: CollectConfig, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Compare peaks of processes of their own."""
+
+    def peak(kind: str, tokens: int) -> int:
+        command = [sys.executable, __file__, "--child", kind, "--model", config.model]
+        command += ["--data", config.data, "--tokens", str(tokens)]
+        command += ["--context", str(config.context)]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    base = peak("base", counts[0])
+    return {
+        "model": config.model,
+        "base_rss_bytes": base,
+        "tokens": list(counts),
+        "extra_rss_bytes": [peak("collect", tokens) - base for tokens in counts],
+    }
+
+
+if __name__ == "__main__":
+    main()

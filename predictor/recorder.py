@@ -1,0 +1,174 @@
+"""Hooks that turn a forward pass of the real model into trace rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from architectures.checkpoint import Checkpoint
+from architectures.model import LoadedModel
+from common.errors import TraceError
+from predictor.bits import active_places, pack_active
+from predictor.importance import encode_importance
+from predictor.shard_file import BatchRows
+from predictor.windows import Window
+
+_BLOCK = 1 << 19
+Sink = Callable[[int, BatchRows], None]
+
+
+class Recorder:
+    """Runs batches of windows and hands the rows of every layer to a sink, layer by layer."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        checkpoint: Checkpoint,
+        down_norms: Mapping[int, torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        importance_bits: int,
+    ) -> None:
+        """Register the hooks.
+
+        Args:
+            model: the running model, of at least the layers to record.
+            checkpoint: names its family and activation.
+            down_norms: layer number to (d_ff,) float32; its keys are the layers to record.
+            dtype: stored type of the inputs.
+            importance_bits: bits of an active neuron's importance, 0 for none.
+        """
+        self._model, self._dtype, self._bits = model, dtype, importance_bits
+        self._threshold = checkpoint.shape.activation_threshold
+        self._sink: Sink = lambda layer, rows: None
+        self._rows: torch.Tensor | None = None
+        self._inputs = torch.empty(0)
+        self._active: torch.Tensor | None = None
+        architecture = checkpoint.architecture
+        for layer, norms in down_norms.items():
+            block = model.blocks[layer]
+            self._hook_input(block.get_submodule(architecture.predictor_input), layer)
+            for tap in architecture.activation_taps:
+                block.get_submodule(tap).register_forward_hook(self._tap)
+            output = block.get_submodule(architecture.ffn_output)
+            self._hook_output(output, layer, norms)
+
+    def run(self, windows: Sequence[Window], sink: Sink) -> None:
+        """Run one batch and record its rows, window after window."""
+        lengths = [len(window.tokens) for window in windows]
+        longest = max(lengths)
+        tokens = torch.zeros(len(windows), longest, dtype=torch.long)
+        for row, window in enumerate(windows):
+            tokens[row, : len(window.tokens)] = torch.tensor(window.tokens)
+        # Right padding under causal attention changes no earlier position, so no mask is needed;
+        # its rows are left out.
+        valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        everything = bool(valid.all())
+        self._rows = None if everything else valid.flatten().nonzero()[:, 0].to(self._model.device)
+        self._sink = sink
+        self._model.run(tokens)
+
+    def _select(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the rows of (batch, length, n) or (batch · length, n) that are not padding."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if self._rows is None else flat[self._rows]
+
+    def _hook_input(self, module: nn.Module, layer: int) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            inputs = self._select(args[0])
+            stored = inputs.to(self._dtype)
+            # What does not fit has become infinite, NaN stays; both show in the extremes.
+            if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+                bad = int((~torch.isfinite(stored)).sum())
+                raise TraceError(
+                    f"layer {layer}: {bad} of {stored.numel()} residual values of a batch do not "
+                    f"fit {self._dtype} (largest {float(inputs.abs().max()):g}); use --dtype "
+                    "bfloat16, or check the model if that is in use already"
+                )
+            self._inputs, self._active = stored.cpu(), None
+
+        module.register_forward_pre_hook(hook)
+
+    def _tap(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        passing = passes(self._select(output), self._threshold)
+        self._active = passing if self._active is None else self._active & passing
+
+    def _hook_output(self, module: nn.Module, layer: int, norms: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            assert self._active is not None
+            packed = pack_active(self._active)
+            product = self._select(args[0])
+            counts, scale, codes = measure_active(packed, product, norms, self._bits)
+            if not torch.isfinite(scale).all():
+                raise TraceError(
+                    f"layer {layer}: the FFN's activations overflow {product.dtype}; check the "
+                    "model, or run it on --device cpu, which computes in float32"
+                )
+            self._sink(layer, BatchRows(self._inputs, packed, counts, scale, codes))
+
+        module.register_forward_pre_hook(hook)
+
+
+def passes(values: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return where an activation lets values through: above 0, or from FATReLU's threshold on."""
+    if values.device.type == "cpu" and values.dtype == torch.float32:
+        # Four times as fast as torch's comparison, which does not use vector instructions.
+        array = values.numpy()
+        return torch.from_numpy(array >= threshold if threshold else array > 0)
+    return values >= threshold if threshold else values > 0
+
+
+def measure_active(
+    packed: torch.Tensor, product: torch.Tensor, norms: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count every neuron's active rows and code the importance of the active neurons.
+
+    Args:
+        packed: (rows, ceil(d_ff / 8)) uint8, active neurons, on the CPU.
+        product: (rows, d_ff), the FFN's intermediate act(g)·u, on any device.
+        norms: (d_ff,) float32, norms of the down columns, on the CPU.
+        bits: bits of a code; 0 codes nothing.
+
+    Returns:
+        Counts (d_ff,) int64, mean importance (rows,) float32, codes (active neurons,) uint8; the
+        latter two empty without bits.
+    """
+    d_ff = len(norms)
+    counts = torch.zeros(d_ff, dtype=torch.int64)
+    scales, codes = [torch.empty(0)], [torch.empty(0, dtype=torch.uint8)]
+    # In blocks of rows that stay in the processor's cache: at once it would be ten times slower.
+    step = max(1, _BLOCK // d_ff)
+    for start in range(0, len(packed), step):
+        block, values = packed[start : start + step], product[start : start + step]
+        row, neuron = active_places(block)
+        counts += torch.bincount(neuron, minlength=d_ff)
+        if bits:
+            places = (row * d_ff + neuron).to(values.device)
+            importance = values.flatten()[places].cpu().abs().float() * norms[neuron]
+            scale, code = row_importance(importance, row, len(block), bits)
+            scales.append(scale)
+            codes.append(code)
+    return counts, torch.cat(scales), torch.cat(codes)
+
+
+def row_importance(
+    values: torch.Tensor, row: torch.Tensor, rows: int, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's mean importance and the codes of its active neurons.
+
+    Args:
+        values: (active neurons,) float32, importance, row by row.
+        row: (active neurons,) int64, ascending.
+        rows: rows in all, also those without an active neuron.
+        bits: bits of a code.
+
+    Returns:
+        (rows,) float32 and (active neurons,) uint8.
+    """
+    counts = torch.bincount(row, minlength=rows)
+    sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
+    scale = sums / counts.clamp_min(1)
+    return scale, encode_importance(values / scale[row].clamp_min(1e-30), bits)

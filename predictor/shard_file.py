@@ -1,0 +1,298 @@
+"""One layer's rows of one shard: a safetensors file that is written while rows come in.
+
+The number of rows is known beforehand, so every part but the last has its place from the start::
+
+    counts      (d_ff,) int64                    tokens on which a neuron was active
+    scale       (rows,) float32                  mean importance of a row's active neurons
+    inputs      (rows, d_model) float16/bfloat16 the predictor's input
+    active      (rows, ceil(d_ff / 8)) uint8     bit-packed, least significant bit first
+    importance  (bytes,) uint8                   codes of the active neurons, row by row, packed
+
+`scale` and `importance` are empty where no importance is stored. The header is written last and
+holds the XXH3 checksum of all that follows it, so a file can be checked by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from common.errors import TraceError
+from common.files import write_error
+from predictor.bits import unpack_active
+from predictor.importance import pack_codes
+
+_PREFIX = 1024
+"""Bytes before the data: the header's length (8) and the header, padded with spaces."""
+
+_CHUNK = 1 << 20
+_CHECKED_ROWS = 1024
+_AGAIN = "collect the traces again"
+INPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_CODES = {"float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """Rows of one layer as the recorder hands them over, on the CPU.
+
+    Attributes:
+        inputs: (rows, d_model), already in the stored dtype.
+        active: (rows, ceil(d_ff / 8)) uint8.
+        counts: (d_ff,) int64.
+        scale: (rows,) float32, or empty.
+        codes: (active neurons,) uint8, one code each, or empty.
+    """
+
+    inputs: torch.Tensor
+    active: torch.Tensor
+    counts: torch.Tensor
+    scale: torch.Tensor
+    codes: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """Sizes of a shard file.
+
+    Attributes:
+        rows: rows of the shard.
+        d_model: hidden size.
+        d_ff: neurons.
+        input_dtype: `float16` or `bfloat16`.
+        importance_bits: bits an active neuron's importance takes; 0 stores none.
+    """
+
+    rows: int
+    d_model: int
+    d_ff: int
+    input_dtype: str
+    importance_bits: int
+
+    def parts(self, importance_bytes: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Return safetensors type, shape and bytes of every part, in the order of the file."""
+        scales = self.rows if self.importance_bits else 0
+        shapes: dict[str, tuple[str, int, tuple[int, ...]]] = {
+            "counts": ("I64", 8, (self.d_ff,)),
+            "scale": ("F32", 4, (scales,)),
+            "inputs": (_CODES[self.input_dtype], 2, (self.rows, self.d_model)),
+            "active": ("U8", 1, (self.rows, -(-self.d_ff // 8))),
+            "importance": ("U8", 1, (importance_bytes,)),
+        }
+        return {
+            name: (kind, shape, size * math.prod(shape))
+            for name, (kind, size, shape) in shapes.items()
+        }
+
+    def importance_bytes(self, active: int) -> int:
+        """Return the bytes that the codes of `active` neurons take."""
+        return -(-active * self.importance_bits // 8)
+
+    def size(self, active: int) -> int:
+        """Return the file's size in bytes with `active` active neurons in all rows together."""
+        parts = self.parts(self.importance_bytes(active))
+        return _PREFIX + sum(size for _, _, size in parts.values())
+
+
+class ShardWriter:
+    """Writes a shard file as rows come in; only what one call hands over is in memory."""
+
+    def __init__(self, path: Path, layout: ShardLayout, name: Path | None = None) -> None:
+        """Start a file.
+
+        Args:
+            path: a temporary name; the caller renames it once the file is closed.
+            layout: sizes.
+            name: the name that it will get, for errors.
+        """
+        self._name = name or path
+        self._file = path.open("wb+")
+        self._layout = layout
+        self._rows = 0
+        self._counts = np.zeros(layout.d_ff, np.int64)
+        self._pending = np.zeros(0, np.uint8)
+        self._code_bytes = 0
+        self._offsets: dict[str, int] = {}
+        offset = _PREFIX
+        for part, (_, _, size) in layout.parts(0).items():
+            self._offsets[part] = offset
+            offset += size
+        self.digest = ""
+
+    def __enter__(self) -> ShardWriter:
+        """Give out the writer."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish the file if all went well; close it anyhow."""
+        try:
+            if kind is None:
+                with self._explained():
+                    self._finish()
+        finally:
+            self._file.close()
+
+    def append(self, batch: BatchRows) -> None:
+        """Add rows after those that are there.
+
+        Raises:
+            OutputError: the system refused a write.
+        """
+        with self._explained():
+            self._append(batch)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Name this file where the system refuses; several are open at once."""
+        try:
+            yield
+        except OSError as error:
+            raise write_error(self._name, error) from error
+
+    def _append(self, batch: BatchRows) -> None:
+        layout = self._layout
+        self._put("inputs", batch.inputs, 2 * layout.d_model)
+        self._put("active", batch.active, -(-layout.d_ff // 8))
+        if layout.importance_bits:
+            self._put("scale", batch.scale, 4)
+            self._put_codes(batch.codes.numpy())
+        self._counts += batch.counts.numpy()
+        self._rows += len(batch.inputs)
+
+    def _put(self, name: str, rows: torch.Tensor, row_bytes: int) -> None:
+        data = rows.contiguous().view(torch.uint8).numpy()
+        assert data.nbytes == len(rows) * row_bytes
+        self._file.seek(self._offsets[name] + self._rows * row_bytes)
+        self._file.write(data.data)
+
+    def _put_codes(self, codes: npt.NDArray[np.uint8], last: bool = False) -> None:
+        each = 8 // self._layout.importance_bits
+        codes = np.concatenate([self._pending, codes])
+        whole = len(codes) if last else len(codes) // each * each
+        self._pending = codes[whole:]
+        packed = pack_codes(codes[:whole], self._layout.importance_bits)
+        self._file.seek(self._offsets["importance"] + self._code_bytes)
+        self._file.write(packed.data)
+        self._code_bytes += len(packed)
+
+    def _finish(self) -> None:
+        assert self._rows == self._layout.rows
+        if self._layout.importance_bits:
+            self._put_codes(np.zeros(0, np.uint8), last=True)
+        self._file.seek(self._offsets["counts"])
+        self._file.write(self._counts.data)
+        self._file.flush()
+        self.digest = _digest(self._file)
+        self._file.seek(0)
+        self._file.write(_prefix(self._layout, self._code_bytes, self.digest))
+
+
+def _prefix(layout: ShardLayout, code_bytes: int, digest: str) -> bytes:
+    """Return what stands before the data: the header's length and the header."""
+    header: dict[str, Any] = {"__metadata__": {"xxh3_128": digest}}
+    offset = 0
+    for name, (kind, shape, size) in layout.parts(code_bytes).items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(_PREFIX - 8)
+    assert len(text) == _PREFIX - 8
+    return (_PREFIX - 8).to_bytes(8, "little") + text
+
+
+def _digest(file: Any) -> str:
+    digest = xxhash.xxh3_128()
+    file.seek(_PREFIX)
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
+    """Map a shard file.
+
+    Returns:
+        The parts by name; their pages are read when they are used.
+
+    Raises:
+        TraceError: missing, damaged, or of other sizes than `layout`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise TraceError(f"{path}: missing or damaged ({error}); {_AGAIN}") from error
+    for name, (kind, shape, _) in layout.parts(0).items():
+        if name == "importance":
+            shape = (layout.importance_bytes(int(tensors["counts"].sum())),)
+        part = tensors.get(name)
+        found = (tuple(part.shape), part.dtype) if part is not None else (None, None)
+        if found != (shape, _DTYPES[kind]):
+            raise TraceError(
+                f"{path}: {name} has shape {found[0]} and dtype {found[1]}, the manifest implies "
+                f"{shape} and {_DTYPES[kind]}; {_AGAIN}"
+            )
+    return tensors
+
+
+def shard_counts(path: Path) -> torch.Tensor:
+    """Return the (d_ff,) int64 counts of a shard file, the only part that is read.
+
+    Raises:
+        TraceError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            counts: torch.Tensor = file.get_tensor("counts")
+    except (SafetensorError, OSError) as error:
+        raise TraceError(f"{path}: missing or damaged ({error}); {_AGAIN}") from error
+    return counts
+
+
+def check_shard(path: Path, layout: ShardLayout) -> str:
+    """Verify a shard file against its own checksum and `layout`.
+
+    Returns:
+        Its checksum.
+
+    Raises:
+        TraceError: it names what is wrong.
+    """
+    tensors = read_shard(path, layout)
+    with path.open("rb") as file:
+        prefix, found = file.read(_PREFIX), _digest(file)
+    # The header holds the checksum of the data; itself it can only be what the writer writes.
+    if prefix != _prefix(layout, len(tensors["importance"]), found):
+        raise TraceError(f"{path}: header and data do not fit, its checksum is {found}; {_AGAIN}")
+    counted = torch.zeros(layout.d_ff, dtype=torch.int64)
+    for start in range(0, layout.rows, _CHECKED_ROWS):
+        rows = slice(start, start + _CHECKED_ROWS)
+        counted += unpack_active(tensors["active"][rows], layout.d_ff).sum(0)
+        if not torch.isfinite(tensors["inputs"][rows]).all():
+            raise TraceError(f"{path}: inputs hold NaN or inf; {_AGAIN}")
+    if not torch.equal(counted, tensors["counts"]):
+        raise TraceError(f"{path}: counts differ from the active bits; {_AGAIN}")
+    return found
