@@ -3,136 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from common.errors import PspError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-_PATH = click.Path(path_type=Path)
-
-
-class _Fraction(click.FloatRange):
-    """A range that holds no NaN, which compares false with both ends."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if number != number:
-            self.fail(f"{number} is not a number.", param, ctx)
-        return number
-
-
-class _Layers(click.ParamType[tuple[int, ...]]):
-    """Layer numbers such as `0-7,12`, as an ascending tuple."""
-
-    name = "layers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        layers: set[int] = set()
-        for part in value.split(","):
-            first, dash, last = part.strip().partition("-")
-            ends = (first, last if dash else first)
-            if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends):
-                self.fail(f"{part!r} is neither a layer nor a range; write 0-7 or 0,5,9-11.")
-            if int(ends[0]) > int(ends[1]):
-                self.fail(f"{part!r} ends before it begins.", param, ctx)
-            layers.update(range(int(ends[0]), int(ends[1]) + 1))
-        return tuple(sorted(layers))
+from common.options import (
+    PATH,
+    Fraction,
+    Group,
+    Layers,
+    data_option,
+    force_option,
+    json_option,
+    model_option,
+    out_option,
+    powerinfer_bin_option,
+    resume_option,
+    seed_option,
+    threads_option,
+)
 
 
-class _Group(click.Group):
-    """Turns the one family of user errors into one line and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except PspError as error:
-            raise click.ClickException(str(error)) from error
-
-
-def _model(command: Command) -> Command:
-    return click.option(
-        "--model", required=True, metavar="DIR|HUB_ID", help="Hugging Face checkpoint."
-    )(command)
-
-
-def _out(metavar: str, help_text: str) -> Callable[[Command], Command]:
-    return click.option("--out", required=True, type=_PATH, metavar=metavar, help=help_text)
-
-
-def _data(*, required: bool, help_text: str) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
-        command = click.option(
-            "--field",
-            default="text",
-            show_default=True,
-            help="Key of the text in every kind but .txt.",
-        )(command)
-        return click.option(
-            "--data",
-            required=required,
-            metavar="FILE|hf:NAME[:CONFIG][:SPLIT]",
-            help=f"{help_text}  FILE: .txt, .jsonl, .json or .parquet.",
-        )(command)
-
-    return decorate
-
-
-def _seed(command: Command) -> Command:
-    return click.option(
-        "--seed",
-        type=click.IntRange(0, 2**32 - 1),
-        default=0,
-        show_default=True,
-        help="Makes a run repeatable.",
-    )(command)
-
-
-def _threads(command: Command) -> Command:
-    def apply(ctx: click.Context, parameter: click.Parameter, value: int | None) -> int:
-        import torch
-
-        if value is not None:
-            torch.set_num_threads(value)
-        return torch.get_num_threads()
-
-    return click.option(
-        "--threads",
-        type=click.IntRange(min=1),
-        callback=apply,
-        help="CPU threads.  [default: all cores]",
-    )(command)
-
-
-def _force(command: Command) -> Command:
-    return click.option("--force", is_flag=True, help="Replace existing outputs.")(command)
-
-
-def _resume(command: Command) -> Command:
-    return click.option("--resume", is_flag=True, help="Go on with an interrupted run.")(command)
-
-
-def _as_json(command: Command) -> Command:
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON document instead of a table."
-    )(command)
-
-
-def _powerinfer_bin(command: Command) -> Command:
-    return click.option(
-        "--powerinfer-bin",
-        type=_PATH,
-        metavar="DIR",
-        envvar="PSP_POWERINFER_BIN",
-        show_envvar=True,
-        help="Directory of PowerInfer's programs; without it the embedded engine runs.",
-    )(command)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="psp")
 def main() -> None:
     """Activation predictors for PowerInfer, from checkpoint to benchmark."""
@@ -141,7 +35,7 @@ def main() -> None:
 @main.command(short_help="Run the whole pipeline on a small model.")
 @click.option(
     "--out",
-    type=_PATH,
+    type=PATH,
     metavar="DIR",
     default=Path("quickstart-out"),
     show_default=True,
@@ -154,10 +48,10 @@ def main() -> None:
     show_default=True,
     help="tiny: seconds, for trying. small: minutes.",
 )
-@_seed
-@_threads
-@_powerinfer_bin
-@_as_json
+@seed_option
+@threads_option
+@powerinfer_bin_option
+@json_option
 def quickstart(
     out: Path, size: str, seed: int, threads: int, powerinfer_bin: Path | None, as_json: bool
 ) -> None:
@@ -184,9 +78,9 @@ def quickstart(
 
 
 @main.command(short_help="Record activation traces of a model.")
-@_model
-@_data(required=True, help_text="Text to run the model on.")
-@_out("TRACES", "Directory for the traces.")
+@model_option
+@data_option(required=True, help_text="Text to run the model on.")
+@out_option("TRACES", "Directory for the traces.")
 @click.option(
     "--tokens", required=True, type=click.IntRange(min=1), help="Tokens to record, in all."
 )
@@ -217,7 +111,7 @@ def quickstart(
 )
 @click.option(
     "--layers",
-    type=_Layers(),
+    type=Layers(),
     metavar="0-7,12",
     help="Record these layers only, to go through the model in passes.  [default: all]",
 )
@@ -236,11 +130,11 @@ def quickstart(
     help="Keep the model on the device, or read it block by block; auto: as it fits.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Torch device of the model.")
-@_seed
-@_threads
-@_resume
-@_force
-@_as_json
+@seed_option
+@threads_option
+@resume_option
+@force_option
+@json_option
 def collect(as_json: bool, threads: int, **options: Any) -> None:
     """Record, for every layer and token, the predictor's input and the active neurons."""
     from common.table import layer_table
@@ -265,8 +159,8 @@ def traces() -> None:
 
 
 @traces.command("info", short_help="Print what a store holds.")
-@click.argument("traces", type=_PATH, metavar="TRACES")
-@_as_json
+@click.argument("traces", type=PATH, metavar="TRACES")
+@json_option
 def traces_info(traces: Path, as_json: bool) -> None:
     """Print what traces were made from, how far they are, and every layer's sparsity."""
     from common.table import fact_table, layer_table
@@ -284,8 +178,8 @@ def traces_info(traces: Path, as_json: bool) -> None:
 
 
 @traces.command("check", short_help="Verify every file of a store.")
-@click.argument("traces", type=_PATH, metavar="TRACES")
-@_as_json
+@click.argument("traces", type=PATH, metavar="TRACES")
+@json_option
 def traces_check(traces: Path, as_json: bool) -> None:
     """Verify checksums, shapes and counts; exit code 1 at the first file that is wrong."""
     from predictor.summary import check_traces
@@ -301,9 +195,9 @@ def traces_check(traces: Path, as_json: bool) -> None:
 
 @main.command("train-predictor", short_help="Train a predictor for every layer.")
 @click.option(
-    "--traces", required=True, type=_PATH, metavar="TRACES", help="Directory from psp collect."
+    "--traces", required=True, type=PATH, metavar="TRACES", help="Directory from psp collect."
 )
-@_out("PREDICTORS", "Directory for the predictors.")
+@out_option("PREDICTORS", "Directory for the predictors.")
 @click.option(
     "--rank", required=True, type=click.IntRange(min=1), help="Hidden units, a multiple of 32."
 )
@@ -316,21 +210,21 @@ def traces_check(traces: Path, as_json: bool) -> None:
 )
 @click.option(
     "--holdout",
-    type=_Fraction(0, 0.9, min_open=True),
+    type=Fraction(0, 0.9, min_open=True),
     default=0.1,
     show_default=True,
     help="Share of rows held out, by document.",
 )
 @click.option(
     "--label-top-fraction",
-    type=_Fraction(0, 1, min_open=True),
+    type=Fraction(0, 1, min_open=True),
     help="Train on each token's largest activations only (0.15 is the published clipping).",
 )
-@_seed
-@_threads
-@_resume
-@_force
-@_as_json
+@seed_option
+@threads_option
+@resume_option
+@force_option
+@json_option
 def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
@@ -354,17 +248,17 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
 
 
 @main.command("export-gguf", short_help="Write files that PowerInfer runs.")
-@_model
+@model_option
 @click.option(
     "--predictors",
     required=True,
-    type=_PATH,
+    type=PATH,
     metavar="PREDICTORS",
     help="Directory from psp train-predictor.",
 )
-@_out("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
-@_force
-@_as_json
+@out_option("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
+@force_option
+@json_option
 def export_gguf(as_json: bool, **options: Any) -> None:
     """Write the model with its predictors, PowerInfer's predictor directory and statistics."""
     from gguf_export.bundle import ExportConfig, export
@@ -379,9 +273,9 @@ def export_gguf(as_json: bool, **options: Any) -> None:
 
 
 @main.command("bench-powerinfer", short_help="Measure an exported file.")
-@click.argument("file", type=_PATH, metavar="NAME.powerinfer.gguf")
-@_powerinfer_bin
-@_data(required=False, help_text="Held-out text.  [default: prose shipped with Python]")
+@click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
+@powerinfer_bin_option
+@data_option(required=False, help_text="Held-out text.  [default: prose shipped with Python]")
 @click.option(
     "--ctx",
     "context",
@@ -409,8 +303,8 @@ def export_gguf(as_json: bool, **options: Any) -> None:
 @click.option(
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each kind."
 )
-@_threads
-@_as_json
+@threads_option
+@json_option
 def bench_powerinfer(as_json: bool, **options: Any) -> None:
     """Measure speed, sparsity and perplexity with predictors against all neurons."""
     from common.table import bench_table
