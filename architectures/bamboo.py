@@ -29,5 +29,6 @@ BAMBOO = gated_family(
         _OWN_CLASS in config["architectures"] or config.get("hidden_act") == "drelu"
     ),
     activation_taps=("mlp.gate_proj", "mlp.up_proj"),
+    gguf_name="bamboo",
     read_shape=_shape,
 )

@@ -29,4 +29,6 @@ def _shape(config: Config) -> ModelShape:
     )
 
 
-MINICPM = gated_family(name="minicpm", hf_classes=("MiniCPMForCausalLM",), read_shape=_shape)
+MINICPM = gated_family(
+    name="minicpm", hf_classes=("MiniCPMForCausalLM",), gguf_name="llama", read_shape=_shape
+)

@@ -24,6 +24,7 @@ PROSPARSE = gated_family(
     claims=lambda config: (
         _OWN_CLASS in config["architectures"] or config.get("hidden_act") == "fatrelu"
     ),
+    gguf_name="llama",
     read_shape=_shape,
 )
 """Also MiniCPM-S in llama-format, whose constants are in the weights already."""

@@ -133,6 +133,7 @@ def _write_model(
             "psp.recipe": json.dumps(predictors.header.recipe),
             "psp.activation": checkpoint.shape.activation,
         },
+        activation_threshold=checkpoint.shape.activation_threshold,
         tensors=list(plan_tensors(checkpoint, predictors)),
     )
 

@@ -23,5 +23,9 @@ THRESHOLD_KEY = "powerinfer.sparse_threshold"
 DENSE_THRESHOLD = -1e30
 """A threshold that computes every neuron: the dense ReLU model in the sparse engine."""
 
+ACTIVATION_THRESHOLD_KEY = "psp.activation_threshold"
+"""Our own key, float32: FATReLU's threshold. PowerInfer computes ReLU whatever it says; who
+measures predictors needs to know which neurons they were meant to find."""
+
 FC1 = "blk.{layer}.fc1.weight"
 FC2 = "blk.{layer}.fc2.weight"

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
-from gguf_export.schema import SPARSE_MAGIC, THRESHOLD_KEY
+from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, SPARSE_MAGIC, THRESHOLD_KEY
 from gguf_export.tensors import PlannedTensor
 from gguf_export.vocabulary import Vocabulary
 
@@ -58,6 +58,7 @@ def write_sparse_file(
     vocabulary: Vocabulary,
     threshold: float,
     provenance: dict[str, str],
+    activation_threshold: float,
     tensors: Sequence[PlannedTensor],
 ) -> None:
     """Write a PWRI file.
@@ -70,6 +71,7 @@ def write_sparse_file(
         vocabulary: its tokenizer.
         threshold: `powerinfer.sparse_threshold`.
         provenance: further string keys, ignored by PowerInfer.
+        activation_threshold: FATReLU's, ignored by PowerInfer as well.
         tensors: what to write, in order.
 
     Raises:
@@ -81,6 +83,7 @@ def write_sparse_file(
         add_model_keys(writer, architecture, model, name)
         add_vocabulary(writer, vocabulary)
         writer.add_float32(THRESHOLD_KEY, threshold)
+        writer.add_float32(ACTIVATION_THRESHOLD_KEY, activation_threshold)
         for key, value in provenance.items():
             writer.add_string(key, value)
         _write(writer, tensors)

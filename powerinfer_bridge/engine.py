@@ -47,7 +47,7 @@ def to_f16(x: torch.Tensor) -> torch.Tensor:
 
 
 class Engine:
-    """A sparse LLaMA loaded from a PWRI file."""
+    """A sparse LLaMA-like model loaded from a PWRI file."""
 
     def __init__(self, path: Path, *, threshold: float | None = None) -> None:
         """Open and check a file.
@@ -152,24 +152,35 @@ class Engine:
         return turned.flatten(-2)
 
     def _ffn(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        """Sparse ReGLU; `x` (tokens, d_model) is the residual, which the predictor reads."""
+        """Sparse gated FFN; `x` (tokens, d_model) is the residual, which the predictor reads."""
         block = f"blk.{layer}"
         hidden = torch.relu(self._matmul(f"{block}.fc1", x))
         predicted = ~(self._matmul(f"{block}.fc2", hidden) < self.threshold)
         normed = to_f16(self._norm(f"{block}.ffn_norm", x))
         if self.counts is not None:
-            gate = linear(normed, self.weights(f"{block}.ffn_gate"))
-            self.counts[layer].add(gate > 0, predicted)
+            self.counts[layer].add(self._active(block, normed), predicted)
         if len(x) == 1 and not predicted.all():
             return self._ffn_rows(block, normed, predicted[0].nonzero()[:, 0])
         gate = linear(normed, self.weights(f"{block}.ffn_gate"))
         up = linear(normed, self.weights(f"{block}.ffn_up"))
-        product = to_f16(torch.relu(gate) * up * predicted)
+        product = to_f16(self._activate(gate, up) * predicted)
         return product @ self.weights(f"{block}.ffn_down_t")
+
+    def _activate(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.relu(gate) * (torch.relu(up) if self.hyper.up_activated else up)
+
+    def _active(self, block: str, normed: torch.Tensor) -> torch.Tensor:
+        """Return which neurons the model's own activation lets through, (tokens, d_ff) bool."""
+        gate = linear(normed, self.weights(f"{block}.ffn_gate"))
+        threshold = self.hyper.activation_threshold
+        active = gate >= threshold if threshold else gate > 0
+        if self.hyper.up_activated:
+            active &= linear(normed, self.weights(f"{block}.ffn_up")) > 0
+        return active
 
     def _ffn_rows(self, block: str, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Compute the chosen neurons only, for a single token."""
         gate = linear(normed, self.weights.rows(f"{block}.ffn_gate", rows))
         up = linear(normed, self.weights.rows(f"{block}.ffn_up", rows))
         down = self.weights.rows(f"{block}.ffn_down_t", rows)
-        return to_f16(torch.relu(gate) * up) @ down
+        return to_f16(self._activate(gate, up)) @ down

@@ -9,16 +9,19 @@ from gguf import GGUFValueType
 
 from common.errors import FormatError
 from gguf_export.reader import GGUFFile
-from gguf_export.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
+from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 
-_ARCHITECTURE = "llama"
+_UP_ACTIVATED = {"llama": False, "bamboo": True}
+"""Architectures that the engine runs, and whether ReLU is applied to both halves of the FFN."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """What the graph needs; names as in `architectures.spec.ModelShape`.
 
-    `threshold` is the file's `powerinfer.sparse_threshold`.
+    `threshold` is the file's `powerinfer.sparse_threshold`; `up_activated` says that ReLU is
+    applied to both halves of the FFN (dReLU); `activation_threshold` is FATReLU's, which tells
+    active neurons but changes nothing that is computed.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Hyperparameters:
     norm_eps: float
     rope_theta: float
     threshold: float
+    up_activated: bool
+    activation_threshold: float
 
     @property
     def head_dim(self) -> int:
@@ -39,7 +44,7 @@ class Hyperparameters:
 
 
 def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
-    """Read and check the keys of a sparse LLaMA file.
+    """Read and check the keys of a sparse file of a LLaMA-like model.
 
     Raises:
         FormatError: a dense file, another architecture, a missing key or impossible sizes.
@@ -49,8 +54,9 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
             f"{file.path}: magic is GGUF, a dense file; pass a *.powerinfer.gguf (magic PWRI)"
         )
     kind = file.value("general.architecture", GGUFValueType.STRING)
-    if kind != _ARCHITECTURE:
-        raise file.error(f"architecture {kind!r} is not supported, expected {_ARCHITECTURE!r}")
+    if kind not in _UP_ACTIVATED:
+        expected = " or ".join(map(repr, _UP_ACTIVATED))
+        raise file.error(f"architecture {kind!r} is not supported, expected {expected}")
 
     def size(key: str) -> int:
         value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
@@ -71,6 +77,11 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         norm_eps=real(f"{kind}.attention.layer_norm_rms_epsilon"),
         rope_theta=real(f"{kind}.rope.freq_base"),
         threshold=real(THRESHOLD_KEY),
+        up_activated=_UP_ACTIVATED[kind],
+        # Files of other makers do not have it.
+        activation_threshold=(
+            real(ACTIVATION_THRESHOLD_KEY) if ACTIVATION_THRESHOLD_KEY in file.values else 0.0
+        ),
     )
     _check(file, found)
     return found
@@ -90,6 +101,7 @@ def _check(file: GGUFFile, found: Hyperparameters) -> None:
         0 <= found.norm_eps < 1
         and 0 < found.rope_theta < math.inf
         and not math.isnan(found.threshold)
+        and 0 <= found.activation_threshold < math.inf
     )
     if not constants_fit:
         raise file.error(f"constants are impossible ({found})")

@@ -45,6 +45,7 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "tokenizer.ggml.eos_token_id": (Kind.UINT32, 2),
     "tokenizer.ggml.unknown_token_id": (Kind.UINT32, 0),
     "powerinfer.sparse_threshold": (Kind.FLOAT32, 0.0),
+    "psp.activation_threshold": (Kind.FLOAT32, 0.0),
 }
 PROVENANCE = {"psp.version", "psp.model_fingerprint", "psp.recipe", "psp.activation"}
 SAME = {
