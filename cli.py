@@ -254,7 +254,7 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     required=True,
     type=PATH,
     metavar="PREDICTORS",
-    help="Directory from psp train-predictor.",
+    help="From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
 )
 @out_option("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
 @force_option
@@ -264,7 +264,7 @@ def export_gguf(as_json: bool, **options: Any) -> None:
     from gguf_export.bundle import ExportConfig, export
 
     bundle = export(ExportConfig(**options))
-    paths = {key: str(path) for key, path in vars(bundle).items()}
+    paths = {key: str(path) for key, path in vars(bundle).items() if path.exists()}
     if as_json:
         _print_json(paths)
         return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +18,17 @@ from common.files import (
     atomic_directory,
     atomic_path,
     refuse_existing,
+    remove_output,
     write_bytes,
     write_error,
     write_json,
 )
 from common.version import tool_version
+from gguf_export.predictor_source import PredictorSource, open_predictors, read_ranks
 from gguf_export.schema import BLOCK, SMALLEST_D_FF
-from gguf_export.tensors import plan_tensors
+from gguf_export.tensors import PlannedTensor, plan_tensors
 from gguf_export.vocabulary import Vocabulary, read_vocabulary
 from gguf_export.writer import write_sparse_file
-from predictor.artifact import PredictorArtifact
 
 SUFFIX = ".powerinfer.gguf"
 ACTIVATION_DIRECTORY = "activation"
@@ -39,7 +41,7 @@ class ExportConfig:
 
     Attributes:
         model: checkpoint directory or hub id.
-        predictors: artifact directory.
+        predictors: see `predictor_source.open_predictors`.
         out: `NAME.powerinfer.gguf`.
         force: replace existing outputs.
     """
@@ -63,7 +65,8 @@ class Bundle:
         model_file: the PWRI file.
         predictor_directory: `model_N.pt` and `config.json`, the form that PowerInfer's own
             converters read.
-        activation_directory: `activation_N.pt`, hot/cold statistics.
+        activation_directory: `activation_N.pt`, hot/cold statistics; not there if imported
+            predictors came without.
     """
 
     model_file: Path
@@ -93,9 +96,9 @@ def export(config: ExportConfig) -> Bundle:
             PowerInfer cannot run, existing outputs, or a refused write.
     """
     checkpoint = Checkpoint.open(config.model)
-    predictors = PredictorArtifact.open(config.predictors)
+    predictors = open_predictors(config.predictors)
     _check_family(checkpoint)
-    check_fit(checkpoint, predictors)
+    ranks = check_fit(checkpoint, predictors)
     vocab_size = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(load_sentencepiece(checkpoint.path, vocab_size), vocab_size)
     bundle = Bundle.beside(config.out)
@@ -103,22 +106,39 @@ def export(config: ExportConfig) -> Bundle:
     refuse_existing(bundle.model_file, force=config.force)
     refuse_existing(bundle.predictor_directory, force=config.force, marker="config.json")
     refuse_existing(bundle.activation_directory, force=config.force, marker="activation_0.pt")
+    tensors = list(plan_tensors(checkpoint, predictors, ranks))
     with (
         atomic_path(bundle.model_file) as model_file,
         atomic_directory(bundle.predictor_directory) as predictor_directory,
-        atomic_directory(bundle.activation_directory) as activation_directory,
+        _activation_directory(bundle, predictors) as activation_directory,
     ):
         _write_predictors(predictor_directory, predictors)
-        _write_activation(activation_directory, predictors)
+        if activation_directory is not None:
+            _write_activation(activation_directory, predictors)
         try:
-            _write_model(model_file, checkpoint, predictors, vocabulary)
+            _write_model(model_file, checkpoint, predictors, vocabulary, tensors)
         except OSError as error:
             raise write_error(bundle.model_file, error) from error
     return bundle
 
 
+@contextmanager
+def _activation_directory(bundle: Bundle, predictors: PredictorSource) -> Iterator[Path | None]:
+    """Yield where statistics go, or None without any; those of an earlier export go then."""
+    if not predictors.counted:
+        yield None
+        remove_output(bundle.activation_directory)
+        return
+    with atomic_directory(bundle.activation_directory) as directory:
+        yield directory
+
+
 def _write_model(
-    path: Path, checkpoint: Checkpoint, predictors: PredictorArtifact, vocabulary: Vocabulary
+    path: Path,
+    checkpoint: Checkpoint,
+    predictors: PredictorSource,
+    vocabulary: Vocabulary,
+    tensors: list[PlannedTensor],
 ) -> None:
     write_sparse_file(
         path,
@@ -126,15 +146,15 @@ def _write_model(
         model=checkpoint.shape,
         name=checkpoint.path.resolve().name,
         vocabulary=vocabulary,
-        threshold=predictors.header.threshold,
+        threshold=predictors.threshold,
         provenance={
             "psp.version": tool_version(),
             "psp.model_fingerprint": checkpoint.fingerprint,
-            "psp.recipe": json.dumps(predictors.header.recipe),
+            "psp.recipe": predictors.recipe,
             "psp.activation": checkpoint.shape.activation,
         },
         activation_threshold=checkpoint.shape.activation_threshold,
-        tensors=list(plan_tensors(checkpoint, predictors)),
+        tensors=tensors,
     )
 
 
@@ -162,37 +182,39 @@ def _check_family(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_fit(checkpoint: Checkpoint, predictors: PredictorArtifact) -> None:
+def check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]:
     """Refuse predictors of another model and sizes that PowerInfer cannot run.
+
+    Returns:
+        The rank of every layer.
 
     Raises:
         PredictorError: incomplete, of another model, or with other shapes.
         ExportError: a row size that is no multiple of 32.
     """
-    predictors.require_complete()
-    header, shape = predictors.header, checkpoint.shape
-    for key in ("n_layers", "d_model", "d_ff"):
-        if getattr(header, key) != getattr(shape, key):
-            raise PredictorError(
-                f"{predictors.path}: predictors have {key} {getattr(header, key)}, the model has "
-                f"{getattr(shape, key)}; pass the model that the traces were collected from"
-            )
-    if header.model_fingerprint != checkpoint.fingerprint:
+    shape = checkpoint.shape
+    if predictors.n_layers != shape.n_layers:
         raise PredictorError(
-            f"{predictors.path}: predictors were trained for {header.model}, whose weights differ "
-            f"from {checkpoint.path}; pass that model or collect and train for this one"
+            f"{predictors.path}: predictors have {predictors.n_layers} layers, the model has "
+            f"{shape.n_layers}; pass predictors of this model"
         )
-    for key, size in (("d_model", shape.d_model), ("rank", header.rank)):
-        if size % BLOCK:
-            raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
+    ranks = read_ranks(predictors, shape.d_model, shape.d_ff)
+    if predictors.model is not None and predictors.model[1] != checkpoint.fingerprint:
+        raise PredictorError(
+            f"{predictors.path}: predictors were trained for {predictors.model[0]}, whose weights "
+            f"or sizes differ from {checkpoint.path}; pass that model or collect and train for "
+            "this one"
+        )
     if shape.d_ff < SMALLEST_D_FF:
         raise ExportError(
             f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}; PowerInfer computes smaller FFNs wrongly"
         )
     if shape.d_model != shape.n_heads * shape.head_dim:
         raise ExportError("heads times head size differ from d_model; PowerInfer cannot run it")
-    for layer in range(header.n_layers):
-        predictors.layer(layer)
+    for key, size in (("d_model", shape.d_model), *(("rank", rank) for rank in ranks)):
+        if size % BLOCK or not size:
+            raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
+    return ranks
 
 
 def _write_tensor_file(path: Path, content: object) -> None:
@@ -201,16 +223,16 @@ def _write_tensor_file(path: Path, content: object) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def _write_predictors(directory: Path, predictors: PredictorArtifact) -> None:
-    for number in range(predictors.header.n_layers):
+def _write_predictors(directory: Path, predictors: PredictorSource) -> None:
+    for number in range(predictors.n_layers):
         layer = predictors.layer(number)
         content = {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
         _write_tensor_file(directory / f"model_{number}.pt", content)
-    threshold = predictors.header.threshold
+    threshold = predictors.threshold
     write_json(directory / "config.json", {"sparse_threshold": threshold})
 
 
-def _write_activation(directory: Path, predictors: PredictorArtifact) -> None:
-    for number in range(predictors.header.n_layers):
+def _write_activation(directory: Path, predictors: PredictorSource) -> None:
+    for number in range(predictors.n_layers):
         counts = predictors.layer(number).activation_counts
         _write_tensor_file(directory / f"activation_{number}.pt", counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +12,8 @@ import torch
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule, Transform
+from gguf_export.predictor_source import PredictorSource
 from gguf_export.schema import FC1, FC2
-from predictor.artifact import PredictorArtifact
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,16 @@ def apply_transform(weight: torch.Tensor, transform: Transform, model: ModelShap
     return weight.T if transform == "transpose" else weight
 
 
-def plan_tensors(checkpoint: Checkpoint, predictors: PredictorArtifact) -> Iterator[PlannedTensor]:
-    """Yield the file's tensors: those of the model as its family lists them, then predictors."""
+def plan_tensors(
+    checkpoint: Checkpoint, predictors: PredictorSource, ranks: Sequence[int]
+) -> Iterator[PlannedTensor]:
+    """Yield the file's tensors: those of the model as its family lists them, then predictors.
+
+    Args:
+        checkpoint: the model.
+        predictors: its predictors.
+        ranks: rank of each layer.
+    """
     model = checkpoint.shape
     for rule in checkpoint.architecture.tensors:
         for layer in range(model.n_layers if rule.per_layer else 1):
@@ -76,11 +84,10 @@ def plan_tensors(checkpoint: Checkpoint, predictors: PredictorArtifact) -> Itera
                 np.float32 if len(shape) == 1 else np.float16,
                 partial(_read_model, checkpoint, rule, layer),
             )
-    header = predictors.header
-    for layer in range(model.n_layers):
+    for layer, rank in enumerate(ranks):
         for name, part, shape in (
-            (FC1, "fc1", (header.rank, header.d_model)),
-            (FC2, "fc2", (header.d_ff, header.rank)),
+            (FC1, "fc1", (rank, model.d_model)),
+            (FC2, "fc2", (model.d_ff, rank)),
         ):
             read = partial(_read_predictor, predictors, layer, part)
             yield PlannedTensor(name.format(layer=layer), shape, np.float16, read)
@@ -92,8 +99,6 @@ def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> npt.NDA
     return array
 
 
-def _read_predictor(
-    predictors: PredictorArtifact, layer: int, part: str
-) -> npt.NDArray[np.generic]:
+def _read_predictor(predictors: PredictorSource, layer: int, part: str) -> npt.NDArray[np.generic]:
     array: npt.NDArray[np.generic] = getattr(predictors.layer(layer), part).numpy()
     return array

@@ -70,12 +70,13 @@ class LayerPredictor:
     Attributes:
         fc1: (rank, d_model) float16.
         fc2: (d_ff, rank) float16.
-        activation_counts: (d_ff,) int64, traced tokens on which each neuron was active.
+        activation_counts: (d_ff,) int64, tokens on which each neuron was active; None only for
+            predictors of others that come without.
     """
 
     fc1: torch.Tensor
     fc2: torch.Tensor
-    activation_counts: torch.Tensor
+    activation_counts: torch.Tensor | None
 
 
 @dataclass

@@ -373,6 +373,7 @@ def test_predictors_are_trained_and_find_what_is_active(
     for number, metrics in artifact.layers.items():
         assert all(map(math.isfinite, metrics.values()))
         predictor, layer = artifact.layer(number), facts.layers[number]
+        assert predictor.activation_counts is not None
         assert torch.equal(predictor.activation_counts, store.layer(number).counts)
         # A random predictor's recall is the share of neurons that it predicts.
         assert metrics["activation_recall"] > 0.75

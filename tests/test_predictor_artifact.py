@@ -102,6 +102,7 @@ def test_predictors_are_measured_as_stored_on_documents_held_out(
         assert (stored.fc1.dtype, stored.fc2.dtype) == (torch.float16, torch.float16)
         assert stored.fc1.shape == (RANK, 64)
         assert stored.fc2.shape == (1012, RANK)
+        assert stored.activation_counts is not None
         assert torch.equal(stored.activation_counts, rows.counts)
         predictor = Predictor(stored.fc1.float(), stored.fc2.float())
         counts = DecisionCounts()
