@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from architectures.tensor_files import TensorFiles
 from common.errors import PredictorError
 from common.files import read_json
 from gguf_export.reader import GGUFFile
@@ -19,6 +20,7 @@ from predictor.artifact import LayerPredictor, PredictorArtifact
 
 _FETCH = "fetch the predictors again"
 _MOST_LAYERS = 10_000
+_EMBEDDED = "model.layers.{layer}.mlp.predictor.{part}.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ def open_predictors(path: Path) -> PredictorSource:
 
     Args:
         path: directory from `psp train-predictor`; directory with `model_N.pt` and `config.json` as
-            PowerInfer's converters read it; or a GGUF file with predictors in it. For the latter
-            two `activation/activation_N.pt` beside them is read where it is there.
+            PowerInfer's converters read it; a GGUF file with predictors in it; or a checkpoint that
+            has some, as TurboSparse's do. For the middle two `activation/activation_N.pt` beside
+            them is read where it is there.
 
     Raises:
         PredictorError: none of these, damaged or incomplete.
@@ -60,6 +63,8 @@ def open_predictors(path: Path) -> PredictorSource:
         return _from_file(path)
     if (path / "model_0.pt").is_file() and not (path / "predictors.json").exists():
         return _from_directory(path)
+    if (path / "config.json").is_file() and not (path / "predictors.json").exists():
+        return _from_checkpoint(path)
     artifact = PredictorArtifact.open(path)
     artifact.require_complete()
     header = artifact.header
@@ -103,6 +108,33 @@ def _from_directory(path: Path) -> PredictorSource:
         recipe=json.dumps({"name": "imported", "from": "PowerInfer predictor directory"}),
         layer=layer,
         counted=counted,
+    )
+
+
+def _from_checkpoint(path: Path) -> PredictorSource:
+    """TurboSparse: `mlp.predictor.fc1` and `fc2` read the residual and keep logits above 0."""
+    files = TensorFiles(path)
+    n_layers = 0
+    while _EMBEDDED.format(layer=n_layers, part="fc1") in files.shards:
+        n_layers += 1
+    if not n_layers:
+        raise PredictorError(
+            f"{path}: a checkpoint without predictors in it; pass a directory made by "
+            "'psp train-predictor'"
+        )
+
+    def layer(number: int) -> LayerPredictor:
+        names = (_EMBEDDED.format(layer=number, part=part) for part in ("fc1", "fc2"))
+        fc1, fc2 = (_half(path, n, files.read(n) if n in files.shards else None) for n in names)
+        return LayerPredictor(fc1, fc2, None)
+
+    return PredictorSource(
+        path=path,
+        n_layers=n_layers,
+        threshold=0.0,
+        recipe=json.dumps({"name": "imported", "from": "checkpoint"}),
+        layer=layer,
+        counted=False,
     )
 
 

@@ -7,12 +7,16 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_export, refused, write_predictors
+from families import BY_NAME, write
+from published import gated_shapes
 
 from common.errors import ExportError, FormatError, PredictorError
 from gguf_export.bundle import Bundle
@@ -188,6 +192,25 @@ def test_a_rank_that_powerinfer_cannot_run_is_refused(
     )
     with refused(ExportError, "rank 40", "multiple of 32"):
         make_export(model_dir, copy.predictor_directory, tmp_path / "new" / "m.powerinfer.gguf")
+
+
+def test_predictors_inside_a_checkpoint_are_taken_from_it(
+    tokenizer_bytes: bytes, model_dir: Path, tmp_path: Path
+) -> None:
+    """TurboSparse's own, which its code applies to the same residual as PowerInfer does."""
+    variant = BY_NAME["turbosparse"].changed(intermediate_size=1012)
+    shapes = partial(gated_shapes, predictor=32)
+    written = write(replace(variant, shapes=shapes), tmp_path / "turbo", tokenizer_bytes)
+    made = make_export(written.path, written.path, tmp_path / "new" / "m.powerinfer.gguf")
+    file = GGUFFile(made.model_file)
+    for layer in range(2):
+        for part in ("fc1", "fc2"):
+            stored = written.tensors[f"model.layers.{layer}.mlp.predictor.{part}.weight"]
+            found = file.tensor(f"blk.{layer}.{part}.weight")
+            assert found.tobytes() == stored.half().numpy().tobytes()
+    assert not made.activation_directory.exists()
+    with refused(PredictorError, str(model_dir), "without predictors", "psp train-predictor"):
+        open_predictors(model_dir)
 
 
 def test_a_file_without_predictors_or_damaged_is_refused(
