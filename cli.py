@@ -257,6 +257,11 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     help="From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
 )
 @out_option("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
+@click.option(
+    "--dense",
+    is_flag=True,
+    help="Also write NAME.dense.gguf, to time against; its text is wrong for ReLU models.",
+)
 @force_option
 @json_option
 def export_gguf(as_json: bool, **options: Any) -> None:
@@ -265,6 +270,8 @@ def export_gguf(as_json: bool, **options: Any) -> None:
 
     bundle = export(ExportConfig(**options))
     paths = {key: str(path) for key, path in vars(bundle).items() if path.exists()}
+    if options["dense"]:
+        paths["dense_file"] = str(bundle.dense_file)
     if as_json:
         _print_json(paths)
         return

@@ -25,10 +25,15 @@ from common.files import (
 )
 from common.version import tool_version
 from gguf_export.predictor_source import PredictorSource, open_predictors, read_ranks
-from gguf_export.schema import BLOCK, SMALLEST_D_FF
-from gguf_export.tensors import PlannedTensor, plan_tensors
+from gguf_export.schema import (
+    ACTIVATION_THRESHOLD_KEY,
+    BLOCK,
+    SMALLEST_D_FF,
+    THRESHOLD_KEY,
+)
+from gguf_export.tensors import PlannedTensor, plan_model, plan_predictors
 from gguf_export.vocabulary import Vocabulary, read_vocabulary
-from gguf_export.writer import write_sparse_file
+from gguf_export.writer import write_file
 
 SUFFIX = ".powerinfer.gguf"
 ACTIVATION_DIRECTORY = "activation"
@@ -43,12 +48,14 @@ class ExportConfig:
         model: checkpoint directory or hub id.
         predictors: see `predictor_source.open_predictors`.
         out: `NAME.powerinfer.gguf`.
+        dense: write a dense file of the same model too, to time against.
         force: replace existing outputs.
     """
 
     model: str
     predictors: Path
     out: Path
+    dense: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +90,11 @@ class Bundle:
             model_file.with_name(ACTIVATION_DIRECTORY),
         )
 
+    @property
+    def dense_file(self) -> Path:
+        """The dense file, which is only written on demand."""
+        return self.model_file.with_name(f"{self.model_file.name.removesuffix(SUFFIX)}.dense.gguf")
+
     def paths(self) -> tuple[Path, Path, Path]:
         """Return all outputs."""
         return self.model_file, self.predictor_directory, self.activation_directory
@@ -106,9 +118,15 @@ def export(config: ExportConfig) -> Bundle:
     refuse_existing(bundle.model_file, force=config.force)
     refuse_existing(bundle.predictor_directory, force=config.force, marker="config.json")
     refuse_existing(bundle.activation_directory, force=config.force, marker="activation_0.pt")
-    tensors = list(plan_tensors(checkpoint, predictors, ranks))
+    if config.dense:
+        refuse_existing(bundle.dense_file, force=config.force)
+    tensors = [
+        *plan_model(checkpoint, sparse=True),
+        *plan_predictors(predictors, ranks, checkpoint.shape),
+    ]
     with (
         atomic_path(bundle.model_file) as model_file,
+        _dense_path(bundle, config.dense) as dense_file,
         atomic_directory(bundle.predictor_directory) as predictor_directory,
         _activation_directory(bundle, predictors) as activation_directory,
     ):
@@ -119,7 +137,21 @@ def export(config: ExportConfig) -> Bundle:
             _write_model(model_file, checkpoint, predictors, vocabulary, tensors)
         except OSError as error:
             raise write_error(bundle.model_file, error) from error
+        if dense_file is not None:
+            try:
+                _write_dense(dense_file, checkpoint, vocabulary)
+            except OSError as error:
+                raise write_error(bundle.dense_file, error) from error
     return bundle
+
+
+@contextmanager
+def _dense_path(bundle: Bundle, wanted: bool) -> Iterator[Path | None]:
+    if not wanted:
+        yield None
+        return
+    with atomic_path(bundle.dense_file) as path:
+        yield path
 
 
 @contextmanager
@@ -140,21 +172,51 @@ def _write_model(
     vocabulary: Vocabulary,
     tensors: list[PlannedTensor],
 ) -> None:
-    write_sparse_file(
+    write_file(
         path,
         architecture=checkpoint.architecture,
         model=checkpoint.shape,
         name=checkpoint.path.resolve().name,
         vocabulary=vocabulary,
-        threshold=predictors.threshold,
-        provenance={
-            "psp.version": tool_version(),
-            "psp.model_fingerprint": checkpoint.fingerprint,
+        keys={
+            THRESHOLD_KEY: predictors.threshold,
+            ACTIVATION_THRESHOLD_KEY: checkpoint.shape.activation_threshold,
             "psp.recipe": predictors.recipe,
-            "psp.activation": checkpoint.shape.activation,
+            **_provenance(checkpoint),
         },
-        activation_threshold=checkpoint.shape.activation_threshold,
         tensors=tensors,
+        sparse=True,
+    )
+
+
+def _write_dense(path: Path, checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
+    write_file(
+        path,
+        architecture=checkpoint.architecture,
+        model=checkpoint.shape,
+        name=checkpoint.path.resolve().name,
+        vocabulary=vocabulary,
+        keys={"psp.note": dense_note(checkpoint), **_provenance(checkpoint)},
+        tensors=list(plan_model(checkpoint, sparse=False)),
+        sparse=False,
+    )
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        "psp.version": tool_version(),
+        "psp.model_fingerprint": checkpoint.fingerprint,
+        "psp.activation": checkpoint.shape.activation,
+    }
+
+
+def dense_note(checkpoint: Checkpoint) -> str:
+    """Return what a user must know of a dense file (PowerInfer@d3ebd7c build_llama_variants)."""
+    if checkpoint.architecture.gguf_name == "bamboo":
+        return "dense file for timing; PowerInfer computes dReLU, other programs may not"
+    return (
+        "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in dense "
+        "mode, so the text of this ReLU model is wrong"
     )
 
 

@@ -27,5 +27,8 @@ ACTIVATION_THRESHOLD_KEY = "psp.activation_threshold"
 """Our own key, float32: FATReLU's threshold. PowerInfer computes ReLU whatever it says; who
 measures predictors needs to know which neurons they were meant to find."""
 
+DOWN, DENSE_DOWN = "ffn_down_t", "ffn_down"
+"""The down matrix in a sparse file, transposed, and in a dense one."""
+
 FC1 = "blk.{layer}.fc1.weight"
 FC2 = "blk.{layer}.fc2.weight"

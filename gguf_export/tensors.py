@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule, Transform
 from gguf_export.predictor_source import PredictorSource
-from gguf_export.schema import FC1, FC2
+from gguf_export.schema import DENSE_DOWN, DOWN, FC1, FC2
 
 
 @dataclass(frozen=True)
@@ -63,27 +63,34 @@ def apply_transform(weight: torch.Tensor, transform: Transform, model: ModelShap
     return weight.T if transform == "transpose" else weight
 
 
-def plan_tensors(
-    checkpoint: Checkpoint, predictors: PredictorSource, ranks: Sequence[int]
-) -> Iterator[PlannedTensor]:
-    """Yield the file's tensors: those of the model as its family lists them, then predictors.
+def plan_model(checkpoint: Checkpoint, *, sparse: bool) -> Iterator[PlannedTensor]:
+    """Yield the model's tensors as its family lists them.
 
     Args:
         checkpoint: the model.
-        predictors: its predictors.
-        ranks: rank of each layer.
+        sparse: a dense file has the down matrix under another name and not transposed
+            (PowerInfer@d3ebd7c llama.cpp:llm_load_tensors).
     """
     model = checkpoint.shape
     for rule in checkpoint.architecture.tensors:
+        assert rule.target is not None
+        if not sparse and rule.transform == "transpose":
+            rule = replace(rule, target=rule.target.replace(DOWN, DENSE_DOWN), transform="none")
+        assert rule.target is not None
         for layer in range(model.n_layers if rule.per_layer else 1):
             shape = transformed_shape(rule.shape(model), rule.transform)
-            assert rule.target is not None
             yield PlannedTensor(
                 rule.target.format(layer=layer),
                 shape,
                 np.float32 if len(shape) == 1 else np.float16,
                 partial(_read_model, checkpoint, rule, layer),
             )
+
+
+def plan_predictors(
+    predictors: PredictorSource, ranks: Sequence[int], model: ModelShape
+) -> Iterator[PlannedTensor]:
+    """Yield the predictors' tensors, given the rank of each layer."""
     for layer, rank in enumerate(ranks):
         for name, part, shape in (
             (FC1, "fc1", (rank, model.d_model)),

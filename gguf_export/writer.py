@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
-from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, SPARSE_MAGIC, THRESHOLD_KEY
+from gguf_export.schema import SPARSE_MAGIC
 from gguf_export.tensors import PlannedTensor
 from gguf_export.vocabulary import Vocabulary
 
@@ -49,19 +49,18 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_unk_token_id(vocabulary.unk_id)
 
 
-def write_sparse_file(
+def write_file(
     path: Path,
     *,
     architecture: Architecture,
     model: ModelShape,
     name: str,
     vocabulary: Vocabulary,
-    threshold: float,
-    provenance: dict[str, str],
-    activation_threshold: float,
+    keys: Mapping[str, float | str],
     tensors: Sequence[PlannedTensor],
+    sparse: bool,
 ) -> None:
-    """Write a PWRI file.
+    """Write a PWRI file, which PowerInfer runs sparsely, or a GGUF file, which it runs densely.
 
     Args:
         path: where to write it, a temporary name.
@@ -69,10 +68,9 @@ def write_sparse_file(
         model: its sizes.
         name: `general.name`.
         vocabulary: its tokenizer.
-        threshold: `powerinfer.sparse_threshold`.
-        provenance: further string keys, ignored by PowerInfer.
-        activation_threshold: FATReLU's, ignored by PowerInfer as well.
+        keys: further keys, written as float32 or string.
         tensors: what to write, in order.
+        sparse: which of the two.
 
     Raises:
         OSError: the system refused a write.
@@ -82,15 +80,15 @@ def write_sparse_file(
     try:
         add_model_keys(writer, architecture, model, name)
         add_vocabulary(writer, vocabulary)
-        writer.add_float32(THRESHOLD_KEY, threshold)
-        writer.add_float32(ACTIVATION_THRESHOLD_KEY, activation_threshold)
-        for key, value in provenance.items():
-            writer.add_string(key, value)
+        for key, value in keys.items():
+            add = writer.add_string if isinstance(value, str) else writer.add_float32
+            add(key, value)
         _write(writer, tensors)
     finally:
         writer.close()
-    with path.open("r+b") as file:
-        file.write(SPARSE_MAGIC)
+    if sparse:
+        with path.open("r+b") as file:
+            file.write(SPARSE_MAGIC)
 
 
 class _Whole(np.ndarray[Any, Any]):
