@@ -208,7 +208,7 @@ USER_ERRORS: dict[str, tuple[str, str]] = {
     "odd rank": ("train-predictor --traces MODEL --out O --rank 33", "rank 33"),
     "no predictors": (
         "export-gguf --model MODEL --predictors MODEL --out O.powerinfer.gguf",
-        "MODEL/predictors.json: No such file",
+        "MODEL: a checkpoint without predictors",
     ),
     "exported": ("export-gguf --model MODEL --predictors EXACT --out FILE", "FILE exists"),
     "no file": ("bench-powerinfer nowhere.gguf", "nowhere.gguf: No such file"),
