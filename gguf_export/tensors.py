@@ -102,7 +102,14 @@ def plan_predictors(
 
 def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> npt.NDArray[np.generic]:
     tensor = apply_transform(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
-    array: npt.NDArray[np.generic] = tensor.float().contiguous().numpy()
+    if tensor.dim() == 1:
+        tensor = tensor.float()
+    elif tensor.dtype != torch.float16:
+        half = tensor.half()
+        # What does not fit goes on as it is, so that it is refused by its own value.
+        fits = bool(torch.isfinite(torch.stack(torch.aminmax(half))).all())
+        tensor = half if fits else tensor.float()
+    array: npt.NDArray[np.generic] = tensor.contiguous().numpy()
     return array
 
 

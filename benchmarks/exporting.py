@@ -1,0 +1,155 @@
+"""What writing an exported file costs: memory and time, against copying the same bytes.
+
+Makes a random checkpoint of LLaMA-7B's sizes with few layers and random predictors, exports it in a
+process of its own and prints one JSON line: `peak_rss_bytes` and its bound (three times the largest
+tensor and 500 MB), seconds of the export and of a copy of the written file, each synced to disk.
+
+    python benchmarks/exporting.py --tokenizer tokenizer.model --layers 6
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from architectures.checkpoint import Checkpoint
+from gguf_export.bundle import ExportConfig, export
+from gguf_export.reader import GGUFFile
+from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+
+
+@click.command()
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--layers", default=6, show_default=True)
+@click.option("--rank", default=1024, show_default=True)
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--child", nargs=3, type=click.Path(path_type=Path), hidden=True)
+def main(
+    tokenizer: Path,
+    layers: int,
+    rank: int,
+    dtype: str,
+    rounds: int,
+    child: tuple[Path, Path, Path] | None,
+) -> None:
+    """Run the comparison."""
+    if child:
+        click.echo(json.dumps(export_once(*child)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        model = random_model(Path(work) / "model", layers, tokenizer, getattr(torch, dtype))
+        predictors = random_predictors(Path(work) / "predictors", model, rank)
+        out = Path(work) / "out" / "m.powerinfer.gguf"
+        runs, copies = [], []
+        for _ in range(rounds):
+            command = [sys.executable, __file__, "--tokenizer", str(tokenizer), "--child"]
+            command += [str(model), str(predictors), str(out)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            runs.append(json.loads(done.stdout))
+            copies.append(copy_once(out, Path(work) / "copy"))
+        click.echo(json.dumps({"dtype": dtype, **summary(out, runs, copies)}))
+
+
+def random_model(path: Path, n_layers: int, tokenizer: Path, dtype: torch.dtype) -> Path:
+    """Write a random ReGLU LLaMA of 7B sizes with few layers and the given tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=n_layers,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        hidden_act="relu",
+        dtype=dtype,
+    )
+    torch.set_default_dtype(dtype)
+    LlamaForCausalLM(settings).save_pretrained(path)
+    torch.set_default_dtype(torch.float32)
+    shutil.copy(tokenizer, path / "tokenizer.model")
+    return path
+
+
+def random_predictors(path: Path, model: Path, rank: int) -> Path:
+    """Write random predictors for a model."""
+    checkpoint = Checkpoint.open(model)
+    shape = checkpoint.shape
+    header = PredictorHeader(
+        model=str(model),
+        model_fingerprint=checkpoint.fingerprint,
+        architecture=checkpoint.architecture.name,
+        activation=shape.activation,
+        n_layers=shape.n_layers,
+        d_model=shape.d_model,
+        d_ff=shape.d_ff,
+        rank=rank,
+        threshold=0.0,
+        traces_identity="",
+        recipe={"name": "random"},
+        holdout=0.1,
+        label_top_fraction=None,
+        seed=0,
+    )
+    artifact = PredictorArtifact(path, header)
+    for layer in range(shape.n_layers):
+        fc1, fc2 = torch.randn(rank, shape.d_model), torch.randn(shape.d_ff, rank)
+        counts = torch.arange(shape.d_ff)
+        artifact.add(layer, LayerPredictor(fc1.half(), fc2.half(), counts), {"recall": 0.0})
+    return path
+
+
+def export_once(model: Path, predictors: Path, out: Path) -> dict[str, Any]:
+    """Export in this process; return seconds and peak resident memory."""
+    start = time.perf_counter()
+    export(ExportConfig(model=str(model), predictors=predictors, out=out, force=True))
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def peak_rss_bytes() -> int:
+    """Return this program's peak. Not getrusage's, which a process inherits from its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def copy_once(source: Path, target: Path) -> float:
+    """Return the seconds of a copy that has reached the disk."""
+    target.unlink(missing_ok=True)
+    start = time.perf_counter()
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
+
+
+def summary(out: Path, runs: list[dict[str, Any]], copies: list[float]) -> dict[str, Any]:
+    """Return medians and the bound."""
+    largest = max(info.size for info in GGUFFile(out).tensors.values())
+    seconds = statistics.median(run["seconds"] for run in runs)
+    return {
+        "bytes": out.stat().st_size,
+        "largest_tensor_bytes": largest,
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+        "bound_rss_bytes": 3 * largest + 500_000_000,
+        "seconds_export": [run["seconds"] for run in runs],
+        "seconds_copy": copies,
+        "throughput_ratio": statistics.median(copies) / seconds,
+    }
+
+
+if __name__ == "__main__":
+    main()
