@@ -1,0 +1,241 @@
+"""What PowerInfer puts into VRAM under a budget, in its own order.
+
+PowerInfer subtracts tensor after tensor from the budget, by kind first and by layer second:
+attention with its norms, predictors, FFN norms, output. The first tensor that does not fit ends it,
+whatever smaller ones follow. If the output norm fitted, the two halves of the KV cache follow, each
+if it fits; FFN neurons come last, and only if every one of those tensors fitted. Source:
+PowerInfer@d3ebd7c llama.cpp:get_offloading_level, buffered_tensor_allocator::flush,
+llama_reserve_model_kv_cache and llm_load_sparse_model_tensors.
+
+Counted are the bytes of the data (ggml.c:ggml_nbytes). What CUDA takes beyond them is counted
+nowhere, neither there nor here: up to 511 elements of padding for a tensor whose rows are no
+multiple of 512 (ggml-cuda.cu:ggml_cuda_transform_tensor_impl), the allocator's granularity, and the
+compute buffers, for which PowerInfer keeps 256 MiB free if it is given no budget
+(llama.cpp:llama_set_vram_budget).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Literal, Protocol
+
+import numpy as np
+
+from common.errors import ExportError
+from gguf_export.tensors import PlannedTensor
+
+_UNITS = {
+    prefix + unit: base**power
+    for power, prefix in enumerate(("", "k", "m", "g", "t"))
+    for unit, base in (("b", 1000), ("ib", 1024))
+    if power or unit == "b"
+} | {"": 1}
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)")
+_GIB = 1024**3
+
+_ATTENTION = ("attn_norm", "attn_norm_2", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
+_PREDICTOR = ("fc1", "fc2")
+_FFN_NORM = ("ffn_norm",)
+_PLACED = (*_ATTENTION, *_PREDICTOR, *_FFN_NORM)
+_FFN = ("ffn_gate", "ffn_up", "ffn_down_t")
+_OUTPUT = ("output_norm", "output")
+_ON_CPU = ("token_embd", "position_embd")
+_NAME = re.compile(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)")
+
+BUCKET_BYTES = 4
+"""Bytes that a neuron takes in VRAM beside its rows: its number in `gpu_bucket`, an int32
+(llama.cpp:llama_gpu_split_loader::load_gpu_idx_for_model). PowerInfer does not count it."""
+
+
+class SizedTensor(Protocol):
+    """A tensor of the file, planned or read (`reader.TensorInfo` is one)."""
+
+    @property
+    def name(self) -> str:
+        """Name in the file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape, slowest dimension first."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A `SizedTensor` made by hand.
+
+    Attributes:
+        name: name in the file.
+        shape: numpy order.
+        size: bytes of its data.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+
+    @classmethod
+    def planned(cls, tensor: PlannedTensor) -> FileTensor:
+        """Return the size of a tensor that is about to be written."""
+        elements = int(np.prod(tensor.shape, dtype=np.int64))
+        return cls(tensor.name, tensor.shape, elements * np.dtype(tensor.dtype).itemsize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings:
+    """What the user will run PowerInfer with.
+
+    Attributes:
+        budget: VRAM budget, bytes; see `vram_option` for what PowerInfer makes of it.
+        n_layers: blocks of the model.
+        kv_width: values that a token keeps in each half of a layer's cache: key/value heads times
+            head size.
+        n_ctx: tokens of context (`-c`). With 0 PowerInfer reserves nothing and then takes the
+            model's own length, so it must be given.
+        kv_type: `f16`, or `f32` with `--memory-f32`.
+    """
+
+    budget: int
+    n_layers: int
+    kv_width: int
+    n_ctx: int = 512
+    kv_type: Literal["f16", "f32"] = "f16"
+
+    def __post_init__(self) -> None:
+        """Refuse a budget below zero and an empty context."""
+        if self.budget < 0:
+            raise ExportError(f"VRAM budget {self.budget}: expected at least 0 bytes")
+        if self.n_ctx < 1:
+            raise ExportError(f"context {self.n_ctx}: expected at least 1 token")
+
+    @property
+    def kv_half(self) -> int:
+        """Bytes of all layers' keys, and as many of their values."""
+        item = 2 if self.kv_type == "f16" else 4
+        return self.n_layers * self.n_ctx * self.kv_width * item
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Where PowerInfer puts a model.
+
+    Attributes:
+        offloaded: names of the tensors in VRAM besides FFN matrices, in PowerInfer's order.
+        complete: all such tensors fit, so that FFN neurons may follow.
+        kv_halves: halves of the KV cache in VRAM: 0, 1 (values alone) or 2.
+        left: bytes of the budget that remain after all of this.
+        bytes_per_neuron: VRAM of one neuron of each layer, bytes: its rows of gate (if there is
+            one), up and down, and its entry in `gpu_bucket`.
+    """
+
+    offloaded: tuple[str, ...]
+    complete: bool
+    kv_halves: int
+    left: int
+    bytes_per_neuron: tuple[int, ...]
+
+    @property
+    def ffn_budget(self) -> int:
+        """Bytes that neurons may take; PowerInfer reads no index unless all else fitted."""
+        return self.left if self.complete else 0
+
+
+def parse_size(text: str) -> int:
+    """Return a size in bytes; binary units end in iB, decimal ones in B, none means bytes.
+
+    Args:
+        text: such as `24GiB`, `24GB`, `1.5 GiB` or `25769803776`.
+
+    Raises:
+        ExportError: it is no such size.
+    """
+    match = _SIZE.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise ExportError(f"size {text!r}: expected bytes or a number with unit, such as 24GiB")
+    return int(Decimal(match[1]) * _UNITS[match[2]])
+
+
+def vram_option(budget: int) -> tuple[str, int]:
+    """Return the value for PowerInfer's `--vram-budget` and the bytes that it makes of it.
+
+    The option counts GiB in float32 (common/common.cpp:gpt_params_parse, llama.h); the product is
+    cut to whole bytes (llama.cpp:llama_set_vram_budget); the value returned never gives more than
+    `budget`.
+    """
+    value = np.float32(budget / _GIB)
+    if int(float(value) * _GIB) > budget:
+        value = np.nextafter(value, np.float32(0))
+    return f"{float(value):.9g}", int(float(value) * _GIB)
+
+
+def plan_memory(tensors: Iterable[SizedTensor], settings: MemorySettings) -> MemoryPlan:
+    """Follow PowerInfer's placement.
+
+    Args:
+        tensors: all tensors of the file, in any order.
+        settings: budget and what else decides it.
+
+    Raises:
+        ExportError: a tensor that PowerInfer's sparse loader does not know, or a layer without its
+            FFN matrices.
+    """
+    ranked, rows = _sort(tensors)
+    left = settings.budget
+    offloaded = []
+    for tensor in ranked:
+        if tensor.size > left:
+            break
+        left -= tensor.size
+        offloaded.append(tensor.name)
+    kv_halves = 0
+    # One output tensor is enough for PowerInfer to call all layers offloaded (flush).
+    if any(name.startswith(_OUTPUT) for name in offloaded):
+        kv_halves = min(2, left // settings.kv_half)
+    return MemoryPlan(
+        offloaded=tuple(offloaded),
+        complete=len(offloaded) == len(ranked),
+        kv_halves=kv_halves,
+        left=left - kv_halves * settings.kv_half,
+        bytes_per_neuron=tuple(_neuron_bytes(rows, settings.n_layers)),
+    )
+
+
+def _sort(tensors: Iterable[SizedTensor]) -> tuple[list[SizedTensor], dict[int, dict[str, int]]]:
+    """Return the tensors that are placed whole, in order, and each layer's FFN row sizes."""
+    ranked: list[tuple[tuple[int, int, int, bool], SizedTensor]] = []
+    rows: dict[int, dict[str, int]] = {}
+    for tensor in tensors:
+        match = _NAME.fullmatch(tensor.name)
+        stem = match[2] if match else ""
+        layer = int(match[1]) if match and match[1] else None
+        bias = bool(match and match[3] == "bias")
+        if layer is not None and stem in _PLACED:
+            ranked.append(((_level(stem), layer, _PLACED.index(stem), bias), tensor))
+        elif layer is not None and stem in _FFN:
+            if not bias:
+                rows.setdefault(layer, {})[stem] = tensor.size // tensor.shape[0]
+        elif layer is None and stem in _OUTPUT:
+            ranked.append(((3, 0, _OUTPUT.index(stem), bias), tensor))
+        elif layer is not None or stem not in _ON_CPU:
+            raise ExportError(
+                f"tensor {tensor.name}: PowerInfer has no place for it; export the file again"
+            )
+    return [tensor for _, tensor in sorted(ranked, key=lambda item: item[0])], rows
+
+
+def _level(stem: str) -> int:
+    return 0 if stem in _ATTENTION else 1 if stem in _PREDICTOR else 2
+
+
+def _neuron_bytes(rows: dict[int, dict[str, int]], n_layers: int) -> Iterator[int]:
+    for layer in range(n_layers):
+        found = rows.get(layer, {})
+        if not {"ffn_up", "ffn_down_t"} <= found.keys():
+            raise ExportError(f"layer {layer} has no FFN matrices; export the file again")
+        yield sum(found.values()) + BUCKET_BYTES
