@@ -23,6 +23,7 @@ from common.options import (
     resume_option,
     seed_option,
     threads_option,
+    vram_options,
 )
 
 
@@ -262,21 +263,54 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     is_flag=True,
     help="Also write NAME.dense.gguf, to time against; its text is wrong for ReLU models.",
 )
+@vram_options(required=False)
 @force_option
 @json_option
-def export_gguf(as_json: bool, **options: Any) -> None:
+def export_gguf(
+    as_json: bool, vram_budget: str | None, context: int, kv_type: str, **options: Any
+) -> None:
     """Write the model with its predictors, PowerInfer's predictor directory and statistics."""
+    from common.table import split_table
     from gguf_export.bundle import ExportConfig, export
+    from gguf_export.split_file import SplitConfig, split
 
-    bundle = export(ExportConfig(**options))
+    config, split_config = ExportConfig(**options), None
+    if vram_budget is not None:
+        split_config = SplitConfig(
+            file=config.out, vram_budget=vram_budget, context=context, kv_type=kv_type
+        )
+    bundle = export(config)
     paths = {key: str(path) for key, path in vars(bundle).items() if path.exists()}
-    if options["dense"]:
+    if config.dense:
         paths["dense_file"] = str(bundle.dense_file)
+    document = {**paths, **({} if split_config is None else split(split_config))}
     if as_json:
-        _print_json(paths)
+        _print_json(document)
         return
     for key, path in paths.items():
         click.echo(f"{key.replace('_', ' '):<22} {path}")
+    if split_config is not None:
+        click.echo("\n" + split_table(document))
+
+
+@main.command("gpu-split", short_help="Choose which neurons live in VRAM.")
+@click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
+@vram_options(required=True)
+@force_option
+@json_option
+def gpu_split(as_json: bool, **options: Any) -> None:
+    """Write FILE.generated.gpuidx for a VRAM budget, from the statistics beside the file.
+
+    PowerInfer loads it instead of running its own solver.
+    """
+    from common.table import split_table
+    from gguf_export.split_file import SplitConfig, split
+
+    document = split(SplitConfig(**options))
+    if as_json:
+        _print_json(document)
+        return
+    click.echo(split_table(document))
 
 
 @main.command("bench-powerinfer", short_help="Measure an exported file.")

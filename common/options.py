@@ -139,6 +139,35 @@ def json_option(command: Command) -> Command:
     )(command)
 
 
+def vram_options(*, required: bool) -> Callable[[Command], Command]:
+    """Add `--vram-budget`, `--ctx` and `--kv-type`, the latter two as `context` and `kv_type`."""
+
+    def decorate(command: Command) -> Command:
+        command = click.option(
+            "--kv-type",
+            type=click.Choice(["f16", "f32"]),
+            default="f16",
+            show_default=True,
+            help="Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.",
+        )(command)
+        command = click.option(
+            "--ctx",
+            "context",
+            type=click.IntRange(min=1),
+            default=512,
+            show_default=True,
+            help="Context that PowerInfer will be run with (-c), tokens.",
+        )(command)
+        return click.option(
+            "--vram-budget",
+            required=required,
+            metavar="SIZE",
+            help="VRAM for PowerInfer, such as 24GiB: write which neurons live there.",
+        )(command)
+
+    return decorate
+
+
 def powerinfer_bin_option(command: Command) -> Command:
     """Add `--powerinfer-bin`."""
     return click.option(

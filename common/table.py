@@ -55,6 +55,23 @@ def fact_table(facts: Mapping[str, Any]) -> str:
     return "\n".join(f"{name.replace('_', ' '):<{width}}  {facts[name]}" for name in facts)
 
 
+def split_table(document: Mapping[str, Any]) -> str:
+    """Return the lines of a GPU split."""
+    layers = document["layers"]
+    full, none = sum(share == 1 for share in layers), sum(share == 0 for share in layers)
+    facts = {
+        "GPU index": document["gpu_index"],
+        "run PowerInfer with": document["powerinfer_option"],
+        "all but the FFNs fits": "yes" if document["everything_but_ffn_fits"] else "no",
+        "KV cache in VRAM": "yes" if document["kv_cache_in_vram"] else "no",
+        "FFN bytes in VRAM": document["ffn_bytes_in_vram"],
+        "neurons on the GPU": f"{document['neuron_share_on_gpu']:.1%}",
+        "activations on the GPU": f"{document['activation_share_on_gpu']:.1%}",
+        "layers": f"{full} wholly on the GPU, {none} not at all, of {len(layers)}",
+    }
+    return fact_table(facts)
+
+
 def bench_table(result: Mapping[str, Any]) -> str:
     """Return the table of a benchmark document, with the model card's columns first."""
     rows = [

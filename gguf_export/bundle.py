@@ -24,6 +24,7 @@ from common.files import (
     write_json,
 )
 from common.version import tool_version
+from gguf_export.gpu_index import index_path
 from gguf_export.predictor_source import PredictorSource, open_predictors, read_ranks
 from gguf_export.schema import (
     ACTIVATION_THRESHOLD_KEY,
@@ -120,6 +121,9 @@ def export(config: ExportConfig) -> Bundle:
     refuse_existing(bundle.activation_directory, force=config.force, marker="activation_0.pt")
     if config.dense:
         refuse_existing(bundle.dense_file, force=config.force)
+    # PowerInfer would load the index of an earlier model without a look at its sizes.
+    stale = index_path(bundle.model_file)
+    refuse_existing(stale, force=config.force)
     tensors = [
         *plan_model(checkpoint, sparse=True),
         *plan_predictors(predictors, ranks, checkpoint.shape),
@@ -142,6 +146,7 @@ def export(config: ExportConfig) -> Bundle:
                 _write_dense(dense_file, checkpoint, vocabulary)
             except OSError as error:
                 raise write_error(bundle.dense_file, error) from error
+        remove_output(stale)
     return bundle
 
 

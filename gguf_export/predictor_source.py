@@ -191,6 +191,27 @@ def _counts(directory: Path, layer: int) -> torch.Tensor:
     return counts.long()
 
 
+def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Tensor]:
+    """Read `activation/activation_N.pt` of every layer, (d_ff,) int64 each.
+
+    Raises:
+        PredictorError: missing, damaged or of another size.
+    """
+    if not _counted(directory, n_layers):
+        raise PredictorError(
+            f"{directory}/activation: holds no statistics of {n_layers} layers; export with "
+            "predictors from psp train-predictor"
+        )
+    counts = [_counts(directory, layer) for layer in range(n_layers)]
+    for layer, found in enumerate(counts):
+        if len(found) != d_ff:
+            file = _statistics(directory, layer)
+            raise PredictorError(
+                f"{file}: {len(found)} counts, the model has {d_ff} neurons; export again"
+            )
+    return counts
+
+
 def read_tensor_file(file: Path) -> Any:
     """Read a `.pt` file without running anything that it holds.
 

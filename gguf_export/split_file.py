@@ -1,0 +1,98 @@
+"""The GPU split of an exported file: which neurons PowerInfer keeps in VRAM under a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType
+
+from common.errors import ExportError, FormatError
+from gguf_export.gpu_index import index_path, write_gpu_index
+from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
+from gguf_export.memory_plan import MemorySettings, parse_size, plan_memory, vram_option
+from gguf_export.predictor_source import read_statistics
+from gguf_export.reader import GGUFFile
+
+_SMALLEST_BUDGET = 1 << 20
+_KV_TYPES = ("f16", "f32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitConfig:
+    """Settings of a split.
+
+    Attributes:
+        file: `NAME.powerinfer.gguf`, with `activation/` beside it.
+        vram_budget: a size such as `24GiB`.
+        context: tokens of context that PowerInfer will be run with (`-c`).
+        kv_type: `f16`, or `f32` if it will be run with `--memory-f32`.
+        force: replace an existing index.
+    """
+
+    file: Path
+    vram_budget: str
+    context: int = 512
+    kv_type: str = "f16"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a budget that lacks its unit."""
+        if parse_size(self.vram_budget) < _SMALLEST_BUDGET:
+            raise ExportError(
+                f"--vram-budget {self.vram_budget} is less than 1 MiB; add a unit, such as 24GiB"
+            )
+        if self.kv_type not in _KV_TYPES:
+            raise ExportError(f"kv type {self.kv_type!r} is unknown; choose f16 or f32")
+
+
+def split(config: SplitConfig) -> dict[str, Any]:
+    """Write `FILE.generated.gpuidx`, which PowerInfer loads instead of running its own solver.
+
+    Returns:
+        A document: the index file, the option to run PowerInfer with, what fits, the share of all
+        activations that falls on the GPU, and each layer's share of neurons there.
+
+    Raises:
+        PspError: a damaged file, no statistics, an existing index, or a refused write.
+    """
+    file = GGUFFile(config.file)
+    if not file.sparse:
+        raise FormatError(f"{config.file}: a dense file has no GPU split; pass a *.powerinfer.gguf")
+    kind = file.value("general.architecture", GGUFValueType.STRING)
+
+    def size(key: str) -> int:
+        value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
+        return value
+
+    n_layers, heads = size("block_count"), size("attention.head_count")
+    if not heads or not 0 < n_layers <= len(file.tensors):
+        raise file.error(f"{n_layers} layers of {heads} heads are impossible")
+    option, granted = vram_option(parse_size(config.vram_budget))
+    settings = MemorySettings(
+        budget=granted,
+        n_layers=n_layers,
+        kv_width=size("attention.head_count_kv") * (size("embedding_length") // heads),
+        n_ctx=config.context,
+        kv_type="f32" if config.kv_type == "f32" else "f16",
+    )
+    plan = plan_memory(file.tensors.values(), settings)
+    counts = read_statistics(config.file.parent, n_layers, size("feed_forward_length"))
+    chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget)
+    used = split_bytes(chosen, plan.bytes_per_neuron)
+    target = index_path(config.file)
+    if not config.force and target.exists():
+        raise ExportError(f"{target} exists; pass --force to replace it")
+    write_gpu_index(target, chosen, used)
+    return {
+        "gpu_index": str(target),
+        "powerinfer_option": f"--vram-budget {option}",
+        "vram_budget_bytes": granted,
+        "everything_but_ffn_fits": plan.complete,
+        "kv_cache_in_vram": plan.kv_halves == 2,
+        "ffn_bytes_in_vram": used,
+        "activation_share_on_gpu": captured_share(counts, chosen),
+        "neuron_share_on_gpu": sum(float(mask.double().mean()) for mask in chosen) / n_layers,
+        "layers": [float(mask.double().mean()) for mask in chosen],
+    }
