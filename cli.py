@@ -313,6 +313,45 @@ def gpu_split(as_json: bool, **options: Any) -> None:
     click.echo(split_table(document))
 
 
+@main.command(short_help="Check that PowerInfer will run a file correctly.")
+@click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
+@click.option(
+    "--model", metavar="DIR|HUB_ID", help="Compare tensors, tokens and logits with this checkpoint."
+)
+@click.option(
+    "--max-ppl-gap",
+    type=Fraction(0, min_open=True),
+    help="With --model: largest perplexity gap that passes, a fraction.",
+)
+@json_option
+def verify(as_json: bool, file: Path, **options: Any) -> None:
+    """Check a file against PowerInfer's contract; exit code 0 only if everything holds."""
+    from powerinfer_bridge.verification import verification_table
+    from powerinfer_bridge.verification import verify as run
+
+    document = run(file, **options)
+    if as_json:
+        _print_json(document)
+    else:
+        click.echo(verification_table(document))
+    if not document["ok"]:
+        raise click.exceptions.Exit(1)
+
+
+@main.command(short_help="Print what a GGUF file holds.")
+@click.argument("file", type=PATH, metavar="FILE.gguf")
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Print keys, tensors, types, predictor ranks and bytes by kind."""
+    from powerinfer_bridge.inspection import inspect_file, inspection_table
+
+    document = inspect_file(file)
+    if as_json:
+        _print_json(document)
+        return
+    click.echo(inspection_table(document))
+
+
 @main.command("bench-powerinfer", short_help="Measure an exported file.")
 @click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
 @powerinfer_bin_option

@@ -8,6 +8,7 @@ little-endian; types: the `gguf` package's constants.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,10 @@ class GGUFFile:
             FormatError: not such a file, truncated, or a header that lies.
         """
         self.path = path
+        if not os.path.isfile(path):
+            problem = "Is a directory" if os.path.isdir(path) else "is no plain file"
+            problem = problem if os.path.exists(path) else "No such file or directory"
+            raise FormatError(f"{path}: {problem}; pass a file made by 'psp export-gguf'")
         try:
             self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
@@ -170,8 +175,11 @@ class GGUFFile:
 
     def _check_alignment(self) -> None:
         value = self.values.get("general.alignment")
-        if value is not None and value.data != ALIGNMENT:
-            raise self.error(f"general.alignment is {value.data}, expected {ALIGNMENT}")
+        if value is None:
+            return
+        if value.kind is not GGUFValueType.UINT32 or value.data != ALIGNMENT:
+            found = value.data if value.element is None else "an array"
+            raise self.error(f"general.alignment is {found}, expected {ALIGNMENT} as UINT32")
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor name")

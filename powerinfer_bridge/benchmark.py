@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -91,6 +92,12 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         runner = PowerInferRunner(real, config.file, config.threads, room)
         ppl_sparse = runner.perplexity(text, context, config.chunks, None)
     ppl_dense = runner.perplexity(text, context, config.chunks, DENSE_THRESHOLD)
+    for kind, value in (("predicted", ppl_sparse), ("all", ppl_dense)):
+        if not math.isfinite(value):
+            raise EngineError(
+                f"{config.file}: perplexity with {kind} neurons is {value}; the model is damaged, "
+                "see 'psp verify'"
+            )
     return {
         "model": engine.hyper.name,
         "file": str(config.file),

@@ -47,7 +47,7 @@ def perplexity(
     windows: Iterator[tuple[list[int], list[int]]],
     description: str,
 ) -> float:
-    """Return exp of the mean negative log-likelihood of the scored tokens.
+    """Return exp of the mean negative log-likelihood of the scored tokens, inf beyond float64.
 
     Args:
         evaluate: maps a window's ids to logits (tokens, vocab_size).
@@ -62,7 +62,10 @@ def perplexity(
         chosen = logits.log_softmax(-1).gather(1, targets[:, None])
         total -= float(chosen.sum())
         count += len(targets)
-    return math.exp(total / count)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
 
 
 def engine_perplexity(

@@ -1,0 +1,257 @@
+"""PowerInfer's contract as checks of one file, each with a finding or a reason of one line.
+
+Every check stands alone, so that a file with two faults is told both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, TokenType
+
+from common.errors import PspError
+from gguf_export.gpu_index import index_path, read_gpu_index
+from gguf_export.reader import GGUFFile
+from gguf_export.schema import BLOCK, THRESHOLD_KEY
+from powerinfer_bridge.engine import Engine
+from powerinfer_bridge.hyperparameters import Hyperparameters, read_hyperparameters
+from powerinfer_bridge.inspection import printable
+from powerinfer_bridge.vocabulary import FileVocabulary
+from powerinfer_bridge.weights import expected_shapes
+
+RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
+"""What must hold before the embedded engine can run the file."""
+
+_PIECE = 1 << 20
+_DETAIL = 400
+
+
+@dataclass
+class Report:
+    """Results of the checks so far, in order, and the figures that they measured."""
+
+    path: Path
+    checks: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    figures: dict[str, float | None] = field(default_factory=dict)
+
+    def check(self, name: str, run: Callable[[], str], *needs: str) -> None:
+        """Run a check, which returns its finding or raises; it is not run if a need failed."""
+        unmet = [need for need in needs if not self.checks[need][0]]
+        if unmet:
+            self.checks[name] = False, f"not checked, because '{unmet[0]}' failed"
+            return
+        try:
+            self.checks[name] = True, printable(run(), _DETAIL)
+        except PspError as error:
+            problem = str(error).removeprefix(f"{self.path}: ")
+            self.checks[name] = False, printable(problem, _DETAIL)
+
+    def document(self) -> dict[str, Any]:
+        """Return the results, ready for JSON."""
+        checks = [{"name": n, "ok": ok, "detail": text} for n, (ok, text) in self.checks.items()]
+        return {
+            "file": str(self.path),
+            "ok": all(check["ok"] for check in checks),
+            "checks": checks,
+            **self.figures,
+        }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The file's parts, each read when first needed; each raises `FormatError`."""
+
+    path: Path
+
+    @cached_property
+    def file(self) -> GGUFFile:
+        """The opened file."""
+        return GGUFFile(self.path)
+
+    @cached_property
+    def hyper(self) -> Hyperparameters:
+        """Its sizes and constants."""
+        return read_hyperparameters(self.file)
+
+    @cached_property
+    def vocabulary(self) -> FileVocabulary:
+        """Its tokenizer."""
+        return FileVocabulary(self.file)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The embedded engine on it."""
+        return Engine(self.path)
+
+    @cached_property
+    def layers(self) -> range:
+        """Numbers of the layers, as few as there are tensors at most."""
+        if self.hyper.n_layers > len(self.file.tensors):
+            problem = f"block_count is {self.hyper.n_layers}, more than there are tensors"
+            raise self.file.error(problem)
+        return range(self.hyper.n_layers)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes that the keys imply, -1 where any size will do."""
+        value = self.file.values.get("tokenizer.ggml.tokens")
+        tokens = value.data if value is not None else None
+        rows = len(tokens) if self.layers and isinstance(tokens, list) else -1
+        return expected_shapes(self.hyper, rows)
+
+
+def check_structure(report: Report, subject: Subject) -> None:
+    """Check what holds of a file alone."""
+
+    def finite(kind: str) -> Callable[[], str]:
+        return lambda: _finite(subject.file, kind)
+
+    report.check("file", lambda: _file(subject))
+    report.check("layout", lambda: _layout(subject.file), "file")
+    report.check("magic", lambda: _magic(subject.file), "file")
+    report.check("keys", lambda: _keys(subject), "magic")
+    report.check("threshold", lambda: _threshold(subject.file), "file")
+    report.check("tokenizer", lambda: _tokenizer(subject), "file")
+    report.check("tensor set", lambda: _tensor_set(subject), "keys")
+    report.check("shapes", lambda: _shapes(subject), "keys")
+    report.check("types", lambda: _types(subject.file), "file")
+    report.check("predictor ranks", lambda: _ranks(subject), "keys")
+    for kind in ("predictors", "norms", "weights"):
+        report.check(f"{kind} finite", finite(kind), "layout")
+    report.check("gpu index", lambda: _gpu_index(subject), "keys")
+
+
+def _file(subject: Subject) -> str:
+    file = subject.file
+    return f"GGUF version 3, {len(file.values)} keys, {len(file.tensors)} tensors, all inside"
+
+
+def _layout(file: GGUFFile) -> str:
+    """Refuse tensors that share bytes: then reading each once also takes bounded time."""
+    end, before = 0, ""
+    for info in sorted(file.tensors.values(), key=lambda info: info.start):
+        if info.start < end:
+            raise file.error(f"tensors {before} and {info.name} overlap")
+        end, before = info.start + info.size, info.name
+    return "tensors are aligned and do not overlap"
+
+
+def _magic(file: GGUFFile) -> str:
+    if not file.sparse:
+        raise file.error("magic is GGUF: PowerInfer runs the file densely")
+    return "PWRI, run sparsely"
+
+
+def _keys(subject: Subject) -> str:
+    file, hyper = subject.file, subject.hyper
+    architecture = file.value("general.architecture", GGUFValueType.STRING)
+    key = f"{architecture}.rope.dimension_count"
+    if key in file.values and file.value(key, GGUFValueType.UINT32) != hyper.head_dim:
+        raise file.error(f"{key} is not the head size {hyper.head_dim}")
+    return (
+        f"{len(subject.layers)} layers, d_model {hyper.d_model}, d_ff {hyper.d_ff}, "
+        f"{hyper.n_heads} heads, {hyper.n_kv_heads} for keys, context {hyper.context_length}"
+    )
+
+
+def _threshold(file: GGUFFile) -> str:
+    threshold: float = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
+    if not math.isfinite(threshold):
+        raise file.error(f"{THRESHOLD_KEY} is {threshold}")
+    return f"neurons with a logit below {threshold:g} are skipped"
+
+
+def _tokenizer(subject: Subject) -> str:
+    file, vocabulary = subject.file, subject.vocabulary
+    types = vocabulary.types
+    unknown = sorted(set(types) - set(map(int, TokenType)))
+    if unknown:
+        raise file.error(f"token type {unknown[0]} is unknown")
+    if types.count(int(TokenType.BYTE)) != 256:
+        raise file.error("the 256 byte pieces are not all of type BYTE")
+    if types[vocabulary.bos_id] != TokenType.CONTROL:
+        raise file.error(f"BOS id {vocabulary.bos_id} is no control token")
+    if not all(map(math.isfinite, vocabulary.scores)):
+        raise file.error("a token's score is not finite")
+    for name in ("eos", "unknown"):
+        key = f"tokenizer.ggml.{name}_token_id"
+        if key in file.values and file.value(key, GGUFValueType.UINT32) >= len(types):
+            raise file.error(f"{key} is outside the vocabulary")
+    return f"SentencePiece, {len(types)} pieces, BOS {vocabulary.bos_id}"
+
+
+def _tensor_set(subject: Subject) -> str:
+    found, expected = subject.file.tensors.keys(), subject.shapes.keys()
+    for kind, names in (("missing", expected - found), ("not PowerInfer's", found - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise subject.file.error(f"tensor {min(names)}{more}: {kind}")
+    return f"exactly PowerInfer's {len(expected)}"
+
+
+def _shapes(subject: Subject) -> str:
+    for name, shape in subject.shapes.items():
+        info = subject.file.tensors.get(name)
+        if info is not None and not (
+            len(info.shape) == len(shape)
+            and all(want in (-1, size) for want, size in zip(shape, info.shape, strict=True))
+        ):
+            raise subject.file.error(f"tensor {name} has shape {info.shape}, expected {shape}")
+    return "as the keys and the vocabulary imply"
+
+
+def _types(file: GGUFFile) -> str:
+    for name, info in file.tensors.items():
+        expected = GGMLQuantizationType.F32 if len(info.shape) == 1 else GGMLQuantizationType.F16
+        if info.kind is not expected:
+            raise file.error(f"tensor {name} is {info.kind.name}, expected {expected.name}")
+    return "matrices F16, vectors F32"
+
+
+def _ranks(subject: Subject) -> str:
+    ranks: list[int] = []
+    for layer in subject.layers:
+        pair = [subject.file.tensors.get(f"blk.{layer}.fc{part}.weight") for part in (1, 2)]
+        sides = [info.shape[at] for at, info in enumerate(pair) if info and len(info.shape) == 2]
+        if len(sides) < 2 or sides[0] != sides[1] or sides[0] % BLOCK:
+            raise subject.file.error(
+                f"layer {layer}: ranks of fc1 and fc2 are {sides}, expected two equal multiples "
+                f"of {BLOCK}"
+            )
+        ranks.append(sides[0])
+    return f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
+
+
+def _kind(name: str, dimensions: int) -> str:
+    if name.endswith((".fc1.weight", ".fc2.weight")):
+        return "predictors"
+    return "norms" if dimensions == 1 else "weights"
+
+
+def _finite(file: GGUFFile, kind: str) -> str:
+    """Look at every number of one kind of tensors, a piece in memory at a time."""
+    names = [name for name, info in file.tensors.items() if _kind(name, len(info.shape)) == kind]
+    for name in names:
+        if file.tensors[name].kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
+            numbers = file.tensor(name).reshape(-1)
+            for at in range(0, len(numbers), _PIECE):
+                if not np.isfinite(numbers[at : at + _PIECE]).all():
+                    raise file.error(f"tensor {name} holds NaN or infinity")
+    return f"{len(names)} tensors"
+
+
+def _gpu_index(subject: Subject) -> str:
+    """Check the index of neurons to place on the GPU, if one lies beside the file."""
+    path, layers, d_ff = index_path(subject.path), len(subject.layers), subject.hyper.d_ff
+    if not os.path.exists(path):  # a name too long for the suffix has none either
+        return f"none beside the file ({path.name})"
+    chosen, capacity = read_gpu_index(path, layers, d_ff)
+    total = sum(int(layer.sum()) for layer in chosen)
+    return f"{total} of {layers * d_ff} neurons on the GPU, {capacity} bytes"

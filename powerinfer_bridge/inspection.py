@@ -1,0 +1,165 @@
+"""`inspect`: what a GGUF or PWRI file holds, told by its header alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+from gguf_export.reader import GGUFFile, TensorInfo, Value
+from gguf_export.schema import DENSE_MAGIC, SPARSE_MAGIC, VERSION
+
+_SHOWN_CHARACTERS = 120
+_SHOWN_ELEMENTS = 5
+_KINDS = (
+    ("predictors", r"blk\.[0-9]+\.fc[12]\.weight"),
+    ("norms", r"(blk\.[0-9]+\.)?[a-z_]+_norm(_[0-9]+)?\.(weight|bias)"),
+    ("attention", r"blk\.[0-9]+\.attn_.*"),
+    ("ffn", r"blk\.[0-9]+\.ffn_.*"),
+    ("embeddings_and_output", r"(token_embd|position_embd|output)\.(weight|bias)"),
+    ("other", r"(?s:.*)"),
+)
+"""Kinds of tensors and their names; the first that fits counts."""
+_FC1 = re.compile(r"blk\.([0-9]{1,9})\.fc1\.weight")
+
+
+def printable(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
+    """Return at most `limit` characters of `text` on one line, control characters escaped."""
+    cut = text if len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def inspect_file(path: Path) -> dict[str, Any]:
+    """Describe a sparse (PWRI) or dense (GGUF) file; no tensor data is read.
+
+    Args:
+        path: any file of GGUF version 3.
+
+    Returns:
+        A JSON-ready document. `keys` maps names to their type and value; long texts are cut and
+        arrays shortened to their length and first elements; numbers that JSON does not have are
+        texts. `tensors` are in the file's order, shapes in numpy's; sizes are bytes and so are
+        offsets, which count from the file's beginning. `predictor_ranks` names the layers that
+        have a predictor. `bytes_by_kind` adds up to `tensor_bytes`.
+
+    Raises:
+        FormatError: not such a file, truncated, or a header that lies.
+    """
+    file = GGUFFile(path)
+    name = file.values.get("general.architecture")
+    text = name is not None and name.kind is GGUFValueType.STRING
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "magic": (SPARSE_MAGIC if file.sparse else DENSE_MAGIC).decode(),
+        "kind": "sparse" if file.sparse else "dense",
+        "version": VERSION,
+        "architecture": _plain(name.data) if name is not None and text else None,
+        "keys": {printable(key, 2**16): _value(value) for key, value in file.values.items()},
+        "tensors": [_tensor(info) for info in file.tensors.values()],
+        "predictor_ranks": _ranks(file),
+        "bytes_by_kind": _bytes_by_kind(file),
+        "tensor_bytes": sum(info.size for info in file.tensors.values()),
+    }
+
+
+def _plain(element: Any) -> Any:
+    """Return a value as JSON has it."""
+    if isinstance(element, bytes):
+        # A character takes at most four bytes; the rest would be cut anyway.
+        return printable(element[: 8 * _SHOWN_CHARACTERS].decode("utf-8", "replace"))
+    if isinstance(element, np.generic):
+        element = element.item()
+    return str(element) if isinstance(element, float) and not math.isfinite(element) else element
+
+
+def _value(value: Value) -> dict[str, Any]:
+    if value.element is None:
+        return {"type": value.kind.name, "value": _plain(value.data)}
+    return {
+        "type": value.kind.name,
+        "element": value.element.name,
+        "length": len(value.data),
+        "first": [_plain(element) for element in value.data[:_SHOWN_ELEMENTS]],
+    }
+
+
+def _tensor(info: TensorInfo) -> dict[str, Any]:
+    return {
+        "name": printable(info.name, 2**16),
+        "shape": list(info.shape),
+        "type": info.kind.name,
+        "bytes": info.size,
+        "offset": info.start,
+    }
+
+
+def _ranks(file: GGUFFile) -> list[dict[str, int]]:
+    """Return the rank of every layer that has a predictor, by layer."""
+    ranks = []
+    for name, info in file.tensors.items():
+        found = _FC1.fullmatch(name)
+        if found and len(info.shape) == 2:
+            ranks.append({"layer": int(found[1]), "rank": info.shape[0]})
+    return sorted(ranks, key=lambda row: row["layer"])
+
+
+def _bytes_by_kind(file: GGUFFile) -> dict[str, int]:
+    totals = {kind: 0 for kind, _ in _KINDS}
+    for name, info in file.tensors.items():
+        totals[next(kind for kind, names in _KINDS if re.fullmatch(names, name))] += info.size
+    return totals
+
+
+def inspection_table(document: Mapping[str, Any]) -> str:
+    """Return a document of `inspect_file` as text."""
+    tensors, total = document["tensors"], document["tensor_bytes"]
+    magic, version = document["magic"], document["version"]
+    facts = {
+        "file": printable(document["file"], 2**16),
+        "magic": f"{magic}, version {version}: {document['kind']}",
+        "architecture": document["architecture"],
+        "ranks": _ranks_line(document["predictor_ranks"]),
+    }
+    keys = {name: _value_line(value) for name, value in document["keys"].items()}
+    shares = {
+        kind.replace("_", " "): f"{size:,} ({size / total:.1%})" if total else "0"
+        for kind, size in document["bytes_by_kind"].items()
+    }
+    lists = {
+        t["name"]: f"{t['type']:<5} {tuple(t['shape'])}, {t['bytes']:,} bytes at {t['offset']:,}"
+        for t in tensors
+    }
+    parts = [
+        ("File", facts),
+        (f"Keys ({len(keys)})", keys),
+        (f"Tensors ({len(tensors)})", lists),
+        ("Bytes", {**shares, "all tensors": f"{total:,}", "file": f"{document['file_bytes']:,}"}),
+    ]
+    return "\n\n".join(f"{title}\n{_aligned(rows)}".rstrip() for title, rows in parts)
+
+
+def _ranks_line(ranks: list[dict[str, int]]) -> str:
+    """Return the ranks of all layers, one number where they are equal."""
+    found = [row["rank"] for row in ranks]
+    if len(set(found)) > 1:
+        return ", ".join(f"{row['layer']}: {row['rank']}" for row in ranks)
+    return f"{found[0]} in each of {len(found)} layers" if found else "no predictors"
+
+
+def _value_line(value: Mapping[str, Any]) -> str:
+    if "element" not in value:
+        return f"{value['type'].lower()} {value['value']}"
+    more = ", …" if value["length"] > len(value["first"]) else ""
+    first = ", ".join(map(str, value["first"]))
+    return f"{value['length']:,} {value['element'].lower()}: {first}{more}"
+
+
+def _aligned(rows: Mapping[str, Any]) -> str:
+    width = min(48, max(map(len, rows), default=0))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())
