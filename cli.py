@@ -347,8 +347,7 @@ def inspect(file: Path, as_json: bool) -> None:
 
     document = inspect_file(file)
     if as_json:
-        _print_json(document)
-        return
+        return _print_json(document)
     click.echo(inspection_table(document))
 
 

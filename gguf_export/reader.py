@@ -86,10 +86,9 @@ class GGUFFile:
             FormatError: not such a file, truncated, or a header that lies.
         """
         self.path = path
-        if not os.path.isfile(path):
-            problem = "Is a directory" if os.path.isdir(path) else "is no plain file"
-            problem = problem if os.path.exists(path) else "No such file or directory"
-            raise FormatError(f"{path}: {problem}; pass a file made by 'psp export-gguf'")
+        # Opening a pipe would wait for a writer.
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise FormatError(f"{path}: is no plain file; pass a file made by 'psp export-gguf'")
         try:
             self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
