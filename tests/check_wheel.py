@@ -14,7 +14,10 @@ import zipfile
 from pathlib import Path
 
 ROOMS = ("architectures", "common", "gguf_export", "powerinfer_bridge", "predictor", "quickstart")
-COMMANDS = ("quickstart", "collect", "train-predictor", "export-gguf", "bench-powerinfer")
+COMMANDS = (
+    *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),
+    *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
+)
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -61,7 +64,7 @@ def main() -> None:
         psp = environment / "bin" / "psp"
         run(str(psp), "--help", cwd=directory)
         for command in COMMANDS:
-            run(str(psp), command, "--help", cwd=directory)
+            run(str(psp), *command, "--help", cwd=directory)
         where = run(str(clean), "-c", "import cli; print(cli.__file__)", cwd=directory).strip()
         if not Path(where).is_relative_to(environment):
             sys.exit(f"psp was imported from {where}, not from the wheel")
