@@ -30,6 +30,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from architectures.tokenizer import load_tokenizer
+from benchmarks.random_models import random_llama_7b
 from common.documents import read_documents
 from predictor.collect import CollectConfig, collect, record, trace_header
 from predictor.manifest import TraceHeader
@@ -65,7 +66,9 @@ def main(
         directory = Path(work)
         if llama_7b_layers:
             source = Path(tokenizer or f"{model}/tokenizer.model")
-            model = str(random_llama_7b(directory / "random", llama_7b_layers, source))
+            model = str(
+                random_llama_7b(directory / "random", llama_7b_layers, source, torch.float16)
+            )
         assert model is not None
         config = CollectConfig(
             model=model,
@@ -81,26 +84,6 @@ def main(
             click.echo(json.dumps(measure_memory(config, memory)))
         else:
             click.echo(json.dumps(measure_time_and_disk(config, rounds)))
-
-
-def random_llama_7b(path: Path, n_layers: int, tokenizer: Path) -> Path:
-    """Write a random ReGLU LLaMA of 7B sizes with few layers and the given tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=n_layers,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-        hidden_act="relu",
-        dtype=torch.float16,
-    )
-    LlamaForCausalLM(settings).half().save_pretrained(path)
-    shutil.copy(tokenizer, path / "tokenizer.model")
-    return path
 
 
 def batches(config: CollectConfig, header: TraceHeader, checkpoint: Checkpoint) -> Iterator[Any]:

@@ -24,6 +24,7 @@ import click
 import torch
 
 from architectures.checkpoint import Checkpoint
+from benchmarks.random_models import random_llama_7b
 from gguf_export.bundle import ExportConfig, export
 from gguf_export.reader import GGUFFile
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
@@ -49,7 +50,7 @@ def main(
         click.echo(json.dumps(export_once(*child)))
         return
     with tempfile.TemporaryDirectory() as work:
-        model = random_model(Path(work) / "model", layers, tokenizer, getattr(torch, dtype))
+        model = random_llama_7b(Path(work) / "model", layers, tokenizer, getattr(torch, dtype))
         predictors = random_predictors(Path(work) / "predictors", model, rank)
         out = Path(work) / "out" / "m.powerinfer.gguf"
         runs, copies = [], []
@@ -60,28 +61,6 @@ def main(
             runs.append(json.loads(done.stdout))
             copies.append(copy_once(out, Path(work) / "copy"))
         click.echo(json.dumps({"dtype": dtype, **summary(out, runs, copies)}))
-
-
-def random_model(path: Path, n_layers: int, tokenizer: Path, dtype: torch.dtype) -> Path:
-    """Write a random ReGLU LLaMA of 7B sizes with few layers and the given tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    settings = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=n_layers,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-        hidden_act="relu",
-        dtype=dtype,
-    )
-    torch.set_default_dtype(dtype)
-    LlamaForCausalLM(settings).save_pretrained(path)
-    torch.set_default_dtype(torch.float32)
-    shutil.copy(tokenizer, path / "tokenizer.model")
-    return path
 
 
 def random_predictors(path: Path, model: Path, rank: int) -> Path:
