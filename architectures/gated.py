@@ -99,6 +99,15 @@ def gated_shape(
     )
 
 
+def relu_shape(config: Config, tied: bool = False) -> ModelShape:
+    """Read a config whose activation is `hidden_act`, ReLU or FATReLU; see `gated_shape`."""
+    activation, threshold = relu_activation(config)
+    mistral = "MistralForCausalLM" in config["architectures"]
+    return gated_shape(
+        config, activation=activation, threshold=threshold, tied=tied, mistral=mistral
+    )
+
+
 class FATReLU(nn.Module):
     """`x` from the threshold on, else 0 (ProSparse, arXiv 2402.13516 §3.3)."""
 

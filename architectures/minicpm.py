@@ -13,14 +13,13 @@ import math
 from dataclasses import replace
 
 from architectures.config import real
-from architectures.gated import gated_family, gated_shape, relu_activation
+from architectures.gated import gated_family, relu_shape
 from architectures.spec import Config, ModelShape
 
 
 def _shape(config: Config) -> ModelShape:
-    activation, threshold = relu_activation(config)
     # configuration_minicpm.py ties embeddings unless the config says otherwise.
-    shape = gated_shape(config, activation=activation, threshold=threshold, tied=True)
+    shape = relu_shape(config, tied=True)
     return replace(
         shape,
         embedding_scale=real(config, "scale_emb", 1.0),

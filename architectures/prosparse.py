@@ -6,16 +6,9 @@ arXiv 2402.13516, whose modelling code compares with `>=`.
 
 from __future__ import annotations
 
-from architectures.gated import gated_family, gated_shape, relu_activation
-from architectures.spec import Config, ModelShape
+from architectures.gated import gated_family, relu_shape
 
 _OWN_CLASS = "SparseLlamaForCausalLM"
-
-
-def _shape(config: Config) -> ModelShape:
-    activation, threshold = relu_activation(config)
-    mistral = "MistralForCausalLM" in config["architectures"]
-    return gated_shape(config, activation=activation, threshold=threshold, mistral=mistral)
 
 
 PROSPARSE = gated_family(
@@ -25,6 +18,6 @@ PROSPARSE = gated_family(
         _OWN_CLASS in config["architectures"] or config.get("hidden_act") == "fatrelu"
     ),
     gguf_name="llama",
-    read_shape=_shape,
+    read_shape=relu_shape,
 )
 """Also MiniCPM-S in llama-format, whose constants are in the weights already."""
