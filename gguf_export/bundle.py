@@ -137,15 +137,12 @@ def export(config: ExportConfig) -> Bundle:
         _write_predictors(predictor_directory, predictors)
         if activation_directory is not None:
             _write_activation(activation_directory, predictors)
-        try:
-            _write_model(model_file, checkpoint, predictors, vocabulary, tensors)
-        except OSError as error:
-            raise write_error(bundle.model_file, error) from error
+        keys = _sparse_keys(checkpoint, predictors)
+        _write(model_file, bundle.model_file, checkpoint, vocabulary, keys, tensors)
         if dense_file is not None:
-            try:
-                _write_dense(dense_file, checkpoint, vocabulary)
-            except OSError as error:
-                raise write_error(bundle.dense_file, error) from error
+            note: dict[str, float | str] = {"psp.note": dense_note(checkpoint)}
+            dense = list(plan_model(checkpoint, sparse=False))
+            _write(dense_file, bundle.dense_file, checkpoint, vocabulary, note, dense)
         remove_output(stale)
     return bundle
 
@@ -170,41 +167,36 @@ def _activation_directory(bundle: Bundle, predictors: PredictorSource) -> Iterat
         yield directory
 
 
-def _write_model(
+def _sparse_keys(checkpoint: Checkpoint, predictors: PredictorSource) -> dict[str, float | str]:
+    return {
+        THRESHOLD_KEY: predictors.threshold,
+        ACTIVATION_THRESHOLD_KEY: checkpoint.shape.activation_threshold,
+        "psp.recipe": predictors.recipe,
+    }
+
+
+def _write(
     path: Path,
+    target: Path,
     checkpoint: Checkpoint,
-    predictors: PredictorSource,
     vocabulary: Vocabulary,
+    keys: dict[str, float | str],
     tensors: list[PlannedTensor],
 ) -> None:
-    write_file(
-        path,
-        architecture=checkpoint.architecture,
-        model=checkpoint.shape,
-        name=checkpoint.path.resolve().name,
-        vocabulary=vocabulary,
-        keys={
-            THRESHOLD_KEY: predictors.threshold,
-            ACTIVATION_THRESHOLD_KEY: checkpoint.shape.activation_threshold,
-            "psp.recipe": predictors.recipe,
-            **_provenance(checkpoint),
-        },
-        tensors=tensors,
-        sparse=True,
-    )
-
-
-def _write_dense(path: Path, checkpoint: Checkpoint, vocabulary: Vocabulary) -> None:
-    write_file(
-        path,
-        architecture=checkpoint.architecture,
-        model=checkpoint.shape,
-        name=checkpoint.path.resolve().name,
-        vocabulary=vocabulary,
-        keys={"psp.note": dense_note(checkpoint), **_provenance(checkpoint)},
-        tensors=list(plan_model(checkpoint, sparse=False)),
-        sparse=False,
-    )
+    """Write one of the two model files to `path`, whose final name `target` errors show."""
+    try:
+        write_file(
+            path,
+            architecture=checkpoint.architecture,
+            model=checkpoint.shape,
+            name=checkpoint.path.resolve().name,
+            vocabulary=vocabulary,
+            keys=keys | _provenance(checkpoint),
+            tensors=tensors,
+            sparse=THRESHOLD_KEY in keys,
+        )
+    except OSError as error:
+        raise write_error(target, error) from error
 
 
 def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
