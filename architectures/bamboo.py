@@ -30,5 +30,6 @@ BAMBOO = gated_family(
     ),
     activation_taps=("mlp.gate_proj", "mlp.up_proj"),
     gguf_name="bamboo",
+    dense_note="dense file for timing; PowerInfer computes dReLU, other programs may not",
     read_shape=_shape,
 )

@@ -157,7 +157,7 @@ class Checkpoint:
         whole checkpoint.
         """
         digest = hashlib.sha256()
-        facts = {"architecture": self.architecture.name, **vars(self.shape)}
+        facts = {"architecture": self.architecture.name, **self.shape.facts()}
         digest.update(json.dumps(facts, sort_keys=True).encode())
         for layer in range(self.shape.n_layers):
             for part in (self.architecture.gate, self.architecture.ffn_down):

@@ -11,8 +11,7 @@ from common.errors import CheckpointError
 MAX_SIZE = 1 << 24
 """Larger sizes than this are taken for damage, not for a model."""
 
-
-_MEND = "mend the checkpoint's config"
+MEND = "mend the checkpoint's config"
 
 
 def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
@@ -30,7 +29,7 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_SIZE:
-        refuse(key, value, f"an integer from 1 to {MAX_SIZE}", _MEND)
+        refuse(key, value, f"an integer from 1 to {MAX_SIZE}", MEND)
     return value
 
 
@@ -50,25 +49,5 @@ def real(config: Mapping[str, Any], key: str, default: float | None) -> float:
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        refuse(key, value, "a number above 0", _MEND)
+        refuse(key, value, "a number above 0", MEND)
     return float(value)
-
-
-def rope_theta(config: Mapping[str, Any]) -> float:
-    """Return the rotary base from the new (`rope_parameters`) or the old (`rope_theta`) key.
-
-    Raises:
-        CheckpointError: the checkpoint scales its rotary embedding.
-    """
-    for key in ("rope_parameters", "rope_scaling"):
-        parameters = config.get(key)
-        if parameters is None:
-            continue
-        if not isinstance(parameters, dict):
-            refuse(key, parameters, "an object", _MEND)
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
-            refuse("rope_type", kind, "'default'", "rotary scaling is not supported yet")
-        if "rope_theta" in parameters:
-            return real(parameters, "rope_theta", 10000.0)
-    return real(config, "rope_theta", 10000.0)

@@ -1,15 +1,17 @@
 """Falcon with ReLU: attention and FFN side by side in a block, both reading the block's input.
 
 Layout: transformers `models/falcon/modeling_falcon.py`. Tap: PowerInfer@d3ebd7c
-`llama.cpp:build_falcon` (the predictor reads `inpL`, the block's input).
+`llama.cpp:build_falcon` (the predictor reads `inpL`, the block's input). There is no dense file:
+PowerInfer's dense graph wants `ffn_down_t`, which its dense loader (llm_load_tensors) never makes.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from architectures.config import flag, number, real, refuse, rope_theta
-from architectures.spec import Architecture, Config, ModelShape, TensorRule
+from architectures.config import flag, number, real, refuse
+from architectures.rope import read_rope, rope_kind
+from architectures.spec import Architecture, Config, ModelShape, TensorRule, Transform
 
 
 def _two_norms(config: Config) -> bool:
@@ -32,6 +34,10 @@ def _shape(config: Config) -> ModelShape:
     for key, needed in (("parallel_attn", True), ("bias", False), ("alibi", False)):
         if flag(config, key, default=needed) is not needed:
             refuse(key, not needed, str(needed).lower(), "PowerInfer's falcon graph has it so")
+    if rope_kind(config) != "default":
+        # ggml's kernel for halves, see `powerinfer_bridge.graph.Graph.scalable`.
+        remedy = "PowerInfer's falcon graph would scale positions twice"
+        refuse("rope_type", rope_kind(config), "'default'", remedy)
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if d_model % (2 * n_heads):
         refuse("num_attention_heads", n_heads, f"a divisor of {d_model} / 2", "mend it")
@@ -48,7 +54,7 @@ def _shape(config: Config) -> ModelShape:
         vocab_size=number(config, "vocab_size"),
         context_length=number(config, "max_position_embeddings", default=2048),
         norm_eps=real(config, "layer_norm_epsilon", 1e-5),
-        rope_theta=rope_theta(config),
+        rope_theta=read_rope(config)[0],
         tied_embeddings=flag(config, "tie_word_embeddings", default=True),
     )
 
@@ -82,23 +88,40 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
     return model
 
 
-def _norm(name: str) -> tuple[TensorRule, TensorRule]:
+def _norm(source: str, target: str) -> tuple[TensorRule, TensorRule]:
+    source = f"transformer.{source}"
     return (
-        TensorRule(source=f"transformer.{name}.weight", dims=("d_model",)),
-        TensorRule(source=f"transformer.{name}.bias", dims=("d_model",)),
+        TensorRule(source=f"{source}.weight", target=f"{target}.weight", dims=("d_model",)),
+        TensorRule(source=f"{source}.bias", target=f"{target}.bias", dims=("d_model",)),
     )
 
 
-def _matrix(name: str, *dims: str) -> TensorRule:
-    return TensorRule(source=f"transformer.h.{{layer}}.{name}.weight", dims=dims)
+def _matrix(source: str, target: str, *dims: str, transform: Transform = "none") -> TensorRule:
+    return TensorRule(
+        source=f"transformer.h.{{layer}}.{source}.weight",
+        target=f"blk.{{layer}}.{target}.weight",
+        dims=dims,
+        transform=transform,
+    )
 
 
-def _falcon(ffn_norm: str, norms: tuple[str, ...], two_norms: bool) -> Architecture:
-    rules = [rule for name in norms for rule in _norm(f"h.{{layer}}.{name}")]
+def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
+    """Return a layout of the family, given its norms in a block and their names in a file.
+
+    The FFN's norm comes first: PowerInfer calls it `attn_norm` in either layout.
+    """
+    ffn_norm = next(iter(norms))
+    blocks = [
+        rule
+        for source, target in norms.items()
+        for rule in _norm(f"h.{{layer}}.{source}", f"blk.{{layer}}.{target}")
+    ]
     return Architecture(
         name="falcon",
         hf_classes=("FalconForCausalLM",),
         claims=lambda config: _two_norms(config) is two_norms,
+        gguf_name="falcon",
+        dense_note=None,
         base="transformer",
         layers="transformer.h",
         predictor_input=ffn_norm,
@@ -110,26 +133,37 @@ def _falcon(ffn_norm: str, norms: tuple[str, ...], two_norms: bool) -> Architect
         centred=True,
         ffn_matrices=2,
         tensors=(
-            TensorRule(source="transformer.word_embeddings.weight", dims=("vocab_size", "d_model")),
-            *_norm("ln_f"),
+            TensorRule(
+                source="transformer.word_embeddings.weight",
+                target="token_embd.weight",
+                dims=("vocab_size", "d_model"),
+            ),
+            *_norm("ln_f", "output_norm"),
             TensorRule(
                 source="lm_head.weight",
+                target="output.weight",
                 dims=("vocab_size", "d_model"),
                 tied_to="transformer.word_embeddings.weight",
             ),
-            *rules,
-            _matrix("self_attention.query_key_value", "qkv_rows", "d_model"),
-            _matrix("self_attention.dense", "d_model", "q_rows"),
-            _matrix("mlp.dense_h_to_4h", "d_ff", "d_model"),
-            _matrix("mlp.dense_4h_to_h", "d_model", "d_ff"),
+            *blocks,
+            _matrix(
+                "self_attention.query_key_value",
+                "attn_qkv",
+                "qkv_rows",
+                "d_model",
+                transform="group_qkv",
+            ),
+            _matrix("self_attention.dense", "attn_output", "d_model", "q_rows"),
+            _matrix("mlp.dense_h_to_4h", "ffn_up", "d_ff", "d_model"),
+            _matrix("mlp.dense_4h_to_h", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
         ),
         read_shape=_shape,
         make_model=_model,
     )
 
 
-FALCON_7B = _falcon("input_layernorm", ("input_layernorm",), two_norms=False)
+FALCON_7B = _falcon({"input_layernorm": "attn_norm"}, two_norms=False)
 """One norm a block, read by attention and FFN alike."""
 
-FALCON_40B = _falcon("ln_mlp", ("ln_attn", "ln_mlp"), two_norms=True)
+FALCON_40B = _falcon({"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2"}, two_norms=True)
 """A norm for each half of the block."""

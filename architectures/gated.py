@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from architectures.config import flag, number, real, refuse, rope_theta
+from architectures.config import flag, number, real, refuse
+from architectures.rope import read_rope, rope_parameters
 from architectures.spec import Architecture, Config, ModelShape, TensorRule
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def gated_shape(
     context = number(config, "max_position_embeddings")
     if mistral and config.get("sliding_window", _MISTRAL_WINDOW) is not None:
         context = min(context, number(config, "sliding_window", default=_MISTRAL_WINDOW))
+    theta, scaling = read_rope(config)
     return ModelShape(
         d_model=d_model,
         d_ff=number(config, "intermediate_size"),
@@ -92,7 +94,8 @@ def gated_shape(
         vocab_size=number(config, "vocab_size"),
         context_length=context,
         norm_eps=real(config, "rms_norm_eps", 1e-6),
-        rope_theta=rope_theta(config),
+        rope_theta=theta,
+        rope_scaling=scaling,
         tied_embeddings=flag(config, "tie_word_embeddings", default=tied),
         activation=activation,
         activation_threshold=threshold,
@@ -150,7 +153,7 @@ def gated_model(shape: ModelShape, config: Config) -> nn.Module:
         num_key_value_heads=shape.n_kv_heads,
         max_position_embeddings=shape.context_length,
         rms_norm_eps=shape.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=rope_parameters(shape.rope_theta, shape.rope_scaling),
         hidden_act="relu",
         tie_word_embeddings=False,
     )
@@ -206,6 +209,12 @@ GATED_TENSORS = (
 )
 
 
+_DENSE_NOTE = (
+    "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in dense "
+    "mode, so the text of this ReLU model is wrong"
+)
+
+
 def gated_family(**options: Any) -> Architecture:
     """Return a LLaMA-like family; `options` are what distinguishes it."""
     facts: dict[str, Any] = {
@@ -219,6 +228,7 @@ def gated_family(**options: Any) -> Architecture:
         "ffn_down": "mlp.down_proj.weight",
         "centred": False,
         "ffn_matrices": 3,
+        "dense_note": _DENSE_NOTE,
         "tensors": GATED_TENSORS,
         "make_model": gated_model,
     }

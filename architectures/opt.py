@@ -6,12 +6,10 @@ Layout: transformers `models/opt/modeling_opt.py`. Tap: PowerInfer@d3ebd7c `llam
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from architectures.config import flag, number, refuse
-from architectures.spec import Architecture, Config, ModelShape, TensorRule
+from architectures.spec import Architecture, Config, ModelShape, TensorRule, Transform
 
 _NORM_EPS = 1e-5
 """torch's default, which transformers' OPT does not change."""
@@ -72,39 +70,58 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
     return model
 
 
-def _with_bias(source: str, *dims: str) -> tuple[TensorRule, TensorRule]:
+def _with_bias(
+    source: str, target: str, *dims: str, transform: Transform = "none"
+) -> tuple[TensorRule, TensorRule]:
     return (
-        TensorRule(source=f"{source}.weight", dims=dims),
-        TensorRule(source=f"{source}.bias", dims=dims[:1]),
+        TensorRule(
+            source=f"{source}.weight", target=f"{target}.weight", dims=dims, transform=transform
+        ),
+        TensorRule(source=f"{source}.bias", target=f"{target}.bias", dims=dims[:1]),
     )
 
 
-def _block(source: str, *dims: str) -> tuple[TensorRule, TensorRule]:
-    return _with_bias(f"model.decoder.layers.{{layer}}.{source}", *dims)
+def _block(
+    source: str, target: str, *dims: str, transform: Transform = "none"
+) -> tuple[TensorRule, TensorRule]:
+    source, target = f"model.decoder.layers.{{layer}}.{source}", f"blk.{{layer}}.{target}"
+    return _with_bias(source, target, *dims, transform=transform)
 
 
-_TENSORS: tuple[Any, ...] = (
-    TensorRule(source="model.decoder.embed_tokens.weight", dims=("vocab_size", "d_model")),
-    TensorRule(source="model.decoder.embed_positions.weight", dims=("positions", "d_model")),
-    *_with_bias("model.decoder.final_layer_norm", "d_model"),
+_TENSORS: tuple[TensorRule, ...] = (
+    TensorRule(
+        source="model.decoder.embed_tokens.weight",
+        target="token_embd.weight",
+        dims=("vocab_size", "d_model"),
+    ),
+    TensorRule(
+        source="model.decoder.embed_positions.weight",
+        target="position_embd.weight",
+        dims=("positions", "d_model"),
+    ),
+    *_with_bias("model.decoder.final_layer_norm", "output_norm", "d_model"),
     TensorRule(
         source="lm_head.weight",
         dims=("vocab_size", "d_model"),
         tied_to="model.decoder.embed_tokens.weight",
     ),
-    *_block("self_attn_layer_norm", "d_model"),
-    *_block("self_attn.q_proj", "d_model", "d_model"),
-    *_block("self_attn.k_proj", "d_model", "d_model"),
-    *_block("self_attn.v_proj", "d_model", "d_model"),
-    *_block("self_attn.out_proj", "d_model", "d_model"),
-    *_block("final_layer_norm", "d_model"),
-    *_block("fc1", "d_ff", "d_model"),
-    *_block("fc2", "d_model", "d_ff"),
+    *_block("self_attn_layer_norm", "attn_norm", "d_model"),
+    *_block("self_attn.q_proj", "attn_q", "d_model", "d_model"),
+    *_block("self_attn.k_proj", "attn_k", "d_model", "d_model"),
+    *_block("self_attn.v_proj", "attn_v", "d_model", "d_model"),
+    *_block("self_attn.out_proj", "attn_output", "d_model", "d_model"),
+    *_block("final_layer_norm", "ffn_norm", "d_model"),
+    *_block("fc1", "ffn_up", "d_ff", "d_model"),
+    *_block("fc2", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
 )
 
 OPT = Architecture(
     name="opt",
     hf_classes=("OPTForCausalLM",),
+    gguf_name="opt",
+    # Its positions' table has 2050 rows, whatever the file says (llm_load_hparams).
+    context_length=2048,
+    dense_note="dense file for timing; PowerInfer computes ReLU, llama.cpp has no arch opt",
     base="model",
     layers="model.decoder.layers",
     predictor_input="final_layer_norm",

@@ -7,15 +7,17 @@ lives elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from architectures.rope import RopeScaling
 
 if TYPE_CHECKING:
     from torch import nn
 
 Activation = Literal["relu", "fatrelu", "drelu"]
-Transform = Literal["none", "permute_q", "permute_k", "transpose"]
+Transform = Literal["none", "permute_q", "permute_k", "group_qkv", "transpose"]
 Config = Mapping[str, Any]
 
 
@@ -40,6 +42,7 @@ class ModelShape:
         embedding_scale: factor folded into the embedding.
         residual_scale: factor folded into what each half of a block adds to the residual stream.
         output_scale: factor folded into the output head.
+        rope_scaling: what scales rotary positions, None for most models.
     """
 
     d_model: int
@@ -58,6 +61,17 @@ class ModelShape:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     output_scale: float = 1.0
+    rope_scaling: RopeScaling | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Return all of it, ready for JSON; the scaling only where there is one.
+
+        Fingerprints made before there were scalings so remain valid.
+        """
+        facts = asdict(self)
+        if self.rope_scaling is None:
+            del facts["rope_scaling"]
+        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +81,8 @@ class TensorRule:
     Attributes:
         source: name in the checkpoint and in the runnable model; `{layer}` stands for the block's
             number.
-        target: name in the GGUF file, `{layer}` likewise; None where the family has no export yet.
+        target: name in the GGUF file, `{layer}` likewise; None where PowerInfer has no such tensor
+            and takes the one of `tied_to` instead.
         dims: names of the `ModelShape` sizes, in the checkpoint's order. `q_rows` and `kv_rows`
             stand for heads times head size, `qkv_rows` for both together, `positions` for the rows
             of a table of learned positions.
@@ -117,7 +132,10 @@ class Architecture:
         name: the family's name in messages and metadata.
         hf_classes: values of `architectures` in config.json that belong to the family.
         claims: tells, of a config with such a class, whether it belongs to this family.
-        gguf_name: `general.architecture` of the exported file; None where there is no export yet.
+        gguf_name: `general.architecture` of the exported file.
+        context_length: the only context for which PowerInfer has a graph; None where any will do.
+        dense_note: what a user must know of a dense file (`--dense`), as PowerInfer runs it; None
+            where it cannot.
         base: first part of the tensor names, which some published checkpoints leave out.
         layers: path of the block list in the runnable model.
         predictor_input: path in a block of the module whose input is the predictor's input.
@@ -137,7 +155,9 @@ class Architecture:
     name: str
     hf_classes: tuple[str, ...]
     claims: Callable[[Config], bool] = lambda config: True
-    gguf_name: str | None = None
+    gguf_name: str
+    context_length: int | None = None
+    dense_note: str | None
     base: str
     layers: str
     predictor_input: str
@@ -151,6 +171,13 @@ class Architecture:
     tensors: tuple[TensorRule, ...]
     read_shape: Callable[[Config], ModelShape]
     make_model: Callable[[ModelShape, Config], nn.Module]
+
+    @property
+    def exported(self) -> Iterator[tuple[TensorRule, str]]:
+        """The rules of the tensors that a file holds, with their names in it, in order."""
+        for rule in self.tensors:
+            if rule.target is not None:
+                yield rule, rule.target
 
     def rule(self, name: str) -> TensorRule:
         """Return the rule of a tensor of a block, such as `mlp.gate_proj.weight`."""

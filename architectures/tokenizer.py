@@ -6,7 +6,8 @@ GPT-2's byte-level BPE, by Hugging Face's `tokenizers`. No code of a checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def load_tokenizer(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) 
         return tokenizer
     file, rust = _read_rust(path)
     _check_rows(file, "tokens", max(rust.get_vocab().values(), default=-1) + 1, vocab_size)
-    return _RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config))
+    return RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config))
 
 
 def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
@@ -114,19 +115,49 @@ def chat_template_of(path: Path) -> str | None:
 
 
 @dataclass(frozen=True)
-class _RustTokenizer:
-    """A tokenizer of the `tokenizers` library and the file that it came from."""
+class RustTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Attributes:
+        file: where it came from.
+        rust: the library's object.
+        bos: id of the begin-of-sequence token.
+    """
 
     file: Path
     rust: tokenizers.Tokenizer
     bos: int
 
     def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
         with _damage_refused(self.file):
-            return self.rust.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self.rust.encode(text, add_special_tokens=False).ids
+            return ids
 
     def bos_id(self) -> int:
+        """Return the id of the begin-of-sequence token."""
         return self.bos
+
+    def document(self) -> dict[str, Any]:
+        """Return its description in the form of tokenizer.json, merges as pairs."""
+        with _damage_refused(self.file):
+            document: dict[str, Any] = json.loads(self.rust.to_str())
+            return document
+
+    def adds_bos(self) -> bool:
+        """Tell whether its post-processor puts BOS before a text."""
+        with _damage_refused(self.file):
+            return self.rust.encode("").ids[:1] == [self.bos]
+
+    def merge(self, words: Iterable[str]) -> list[list[int]]:
+        """Return the ids of byte-level words by merges alone, whatever splits texts into words."""
+        import tokenizers
+
+        document = self.document()
+        document["model"]["ignore_merges"] = False
+        with _damage_refused(self.file):
+            model = tokenizers.Tokenizer.from_str(json.dumps(document)).model
+            return [[token.id for token in model.tokenize(word)] for word in words]
 
 
 @contextmanager

@@ -281,6 +281,17 @@ _FALCON_40B = _FALCON | {
     "num_kv_heads": 2,
 }
 
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN_IN_FULL = {
+    "attention_factor": 1 + 0.1 * math.log(8),
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+    "rope_type": "yarn",
+}
+
 _gated = partial(Variant, shapes=gated_shapes)
 _opt = partial(Variant, family="opt", formula=opt_formula, tokenizer="vocab.json")
 _falcon = partial(
@@ -302,6 +313,12 @@ VARIANTS = (
         files="sharded bin",
     ),
     _gated(name="llama-tied", family="llama", config=_LLAMA | {"tie_word_embeddings": True}),
+    _gated(
+        name="llama-linear",
+        family="llama",
+        config=_LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
+    _gated(name="llama-yarn", family="llama", config=_LLAMA | {"rope_scaling": YARN}),
     _gated(name="relu-mistral", family="llama", config=_MISTRAL, files="sharded safetensors"),
     _fatrelu(
         name="prosparse",
@@ -326,6 +343,7 @@ VARIANTS = (
         files="sharded safetensors",
     ),
     _drelu(name="drelu-mistral", config=_MISTRAL | {"hidden_act": "drelu"}),
+    _drelu(name="bamboo-yarn", config=_BAMBOO | {"rope_parameters": _YARN_IN_FULL}),
     _opt(
         name="opt-125m",
         config=_OPT,

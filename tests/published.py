@@ -139,16 +139,37 @@ def heads_of(x: torch.Tensor, count: int) -> torch.Tensor:
     return torch.stack(x.chunk(count, dim=1))
 
 
-def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
+def scaling_of(c: Config) -> tuple[str, Config]:
+    """Return the kind of scaling of rotary positions and its values."""
+    found = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    return str(found.get("rope_type", found.get("type", "default"))), found
+
+
+def frequency(c: Config, i: int, half: int) -> float:
+    """Return the frequency of pair i of a head (jquesnelle/yarn, LlamaYaRNScaledRotary)."""
+    theta, (kind, values) = rope_base(c), scaling_of(c)
+    plain = math.pow(theta, -i / half)
+    if kind == "default":
+        return plain
+    kept = 0.0
+    if kind == "yarn":
+        turns = values["original_max_position_embeddings"] / (2 * math.pi)
+        first = max(0, math.floor(half * math.log(turns / 32) / math.log(theta)))
+        last = min(2 * half - 1, math.ceil(half * math.log(turns) / math.log(theta)))
+        kept = 1 - min(1.0, max(0.0, (i - first) / (last - first)))
+    return plain * kept + plain / float(values["factor"]) * (1 - kept)
+
+
+def rotate(x: torch.Tensor, c: Config) -> torch.Tensor:
     """Turn the pairs (i, i + n / 2) of (heads, tokens, n) by each token's place."""
-    half = x.shape[2] // 2
+    half, (kind, values) = x.shape[2] // 2, scaling_of(c)
     turned = x.clone()
     for i in range(half):
-        angle = torch.arange(x.shape[1], dtype=x.dtype) * theta ** (-i / half)
+        angle = torch.arange(x.shape[1], dtype=x.dtype) * frequency(c, i, half)
         a, b = x[:, :, i], x[:, :, i + half]
         turned[:, :, i] = a * angle.cos() - b * angle.sin()
         turned[:, :, i + half] = b * angle.cos() + a * angle.sin()
-    return turned
+    return turned * (1 + 0.1 * math.log(values["factor"]) if kind == "yarn" else 1)
 
 
 def attend(
@@ -188,13 +209,13 @@ def gated_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
     n_heads, eps = c["num_attention_heads"], c["rms_norm_eps"]
     kv_heads = int(c.get("num_key_value_heads") or n_heads)
     branch = c["scale_depth"] / math.sqrt(c["num_hidden_layers"]) if minicpm else 1.0
-    theta, window, layers = rope_base(c), c.get("sliding_window"), []
+    window, layers = c.get("sliding_window"), []
     x = w["model.embed_tokens.weight"][ids] * (c["scale_emb"] if minicpm else 1.0)
     for number in range(c["num_hidden_layers"]):
         p = block_of(w, f"model.layers.{number}.")
         h = rms_norm(x, p["input_layernorm.weight"], eps)
-        q = rotate(heads_of(h @ p["self_attn.q_proj.weight"].T, n_heads), theta)
-        k = rotate(heads_of(h @ p["self_attn.k_proj.weight"].T, kv_heads), theta)
+        q = rotate(heads_of(h @ p["self_attn.q_proj.weight"].T, n_heads), c)
+        k = rotate(heads_of(h @ p["self_attn.k_proj.weight"].T, kv_heads), c)
         v = heads_of(h @ p["self_attn.v_proj.weight"].T, kv_heads)
         residual = x + branch * (attend(q, k, v, window) @ p["self_attn.o_proj.weight"].T)
         h = rms_norm(residual, p["post_attention_layernorm.weight"], eps)
@@ -208,9 +229,9 @@ def gated_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
     return Reference(x @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T, layers)
 
 
-def opt_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
+def opt_formula(c: Config, w: Tensors, ids: torch.Tensor, *, eps: float = 1e-5) -> Reference:
     w = {name.removeprefix("model.").removeprefix("decoder."): tensor for name, tensor in w.items()}
-    n_heads, eps, layers = c["num_attention_heads"], 1e-5, []
+    n_heads, layers = c["num_attention_heads"], []
     x = w["embed_tokens.weight"][ids] + w["embed_positions.weight"][2 : 2 + len(ids)]
     for number in range(c["num_hidden_layers"]):
         p = block_of(w, f"layers.{number}.")
@@ -229,7 +250,7 @@ def opt_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
 
 def falcon_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
     n_heads, groups, eps = c["num_attention_heads"], _falcon_kv_heads(c), c["layer_norm_epsilon"]
-    size, theta, layers = c["hidden_size"] // n_heads, rope_base(c), []
+    size, layers = c["hidden_size"] // n_heads, []
     x = w["transformer.word_embeddings.weight"][ids]
     for number in range(c["num_hidden_layers"]):
         p = block_of(w, f"transformer.h.{number}.")
@@ -241,7 +262,7 @@ def falcon_formula(c: Config, w: Tensors, ids: torch.Tensor) -> Reference:
         parts = [part.reshape(len(ids), -1, size).transpose(0, 1) for part in fused]
         q, k = torch.cat([part[:-2] for part in parts]), torch.stack([part[-2] for part in parts])
         v = torch.stack([part[-1] for part in parts])
-        mixed = attend(rotate(q, theta), rotate(k, theta), v) @ p["self_attention.dense.weight"].T
+        mixed = attend(rotate(q, c), rotate(k, c), v) @ p["self_attention.dense.weight"].T
         gate = m @ p["mlp.dense_h_to_4h.weight"].T
         layers.append(Layer(x, gate, None, gate > 0, gate.clamp(min=0)))
         x = x + mixed + gate.clamp(min=0) @ p["mlp.dense_4h_to_h.weight"].T

@@ -86,6 +86,7 @@ def test_open_reads_the_sizes_of_the_model(model_dir: Path) -> None:
         "embedding_scale": 1.0,
         "residual_scale": 1.0,
         "output_scale": 1.0,
+        "rope_scaling": None,
     }
 
 
@@ -214,12 +215,12 @@ def test_an_unsupported_class_is_named_and_the_supported_are_listed(
         ({"attention_bias": True}, ["attention_bias is True", "expected false", "no biases"]),
         ({"head_dim": 32}, ["head_dim is 32", "expected 16"]),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            ["rope_type is 'linear'", "'default'", "not supported"],
+            {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}},
+            ["rope_type is 'llama3'", "'default'", "PowerInfer has no other"],
         ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            ["rope_type is 'dynamic'", "'default'", "not supported"],
+            ["rope_type is 'dynamic'", "'default'", "PowerInfer has no other"],
         ),
         ({"head_dim": 15, "hidden_size": 60}, ["head_dim is 15", "even"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "a divisor of 4"]),

@@ -1,31 +1,33 @@
-"""Exported files of every LLaMA-like family, against the published formulas in plain PyTorch."""
+"""Exported files of every family, against the published formulas in plain PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, make_export, refused, write_predictors
-from families import BY_NAME, VARIANTS, Written, write
+from conftest import TEXT, make_export, write_predictors
+from covering import write_covering
+from families import BY_NAME, VARIANTS, Variant, Written, write
 
 from architectures.registry import ARCHITECTURES
 from architectures.tokenizer import load_tokenizer
-from common.errors import ExportError
 from gguf_export.reader import GGUFFile
 from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
 from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.verification import verify
 
-EXPORTED = {family.name for family in ARCHITECTURES if family.gguf_name}
-NAMES = [variant.name for variant in VARIANTS if variant.family in EXPORTED]
+NAMES = [variant.name for variant in VARIANTS]
 # PowerInfer runs no smaller FFN, see gguf_export.schema.SMALLEST_D_FF.
 D_FF = 1012
 # Two float16 roundings of relative size 2^-11 a matrix product, a few dozen products deep.
 LOGIT_TOLERANCE = 1.5e-2
+LOSSY = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,27 @@ class Exported:
 Exports = Callable[[str], Exported]
 
 
+def runnable(name: str) -> Variant:
+    """Return a variant in sizes that PowerInfer runs, with the tests' SentencePiece tokenizer."""
+    variant = BY_NAME[name]
+    sizes: dict[str, Any] = {
+        "opt": {"ffn_dim": D_FF, "max_position_embeddings": 2048},
+        "falcon": {"ffn_hidden_size": D_FF},
+    }.get(variant.family, {"intermediate_size": D_FF})
+    return replace(variant.changed(**sizes), tokenizer="tokenizer.model")
+
+
+def write_model(name: str, path: Path, tokenizer_bytes: bytes) -> tuple[Written, Path]:
+    """Write a variant and predictors that miss no active neuron; return it and their place."""
+    written = write(runnable(name), path, tokenizer_bytes)
+    predictors = path.with_name("predictors")
+    if gated(name):
+        write_predictors(path, predictors)
+    else:
+        write_covering(written, predictors, tokens_of(written, 120))
+    return written, predictors
+
+
 @pytest.fixture(scope="module")
 def exported(tokenizer_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> Exports:
     made: dict[str, Exported] = {}
@@ -46,10 +69,7 @@ def exported(tokenizer_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -
     def make(name: str) -> Exported:
         if name not in made:
             path = tmp_path_factory.mktemp("families") / name
-            variant = BY_NAME[name].changed(intermediate_size=D_FF)
-            written = write(variant, path, tokenizer_bytes)
-            predictors = path.with_name("predictors")
-            write_predictors(path, predictors)
+            written, predictors = write_model(name, path, tokenizer_bytes)
             file = path.parent / "out" / f"{name}.powerinfer.gguf"
             made[name] = Exported(written, make_export(path, predictors, file).model_file)
         return made[name]
@@ -57,8 +77,13 @@ def exported(tokenizer_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -
     return make
 
 
+def gated(name: str) -> bool:
+    return BY_NAME[name].family not in ("opt", "falcon")
+
+
 def tokens_of(written: Written, count: int = 30) -> list[int]:
-    return [1, *load_tokenizer(written.path, 320).encode(TEXT)][:count]
+    tokenizer = load_tokenizer(written.path, 320, written.variant.config)
+    return [1, *tokenizer.encode(TEXT * 2)][:count]
 
 
 def without_threshold(written: Written) -> Written:
@@ -69,9 +94,8 @@ def without_threshold(written: Written) -> Written:
     return replace(written, variant=relu)
 
 
-def test_every_llama_like_family_is_exported() -> None:
-    assert {"llama", "prosparse", "minicpm", "bamboo"} == EXPORTED
-    assert len(NAMES) >= 10
+def test_every_family_is_exported() -> None:
+    assert {variant.family for variant in VARIANTS} == {family.name for family in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,44 +131,82 @@ def test_the_engine_counts_what_the_model_itself_activates(exported: Exports, na
     layer = made.written.reference(tokens).layers[0]
     assert counts[0].active == pytest.approx(int(layer.active.sum()), rel=2e-3)
     assert counts[0].hits > 0.999 * counts[0].active
+    if not gated(name):
+        assert 1.05 * counts[0].active < counts[0].predicted < 0.9 * counts[0].decisions
+        return
     gates = int((layer.gate > 0).sum())
     assert counts[0].predicted == pytest.approx(gates, rel=2e-3)
     assert (gates > 1.05 * counts[0].active) == (made.written.variant.activation[0] != "relu")
 
 
-@pytest.mark.parametrize("name", ["prosparse", "minicpm-s", "bamboo", "minicpm"])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        ("prosparse", b"llama"),
+        ("minicpm-s", b"llama"),
+        ("bamboo", b"bamboo"),
+        ("minicpm", b"llama"),
+        ("opt-6.7b", b"opt"),
+        ("falcon-7b", b"falcon"),
+        ("falcon-40b", b"falcon"),
+    ],
+)
 def test_the_file_names_what_powerinfer_computes_and_what_the_model_does(
-    exported: Exports, name: str
+    exported: Exports, name: str, architecture: bytes
 ) -> None:
     made = exported(name)
     file = GGUFFile(made.file)
     kind, threshold = made.written.variant.activation
-    expected = b"bamboo" if kind == "drelu" else b"llama"
-    assert file.values["general.architecture"].data == expected
+    assert file.values["general.architecture"].data == architecture
     assert file.values["psp.activation"].data == kind.encode()
     assert file.values[ACTIVATION_THRESHOLD_KEY].data == pytest.approx(threshold)
 
 
-@pytest.mark.parametrize("name", ["opt-125m", "falcon-7b"])
-def test_a_family_without_export_is_refused_with_those_that_have_one(
-    tokenizer_bytes: bytes, exact_dir: Path, tmp_path: Path, name: str
-) -> None:
-    model = write(BY_NAME[name], tmp_path / name, tokenizer_bytes).path
-    family = BY_NAME[name].family
-    with refused(ExportError, str(model), f"family {family}", "cannot be exported yet", "bamboo"):
-        make_export(model, exact_dir, tmp_path / "m.powerinfer.gguf")
+@pytest.mark.parametrize("name", NAMES)
+def test_verify_finds_the_model_in_its_file(exported: Exports, name: str) -> None:
+    made = exported(name)
+    document = verify(made.file, str(made.written.path))
+    failed = [check for check in document["checks"] if not check["ok"]]
+    assert not failed
+    assert document["logit_difference_dense"] < LOGIT_TOLERANCE * document["logit_spread"]
 
 
 @pytest.mark.powerinfer
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("threshold", [None, DENSE_THRESHOLD], ids=["predicted", "dense"])
-def test_the_real_perplexity_is_the_embedded_engine_s(
+def test_the_real_perplexity_is_the_engine_s_and_the_formula_s(
     powerinfer_bin: Path, exported: Exports, name: str, threshold: float | None
 ) -> None:
-    file, text, context = exported(name).file, TEXT * 6, 32
+    made, text, context = exported(name), TEXT * 6, 32
     real = PowerInfer(powerinfer_bin).perplexity(
-        file, text, context, None, threads=1, threshold=threshold
+        made.file, text, context, None, threads=1, threshold=threshold
     )
-    engine = Engine(file, threshold=threshold)
+    engine = Engine(made.file, threshold=threshold)
     ours = engine_perplexity(engine, text, context, None, "engine")
     assert ours == pytest.approx(real, rel=0.005)
+    tokens = [1, *engine.vocabulary.encode(text.removesuffix("\n"))]
+    written = without_threshold(made.written)
+    theirs = perplexity(
+        lambda ids: written.reference(ids).logits.float(),
+        perplexity_windows(tokens, 1, context),
+        "formula",
+    )
+    assert theirs == pytest.approx(real, rel=0.005)
+
+
+@pytest.mark.powerinfer
+@pytest.mark.parametrize("name", [name for name in NAMES if not gated(name)])
+def test_the_real_powerinfer_skips_the_same_neurons(
+    powerinfer_bin: Path, exported: Exports, name: str
+) -> None:
+    """At a threshold that leaves out active neurons, so that which ones they are shows."""
+    file, text, context = exported(name).file, TEXT * 6, 32
+    real = [
+        PowerInfer(powerinfer_bin).perplexity(
+            file, text, context, None, threads=1, threshold=threshold
+        )
+        for threshold in (LOSSY, DENSE_THRESHOLD)
+    ]
+    ours = engine_perplexity(Engine(file, threshold=LOSSY), text, context, None, "engine")
+    assert ours == pytest.approx(real[0], rel=2e-3)
+    assert abs(real[0] / real[1] - 1) > 4e-3

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT
-from families import BY_NAME, VARIANTS, Variant, Written, save_tensors, write
+from families import BY_NAME, VARIANTS, YARN, Variant, Written, save_tensors, write
 from published import Layer, is_tied
 
 from architectures.checkpoint import Checkpoint
@@ -144,6 +144,13 @@ def test_logits_equal_the_published_formula(written: Written) -> None:
         ("drelu-mistral", {"hidden_act": "relu"}),
         ("bamboo", {"architectures": ["MistralForCausalLM"]}),
         ("bamboo", {"rope_theta": 1e6}),
+        ("llama-linear", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("llama-linear", {"rope_scaling": None}),
+        ("llama-yarn", {"rope_scaling": None}),
+        ("llama-yarn", {"rope_theta": 100.0}),
+        ("llama-yarn", {"rope_scaling": YARN | {"original_max_position_embeddings": 128}}),
+        ("llama-yarn", {"rope_scaling": YARN | {"factor": 3.0}}),
+        ("bamboo-yarn", {"rope_parameters": None}),
         ("falcon-40b", {"rope_theta": 100.0}),
         ("falcon-40b", {"layer_norm_epsilon": 0.01}),
         ("falcon-7b", {"rope_parameters": {"rope_theta": 100.0}}),

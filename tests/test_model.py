@@ -253,13 +253,13 @@ def test_null_means_absent(tmp_path: Path, name: str, key: str) -> None:
         ("minicpm", {"attention_bias": True}, ["attention_bias is True", "false"]),
         (
             "relu-llama",
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            ["'linear'", "scaling"],
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            ["'dynamic'", "scaling"],
         ),
         (
             "falcon-7b",
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
-            ["rope_type is 'yarn'", "scaling"],
+            ["rope_type is 'yarn'", "'default'", "twice"],
         ),
         ("minicpm", {"num_key_value_heads": 3}, ["num_key_value_heads is 3", "a divisor of 4"]),
         (

@@ -198,8 +198,8 @@ def test_a_dense_file_is_refused(exact_bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused(exact_bundle: Bundle, tmp_path: Path) -> None:
-    message = refusal(exact_bundle, tmp_path, value("general.architecture", b"falcon"))
-    assert "architecture 'falcon' is not supported, expected 'llama'" in message
+    message = refusal(exact_bundle, tmp_path, value("general.architecture", b"mpt"))
+    assert "architecture 'mpt' is not supported, expected 'llama'" in message
     assert_remedy(message)
 
 
