@@ -31,12 +31,11 @@ class Generation:
 def generate(engine: Engine, prompt: str, count: int) -> Generation:
     """Continue a prompt greedily by `count` tokens (at least 2), end-of-sequence ignored.
 
-    The prompt is encoded as PowerInfer's `main` does: BOS, then the text without a space in front.
+    The prompt is encoded as PowerInfer's `main` does, see `FileVocabulary.prompt_ids`.
     """
     vocabulary = engine.vocabulary
     cache = KVCache(engine.hyper.n_layers)
-    ids = [vocabulary.bos_id, *vocabulary.encode(prompt, space_prefix=False)]
-    logits = engine.forward(ids, cache, last_only=True)
+    logits = engine.forward(vocabulary.prompt_ids(prompt), cache, last_only=True)
     made = [int(logits.argmax())]
     start = time.perf_counter()
     while len(made) < count:

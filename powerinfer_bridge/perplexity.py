@@ -1,8 +1,8 @@
 """Perplexity over PowerInfer's windows, so that both engines' figures are the same quantity.
 
 Source: PowerInfer@d3ebd7c examples/perplexity/perplexity.cpp: the text's tokens are cut into
-windows of `context`; each window's first token is replaced by BOS; targets are the tokens of the
-window's second half, its first excepted.
+windows of `context`; each window's first token is replaced by BOS, but there is no BOS at all with
+byte-level tokens; targets are the tokens of the window's second half, its first excepted.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from powerinfer_bridge.engine import Engine, KVCache
 
 
 def perplexity_windows(
-    tokens: list[int], bos: int, context: int, chunks: int | None = None
+    tokens: list[int], bos: int | None, context: int, chunks: int | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield (ids to evaluate, original ids) for each window.
 
     Args:
-        tokens: BOS and the text's tokens.
-        bos: id that replaces each window's first token.
+        tokens: the text's tokens, after BOS if there is one.
+        bos: id that replaces each window's first token, or None.
         context: window length.
         chunks: most windows, or None for all.
 
@@ -39,7 +39,7 @@ def perplexity_windows(
     count = len(tokens) // context
     for number in range(count if chunks is None else min(count, chunks)):
         window = tokens[number * context : (number + 1) * context]
-        yield [bos, *window[1:]], window
+        yield (window if bos is None else [bos, *window[1:]]), window
 
 
 def perplexity(
@@ -74,8 +74,9 @@ def engine_perplexity(
     """Score a text with the embedded engine as `perplexity -f FILE -c CONTEXT` would."""
     # PowerInfer drops one final newline when it reads the file (common.cpp, option -f).
     text = text.removesuffix("\n")
-    tokens = [engine.vocabulary.bos_id, *engine.vocabulary.encode(text)]
-    windows = perplexity_windows(tokens, engine.vocabulary.bos_id, context, chunks)
+    vocabulary = engine.vocabulary
+    bos = vocabulary.bos_id if vocabulary.add_bos else None
+    windows = perplexity_windows(vocabulary.text_ids(text), bos, context, chunks)
 
     def evaluate(ids: list[int]) -> torch.Tensor:
         return engine.forward(ids, KVCache(engine.hyper.n_layers))

@@ -1,21 +1,26 @@
 """The tokenizer inside an exported file, with PowerInfer's own algorithm.
 
-Source: PowerInfer@d3ebd7c llama.cpp:llm_tokenizer_spm, llama_tokenize_internal and
-llama_token_to_piece. Pieces are merged pair by pair, the highest score first and the leftmost among
-equals; what is no piece in the end becomes byte pieces.
+Source: PowerInfer@d3ebd7c llama.cpp:llm_load_vocab, llama_tokenize_internal and
+llama_token_to_piece.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
+from common.errors import DataError
+from gguf_export.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
+from gguf_export.piece_encoder import SPACE, PieceEncoder, characters
 from gguf_export.reader import GGUFFile
+from gguf_export.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
 
-_SPACE = "\u2581".encode()
 _UNKNOWN = "\u2585".encode()
+_BYTES = {character: bytes([byte]) for byte, character in enumerate(BYTE_TOKENS)}
 
 
 class FileVocabulary:
@@ -25,89 +30,107 @@ class FileVocabulary:
         """Read the vocabulary.
 
         Raises:
-            FormatError: tokenizer keys are missing, of other types or lengths, or of a kind other
-                than SentencePiece.
+            FormatError: tokenizer keys are missing, of other types or lengths, or of another kind,
+                or PowerInfer would stop at them.
         """
-        kind = file.value("tokenizer.ggml.model", GGUFValueType.STRING)
-        if kind != "llama":
-            raise file.error(f"tokenizer {kind!r} is not supported, expected 'llama'")
-        array = GGUFValueType.ARRAY
-        self.tokens: list[bytes] = file.value("tokenizer.ggml.tokens", array, GGUFValueType.STRING)
-        self.scores: list[float] = file.value(
-            "tokenizer.ggml.scores", array, GGUFValueType.FLOAT32
-        ).tolist()
-        self.types: list[int] = file.value(
-            "tokenizer.ggml.token_type", array, GGUFValueType.INT32
-        ).tolist()
-        self.bos_id: int = file.value("tokenizer.ggml.bos_token_id", GGUFValueType.UINT32)
-        self._ids = {token: number for number, token in enumerate(self.tokens)}
-        self._check(file)
+        self.vocabulary = _read(file)
+        problem = next(vocabulary_problems(self.vocabulary), None)
+        if problem is not None:
+            raise file.error(problem)
+        self.tokens, self.types = self.vocabulary.tokens, self.vocabulary.types
+        self.scores, self.bos_id = self.vocabulary.scores, self.vocabulary.bos_id
+        self.kind = self.vocabulary.kind
 
-    def _check(self, file: GGUFFile) -> None:
-        if not len(self.tokens) == len(self.scores) == len(self.types):
-            raise file.error("tokens, scores and types differ in number")
-        if len(self._ids) != len(self.tokens):
-            twice = next(t for n, t in enumerate(self.tokens) if self._ids[t] != n)
-            raise file.error(f"token {twice.decode('utf-8', 'replace')!r} appears twice")
-        if self.bos_id >= len(self.tokens):
-            raise file.error(f"bos_token_id {self.bos_id} is outside the vocabulary")
-        pieces = {_byte_piece(byte) for byte in range(256)}
-        for piece in sorted(pieces - self._ids.keys()):
-            raise file.error(f"byte piece {piece.decode()} is missing")
-        for token, kind in zip(self.tokens, self.types, strict=True):
-            if kind == TokenType.BYTE and token not in pieces:
-                raise file.error(f"byte piece {token.decode('utf-8', 'replace')!r} names no byte")
+    @property
+    def add_bos(self) -> bool:
+        """Whether PowerInfer puts BOS before texts: it does for pieces, whatever the keys say."""
+        return self.kind == PIECES
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids that PowerInfer's `perplexity` makes of a text, BOS included."""
+        return [self.bos_id] * self.add_bos + self.encode(text)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids that PowerInfer's `main` makes of a prompt, BOS included.
+
+        Texts of special tokens become these tokens. Where several begin at the same place the
+        longest counts here, in PowerInfer the first of a hash table.
+        """
+        ids = [self.bos_id] * self.add_bos
+        for part in self._partition(_to_bytes(prompt)):
+            ids += [part] if isinstance(part, int) else self._encode(part)
+        return ids or [self.bos_id]
 
     def encode(self, text: str, *, space_prefix: bool = True) -> list[int]:
         """Return the token ids of `text`, without BOS.
 
         Args:
             text: any text.
-            space_prefix: put a space in front, as PowerInfer's `perplexity` does and its `main`
-                does not (it parses special tokens, which turns the prefix off).
+            space_prefix: put a space in front, as PowerInfer's `perplexity` does for pieces and its
+                `main` does not (it parses special tokens, which turns the prefix off).
+
+        Raises:
+            DataError: a text that is no UTF-8, at which PowerInfer stops with byte-level tokens.
         """
         if not text:
             return []
-        data = ((" " if space_prefix else "") + text).encode("utf-8", "surrogateescape")
-        symbols = _characters(data.replace(b" ", _SPACE))
-        ids: list[int] = []
-        for symbol in self._merge(symbols):
-            number = self._ids.get(symbol)
-            if number is None:
-                ids.extend(self._ids[_byte_piece(byte)] for byte in symbol)
-            else:
-                ids.append(number)
-        return ids
+        return self._encode(_to_bytes(" " * (space_prefix and self.add_bos) + text))
 
-    def _merge(self, symbols: list[bytes]) -> Iterable[bytes]:
-        following = [*range(1, len(symbols)), -1]
-        previous = list(range(-1, len(symbols) - 1))
-        queue: list[tuple[float, int, int, bytes]] = []
+    def _encode(self, data: bytes) -> list[int]:
+        if isinstance(self._encoder, PieceEncoder):
+            return self._encoder.encode(data)
+        try:
+            return self._encoder.encode(data.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the text is no UTF-8 ({error.reason}), at which PowerInfer stops with this "
+                "model's tokenizer; convert it"
+            ) from error
 
-        def offer(left: int, right: int) -> None:
-            if left < 0 or right < 0:
-                return
-            joined = symbols[left] + symbols[right]
-            number = self._ids.get(joined)
-            if number is not None:
-                heapq.heappush(queue, (-self.scores[number], left, right, joined))
+    @cached_property
+    def _encoder(self) -> PieceEncoder | ByteLevelEncoder:
+        vocabulary = self.vocabulary
+        if self.kind == BYTE_LEVEL:
+            return ByteLevelEncoder(vocabulary.ids, vocabulary.merges)
+        return PieceEncoder(vocabulary.ids, vocabulary.scores)
 
-        for left, right in enumerate(following):
-            offer(left, right)
-        while queue:
-            _, left, right, joined = heapq.heappop(queue)
-            # A merged-away symbol is empty; a grown one makes the joined length differ.
-            if not symbols[left] or not symbols[right]:
+    @cached_property
+    def special_tokens(self) -> dict[bytes, int]:
+        """Tokens that `main` finds whole in prompts: those that no two other tokens make up.
+
+        Their types do not matter (llm_load_vocab, special_tokens_cache).
+        """
+        return {
+            token: number for token, number in self.vocabulary.ids.items() if self._whole(token)
+        }
+
+    def _whole(self, token: bytes) -> bool:
+        parts, ids, sizes = characters(token), self.vocabulary.ids, self._sizes
+        return len(parts) > 1 and not any(
+            at in sizes and len(token) - at in sizes and token[:at] in ids and token[at:] in ids
+            for at in accumulate(map(len, parts[:-1]))
+        )
+
+    @cached_property
+    def _sizes(self) -> set[int]:
+        return set(map(len, self.tokens))
+
+    def _partition(self, data: bytes) -> Iterator[bytes | int]:
+        """Cut a prompt at special tokens."""
+        sizes = {len(token) for token in self.special_tokens if len(token) <= len(data)}
+        start = at = 0
+        while at < len(data):
+            pieces = (data[at : at + size] for size in sorted(sizes, reverse=True))
+            found = next((piece for piece in pieces if piece in self.special_tokens), None)
+            if found is None:
+                at += 1
                 continue
-            if len(symbols[left]) + len(symbols[right]) != len(joined):
-                continue
-            symbols[left], symbols[right] = joined, b""
-            following[left] = following[right]
-            if following[right] >= 0:
-                previous[following[right]] = left
-            offer(previous[left], left)
-            offer(left, following[left])
-        return (symbol for symbol in symbols if symbol)
+            if start < at:
+                yield data[start:at]
+            yield self.special_tokens[found]
+            start = at = at + len(found)
+        if start < len(data):
+            yield data[start:]
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Return the text of token ids as bytes; control tokens give nothing."""
@@ -115,23 +138,49 @@ class FileVocabulary:
 
     def _piece(self, number: int) -> bytes:
         kind, token = self.types[number], self.tokens[number]
+        if self.kind == BYTE_LEVEL:
+            spelt = token.decode() if kind == TokenType.NORMAL else ""
+            return b"".join(_BYTES[character] for character in spelt)
         if kind == TokenType.NORMAL:
-            return token.replace(_SPACE, b" ")
+            return token.replace(SPACE, b" ")
         if kind == TokenType.BYTE:
             return bytes([int(token[3:5], 16)])
         return _UNKNOWN if kind == TokenType.UNKNOWN else b""
 
 
-def _byte_piece(byte: int) -> bytes:
-    return b"<0x%02X>" % byte
+def _to_bytes(text: str) -> bytes:
+    """Return a text's bytes; bytes that are no UTF-8 come as Python's surrogate escapes."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise DataError("the text holds half of a surrogate pair; mend its encoding") from error
 
 
-def _characters(data: bytes) -> list[bytes]:
-    """Split UTF-8 into characters by their leading bytes, as llama.cpp does."""
-    lengths = (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
-    characters, at = [], 0
-    while at < len(data):
-        size = lengths[data[at] >> 4]
-        characters.append(data[at : at + size])
-        at += size
-    return characters
+def _read(file: GGUFFile) -> Vocabulary:
+    kind = file.value("tokenizer.ggml.model", GGUFValueType.STRING)
+    if kind not in (PIECES, BYTE_LEVEL):
+        raise file.error(
+            f"tokenizer {kind!r} is not supported, expected {PIECES!r} or {BYTE_LEVEL!r}"
+        )
+
+    def array(name: str, element: GGUFValueType) -> Any:
+        return file.value(f"tokenizer.ggml.{name}", GGUFValueType.ARRAY, element)
+
+    def number(name: str) -> int:
+        key = f"tokenizer.ggml.{name}_token_id"
+        return file.value(key, GGUFValueType.UINT32) if key in file.values else NONE
+
+    tokens = array("tokens", GGUFValueType.STRING)
+    merges = array("merges", GGUFValueType.STRING) if kind == BYTE_LEVEL else []
+    scores = array("scores", GGUFValueType.FLOAT32).tolist() if kind == PIECES else []
+    return Vocabulary(
+        kind=kind,
+        tokens=tokens,
+        types=array("token_type", GGUFValueType.INT32).tolist(),
+        scores=scores,
+        merges=merges,
+        bos_id=file.value("tokenizer.ggml.bos_token_id", GGUFValueType.UINT32),
+        eos_id=number("eos"),
+        unk_id=number("unknown"),
+        pad_id=number("padding"),
+    )

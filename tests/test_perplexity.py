@@ -94,6 +94,13 @@ def test_what_is_evaluated_starts_with_bos_but_is_scored_against_the_text() -> N
     assert seen == [[BOS, *range(51, 58)], [BOS, *range(59, 66)]]
 
 
+def test_without_bos_windows_are_evaluated_as_they_are() -> None:
+    """PowerInfer replaces no token where the vocabulary is byte-level."""
+    tokens = list(range(50, 67))
+    windows = list(perplexity_windows(tokens, None, 8))
+    assert windows == [(tokens[:8], tokens[:8]), (tokens[8:16], tokens[8:16])]
+
+
 def test_one_final_newline_is_dropped_as_powerinfer_drops_it(exact_bundle: Bundle) -> None:
     engine = Engine(exact_bundle.model_file)
     text = "x" * 61

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import sentencepiece
 from conftest import TEXT
 from gguf import GGUFWriter, TokenType
+from tokenizer_kinds import real_prompt_ids
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
+from gguf_export.mixed_texts import MIXED_TEXTS
 from gguf_export.reader import GGUFFile
 from powerinfer_bridge.vocabulary import FileVocabulary
 
@@ -189,6 +192,40 @@ def test_the_best_score_merges_first_and_the_leftmost_among_equals(tmp_path: Pat
     assert better.encode("aba", space_prefix=False) == [ids[b"a"], ids[b"ba"]]
 
 
+def test_bos_and_special_tokens_are_main_s_and_perplexity_s(vocabulary: FileVocabulary) -> None:
+    assert vocabulary.add_bos
+    assert vocabulary.text_ids("the") == [1, *vocabulary.encode("the")]
+    assert vocabulary.text_ids("") == vocabulary.prompt_ids("") == [1]
+    t_he = vocabulary.encode("the", space_prefix=False)
+    newline = vocabulary.tokens.index(b"<0x0A>")
+    expected = [1, *t_he, 2, *t_he, newline, 0]
+    assert vocabulary.prompt_ids("the</s>the<0x0A><unk>") == expected
+    assert vocabulary.prompt_ids("</s>") == [1, 2]
+    assert 2 not in vocabulary.text_ids("the</s>the")
+
+
+@pytest.mark.powerinfer
+@pytest.mark.parametrize("text", ["the</s>the<0x0A> <unk>x<pad_319>", *MIXED_TEXTS])
+def test_real_prompt_ids_are_the_files(
+    powerinfer_bin: Path,
+    exact_bundle: Bundle,
+    vocabulary: FileVocabulary,
+    tmp_path: Path,
+    text: str,
+) -> None:
+    real = real_prompt_ids(powerinfer_bin / "main", exact_bundle.model_file, text, tmp_path)
+    assert real == vocabulary.prompt_ids(text)
+
+
+@pytest.mark.parametrize("text", ["word " * 200_000, "ab" * 500_000])
+def test_a_megabyte_takes_seconds(vocabulary: FileVocabulary, tmp_path: Path, text: str) -> None:
+    start = time.perf_counter()
+    assert len(vocabulary.encode(text)) >= 200_000
+    large = read(tmp_path / "v.gguf", keys())
+    assert len(large.encode(text)) >= 200_000
+    assert time.perf_counter() - start < 60
+
+
 def without(token: str) -> list[tuple[str, float, TokenType]]:
     return [piece for piece in PIECES if piece[0] != token]
 
@@ -201,7 +238,8 @@ def without(token: str) -> list[tuple[str, float, TokenType]]:
         (keys(scores=None), "key tokenizer.ggml.scores is missing"),
         (keys(token_type=None), "key tokenizer.ggml.token_type is missing"),
         (keys(bos_token_id=None), "key tokenizer.ggml.bos_token_id is missing"),
-        (keys(model="gpt2"), "tokenizer 'gpt2' is not supported, expected 'llama'"),
+        (keys(model="gpt2"), "key tokenizer.ggml.merges is missing"),
+        (keys(model="bert"), "tokenizer 'bert' is not supported, expected 'llama' or 'gpt2'"),
         (keys(tokens=list(range(10))), "tokenizer.ggml.tokens is INT32, expected STRING"),
         (keys(scores=["x"]), "tokenizer.ggml.scores is STRING, expected FLOAT32"),
         (keys(bos_token_id="<s>"), "tokenizer.ggml.bos_token_id is STRING, expected UINT32"),
