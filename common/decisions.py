@@ -33,23 +33,30 @@ class DecisionCounts:
         self.hits += int((active & predicted).sum())
 
     def metrics(
-        self, *, rank: int, d_model: int, d_ff: int, ffn_matrices: int = 3
+        self,
+        *,
+        rank: int,
+        d_model: int,
+        d_ff: int,
+        ffn_matrices: int = 3,
+        predictor_width: float = 1.0,
     ) -> dict[str, float]:
         """Return the layer's metrics as fractions.
 
         Recall is pooled over tokens: Σ predicted∧active / Σ active, 1 where nothing is active;
         precision likewise, 1 where nothing is predicted. The FFN bytes ratio is what a decoded
         token reads relative to dense: (predictor bytes + predicted-active share × FFN bytes) /
-        FFN bytes, with all weights of one type.
+        FFN bytes.
 
         Args:
             rank: hidden units of the predictor.
             d_model: hidden size.
             d_ff: neurons of the layer.
             ffn_matrices: matrices of the FFN, 3 if gated, else 2.
+            predictor_width: bytes of a predictor's weight relative to one of the FFN.
         """
         predicted = self.predicted / self.decisions
-        predictor = rank * (d_model + d_ff) / (ffn_matrices * d_model * d_ff)
+        predictor = predictor_width * rank * (d_model + d_ff) / (ffn_matrices * d_model * d_ff)
         return {
             "activation_sparsity": 1 - self.active / self.decisions,
             "activation_recall": self.hits / self.active if self.active else 1.0,

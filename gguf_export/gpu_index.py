@@ -25,7 +25,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from common.errors import ExportError
 from common.files import atomic_path
-from gguf_export.gpu_split import F16_BLOCK
+from gguf_export.gpu_split import F16_GROUPS, Groups
 from gguf_export.reader import GGUFFile, TensorInfo
 from gguf_export.schema import ALIGNMENT, SPARSE_MAGIC
 
@@ -49,7 +49,12 @@ def index_path(model_file: Path) -> Path:
     return model_file.with_name(f"{model_file.name}.generated.gpuidx")
 
 
-def write_gpu_index(path: Path, chosen: Sequence[torch.Tensor], vram_capacity: int) -> None:
+def write_gpu_index(
+    path: Path,
+    chosen: Sequence[torch.Tensor],
+    vram_capacity: int,
+    groups: Groups = F16_GROUPS,
+) -> None:
     """Write an index, whole or not at all.
 
     Args:
@@ -57,12 +62,14 @@ def write_gpu_index(path: Path, chosen: Sequence[torch.Tensor], vram_capacity: i
         chosen: per layer, (d_ff,) bool, True for neurons on the GPU.
         vram_capacity: bytes of VRAM that they need; PowerInfer takes the index if it has as many.
 
+        groups: what PowerInfer's kernels need for the type of the model's FFN.
+
     Raises:
         ExportError: a layer's number of neurons on the GPU is one that PowerInfer cannot run.
         OutputError: the system refused a write.
     """
     for layer, mask in enumerate(chosen):
-        _check(layer, mask)
+        _check(layer, mask, groups)
     tensors = list(_tensors(chosen))
     with atomic_path(path) as part:
         _write_header(part, tensors, vram_capacity)
@@ -75,15 +82,20 @@ def write_gpu_index(path: Path, chosen: Sequence[torch.Tensor], vram_capacity: i
                 file.write(bytes(-data.nbytes % ALIGNMENT))
 
 
-def _check(layer: int, mask: torch.Tensor) -> None:
+def _check(layer: int, mask: torch.Tensor, groups: Groups) -> None:
     assert mask.dtype == torch.bool
     assert mask.dim() == 1
     number = int(mask.sum())
-    if number % F16_BLOCK and number != len(mask):
-        raise ExportError(
-            f"layer {layer} has {number} neurons on the GPU; PowerInfer's CUDA kernels stop unless "
-            f"it is a multiple of {F16_BLOCK} or all {len(mask)}"
-        )
+    if not groups.allow(number, len(mask)):
+        raise ExportError(f"{_refusal(layer, number, len(mask), groups)}; choose them in groups")
+
+
+def _refusal(layer: int, number: int, neurons: int, groups: Groups) -> str:
+    whole = f" or all {neurons}" if groups.rest else ""
+    return (
+        f"layer {layer} has {number} neurons on the GPU; PowerInfer's CUDA kernels need a multiple "
+        f"of {groups.block}{whole}"
+    )
 
 
 def _tensors(chosen: Sequence[torch.Tensor]) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
@@ -128,13 +140,16 @@ class _IndexFile(GGUFFile):
         return tensors
 
 
-def read_gpu_index(path: Path, n_layers: int, d_ff: int) -> tuple[list[torch.Tensor], int]:
+def read_gpu_index(
+    path: Path, n_layers: int, d_ff: int, groups: Groups = F16_GROUPS
+) -> tuple[list[torch.Tensor], int]:
     """Read an index and check it against the model.
 
     Args:
         path: see `index_path`.
         n_layers: the model's blocks.
         d_ff: their neurons.
+        groups: what PowerInfer's kernels need for the type of the model's FFN.
 
     Returns:
         Per layer, (d_ff,) bool, True for neurons on the GPU; and the bytes of VRAM they need.
@@ -152,6 +167,9 @@ def read_gpu_index(path: Path, n_layers: int, d_ff: int) -> tuple[list[torch.Ten
     if list(file.tensors) != expected:
         raise file.error(f"holds other tensors than gpu_idx and gpu_bucket of {n_layers} layers")
     chosen = [_layer(file, layer, d_ff) for layer in range(n_layers)]
+    for layer, mask in enumerate(chosen):
+        if not groups.allow(number := int(mask.sum()), d_ff):
+            raise file.error(_refusal(layer, number, d_ff, groups))
     return chosen, int(file.value(CAPACITY_KEY, GGUFValueType.UINT64))
 
 

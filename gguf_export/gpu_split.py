@@ -4,21 +4,54 @@ PowerInfer cannot take any number of a layer's neurons. Prompts of more than 100
 kernel that asserts that the GPU's rows of a split layer are a multiple of 32
 (PowerInfer@d3ebd7c ggml-cuda.cu:ggml_cuda_op_mul_mat_transpose_gemm, called by ggml_cuda_axpy), and
 for Q4_0 the kernel of a single token leaves out the rows after the last whole 256
-(dequantize_axpy_sparse_vec_q4_0_cuda). In F16, layers that are wholly on one side have no such
-limit. So neurons are chosen in groups of `block`; within that the choice is exact.
+(dequantize_axpy_sparse_vec_q4_0_cuda), in layers that are wholly on the GPU too. In F16, layers
+that are wholly on one side have no such limit. So neurons are chosen in groups; within that the
+choice is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from gguf import GGMLQuantizationType
 
-F16_BLOCK = 32
-"""Rows that the CUDA kernels for F16 handle together in a split layer."""
 
-Q4_0_BLOCK = 256
-"""The same for Q4_0."""
+@dataclass(frozen=True)
+class Groups:
+    """In what groups a layer's neurons go to the GPU.
+
+    Attributes:
+        block: neurons of a group.
+        rest: whether the last group of a layer may be smaller; else its neurons stay on the CPU.
+    """
+
+    block: int
+    rest: bool = True
+
+    def __post_init__(self) -> None:
+        """Hold what callers rely on."""
+        assert self.block > 0
+
+    def allow(self, number: int, neurons: int) -> bool:
+        """Tell whether PowerInfer can run a layer with `number` of its `neurons` on the GPU."""
+        return number % self.block == 0 or (self.rest and number == neurons)
+
+    def sizes(self, neurons: int) -> torch.Tensor:
+        """Return the sizes of a layer's groups, (groups,) int64."""
+        whole, rest = divmod(neurons, self.block)
+        sizes = [self.block] * whole + ([rest] if rest and self.rest else [])
+        return torch.tensor(sizes, dtype=torch.int64)
+
+
+F16_GROUPS = Groups(32)
+Q4_0_GROUPS = Groups(256, rest=False)
+
+
+def groups_of(kind: GGMLQuantizationType) -> Groups:
+    """Return the groups for FFN matrices of a type."""
+    return Q4_0_GROUPS if kind is GGMLQuantizationType.Q4_0 else F16_GROUPS
 
 
 def choose_neurons(
@@ -26,20 +59,20 @@ def choose_neurons(
     bytes_per_neuron: Sequence[int],
     budget: int,
     *,
-    block: int = F16_BLOCK,
+    groups: Groups = F16_GROUPS,
 ) -> list[torch.Tensor]:
     """Choose the neurons that fit the budget and are active most often.
 
-    A layer's neurons are sorted by frequency and cut into groups of `block`, of which the last may
-    be smaller. Groups are taken by activations per byte, equal ones by lower layer and then lower
-    index; one that does not fit ends its layer. If all neurons cost the same and `block` divides
-    d_ff, no other choice in such groups has more activations; with `block` 1 it is the exact top-k.
+    A layer's neurons are sorted by frequency and cut into groups. Groups are taken by activations
+    per byte, equal ones by lower layer and then lower index; one that does not fit ends its layer.
+    If all neurons cost the same and the groups' size divides d_ff, no other choice in such groups
+    has more activations; with groups of 1 it is the exact top-k.
 
     Args:
         counts: per layer, (d_ff,) int64, how often each neuron was active.
         bytes_per_neuron: per layer, bytes of one neuron in VRAM.
         budget: bytes for all of them.
-        block: each layer gets a multiple of this many neurons, or all.
+        groups: how many neurons of a layer go together.
 
     Returns:
         Per layer, (d_ff,) bool, True for neurons on the GPU.
@@ -47,10 +80,12 @@ def choose_neurons(
     assert len(counts) == len(bytes_per_neuron)
     assert min(bytes_per_neuron) > 0
     assert budget >= 0
-    assert block > 0
     orders = [torch.sort(layer, descending=True, stable=True).indices for layer in counts]
-    sizes = [_group_sizes(len(layer), block) for layer in counts]
-    sums = [_group_sums(layer[order], block) for layer, order in zip(counts, orders, strict=True)]
+    sizes = [groups.sizes(len(layer)) for layer in counts]
+    sums = [
+        _group_sums(layer[order], groups.block)[: len(size)]
+        for layer, order, size in zip(counts, orders, sizes, strict=True)
+    ]
     cost = [size * each for size, each in zip(sizes, bytes_per_neuron, strict=True)]
     layers = [torch.full_like(size, number) for number, size in enumerate(sizes)]
     taken = _take(torch.cat(sums), torch.cat(cost), torch.cat(layers), budget)
@@ -62,12 +97,6 @@ def choose_neurons(
         mask[order[:number]] = True
         chosen.append(mask)
     return chosen
-
-
-def _group_sizes(neurons: int, block: int) -> torch.Tensor:
-    sizes = torch.full((-(-neurons // block),), block, dtype=torch.int64)
-    sizes[-1] = neurons - block * (len(sizes) - 1)
-    return sizes
 
 
 def _group_sums(sorted_counts: torch.Tensor, block: int) -> torch.Tensor:

@@ -25,7 +25,6 @@ from typing import Literal, Protocol
 import numpy as np
 
 from common.errors import ExportError
-from gguf_export.tensors import PlannedTensor
 
 _UNITS = {
     prefix + unit: base**power
@@ -51,7 +50,7 @@ BUCKET_BYTES = 4
 
 
 class SizedTensor(Protocol):
-    """A tensor of the file, planned or read (`reader.TensorInfo` is one)."""
+    """A tensor of the file, planned or read (`tensors.PlannedTensor`, `reader.TensorInfo`)."""
 
     @property
     def name(self) -> str:
@@ -64,27 +63,6 @@ class SizedTensor(Protocol):
     @property
     def size(self) -> int:
         """Bytes of its data."""
-
-
-@dataclass(frozen=True)
-class FileTensor:
-    """A `SizedTensor` made by hand.
-
-    Attributes:
-        name: name in the file.
-        shape: numpy order.
-        size: bytes of its data.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    size: int
-
-    @classmethod
-    def planned(cls, tensor: PlannedTensor) -> FileTensor:
-        """Return the size of a tensor that is about to be written."""
-        elements = int(np.prod(tensor.shape, dtype=np.int64))
-        return cls(tensor.name, tensor.shape, elements * np.dtype(tensor.dtype).itemsize)
 
 
 @dataclass(frozen=True, kw_only=True)

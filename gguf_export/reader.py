@@ -7,7 +7,7 @@ little-endian; types: the `gguf` package's constants.
 
 from __future__ import annotations
 
-import math
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from common.errors import FormatError
+from gguf_export.element_types import READABLE, data_size, decode
 from gguf_export.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
 
 _SCALARS = {
@@ -35,11 +36,6 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<d",
 }
 _MAX_DIMS = 4
-_PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
-    GGMLQuantizationType.F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.I32: np.dtype("<i4"),
-}
 
 
 @dataclass(frozen=True)
@@ -199,11 +195,10 @@ class GGUFFile:
         base = -(-self._at // ALIGNMENT) * ALIGNMENT
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in infos:
-            block, block_bytes = GGML_QUANT_SIZES[kind]
-            size = math.prod(shape) // block * block_bytes
+            size = data_size(shape, kind)
             if name in tensors:
                 raise self.error(f"tensor {name} appears twice")
-            if 0 in shape or shape[-1] % block:
+            if 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
                 raise self.error(f"tensor {name} has shape {shape}, no multiple of its block")
             if offset % ALIGNMENT:
                 raise self.error(f"tensor {name} is not aligned to {ALIGNMENT} bytes")
@@ -228,19 +223,38 @@ class GGUFFile:
             return value.data.decode("utf-8", "replace")
         return value.data
 
-    def tensor(self, name: str) -> npt.NDArray[Any]:
-        """Return a tensor's data as a read-only array mapped from the file.
+    def forget(self) -> None:
+        """Give memory back that holds what was read of the file; it is read again when needed.
+
+        Otherwise a walk over all tensors ends with the whole file in memory.
+        """
+        mapped = self._bytes.base
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+    def tensor(self, name: str, rows: npt.NDArray[np.integer[Any]] | None = None) -> Any:
+        """Return a tensor's numbers, numpy array.
+
+        Args:
+            name: its name.
+            rows: return these rows of a matrix only.
+
+        Returns:
+            F32, F16 and I32 as they are, mapped from the file and read-only if whole; what is
+            quantised as float32.
 
         Raises:
-            FormatError: the tensor is missing or of a type other than F32, F16 or I32.
+            FormatError: the tensor is missing or of another type.
         """
         info = self.tensors.get(name)
         if info is None:
             raise self.error(f"tensor {name} is missing")
-        if info.kind not in _PLAIN:
+        if info.kind not in READABLE:
             raise FormatError(
-                f"{self.path}: tensor {name} has type {info.kind.name}, which this psp does not "
-                "run; export with F16"
+                f"{self.path}: tensor {name} has type {info.kind.name}, which PowerInfer's sparse "
+                "operators do not run; export with f16 or q4_0"
             )
-        data = self._bytes[info.start : info.start + info.size]
-        return data.view(_PLAIN[info.kind]).reshape(info.shape)
+        data, shape = self._bytes[info.start : info.start + info.size], info.shape
+        if rows is not None:
+            data, shape = data.reshape(shape[0], -1)[rows].reshape(-1), (len(rows), *shape[1:])
+        return decode(data, shape, info.kind)

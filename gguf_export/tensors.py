@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from gguf import GGMLQuantizationType
+from torch.nn.functional import pad
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule, Transform
+from gguf_export.element_types import EMBEDDING, HEAD, FileTypes, data_size
 from gguf_export.predictor_source import PredictorSource
 from gguf_export.schema import DENSE_DOWN, DOWN, FC1, FC2
 
@@ -23,15 +24,20 @@ class PlannedTensor:
     Attributes:
         name: its name in the file.
         shape: numpy order.
-        dtype: float32 for vectors, float16 for matrices: PowerInfer's CPU axpy reads the down
-            matrix as F16 whatever the header says, and its 1-D kernels want F32.
-        read: makes the data when its turn comes, so that one tensor is in memory at a time.
+        kind: element type.
+        read: returns the numbers when their turn comes, mapped from the checkpoint where nothing
+            but their order changes.
     """
 
     name: str
     shape: tuple[int, ...]
-    dtype: npt.DTypeLike
-    read: Callable[[], npt.NDArray[np.generic]]
+    kind: GGMLQuantizationType
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data in the file."""
+        return data_size(self.shape, self.kind)
 
 
 def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -49,6 +55,21 @@ def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
 
+def group_qkv(weight: torch.Tensor, model: ModelShape) -> torch.Tensor:
+    """Reorder Falcon's fused rows: all queries, then all keys, then all values.
+
+    In Hugging Face's layout every key/value head has its queries, its key and its value together.
+    Source: PowerInfer@d3ebd7c convert-hf-to-powerinfer-gguf.py:FalconModel.write_tensors.
+
+    Args:
+        weight: ((n_heads + 2 · n_kv_heads) · head size, columns).
+        model: gives the numbers of heads.
+    """
+    groups = weight.reshape(model.n_kv_heads, -1, model.head_dim, weight.shape[1])
+    parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
+    return torch.cat([part.reshape(-1, weight.shape[1]) for part in parts])
+
+
 def transformed_shape(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
     """Return a tensor's shape in the file."""
     return shape[::-1] if transform == "transpose" else shape
@@ -60,59 +81,61 @@ def apply_transform(weight: torch.Tensor, transform: Transform, model: ModelShap
         return permute_rope(weight, model.n_heads)
     if transform == "permute_k":
         return permute_rope(weight, model.n_kv_heads)
+    if transform == "group_qkv":
+        return group_qkv(weight, model)
     return weight.T if transform == "transpose" else weight
 
 
-def plan_model(checkpoint: Checkpoint, *, sparse: bool) -> Iterator[PlannedTensor]:
+def plan_model(
+    checkpoint: Checkpoint, *, sparse: bool, types: FileTypes
+) -> Iterator[PlannedTensor]:
     """Yield the model's tensors as its family lists them.
 
     Args:
         checkpoint: the model.
         sparse: a dense file has the down matrix under another name and not transposed
             (PowerInfer@d3ebd7c llama.cpp:llm_load_tensors).
+        types: of its elements.
     """
-    model = checkpoint.shape
-    for rule in checkpoint.architecture.tensors:
-        assert rule.target is not None
-        if not sparse and rule.transform == "transpose":
-            rule = replace(rule, target=rule.target.replace(DOWN, DENSE_DOWN), transform="none")
-        assert rule.target is not None
+    model, rules = checkpoint.shape, list(checkpoint.architecture.exported)
+    head = HEAD if any(target == HEAD for _, target in rules) else EMBEDDING
+    for rule, target in rules:
+        if not sparse:
+            target = target.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
+            transform = "none" if rule.transform == "transpose" else rule.transform
+            rule = replace(rule, transform=transform)
         for layer in range(model.n_layers if rule.per_layer else 1):
             shape = transformed_shape(rule.shape(model), rule.transform)
-            yield PlannedTensor(
-                rule.target.format(layer=layer),
-                shape,
-                np.float32 if len(shape) == 1 else np.float16,
-                partial(_read_model, checkpoint, rule, layer),
-            )
+            name = target.format(layer=layer)
+            read = partial(_read_model, checkpoint, rule, layer)
+            yield PlannedTensor(name, shape, types.of(name, shape, head), read)
 
 
 def plan_predictors(
-    predictors: PredictorSource, ranks: Sequence[int], model: ModelShape
+    predictors: PredictorSource, ranks: Sequence[int], model: ModelShape, types: FileTypes
 ) -> Iterator[PlannedTensor]:
-    """Yield the predictors' tensors, given the rank of each layer."""
+    """Yield the predictors' tensors, given the rank of each layer.
+
+    A rank that the type does not allow is padded: a hidden unit without weights is always 0.
+    """
     for layer, rank in enumerate(ranks):
-        for name, part, shape in (
+        rank += -rank % types.rank_block
+        for pattern, part, shape in (
             (FC1, "fc1", (rank, model.d_model)),
             (FC2, "fc2", (model.d_ff, rank)),
         ):
-            read = partial(_read_predictor, predictors, layer, part)
-            yield PlannedTensor(name.format(layer=layer), shape, np.float16, read)
+            name = pattern.format(layer=layer)
+            read = partial(_read_predictor, predictors, layer, part, shape)
+            yield PlannedTensor(name, shape, types.of(name, shape), read)
 
 
-def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> npt.NDArray[np.generic]:
-    tensor = apply_transform(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
-    if tensor.dim() == 1:
-        tensor = tensor.float()
-    elif tensor.dtype != torch.float16:
-        half = tensor.half()
-        # What does not fit goes on as it is, so that it is refused by its own value.
-        fits = bool(torch.isfinite(torch.stack(torch.aminmax(half))).all())
-        tensor = half if fits else tensor.float()
-    array: npt.NDArray[np.generic] = tensor.contiguous().numpy()
-    return array
+def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> torch.Tensor:
+    return apply_transform(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
 
 
-def _read_predictor(predictors: PredictorSource, layer: int, part: str) -> npt.NDArray[np.generic]:
-    array: npt.NDArray[np.generic] = getattr(predictors.layer(layer), part).numpy()
-    return array
+def _read_predictor(
+    predictors: PredictorSource, layer: int, part: str, shape: tuple[int, ...]
+) -> torch.Tensor:
+    found: torch.Tensor = getattr(predictors.layer(layer), part)
+    rows, columns = (want - have for want, have in zip(shape, found.shape, strict=True))
+    return pad(found, (0, columns, 0, rows)) if rows or columns else found

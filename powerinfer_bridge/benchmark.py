@@ -118,8 +118,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
 
 def _room(config: BenchConfig, engine: Engine) -> int:
     """Return the tokens that prompt and continuation take."""
-    prompt = 1 + len(engine.vocabulary.encode(config.prompt, space_prefix=False))
-    needed = prompt + config.generate
+    needed = len(engine.vocabulary.prompt_ids(config.prompt)) + config.generate
     if needed > engine.hyper.context_length:
         raise EngineError(
             f"prompt and -n need {needed} tokens, the model's context is "
@@ -153,7 +152,14 @@ def _decisions(engine: Engine, counts: list[DecisionCounts]) -> dict[str, Any]:
     """Return the means over layers of all metrics, and the metrics of each layer."""
     hyper = engine.hyper
     layers = [
-        layer.metrics(rank=engine.rank(number), d_model=hyper.d_model, d_ff=hyper.d_ff)
+        layer.metrics(
+            rank=engine.rank(number),
+            d_model=hyper.d_model,
+            d_ff=hyper.d_ff,
+            ffn_matrices=3 if hyper.graph.gated else 2,
+            predictor_width=engine.weights.width(f"blk.{number}.fc2")
+            / engine.weights.width(f"blk.{number}.ffn_up"),
+        )
         for number, layer in enumerate(counts)
     ]
     return {**mean_metrics(layers), "layers": layers}

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import pytest
 import torch
 from conftest import refused
+from gguf import GGMLQuantizationType
 
 from common.errors import ExportError
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_split import Q4_0_BLOCK, captured_share, choose_neurons, split_bytes
-from gguf_export.memory_plan import (
-    FileTensor,
-    MemoryPlan,
-    MemorySettings,
-    plan_memory,
-)
+from gguf_export.gpu_split import Q4_0_GROUPS, Groups, captured_share, choose_neurons, split_bytes
+from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
 from gguf_export.reader import GGUFFile
 from gguf_export.tensors import PlannedTensor
 
 GIB = 1024**3
 
 
-def f16(name: str, *shape: int) -> FileTensor:
-    return FileTensor(name, shape, 2 * math.prod(shape))
+def f16(name: str, *shape: int) -> PlannedTensor:
+    return PlannedTensor(name, shape, GGMLQuantizationType.F16, lambda: torch.empty(0))
 
 
-def f32(name: str, *shape: int) -> FileTensor:
-    return FileTensor(name, shape, 4 * math.prod(shape))
+def f32(name: str, *shape: int) -> PlannedTensor:
+    return PlannedTensor(name, shape, GGMLQuantizationType.F32, lambda: torch.empty(0))
 
 
-def llama(n_layers: int, d_model: int, d_ff: int, kv: int, rank: int) -> Iterator[FileTensor]:
+def llama(n_layers: int, d_model: int, d_ff: int, kv: int, rank: int) -> Iterator[PlannedTensor]:
     """Tensors of a LLaMA of 32,000 tokens in F16, in no order that PowerInfer knows."""
     yield f16("token_embd.weight", 32000, d_model)
     yield f16("output.weight", 32000, d_model)
@@ -183,11 +177,8 @@ def test_exported_file_is_planned_as_worked_out(exact_bundle: Bundle) -> None:
     file = GGUFFile(exact_bundle.model_file)
     settings = MemorySettings(budget=GIB, n_layers=2, kv_width=32)
     after = plan_memory(file.tensors.values(), settings)
-    planned = [
-        PlannedTensor(t.name, t.shape, [np.float32, np.float16][t.kind], lambda: np.empty(0))
-        for t in file.tensors.values()
-    ]
-    assert plan_memory(map(FileTensor.planned, planned), settings) == after
+    planned = [(f32, f16)[t.kind](t.name, *t.shape) for t in file.tensors.values()]
+    assert plan_memory(planned, settings) == after
     attention = 256 + (2 * 64 * 64 + 2 * 32 * 64) * 2
     layer = attention + (128 * 64 + 1012 * 128) * 2 + 256
     placed = 2 * layer + 256 + 320 * 64 * 2 + 2 * (2 * 512 * 32 * 2)
@@ -228,7 +219,7 @@ def total(layers: Sequence[torch.Tensor]) -> int:
 def test_single_neurons_are_the_exact_top_of_all_layers() -> None:
     counts = [torch.randint(0, 400, (1012,)) for _ in range(12)]
     for number in (0, 1, 31, 5000, 12 * 1012 - 1, 12 * 1012):
-        chosen = choose_neurons(counts, [388] * 12, number * 388 + 387, block=1)
+        chosen = choose_neurons(counts, [388] * 12, number * 388 + 387, groups=Groups(1))
         assert total(chosen) == number
         ranking = sorted(
             (
@@ -253,7 +244,7 @@ def test_no_other_choice_of_blocks_has_more_activations(block: int) -> None:
             for numbers in itertools.product(range(0, 7, block), repeat=3)
             if sum(numbers) <= budget
         )
-        chosen = choose_neurons(counts, [10] * 3, 10 * budget, block=block)
+        chosen = choose_neurons(counts, [10] * 3, 10 * budget, groups=Groups(block))
         assert split_bytes(chosen, [10] * 3) <= 10 * budget
         assert sum(int(c[mask].sum()) for c, mask in zip(counts, chosen, strict=True)) == best
 
@@ -281,7 +272,7 @@ def test_one_neuron_less_than_everything_costs_one_block() -> None:
     chosen = choose_neurons(counts, [388] * 11, everything - 388)
     # 1012 = 31 · 32 + 20: the smallest block to leave out is a layer's last.
     assert 11 * 1012 - total(chosen) in (20, 32)
-    single = choose_neurons(counts, [388] * 11, everything - 388, block=1)
+    single = choose_neurons(counts, [388] * 11, everything - 388, groups=Groups(1))
     assert total(single) == 11 * 1012 - 1
 
 
@@ -291,7 +282,7 @@ def test_ties_go_to_the_lower_layer_and_index() -> None:
     assert chosen[0].all()
     assert chosen[1].nonzero().flatten().tolist() == list(range(64))
     assert total(chosen[2:]) == 0
-    within = choose_neurons([torch.tensor([3, 7, 7, 3])] * 2, [1] * 2, 5, block=1)
+    within = choose_neurons([torch.tensor([3, 7, 7, 3])] * 2, [1] * 2, 5, groups=Groups(1))
     assert [mask.tolist() for mask in within] == [
         [True, True, True, False],
         [False] + [True] * 2 + [False],
@@ -301,11 +292,13 @@ def test_ties_go_to_the_lower_layer_and_index() -> None:
 def test_cheap_layers_go_first_and_a_full_purse_is_spent() -> None:
     """Per byte, layer 1 (8 bytes) is worth more; the last byte-hungry neuron is passed over."""
     counts = [torch.tensor([12, 11, 2, 1]), torch.tensor([9, 8, 7, 6])]
-    chosen = choose_neurons(counts, [100, 8], 100, block=1)
+    chosen = choose_neurons(counts, [100, 8], 100, groups=Groups(1))
     assert [mask.tolist() for mask in chosen] == [[False] * 4, [True] * 4]
-    chosen = choose_neurons(counts, [100, 8], 32 + 100, block=1)
+    chosen = choose_neurons(counts, [100, 8], 32 + 100, groups=Groups(1))
     assert [mask.tolist() for mask in chosen] == [[True, False, False, False], [True] * 4]
-    chosen = choose_neurons([torch.tensor([90, 80]), torch.tensor([3, 2])], [20, 1], 22, block=1)
+    chosen = choose_neurons(
+        [torch.tensor([90, 80]), torch.tensor([3, 2])], [20, 1], 22, groups=Groups(1)
+    )
     assert [mask.tolist() for mask in chosen] == [[True, False], [True, True]]
 
 
@@ -324,7 +317,7 @@ def test_seventy_billion_parameters_take_one_round(monkeypatch: pytest.MonkeyPat
     chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget)
     assert rounds == [80 * 896]
     assert total(chosen) == plan.ffn_budget // (32 * 49156) * 32
-    chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, block=1)
+    chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=Groups(1))
     assert rounds == [80 * 896, 80 * 28672]
     assert total(chosen) == plan.ffn_budget // 49156
 
@@ -371,7 +364,7 @@ def test_captured_share_is_at_least_that_of_other_splits(share: float) -> None:
     proportional = captured_share(counts, [layer >= layer.sort().values[-each] for layer in counts])
     assert mine >= mended > mixed + 0.02
     assert mine > proportional
-    exact = captured_share(counts, choose_neurons(counts, [24580] * 12, budget, block=1))
+    exact = captured_share(counts, choose_neurons(counts, [24580] * 12, budget, groups=Groups(1)))
     assert exact - 1e-3 < mine <= exact
 
 
@@ -379,7 +372,7 @@ def test_upstream_leaves_vram_unused_in_a_70b() -> None:
     """It takes a neuron for 2.25 · d_ff bytes: 64,512 where one has 49,156."""
     counts = statistics(12, 28672)
     budget = 12 * 10_000 * 49156
-    mine = choose_neurons(counts, [49156] * 12, budget, block=Q4_0_BLOCK)
+    mine = choose_neurons(counts, [49156] * 12, budget, groups=Q4_0_GROUPS)
     theirs = upstream(counts, budget, range(12))
     assert total(theirs) == budget // 64512 // 256 * 256
     assert total(mine) == 10_000 * 12 // 256 * 256

@@ -1,0 +1,153 @@
+"""Element types of exported tensors: which PowerInfer runs, and how numbers become them.
+
+Its sparse operators read FFN weights as F16 or Q4_0 whatever the header says (PowerInfer@d3ebd7c
+ggml.c:ggml_compute_forward_mul_mat_axpy; ggml-cuda.cu asserts the same), so there is no third.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+
+from common.errors import ExportError
+from gguf_export.schema import BLOCK
+
+OUTTYPES = {"f16": GGMLQuantizationType.F16, "q4_0": GGMLQuantizationType.Q4_0}
+"""What `--outtype` and `--predictor-type` may be."""
+
+PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: np.dtype("<f4"),
+    GGMLQuantizationType.F16: np.dtype("<f2"),
+    GGMLQuantizationType.I32: np.dtype("<i4"),
+}
+"""Types whose elements are numpy's."""
+
+_FFN = re.compile(r"blk\.\d+\.(ffn_gate|ffn_up|ffn_down_t)\.weight")
+_QUANTIZE = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K)
+"""What PowerInfer's own `quantize` gives the head of a Q4_0 file (llama.cpp:get_k_quant_type)."""
+
+WRITABLE = {*PLAIN, GGMLQuantizationType.Q4_0}
+"""Types that numbers can be written in."""
+
+READABLE = {*WRITABLE, *_QUANTIZE}
+"""Types whose numbers can be read."""
+
+HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
+"""Of these the head and positions stay F16: the head, whose rounding goes into every logit (as with
+`quantize --leave-output-tensor`), and OPT's positions, of which a token reads a single row. OPT's
+head is its embedding."""
+
+_PREDICTOR = (".fc1.weight", ".fc2.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTypes:
+    """Element types of a file.
+
+    Attributes:
+        weights: of the model's matrices, `f16` or `q4_0`.
+        predictors: of the predictors' matrices, likewise.
+    """
+
+    weights: str = "f16"
+    predictors: str = "f16"
+
+    def __post_init__(self) -> None:
+        """Refuse what PowerInfer's sparse operators do not read."""
+        for option, value in (("outtype", self.weights), ("predictor-type", self.predictors)):
+            if value not in OUTTYPES:
+                raise ExportError(
+                    f"--{option} {value}: PowerInfer's sparse operators read FFN weights as F16 or "
+                    "Q4_0 whatever the file says and compute nonsense from others; choose f16 or "
+                    "q4_0"
+                )
+
+    def of(self, name: str, shape: tuple[int, ...], head: str = HEAD) -> GGMLQuantizationType:
+        """Return the type of a tensor.
+
+        Args:
+            name: its name in the file.
+            shape: numpy order; vectors are F32.
+            head: the matrix that makes logits, where it is another.
+        """
+        if len(shape) == 1:
+            return GGMLQuantizationType.F32
+        if name.endswith(_PREDICTOR):
+            return OUTTYPES[self.predictors]
+        left = name in (head, POSITIONS)
+        return GGMLQuantizationType.F16 if left else OUTTYPES[self.weights]
+
+    @property
+    def file_type(self) -> LlamaFileType:
+        """`general.file_type`."""
+        q4_0 = self.weights == "q4_0"
+        return LlamaFileType.MOSTLY_Q4_0 if q4_0 else LlamaFileType.MOSTLY_F16
+
+    @property
+    def rank_block(self) -> int:
+        """What a predictor's rank must be a multiple of; it is padded with zeros to it."""
+        return row_block(OUTTYPES[self.predictors])
+
+
+def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, ...]:
+    """Return the types in which a tensor of the file may be stored."""
+    if len(shape) == 1:
+        return (GGMLQuantizationType.F32,)
+    both = tuple(OUTTYPES.values())
+    return both if _FFN.fullmatch(name) else (*both, *_QUANTIZE)
+
+
+def row_block(kind: GGMLQuantizationType) -> int:
+    """Return what the rows of a matrix must be a multiple of.
+
+    Two blocks for Q4_0: the ARM kernels take them in pairs and would read past the row
+    (ggml-quants.c:ggml_vec_dot_q4_0_q8_0).
+    """
+    block: int = GGML_QUANT_SIZES[kind][0]
+    return 2 * block if kind is GGMLQuantizationType.Q4_0 else BLOCK
+
+
+def data_size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    """Return the bytes of a tensor's data; the last dimension is a whole number of blocks."""
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    size: int = math.prod(shape) // block * block_bytes
+    return size
+
+
+def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.NDArray[np.generic]:
+    """Return numbers as the file stores them.
+
+    Args:
+        numbers: float16 or float32, any shape; they fit float16 unless `kind` is F32.
+        kind: F32, F16 or Q4_0. Q4_0 is gguf's own quantiser, which computes as PowerInfer's
+            `quantize` does (ggml-quants.c:quantize_row_q4_0_reference).
+
+    Returns:
+        An array of that type, or bytes (..., row bytes) uint8 for Q4_0.
+    """
+    if kind is GGMLQuantizationType.Q4_0:
+        blocks: npt.NDArray[np.generic] = quants.quantize(np.ascontiguousarray(numbers), kind)
+        return blocks
+    return numbers.astype(PLAIN[kind], copy=False)
+
+
+def decode(
+    data: npt.NDArray[np.uint8], shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> npt.NDArray[np.generic]:
+    """Return the numbers of a tensor's data, in their own type or float32 if quantised.
+
+    Args:
+        data: its bytes, (n,) uint8.
+        shape: numpy order.
+        kind: one of `READABLE`.
+    """
+    if kind in PLAIN:
+        return data.view(PLAIN[kind]).reshape(shape)
+    numbers: npt.NDArray[np.generic] = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
+    return numbers
