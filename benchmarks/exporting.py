@@ -55,6 +55,7 @@ def main(
         out = Path(work) / "out" / "m.powerinfer.gguf"
         runs, copies = [], []
         for _ in range(rounds):
+            shutil.rmtree(out.parent, ignore_errors=True)  # a copy goes to a new file too
             command = [sys.executable, __file__, "--tokenizer", str(tokenizer), "--child"]
             command += [str(model), str(predictors), str(out)]
             done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

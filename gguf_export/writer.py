@@ -1,52 +1,30 @@
-"""Writing of PWRI files, one tensor in memory at a time."""
+"""Writing of PWRI files, a few pieces of a tensor in memory at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGUFWriter, LlamaFileType
+import torch
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
 from tqdm import tqdm
 
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
+from gguf_export.element_types import FileTypes, encode
+from gguf_export.model_keys import add_model_keys
+from gguf_export.overlap import flushed_meanwhile, made_ahead
 from gguf_export.schema import SPARSE_MAGIC
 from gguf_export.tensors import PlannedTensor
-from gguf_export.vocabulary import Vocabulary
+from gguf_export.vocabulary import Vocabulary, add_vocabulary
 
-_F16_MAX = float(np.finfo(np.float16).max)
-
-
-def add_model_keys(
-    writer: GGUFWriter, architecture: Architecture, model: ModelShape, name: str
-) -> None:
-    """Add the keys that PowerInfer reads for a LLaMA-like model (llm_load_hparams)."""
-    writer.add_name(name or architecture.name)
-    writer.add_context_length(model.context_length)
-    writer.add_embedding_length(model.d_model)
-    writer.add_block_count(model.n_layers)
-    writer.add_feed_forward_length(model.d_ff)
-    writer.add_rope_dimension_count(model.head_dim)
-    writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(model.n_kv_heads)
-    writer.add_layer_norm_rms_eps(model.norm_eps)
-    writer.add_rope_freq_base(model.rope_theta)
-    writer.add_file_type(int(LlamaFileType.MOSTLY_F16))
-
-
-def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add the SentencePiece keys."""
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(vocabulary.tokens)
-    writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
-    writer.add_bos_token_id(vocabulary.bos_id)
-    if vocabulary.eos_id >= 0:
-        writer.add_eos_token_id(vocabulary.eos_id)
-    writer.add_unk_token_id(vocabulary.unk_id)
+_PIECE = 1 << 20
+"""Numbers that are converted at once."""
 
 
 def write_file(
@@ -58,6 +36,7 @@ def write_file(
     vocabulary: Vocabulary,
     keys: Mapping[str, float | str],
     tensors: Sequence[PlannedTensor],
+    types: FileTypes,
     sparse: bool,
 ) -> None:
     """Write a PWRI file, which PowerInfer runs sparsely, or a GGUF file, which it runs densely.
@@ -70,6 +49,7 @@ def write_file(
         vocabulary: its tokenizer.
         keys: further keys, written as float32 or string.
         tensors: what to write, in order.
+        types: of their elements.
         sparse: which of the two.
 
     Raises:
@@ -80,6 +60,7 @@ def write_file(
     try:
         add_model_keys(writer, architecture, model, name)
         add_vocabulary(writer, vocabulary)
+        _add_types(writer, types)
         for key, value in keys.items():
             add = writer.add_string if isinstance(value, str) else writer.add_float32
             add(key, value)
@@ -91,32 +72,62 @@ def write_file(
             file.write(SPARSE_MAGIC)
 
 
-class _Whole(np.ndarray[Any, Any]):
-    """Writes itself through the file object, which says why a write failed; numpy does not."""
+def _add_types(writer: GGUFWriter, types: FileTypes) -> None:
+    writer.add_file_type(int(types.file_type))
+    if types.weights == "q4_0":
+        writer.add_quantization_version(GGML_QUANT_VERSION)
 
-    def tofile(self, fid: Any, sep: str = "", format: str = "") -> None:
-        fid.write(np.ascontiguousarray(self).data)
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A tensor as the writer wants it, made and written piece by piece.
+
+    It writes through the file object, which says why a write failed; numpy does not.
+    """
+
+    tensor: PlannedTensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.size
+
+    def tofile(self, file: IO[bytes]) -> None:
+        written = 0
+        for piece in made_ahead(partial(_encode, self.tensor), _pieces(self.tensor.read())):
+            written += file.write(piece.data)
+        assert written == self.nbytes
 
 
 def _write(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
     for tensor in tensors:
-        dtype = np.dtype(tensor.dtype)
-        size = int(np.prod(tensor.shape)) * dtype.itemsize
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, size)
+        # With a type of its own given, the writer takes no notice of numpy's.
+        dtype = np.dtype(np.float32)
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size, tensor.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in tqdm(tensors, unit="tensor", desc="export-gguf", disable=None):
-        writer.write_tensor_data(_convert(tensor).view(_Whole))
+    assert writer.fout is not None
+    with flushed_meanwhile(writer.fout[0].fileno()):
+        for tensor in tqdm(tensors, unit="tensor", desc="export-gguf", disable=None):
+            streamed: Any = _Streamed(tensor)
+            writer.write_tensor_data(streamed)
 
 
-def _convert(tensor: PlannedTensor) -> npt.NDArray[np.generic]:
-    data = tensor.read()
-    if np.dtype(tensor.dtype) == np.float16 and data.dtype != np.float16:
-        largest = float(np.abs(data).max())
-        if not largest <= _F16_MAX:
-            raise ExportError(
-                f"tensor {tensor.name}: largest magnitude {largest:g} does not fit float16, the "
-                "type PowerInfer computes in; the checkpoint cannot be exported"
-            )
-    return data.astype(tensor.dtype, copy=False)
+def _pieces(numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut along the first dimension into views."""
+    rows = max(1, _PIECE * len(numbers) // numbers.numel())
+    return torch.split(numbers, rows)
+
+
+def _encode(tensor: PlannedTensor, piece: torch.Tensor) -> npt.NDArray[np.generic]:
+    if tensor.kind is GGMLQuantizationType.F32:
+        return encode(piece.float().numpy(), tensor.kind)
+    half = piece.half()
+    if piece.dtype != torch.float16 and not torch.isfinite(torch.stack(half.aminmax())).all():
+        largest = float(piece.float().abs().max())
+        raise ExportError(
+            f"tensor {tensor.name}: largest magnitude {largest:g} does not fit float16, the "
+            "type PowerInfer computes in; the checkpoint cannot be exported"
+        )
+    # A copy even where nothing changes: it takes the waiting for a mapped file off the writer.
+    return encode(half.clone(memory_format=torch.contiguous_format).numpy(), tensor.kind)
