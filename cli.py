@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ from common.options import (
     Fraction,
     Group,
     Layers,
+    choice_option,
+    count_option,
     data_option,
     force_option,
     json_option,
     model_option,
     out_option,
     powerinfer_bin_option,
+    predictors_option,
     resume_option,
     seed_option,
     threads_option,
+    types_options,
     vram_options,
 )
 
@@ -42,12 +46,8 @@ def main() -> None:
     show_default=True,
     help="Directory for everything that is made.",
 )
-@click.option(
-    "--size",
-    type=click.Choice(["tiny", "small"]),
-    default="small",
-    show_default=True,
-    help="tiny: seconds, for trying. small: minutes.",
+@choice_option(
+    "--size", ["tiny", "small"], "tiny: seconds, for trying. small: minutes.", default="small"
 )
 @seed_option
 @threads_option
@@ -70,45 +70,27 @@ def quickstart(
     result, paths = run(config)
     if as_json:
         files = {name: str(path) for name, path in paths.all().items()}
-        _print_json({**result, "files": files})
-        return
-    click.echo(bench_table(result))
-    click.echo("\nFiles")
+        return _print_json({**result, "files": files})
+    _echo(bench_table(result))
+    _echo("\nFiles")
     for name, path in paths.all().items():
-        click.echo(f"  {name:<22} {path}")
+        _echo(f"  {name:<22} {path}")
 
 
 @main.command(short_help="Record activation traces of a model.")
 @model_option
 @data_option(required=True, help_text="Text to run the model on.")
 @out_option("TRACES", "Directory for the traces.")
-@click.option(
-    "--tokens", required=True, type=click.IntRange(min=1), help="Tokens to record, in all."
-)
-@click.option(
-    "--context",
-    type=click.IntRange(min=2),
-    default=512,
-    show_default=True,
-    help="Longest window, tokens.",
-)
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Windows run at once."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "bfloat16"]),
-    default="float16",
-    show_default=True,
-    help="How predictor inputs are stored.",
-)
-@click.option(
+@count_option("--tokens", required=True, least=1, help_text="Tokens to record, in all.")
+@count_option("--context", default=512, least=2, help_text="Longest window, tokens.")
+@count_option("--batch", default=8, least=1, help_text="Windows run at once.")
+@choice_option("--dtype", ["float16", "bfloat16"], "How predictor inputs are stored.")
+@choice_option(
     "--importance-bits",
-    type=click.Choice(["0", "2", "4", "8"]),
+    ["0", "2", "4", "8"],
+    "Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
     default="2",
-    show_default=True,
     callback=lambda ctx, parameter, value: int(value),
-    help="Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
 )
 @click.option(
     "--layers",
@@ -116,19 +98,15 @@ def quickstart(
     metavar="0-7,12",
     help="Record these layers only, to go through the model in passes.  [default: all]",
 )
-@click.option(
+@choice_option(
     "--chat-template",
-    type=click.Choice(["auto", "none", "minicpm"]),
-    default="auto",
-    show_default=True,
-    help="Put text in a chat model's format; auto: the model's own if psp knows it.",
+    ["auto", "none", "minicpm"],
+    "Put text in a chat model's format; auto: the model's own if psp knows it.",
 )
-@click.option(
+@choice_option(
     "--weights",
-    type=click.Choice(["auto", "resident", "streamed"]),
-    default="auto",
-    show_default=True,
-    help="Keep the model on the device, or read it block by block; auto: as it fits.",
+    ["auto", "resident", "streamed"],
+    "Keep the model on the device, or read it block by block; auto: as it fits.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Torch device of the model.")
 @seed_option
@@ -146,12 +124,11 @@ def collect(as_json: bool, threads: int, **options: Any) -> None:
     store = run(CollectConfig(**options), lambda line: click.echo(line, err=True))
     summary = trace_summary(store)
     if as_json:
-        _print_json(summary)
-        return
+        return _print_json(summary)
     if store.rows < store.header.tokens:
         click.echo(f"note: the data ended after {store.rows} tokens", err=True)
-    click.echo(layer_table(summary["layers"], None))
-    click.echo(f"\n{store.rows} tokens of {store.documents} documents in {store.path}")
+    _echo(layer_table(summary["layers"], None))
+    _echo(f"\n{store.rows} tokens of {store.documents} documents in {store.path}")
 
 
 @main.group(short_help="Look into collected traces.")
@@ -170,12 +147,11 @@ def traces_info(traces: Path, as_json: bool) -> None:
 
     summary = trace_summary(TraceStore.open(traces))
     if as_json:
-        _print_json(summary)
-        return
+        return _print_json(summary)
     layers = summary.pop("layers")
-    click.echo(fact_table(summary))
+    _echo(fact_table(summary))
     if layers:
-        click.echo("\n" + layer_table(layers, None))
+        _echo("\n" + layer_table(layers, None))
 
 
 @traces.command("check", short_help="Verify every file of a store.")
@@ -188,10 +164,9 @@ def traces_check(traces: Path, as_json: bool) -> None:
 
     result = check_traces(TraceStore.open(traces))
     if as_json:
-        _print_json(result)
-        return
+        return _print_json(result)
     state = "complete" if result["complete"] else "interrupted, go on with 'psp collect --resume'"
-    click.echo(f"{traces}: {result['files']} files of {result['tokens']} tokens are whole; {state}")
+    _echo(f"{traces}: {result['files']} files of {result['tokens']} tokens are whole; {state}")
 
 
 @main.command("train-predictor", short_help="Train a predictor for every layer.")
@@ -199,16 +174,8 @@ def traces_check(traces: Path, as_json: bool) -> None:
     "--traces", required=True, type=PATH, metavar="TRACES", help="Directory from psp collect."
 )
 @out_option("PREDICTORS", "Directory for the predictors.")
-@click.option(
-    "--rank", required=True, type=click.IntRange(min=1), help="Hidden units, a multiple of 32."
-)
-@click.option(
-    "--recipe",
-    type=click.Choice(["psp", "dejavu"]),
-    default="psp",
-    show_default=True,
-    help="psp: ours. dejavu: the published method.",
-)
+@count_option("--rank", required=True, least=1, help_text="Hidden units, a multiple of 32.")
+@choice_option("--recipe", ["psp", "dejavu"], "psp: ours. dejavu: the published method.")
 @click.option(
     "--holdout",
     type=Fraction(0, 0.9, min_open=True),
@@ -237,9 +204,9 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         recipe = artifact.header.recipe["name"]
-        _print_json({"predictors": str(artifact.path), "recipe": recipe, **mean, "layers": layers})
-        return
-    click.echo(layer_table(layers, mean))
+        document = {"predictors": str(artifact.path), "recipe": recipe, **mean, "layers": layers}
+        return _print_json(document)
+    _echo(layer_table(layers, mean))
     if missing := artifact.missing:
         click.echo(
             f"note: {len(missing)} layers are still missing, the first is {missing[0]}; collect "
@@ -250,47 +217,53 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
 
 @main.command("export-gguf", short_help="Write files that PowerInfer runs.")
 @model_option
-@click.option(
-    "--predictors",
-    required=True,
-    type=PATH,
-    metavar="PREDICTORS",
-    help="From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
-)
+@predictors_option
 @out_option("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
+@types_options
 @click.option(
     "--dense",
     is_flag=True,
     help="Also write NAME.dense.gguf, to time against; its text is wrong for ReLU models.",
 )
 @vram_options(required=False)
+@click.option("--no-verify", is_flag=True, help="Skip the check of the written file.")
 @force_option
 @json_option
 def export_gguf(
-    as_json: bool, vram_budget: str | None, context: int, kv_type: str, **options: Any
+    as_json: bool,
+    no_verify: bool,
+    vram_budget: str | None,
+    context: int,
+    kv_type: str,
+    **options: Any,
 ) -> None:
-    """Write the model with its predictors, PowerInfer's predictor directory and statistics."""
-    from common.table import split_table
+    """Write the model with its predictors, PowerInfer's predictor directory and statistics.
+
+    The file is verified before it gets its name; one that fails is not kept.
+    """
+    from common.table import export_table
     from gguf_export.bundle import ExportConfig, export
     from gguf_export.split_file import SplitConfig, split
+    from powerinfer_bridge.verification import ExportCheck
 
     config, split_config = ExportConfig(**options), None
     if vram_budget is not None:
         split_config = SplitConfig(
             file=config.out, vram_budget=vram_budget, context=context, kv_type=kv_type
         )
-    bundle = export(config)
-    paths = {key: str(path) for key, path in vars(bundle).items() if path.exists()}
-    if config.dense:
-        paths["dense_file"] = str(bundle.dense_file)
-    document = {**paths, **({} if split_config is None else split(split_config))}
+    check = None if no_verify else ExportCheck(config.model, config.out)
+    bundle = export(config, check)
+    _warn(bundle.warnings)
+    if check is not None and check.hint:
+        click.echo(f"note: {check.hint}", err=True)
+    document = {
+        **bundle.document(),
+        "verified": check and check.document,
+        **({} if split_config is None else split(split_config)),
+    }
     if as_json:
-        _print_json(document)
-        return
-    for key, path in paths.items():
-        click.echo(f"{key.replace('_', ' '):<22} {path}")
-    if split_config is not None:
-        click.echo("\n" + split_table(document))
+        return _print_json(document)
+    _echo(export_table(document))
 
 
 @main.command("gpu-split", short_help="Choose which neurons live in VRAM.")
@@ -308,9 +281,8 @@ def gpu_split(as_json: bool, **options: Any) -> None:
 
     document = split(SplitConfig(**options))
     if as_json:
-        _print_json(document)
-        return
-    click.echo(split_table(document))
+        return _print_json(document)
+    _echo(split_table(document))
 
 
 @main.command(short_help="Check that PowerInfer will run a file correctly.")
@@ -333,7 +305,7 @@ def verify(as_json: bool, file: Path, **options: Any) -> None:
     if as_json:
         _print_json(document)
     else:
-        click.echo(verification_table(document))
+        _echo(verification_table(document))
     if not document["ok"]:
         raise click.exceptions.Exit(1)
 
@@ -348,40 +320,24 @@ def inspect(file: Path, as_json: bool) -> None:
     document = inspect_file(file)
     if as_json:
         return _print_json(document)
-    click.echo(inspection_table(document))
+    _echo(inspection_table(document))
 
 
 @main.command("bench-powerinfer", short_help="Measure an exported file.")
 @click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
 @powerinfer_bin_option
 @data_option(required=False, help_text="Held-out text.  [default: prose shipped with Python]")
-@click.option(
+@count_option(
     "--ctx",
     "context",
-    type=click.IntRange(min=8),
     default=512,
-    show_default=True,
-    help="Perplexity window, tokens; at most the model's context.",
+    least=8,
+    help_text="Perplexity window, tokens; at most the model's context.",
 )
-@click.option(
-    "--chunks",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Perplexity windows, at most.",
-)
+@count_option("--chunks", default=16, least=1, help_text="Perplexity windows, at most.")
 @click.option("--prompt", default="The ", show_default=True, help="Text to continue.")
-@click.option(
-    "-n",
-    "generate",
-    type=click.IntRange(min=2),
-    default=64,
-    show_default=True,
-    help="Tokens to generate.",
-)
-@click.option(
-    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each kind."
-)
+@count_option("-n", "generate", default=64, least=2, help_text="Tokens to generate.")
+@count_option("--repeats", default=3, least=1, help_text="Runs of each kind.")
 @threads_option
 @json_option
 def bench_powerinfer(as_json: bool, **options: Any) -> None:
@@ -391,10 +347,19 @@ def bench_powerinfer(as_json: bool, **options: Any) -> None:
 
     result = bench(BenchConfig(**options))
     if as_json:
-        _print_json(result)
-        return
-    click.echo(bench_table(result))
+        return _print_json(result)
+    _echo(bench_table(result))
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
 
 
 def _print_json(document: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    _echo(json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _echo(text: str) -> None:
+    """Print text; a file name's bytes that are no characters come escaped, as JSON has them."""
+    click.echo(text.encode("utf-8", "backslashreplace").decode())

@@ -5,13 +5,19 @@ The command line turns a `PspError` into exit code 1; any other exception is a b
 traceback.
 """
 
+_HEAD, _TAIL = 600, 300
+"""Characters of a long message that are kept: where it begins, and the remedy."""
+
 
 class PspError(Exception):
     """Something outside the program is wrong and the user can mend it."""
 
     def __init__(self, message: str) -> None:
-        """Keep the message on one line, whatever a hostile file's names hold."""
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        """Keep the message on one line of bearable length, whatever a hostile file's names hold."""
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        if len(line) > _HEAD + _TAIL:
+            line = f"{line[:_HEAD]} … {line[-_TAIL:]}"
+        super().__init__(line)
 
 
 class DataError(PspError):

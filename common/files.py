@@ -34,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes the file `path` if the block ends without an exception.
 
     Args:
-        path: final name; its directory is made if need be.
+        path: final name; its directory is made if need be. A link stays, its target is replaced.
 
     Yields:
         The temporary path to write to, in the same directory.
@@ -42,13 +42,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the operating system refused a write, a sync or the rename.
     """
-    part = path.with_name(f".{path.name}.part")
+    target = _resolved(path)
+    part = target.with_name(f".{target.name}.part")
     with _cleared(path, part):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part)
-        os.replace(part, path)
-        _sync(path.parent)
+        os.replace(part, target)
+        _sync(target.parent)
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces `path` if the block ends without an exception.
 
     Args:
-        path: final name.
+        path: final name. A link stays, its target is replaced.
 
     Yields:
         An empty directory beside it.
@@ -64,15 +65,21 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the operating system refused a step.
     """
-    part = path.with_name(f".{path.name}.part")
+    target = _resolved(path)
+    part = target.with_name(f".{target.name}.part")
     with _cleared(path, part):
         if part.is_dir():
             shutil.rmtree(part)
         part.mkdir(parents=True)
         yield part
-        remove_output(path)
-        os.rename(part, path)
-        _sync(path.parent)
+        remove_output(target)
+        os.rename(part, target)
+        _sync(target.parent)
+
+
+def _resolved(path: Path) -> Path:
+    """Follow a link, so that what is behind it is replaced as atomically as anything else."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 @contextmanager

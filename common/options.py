@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,6 +59,24 @@ class Group(click.Group):
             return super().invoke(ctx)
         except PspError as error:
             raise click.ClickException(str(error)) from error
+
+
+def count_option(
+    *names: str, least: int, help_text: str, **settings: Any
+) -> Callable[[Command], Command]:
+    """Add an option that takes a number of things, at least `least`."""
+    if "default" in settings:
+        settings["show_default"] = True
+    return click.option(*names, type=click.IntRange(min=least), help=help_text, **settings)
+
+
+def choice_option(
+    name: str, choices: Sequence[str], help_text: str, **settings: Any
+) -> Callable[[Command], Command]:
+    """Add an option that takes one of some words, the first by default."""
+    kind = click.Choice(choices)
+    settings = {"default": choices[0], "show_default": True, **settings}
+    return click.option(name, type=kind, help=help_text, **settings)
 
 
 def model_option(command: Command) -> Command:
@@ -143,21 +161,12 @@ def vram_options(*, required: bool) -> Callable[[Command], Command]:
     """Add `--vram-budget`, `--ctx` and `--kv-type`, the latter two as `context` and `kv_type`."""
 
     def decorate(command: Command) -> Command:
-        command = click.option(
-            "--kv-type",
-            type=click.Choice(["f16", "f32"]),
-            default="f16",
-            show_default=True,
-            help="Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.",
-        )(command)
-        command = click.option(
-            "--ctx",
-            "context",
-            type=click.IntRange(min=1),
-            default=512,
-            show_default=True,
-            help="Context that PowerInfer will be run with (-c), tokens.",
-        )(command)
+        kv_help = "Type of the KV cache in that run; f32 is PowerInfer's --memory-f32."
+        command = choice_option("--kv-type", ["f16", "f32"], kv_help)(command)
+        context_help = "Context that PowerInfer will be run with (-c), tokens."
+        command = count_option("--ctx", "context", least=1, default=512, help_text=context_help)(
+            command
+        )
         return click.option(
             "--vram-budget",
             required=required,
@@ -166,6 +175,56 @@ def vram_options(*, required: bool) -> Callable[[Command], Command]:
         )(command)
 
     return decorate
+
+
+def types_options(command: Command) -> Command:
+    """Add `--outtype` and `--predictor-type`, which the export itself checks."""
+    for name, what in (("--predictor-type", "predictors"), ("--outtype", "the model")):
+        command = click.option(
+            name,
+            metavar="[f16|q4_0]",
+            default="f16",
+            show_default=True,
+            help=f"Element type of the matrices of {what}.",
+        )(command)
+    return command
+
+
+def predictors_option(command: Command) -> Command:
+    """Add `--predictors` and `--import-predictors-from`, of which one must be given.
+
+    Either is passed as `predictors`.
+    """
+    key = "psp.import_predictors_from"
+
+    def keep(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+        ctx.meta[key] = value
+
+    def choose(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+        imported: Path | None = ctx.meta.get(key)
+        if value is None and imported is None:
+            hint = "'--predictors' or '--import-predictors-from'"
+            raise click.MissingParameter(ctx=ctx, param=parameter, param_hint=hint)
+        if value is not None and imported is not None:
+            raise click.UsageError("Pass --predictors or --import-predictors-from, not both.", ctx)
+        return imported if value is None else value
+
+    command = click.option(
+        "--import-predictors-from",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE.gguf",
+        is_eager=True,  # is read before --predictors, wherever it stands
+        expose_value=False,
+        callback=keep,
+        help="Instead of --predictors: take those in a GGUF file, such as a published one.",
+    )(command)
+    return click.option(
+        "--predictors",
+        type=PATH,
+        callback=choose,
+        metavar="PREDICTORS",
+        help="From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
+    )(command)
 
 
 def powerinfer_bin_option(command: Command) -> Command:

@@ -13,6 +13,7 @@ _METRICS = {
     "ffn_bytes_ratio": "FFN bytes",
 }
 _RATIOS = {"ffn_bytes_ratio"}
+_OUTPUTS = ("model_file", "predictor_directory", "activation_directory", "dense_file")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,6 +54,15 @@ def fact_table(facts: Mapping[str, Any]) -> str:
     """Return one line a fact, names aligned."""
     width = max(map(len, facts))
     return "\n".join(f"{name.replace('_', ' '):<{width}}  {facts[name]}" for name in facts)
+
+
+def export_table(document: Mapping[str, Any]) -> str:
+    """Return the lines of an export: its files, what was verified and the GPU split if any."""
+    verified = document["verified"]
+    facts = {key: document[key] for key in _OUTPUTS if key in document}
+    facts["verified"] = "no" if verified is None else f"{len(verified['checks'])} checks hold"
+    lines = "\n".join(f"{key.replace('_', ' '):<22} {value}" for key, value in facts.items())
+    return lines + ("\n\n" + split_table(document) if "gpu_index" in document else "")
 
 
 def split_table(document: Mapping[str, Any]) -> str:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from architectures.checkpoint import Checkpoint
-from architectures.registry import ARCHITECTURES
-from architectures.tokenizer import load_sentencepiece
+from architectures.spec import ModelShape
 from common.errors import ExportError, PredictorError
 from common.files import (
     atomic_directory,
@@ -24,7 +25,9 @@ from common.files import (
     write_json,
 )
 from common.version import tool_version
+from gguf_export.element_types import OUTTYPES, FileTypes, row_block
 from gguf_export.gpu_index import index_path
+from gguf_export.model_vocabulary import read_vocabulary
 from gguf_export.predictor_source import PredictorSource, open_predictors, read_ranks
 from gguf_export.schema import (
     ACTIVATION_THRESHOLD_KEY,
@@ -33,10 +36,13 @@ from gguf_export.schema import (
     THRESHOLD_KEY,
 )
 from gguf_export.tensors import PlannedTensor, plan_model, plan_predictors
-from gguf_export.vocabulary import Vocabulary, read_vocabulary
+from gguf_export.vocabulary import Vocabulary
 from gguf_export.writer import write_file
 
 SUFFIX = ".powerinfer.gguf"
+Check = Callable[[Path], None]
+"""Looks at the model file before it gets its name; raises if it must not get it."""
+
 ACTIVATION_DIRECTORY = "activation"
 """PowerInfer looks for its statistics under this name beside the model file."""
 
@@ -49,6 +55,8 @@ class ExportConfig:
         model: checkpoint directory or hub id.
         predictors: see `predictor_source.open_predictors`.
         out: `NAME.powerinfer.gguf`.
+        outtype: element type of the model's matrices, see `element_types.FileTypes`.
+        predictor_type: the same for predictors.
         dense: write a dense file of the same model too, to time against.
         force: replace existing outputs.
     """
@@ -56,13 +64,21 @@ class ExportConfig:
     model: str
     predictors: Path
     out: Path
+    outtype: str = "f16"
+    predictor_type: str = "f16"
     dense: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse names from which the bundle's other names could not be made."""
+        """Refuse element types that do not run, and names that make no other names."""
         if not self.out.name.endswith(SUFFIX) or self.out.name == SUFFIX:
             raise ExportError(f"--out {self.out}: expected a name that ends in {SUFFIX}")
+        _ = self.types  # refuses others
+
+    @property
+    def types(self) -> FileTypes:
+        """Element types of the files."""
+        return FileTypes(weights=self.outtype, predictors=self.predictor_type)
 
 
 @dataclass(frozen=True)
@@ -75,11 +91,13 @@ class Bundle:
             converters read.
         activation_directory: `activation_N.pt`, hot/cold statistics; not there if imported
             predictors came without.
+        warnings: what a user should know of the files, a line each.
     """
 
     model_file: Path
     predictor_directory: Path
     activation_directory: Path
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def beside(cls, model_file: Path) -> Bundle:
@@ -96,13 +114,21 @@ class Bundle:
         """The dense file, which is only written on demand."""
         return self.model_file.with_name(f"{self.model_file.name.removesuffix(SUFFIX)}.dense.gguf")
 
-    def paths(self) -> tuple[Path, Path, Path]:
-        """Return all outputs."""
-        return self.model_file, self.predictor_directory, self.activation_directory
+    def document(self) -> dict[str, Any]:
+        """Return the outputs that are there and the warnings, ready for JSON."""
+        names = ("model_file", "predictor_directory", "activation_directory", "dense_file")
+        paths = {name: getattr(self, name) for name in names}
+        outputs = {name: str(path) for name, path in paths.items() if path.exists()}
+        return {**outputs, "warnings": list(self.warnings)}
 
 
-def export(config: ExportConfig) -> Bundle:
+def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     """Write the bundle under temporary names; the model file gets its name last.
+
+    Args:
+        config: what to write.
+        check: looks at the model file before anything gets its name. If it raises, nothing does,
+            and existing outputs stay as they are.
 
     Raises:
         PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
@@ -110,23 +136,22 @@ def export(config: ExportConfig) -> Bundle:
     """
     checkpoint = Checkpoint.open(config.model)
     predictors = open_predictors(config.predictors)
-    _check_family(checkpoint)
+    _check_family(checkpoint, config.dense)
     ranks = check_fit(checkpoint, predictors)
+    types = config.types
+    check_rows(checkpoint.shape, types)
     vocab_size = checkpoint.shape.vocab_size
-    vocabulary = read_vocabulary(load_sentencepiece(checkpoint.path, vocab_size), vocab_size)
-    bundle = Bundle.beside(config.out)
+    vocabulary = read_vocabulary(checkpoint.path, vocab_size, checkpoint.config)
+    bundle = replace(Bundle.beside(config.out), warnings=vocabulary.warnings)
     _check_directory(bundle)
     refuse_existing(bundle.model_file, force=config.force)
     refuse_existing(bundle.predictor_directory, force=config.force, marker="config.json")
     refuse_existing(bundle.activation_directory, force=config.force, marker="activation_0.pt")
-    if config.dense:
-        refuse_existing(bundle.dense_file, force=config.force)
-    # PowerInfer would load the index of an earlier model without a look at its sizes.
-    stale = index_path(bundle.model_file)
-    refuse_existing(stale, force=config.force)
+    refuse_existing(bundle.dense_file, force=config.force)
+    refuse_existing(index_path(bundle.model_file), force=config.force)
     tensors = [
-        *plan_model(checkpoint, sparse=True),
-        *plan_predictors(predictors, ranks, checkpoint.shape),
+        *plan_model(checkpoint, sparse=True, types=types),
+        *plan_predictors(predictors, ranks, checkpoint.shape, types),
     ]
     with (
         atomic_path(bundle.model_file) as model_file,
@@ -138,13 +163,22 @@ def export(config: ExportConfig) -> Bundle:
         if activation_directory is not None:
             _write_activation(activation_directory, predictors)
         keys = _sparse_keys(checkpoint, predictors)
-        _write(model_file, bundle.model_file, checkpoint, vocabulary, keys, tensors)
+        _write(model_file, bundle.model_file, checkpoint, vocabulary, keys, tensors, types)
+        if check is not None:
+            check(model_file)
         if dense_file is not None:
             note: dict[str, float | str] = {"psp.note": dense_note(checkpoint)}
-            dense = list(plan_model(checkpoint, sparse=False))
-            _write(dense_file, bundle.dense_file, checkpoint, vocabulary, note, dense)
-        remove_output(stale)
+            dense = list(plan_model(checkpoint, sparse=False, types=types))
+            _write(dense_file, bundle.dense_file, checkpoint, vocabulary, note, dense, types)
+        _remove_stale(bundle, config)
     return bundle
+
+
+def _remove_stale(bundle: Bundle, config: ExportConfig) -> None:
+    """Remove what an earlier model left: its index, which PowerInfer would load, its dense file."""
+    remove_output(index_path(bundle.model_file))
+    if not config.dense:
+        remove_output(bundle.dense_file)
 
 
 @contextmanager
@@ -182,6 +216,7 @@ def _write(
     vocabulary: Vocabulary,
     keys: dict[str, float | str],
     tensors: list[PlannedTensor],
+    types: FileTypes,
 ) -> None:
     """Write one of the two model files to `path`, whose final name `target` errors show."""
     try:
@@ -189,10 +224,11 @@ def _write(
             path,
             architecture=checkpoint.architecture,
             model=checkpoint.shape,
-            name=checkpoint.path.resolve().name,
+            name=os.fsencode(checkpoint.path.resolve().name).decode("utf-8", "replace"),
             vocabulary=vocabulary,
             keys=keys | _provenance(checkpoint),
             tensors=tensors,
+            types=types,
             sparse=THRESHOLD_KEY in keys,
         )
     except OSError as error:
@@ -208,13 +244,10 @@ def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def dense_note(checkpoint: Checkpoint) -> str:
-    """Return what a user must know of a dense file (PowerInfer@d3ebd7c build_llama_variants)."""
-    if checkpoint.architecture.gguf_name == "bamboo":
-        return "dense file for timing; PowerInfer computes dReLU, other programs may not"
-    return (
-        "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in dense "
-        "mode, so the text of this ReLU model is wrong"
-    )
+    """Return what a user must know of a dense file."""
+    note = checkpoint.architecture.dense_note
+    assert note is not None, "refused before"
+    return note
 
 
 def _check_directory(bundle: Bundle) -> None:
@@ -232,12 +265,30 @@ def _check_directory(bundle: Bundle) -> None:
         )
 
 
-def _check_family(checkpoint: Checkpoint) -> None:
-    if checkpoint.architecture.gguf_name is None:
-        families = sorted({family.name for family in ARCHITECTURES if family.gguf_name})
+def _check_family(checkpoint: Checkpoint, dense: bool) -> None:
+    """Refuse a sound model for which PowerInfer has no graph.
+
+    Raises:
+        ExportError: another context than the graph's, a head that the graph does not read, or a
+            dense file that PowerInfer cannot run.
+    """
+    family, shape = checkpoint.architecture, checkpoint.shape
+    if family.context_length not in (None, shape.context_length):
         raise ExportError(
-            f"{checkpoint.path}: family {checkpoint.architecture.name} cannot be exported yet; "
-            f"those that can: {', '.join(families)}"
+            f"{checkpoint.path}: context of {shape.context_length} tokens; PowerInfer's "
+            f"{family.gguf_name} graph has exactly {family.context_length} positions"
+        )
+    for rule in family.tensors:
+        if rule.target is None and not shape.tied_embeddings:
+            raise ExportError(
+                f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
+                f"only head in PowerInfer's {family.gguf_name} graph; tie_word_embeddings must be "
+                "true"
+            )
+    if dense and family.dense_note is None:
+        raise ExportError(
+            f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
+            "reads a tensor that its loader never makes; leave --dense out"
         )
 
 
@@ -274,6 +325,22 @@ def check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]:
         if size % BLOCK or not size:
             raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
     return ranks
+
+
+def check_rows(shape: ModelShape, types: FileTypes) -> None:
+    """Refuse sizes that do not go into the blocks of a type.
+
+    Q4_0's hold for d_model, the row size of most matrices, and for d_ff: activations that multiply
+    the down matrix are rounded in blocks too (ggml.c:ggml_compute_forward_mul_mat_axpy_q4_0).
+
+    Raises:
+        ExportError: a size that is no multiple of the block.
+    """
+    pairs = [(shape.d_model, types.weights), (shape.d_ff, types.weights)]
+    for size, name in (*pairs, (shape.d_model, types.predictors)):
+        block = row_block(OUTTYPES[name])
+        if name == "q4_0" and size % block:
+            raise ExportError(f"size {size} is no multiple of {block}, as q4_0 needs; choose f16")
 
 
 def _write_tensor_file(path: Path, content: object) -> None:

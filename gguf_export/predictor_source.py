@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from gguf import GGUFValueType
 
 from architectures.tensor_files import TensorFiles
 from common.errors import PredictorError
@@ -20,6 +22,11 @@ from predictor.artifact import LayerPredictor, PredictorArtifact
 
 _FETCH = "fetch the predictors again"
 _MOST_LAYERS = 10_000
+_LARGEST = torch.finfo(torch.float32).max
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
 _EMBEDDED = "model.layers.{layer}.mlp.predictor.{part}.weight"
 
 
@@ -83,9 +90,11 @@ def _from_directory(path: Path) -> PredictorSource:
     if (path / "config.json").exists():
         config = read_json(path / "config.json", PredictorError, _FETCH)
     threshold = config.get("sparse_threshold", 0.0)
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+    plain = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not plain or not abs(threshold) <= _LARGEST:
         raise PredictorError(
-            f"{path}/config.json: sparse_threshold is {threshold!r}, expected a number; {_FETCH}"
+            f"{path}/config.json: sparse_threshold is {repr(threshold)[:40]}, expected a number "
+            f"that fits float32; {_FETCH}"
         )
     n_layers = 0
     while n_layers < _MOST_LAYERS and (path / f"model_{n_layers}.pt").is_file():
@@ -145,8 +154,11 @@ def _from_file(path: Path) -> PredictorSource:
         n_layers += 1
     if not n_layers:
         raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight); pass another file")
-    value = file.values.get(THRESHOLD_KEY)
-    threshold = float(value.data) if value is not None and isinstance(value.data, float) else 0.0
+    threshold = 0.0
+    if THRESHOLD_KEY in file.values:
+        threshold = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
+        if not math.isfinite(threshold):
+            raise file.error(f"{THRESHOLD_KEY} is {threshold}")
 
     counted = _counted(path.parent, n_layers)
 
@@ -166,12 +178,27 @@ def _from_file(path: Path) -> PredictorSource:
 
 
 def _half(file: Path, name: str, value: object) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor) or value.dim() != 2 or not value.is_floating_point():
+    if not _plain(value) or value.dim() != 2 or not value.is_floating_point():
         raise PredictorError(f"{file}: {name} is missing or no matrix; {_FETCH}")
     half = value.half()
     if not torch.isfinite(half).all():
         raise PredictorError(f"{file}: {name} does not fit float16; {_FETCH}")
     return half
+
+
+def _plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor whose numbers are all there.
+
+    A file may hold others: without data, sparse, quantised, or a few bytes seen as terabytes by
+    way of strides of zero.
+    """
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.dtype in _DTYPES
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _statistics(directory: Path, layer: int) -> Path:
@@ -186,7 +213,9 @@ def _counts(directory: Path, layer: int) -> torch.Tensor:
     """Return PowerInfer's activation statistics of a layer, (d_ff,) int64."""
     file = _statistics(directory, layer)
     counts = read_tensor_file(file)
-    if not isinstance(counts, torch.Tensor) or counts.dim() != 1 or bool((counts < 0).any()):
+    if not (
+        _plain(counts) and counts.dim() == 1 and bool(((counts >= 0) & (counts < 2**62)).all())
+    ):
         raise PredictorError(f"{file}: expected a vector of counts; fetch it again or remove it")
     return counts.long()
 
@@ -219,13 +248,21 @@ def read_tensor_file(file: Path) -> Any:
         PredictorError: damaged, or it holds more than tensors.
     """
     try:
-        return torch.load(
-            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
+        zipped = zipfile.is_zipfile(file)
+        if zipped and any(part.compress_size < part.file_size for part in _parts(file)):
+            raise PredictorError(f"{file}: is compressed, as torch.save writes none; {_FETCH}")
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except PredictorError:
+        raise
     except Exception as error:
         # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise PredictorError(f"{file}: cannot be read ({reason}); {_FETCH}") from error
+
+
+def _parts(file: Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(file) as archive:
+        return archive.infolist()
 
 
 def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int]:

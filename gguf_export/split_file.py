@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from gguf import GGUFValueType
 
 from common.errors import ExportError, FormatError
-from gguf_export.gpu_index import index_path, write_gpu_index
-from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
+from gguf_export.gpu_index import index_path, read_gpu_index, write_gpu_index
+from gguf_export.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
 from gguf_export.memory_plan import MemorySettings, parse_size, plan_memory, vram_option
 from gguf_export.predictor_source import read_statistics
 from gguf_export.reader import GGUFFile
@@ -66,25 +67,33 @@ def split(config: SplitConfig) -> dict[str, Any]:
         value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
         return value
 
-    n_layers, heads = size("block_count"), size("attention.head_count")
-    if not heads or not 0 < n_layers <= len(file.tensors):
-        raise file.error(f"{n_layers} layers of {heads} heads are impossible")
+    n_layers, d_model = size("block_count"), size("embedding_length")
+    heads, kv_heads = size("attention.head_count"), size("attention.head_count_kv")
+    if not 0 < n_layers <= len(file.tensors):
+        raise file.error(f"{n_layers} layers are impossible")
+    if not 0 < kv_heads <= heads <= d_model or d_model % heads:
+        raise file.error(f"{heads} heads, {kv_heads} for keys, do not fit d_model {d_model}")
     option, granted = vram_option(parse_size(config.vram_budget))
     settings = MemorySettings(
         budget=granted,
         n_layers=n_layers,
-        kv_width=size("attention.head_count_kv") * (size("embedding_length") // heads),
+        kv_width=kv_heads * (d_model // heads),
         n_ctx=config.context,
         kv_type="f32" if config.kv_type == "f32" else "f16",
     )
     plan = plan_memory(file.tensors.values(), settings)
     counts = read_statistics(config.file.parent, n_layers, size("feed_forward_length"))
-    chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget)
+    down = file.tensors.get("blk.0.ffn_down_t.weight")
+    if down is None:
+        raise file.error("tensor blk.0.ffn_down_t.weight is missing")
+    groups = groups_of(down.kind)
+    chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=groups)
     used = split_bytes(chosen, plan.bytes_per_neuron)
     target = index_path(config.file)
-    if not config.force and target.exists():
+    if not config.force and os.path.lexists(target):
         raise ExportError(f"{target} exists; pass --force to replace it")
-    write_gpu_index(target, chosen, used)
+    write_gpu_index(target, chosen, used, groups)
+    read_gpu_index(target, n_layers, size("feed_forward_length"), groups)  # verifies it
     return {
         "gpu_index": str(target),
         "powerinfer_option": f"--vram-budget {option}",

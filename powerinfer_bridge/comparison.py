@@ -9,17 +9,25 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
+from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
-from architectures.tokenizer import load_tokenizer
+from architectures.tokenizer import RustTokenizer, load_tokenizer
 from common.errors import EngineError, FormatError
+from gguf_export.byte_level_encoder import spell
+from gguf_export.element_types import WRITABLE, decode, encode
+from gguf_export.mixed_texts import share_differing
+from gguf_export.model_vocabulary import read_vocabulary
 from gguf_export.reader import GGUFFile
 from gguf_export.schema import DENSE_THRESHOLD
+from gguf_export.vocabulary import BYTE_LEVEL
+from gguf_export.word_splitter import split_words
 from powerinfer_bridge.contract import RUNNABLE, Report, Subject
 from powerinfer_bridge.engine import KVCache
 from powerinfer_bridge.perplexity import engine_perplexity
@@ -28,6 +36,12 @@ from powerinfer_bridge.sample_text import sample_text
 LOGIT_TOLERANCE = 0.05
 """Largest difference between the engine's and transformers' logits, in standard deviations of the
 latter. Rounding to float16 stays well below; a wrong tensor, size or constant is far above."""
+
+_FOREIGN_ERROR = 0.03
+"""Relative error of a matrix in Q6_K; normal numbers give 0.014."""
+
+_EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+"""Types that keep the logits within the tolerance; others are compared tensor by tensor only."""
 
 _CHARACTERS = 20_000
 _LEAST_CONTEXT = 8
@@ -46,11 +60,13 @@ class CompareSettings:
         max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
         context: window of logits and perplexity, tokens; at most the model's context.
         chunks: perplexity windows, at most.
+        run: run both models too, for logits and perplexity.
     """
 
     max_ppl_gap: float | None
     context: int
     chunks: int
+    run: bool = True
 
 
 def check_model(
@@ -62,6 +78,8 @@ def check_model(
     report.check("model sizes", lambda: _sizes(subject, checkpoint), "keys", "tokenizer")
     report.check("model tensors", lambda: _same_tensors(subject.file, checkpoint), "layout")
     report.check("model tokenizer", lambda: _same_ids(subject, checkpoint, text), "tokenizer")
+    if not settings.run:
+        return
     comparison = _Comparison(subject, checkpoint, settings, text, report.figures)
     report.check("dense logits", comparison.dense, *ready)
     report.check("sparse logits", comparison.sparse, *ready)
@@ -80,18 +98,27 @@ def _sizes(subject: Subject, checkpoint: Checkpoint) -> str:
     pairs: list[tuple[str, Any, Any]] = [
         ("architecture", architecture, checkpoint.architecture.gguf_name),
         ("vocabulary", len(subject.vocabulary.tokens), shape.vocab_size),
-        ("ReLU on both halves", hyper.up_activated, shape.activation == "drelu"),
+        ("matrices of an FFN", 3 if hyper.graph.gated else 2, checkpoint.architecture.ffn_matrices),
+        ("scaling of positions", _scaling(hyper.rope_scaling), _scaling(shape.rope_scaling)),
     ]
     sizes = ("d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "context_length")
     pairs += [(key, getattr(hyper, key), getattr(shape, key)) for key in sizes]
     for name, found, expected in pairs:
         if found != expected:
             raise FormatError(f"{name} is {found}, the model has {expected}; export it again")
-    for name in ("norm_eps", "rope_theta", "activation_threshold"):
+    names = ["rope_theta", "activation_threshold", *(["norm_eps"] if hyper.graph.norm_key else [])]
+    for name in names:
         found, expected = getattr(hyper, name), getattr(shape, name)
         if not math.isclose(found, expected, rel_tol=1e-6):  # float32 in the file
             raise FormatError(f"{name} is {found:g}, the model has {expected:g}; export it again")
     return f"sizes and constants of {checkpoint.architecture.name}"
+
+
+def _scaling(scaling: RopeScaling | None) -> tuple[str, str, int] | None:
+    """Return a scaling of factor other than 1 with as many digits as float32 keeps."""
+    if scaling is None or scaling.factor == 1:
+        return None
+    return scaling.kind, f"{scaling.factor:.6g}", scaling.original_context
 
 
 def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
@@ -101,18 +128,28 @@ def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
         found = file.tensor(name)
         expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape)
         expected = expected.float() if expected.dim() == 1 else expected.half()
-        if not np.array_equal(found, expected.contiguous().numpy()):
+        if not _stored(expected.contiguous().numpy(), found, file.tensors[name].kind):
             raise FormatError(f"tensor {name} differs from the model's; export it again")
-    return f"{len(targets)} equal the model's to the bit, rounded to F16"
+        file.forget()
+    return f"{len(targets)} equal the model's to the bit, rounded to their types"
+
+
+def _stored(
+    expected: npt.NDArray[Any], found: npt.NDArray[Any], kind: GGMLQuantizationType
+) -> bool:
+    """Tell whether numbers read from a file are those of the model in the file's type."""
+    if kind in WRITABLE:
+        data = encode(expected, kind).reshape(-1).view(np.uint8)
+        return np.array_equal(found, decode(data, expected.shape, kind))
+    # Types that psp does not write come from PowerInfer's own quantize; they are 6 bits and more.
+    error = np.linalg.norm(found - expected.astype(np.float32))
+    return bool(error <= _FOREIGN_ERROR * np.linalg.norm(expected.astype(np.float32)))
 
 
 def _targets(checkpoint: Checkpoint) -> Iterator[tuple[TensorRule, int, str]]:
-    for rule in checkpoint.architecture.tensors:
-        if rule.target is None:
-            family = checkpoint.architecture.name
-            raise FormatError(f"family {family} has no export; pass the model of the file")
+    for rule, target in checkpoint.architecture.exported:
         for layer in range(checkpoint.shape.n_layers if rule.per_layer else 1):
-            yield rule, layer, rule.target.format(layer=layer)
+            yield rule, layer, target.format(layer=layer)
 
 
 def _laid_out(weight: torch.Tensor, rule: TensorRule, shape: ModelShape) -> torch.Tensor:
@@ -121,6 +158,8 @@ def _laid_out(weight: torch.Tensor, rule: TensorRule, shape: ModelShape) -> torc
         return weight.T
     if rule.transform == "none":
         return weight
+    if rule.transform == "group_qkv":
+        return weight[_qkv_rows(shape)]
     # Row 2i + c of a head is the i-th of its half c: ggml's RoPE turns neighbours.
     half = shape.head_dim // 2
     order = torch.tensor([half * (row % 2) + row // 2 for row in range(shape.head_dim)])
@@ -128,20 +167,42 @@ def _laid_out(weight: torch.Tensor, rule: TensorRule, shape: ModelShape) -> torc
     return weight[(heads[:, None] + order).reshape(-1)]
 
 
+def _qkv_rows(shape: ModelShape) -> torch.Tensor:
+    """Return where Falcon's fused matrix has the rows of all queries, keys and values in turn."""
+    group = shape.n_heads // shape.n_kv_heads
+    queries = [head // group * (group + 2) + head % group for head in range(shape.n_heads)]
+    keys = [number * (group + 2) + group for number in range(shape.n_kv_heads)]
+    heads = torch.tensor([*queries, *keys, *(key + 1 for key in keys)])
+    return (heads[:, None] * shape.head_dim + torch.arange(shape.head_dim)).reshape(-1)
+
+
 def _same_ids(subject: Subject, checkpoint: Checkpoint, text: str) -> str:
-    shape, vocabulary = checkpoint.shape, subject.vocabulary
-    reference = load_tokenizer(checkpoint.path, shape.vocab_size, checkpoint.config)
-    if vocabulary.bos_id != reference.bos_id():
-        raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {reference.bos_id()}")
+    """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them."""
+    vocabulary, rows = subject.vocabulary, len(subject.vocabulary.tokens)
+    tokenizer = load_tokenizer(checkpoint.path, rows, checkpoint.config)
+    expected = read_vocabulary(checkpoint.path, rows, checkpoint.config)
+    if vocabulary.bos_id != expected.bos_id:
+        raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
+    for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
+        if getattr(vocabulary.vocabulary, name) != getattr(expected, name):
+            raise FormatError(f"tokenizer: {name} differ from the model's; export it again")
+    if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
+        raise FormatError("tokenizer: scores differ from the model's; export it again")
     count = 0
     for part in (text, _MIXED):
-        ours, theirs = vocabulary.encode(part), reference.encode(part)
-        if ours != theirs:
+        ours, theirs = vocabulary.encode(part), tokenizer.encode(part)
+        if isinstance(tokenizer, RustTokenizer) and vocabulary.kind == BYTE_LEVEL:
+            merged = tokenizer.merge(map(spell, split_words(part)))  # by their merges, our words
+            theirs = [number for ids in merged for number in ids]
+        if ours != theirs and (vocabulary.kind == BYTE_LEVEL or not expected.differences):
             pairs = enumerate(zip(ours, theirs, strict=False))
             same = next((at for at, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
             raise FormatError(f"token ids differ from the model's after {same} equal ones")
         count += len(ours)
-    return f"{count} ids equal the model's, prose and mixed scripts"
+    if not expected.differences:
+        return f"{count} ids equal the model's, prose and mixed scripts"
+    share = share_differing(vocabulary.encode, tokenizer.encode, (*text.splitlines(), _MIXED))
+    return f"the model's vocabulary; {share:.2%} of ids differ: {'; '.join(expected.differences)}"
 
 
 @dataclass(frozen=True)
@@ -164,8 +225,7 @@ class _Comparison:
 
     @cached_property
     def ids(self) -> list[int]:
-        vocabulary = self.subject.vocabulary
-        return [vocabulary.bos_id, *vocabulary.encode(self.text)][: self.context]
+        return self.subject.vocabulary.text_ids(self.text)[: self.context]
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -195,6 +255,8 @@ class _Comparison:
         _ = self.reference  # first: its weights are dropped before the engine's fill memory
         largest, spread = self._difference("dense", self._logits(DENSE_THRESHOLD))
         line = f"largest difference {largest:.4g}, spread {spread:.4g}"
+        if any(info.kind not in _EXACT for info in self.subject.file.tensors.values()):
+            return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
         if not largest <= LOGIT_TOLERANCE * spread:
             raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}; export the file again")
         return f"{line}, {len(self.ids)} tokens; at most {LOGIT_TOLERANCE:.0%} of it"

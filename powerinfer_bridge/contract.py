@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, TokenType
+from gguf import GGUFValueType, TokenType
+from tqdm import tqdm
 
 from common.errors import PspError
+from gguf_export.element_types import runnable
 from gguf_export.gpu_index import index_path, read_gpu_index
+from gguf_export.gpu_split import F16_GROUPS, groups_of
 from gguf_export.reader import GGUFFile
 from gguf_export.schema import BLOCK, THRESHOLD_KEY
+from gguf_export.vocabulary import PIECES
 from powerinfer_bridge.engine import Engine
 from powerinfer_bridge.hyperparameters import Hyperparameters, read_hyperparameters
 from powerinfer_bridge.inspection import printable
@@ -174,17 +178,19 @@ def _tokenizer(subject: Subject) -> str:
     unknown = sorted(set(types) - set(map(int, TokenType)))
     if unknown:
         raise file.error(f"token type {unknown[0]} is unknown")
-    if types.count(int(TokenType.BYTE)) != 256:
+    pieces = vocabulary.kind == PIECES
+    if pieces and types.count(int(TokenType.BYTE)) != 256:
         raise file.error("the 256 byte pieces are not all of type BYTE")
     if types[vocabulary.bos_id] != TokenType.CONTROL:
         raise file.error(f"BOS id {vocabulary.bos_id} is no control token")
     if not all(map(math.isfinite, vocabulary.scores)):
         raise file.error("a token's score is not finite")
-    for name in ("eos", "unknown"):
+    for name in ("eos", "unknown", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
         if key in file.values and file.value(key, GGUFValueType.UINT32) >= len(types):
             raise file.error(f"{key} is outside the vocabulary")
-    return f"SentencePiece, {len(types)} pieces, BOS {vocabulary.bos_id}"
+    kind = "SentencePiece" if pieces else f"byte-level, {len(vocabulary.vocabulary.merges)} merges"
+    return f"{kind}, {len(types)} {'pieces' if pieces else 'tokens'}, BOS {vocabulary.bos_id}"
 
 
 def _tensor_set(subject: Subject) -> str:
@@ -209,10 +215,12 @@ def _shapes(subject: Subject) -> str:
 
 def _types(file: GGUFFile) -> str:
     for name, info in file.tensors.items():
-        expected = GGMLQuantizationType.F32 if len(info.shape) == 1 else GGMLQuantizationType.F16
-        if info.kind is not expected:
-            raise file.error(f"tensor {name} is {info.kind.name}, expected {expected.name}")
-    return "matrices F16, vectors F32"
+        kinds = runnable(name, info.shape)
+        if info.kind not in kinds:
+            expected = " or ".join(kind.name for kind in kinds)
+            raise file.error(f"tensor {name} is {info.kind.name}, expected {expected}")
+    matrices = sorted({info.kind.name for info in file.tensors.values() if len(info.shape) > 1})
+    return f"matrices {' and '.join(matrices)}, vectors F32"
 
 
 def _ranks(subject: Subject) -> str:
@@ -238,12 +246,14 @@ def _kind(name: str, dimensions: int) -> str:
 def _finite(file: GGUFFile, kind: str) -> str:
     """Look at every number of one kind of tensors, a piece in memory at a time."""
     names = [name for name, info in file.tensors.items() if _kind(name, len(info.shape)) == kind]
-    for name in names:
-        if file.tensors[name].kind in (GGMLQuantizationType.F16, GGMLQuantizationType.F32):
-            numbers = file.tensor(name).reshape(-1)
-            for at in range(0, len(numbers), _PIECE):
-                if not np.isfinite(numbers[at : at + _PIECE]).all():
-                    raise file.error(f"tensor {name} holds NaN or infinity")
+    for name in tqdm(names, unit="tensor", desc=f"check {kind}", disable=None):
+        shape = file.tensors[name].shape
+        step = max(1, _PIECE * shape[0] // math.prod(shape))
+        for at in range(0, shape[0], step):
+            rows = np.arange(at, min(at + step, shape[0]))
+            if not np.isfinite(file.tensor(name, rows)).all():
+                raise file.error(f"tensor {name} holds NaN or infinity")
+        file.forget()
     return f"{len(names)} tensors"
 
 
@@ -252,6 +262,8 @@ def _gpu_index(subject: Subject) -> str:
     path, layers, d_ff = index_path(subject.path), len(subject.layers), subject.hyper.d_ff
     if not os.path.exists(path):  # a name too long for the suffix has none either
         return f"none beside the file ({path.name})"
-    chosen, capacity = read_gpu_index(path, layers, d_ff)
+    down = subject.file.tensors.get("blk.0.ffn_down_t.weight")
+    groups = F16_GROUPS if down is None else groups_of(down.kind)
+    chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
     total = sum(int(layer.sum()) for layer in chosen)
     return f"{total} of {layers * d_ff} neurons on the GPU, {capacity} bytes"

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from architectures.checkpoint import Checkpoint
+from common.errors import ExportError
 from common.table import fact_table
 from powerinfer_bridge.comparison import CompareSettings, check_model
 from powerinfer_bridge.contract import Report, Subject, check_structure
 from powerinfer_bridge.inspection import printable
+
+_SMALL_BYTES = 64 << 20
+"""Files up to this size are also run when they are exported: seconds, not minutes."""
 
 
 def verify(
@@ -20,6 +26,7 @@ def verify(
     max_ppl_gap: float | None = None,
     context: int = 256,
     chunks: int = 4,
+    run: bool = True,
 ) -> dict[str, Any]:
     """Check a file, and compare it with its model if one is named.
 
@@ -29,6 +36,7 @@ def verify(
         max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
         context: window of logits and perplexity, tokens; at most the model's context.
         chunks: perplexity windows, at most.
+        run: run both models too, for logits and perplexity.
 
     Returns:
         A JSON-ready document: `ok` (all checks hold), `checks` with `name`, `ok` and a line of
@@ -43,9 +51,50 @@ def verify(
     report, subject = Report(path), Subject(path)
     check_structure(report, subject)
     if checkpoint is not None:
-        settings = CompareSettings(max_ppl_gap=max_ppl_gap, context=context, chunks=chunks)
+        settings = CompareSettings(max_ppl_gap=max_ppl_gap, context=context, chunks=chunks, run=run)
         check_model(report, subject, checkpoint, settings)
     return report.document()
+
+
+@dataclass
+class ExportCheck:
+    """Verifies an exported file before it gets its name.
+
+    Attributes:
+        model: checkpoint that it was made from.
+        target: the name it is about to get.
+        document: what was found, see `verify`.
+    """
+
+    model: str
+    target: Path
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, path: Path) -> None:
+        """Verify the file under its temporary name.
+
+        Raises:
+            ExportError: a check failed.
+        """
+        found = verify(path, self.model, run=path.stat().st_size <= _SMALL_BYTES)
+        for check in found["checks"]:
+            if not check["ok"]:
+                raise ExportError(
+                    f"{self.target}: the written file failed verification at '{check['name']}' "
+                    f"({check['detail']}) and was not kept; report this, or look into the file "
+                    "with --no-verify and 'psp verify'"
+                )
+        self.document = {**found, "file": str(self.target)}
+
+    @property
+    def hint(self) -> str:
+        """What was left out, and how to do it; empty if nothing was."""
+        if "ppl_gap" in self.document:
+            return ""
+        return (
+            "logits and perplexity were not compared, which takes a while; run "
+            f"'psp verify {quote(str(self.target))} --model {quote(self.model)}'"
+        )
 
 
 def verification_table(document: Mapping[str, Any]) -> str:

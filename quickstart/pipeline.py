@@ -12,6 +12,7 @@ from common.files import read_json, write_json
 from common.version import tool_version
 from gguf_export.bundle import Bundle, ExportConfig, export
 from powerinfer_bridge.benchmark import BenchConfig, bench
+from powerinfer_bridge.verification import ExportCheck
 from predictor.collect import CollectConfig, collect
 from predictor.training import TrainConfig, train_predictors
 from quickstart.corpus import Corpus, write_corpus
@@ -117,7 +118,8 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
                 predictors=paths.predictors,
                 out=paths.bundle.model_file,
                 force=True,
-            )
+            ),
+            ExportCheck(str(paths.model), paths.bundle.model_file),
         )
     return _bench(config, size, paths), paths
 

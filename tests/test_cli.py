@@ -274,7 +274,7 @@ def test_a_user_s_error_shows_no_traceback_in_a_terminal() -> None:
 
 
 def test_a_bug_keeps_its_traceback(psp: Psp, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: object) -> None:
+    def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("gguf_export.bundle.export", broken)
@@ -318,8 +318,9 @@ def test_json_of_the_pipeline_speaks_the_glossary(pipeline: Pipeline) -> None:
     assert (collected["tokens"], collected["documents"]) == (900, 5)
     assert set(trained) == FFN_METRICS | {"predictors", "recipe", "layers"}
     assert trained["recipe"] == "dejavu"
-    assert set(found["export"]) == {"model_file", "predictor_directory", "activation_directory"}
-    assert all(Path(path).exists() for path in found["export"].values())
+    outputs = {"model_file", "predictor_directory", "activation_directory"}
+    assert set(found["export"]) == outputs | {"verified", "warnings"}
+    assert all(Path(found["export"][name]).exists() for name in outputs)
     speeds = {"tokens_per_second", "tokens_per_second_dense", "speedup"}
     assert set(bench) >= FFN_METRICS | {"ppl_dense", "ppl_sparse", "ppl_gap", "layers"} | speeds
     assert bench["ppl_gap"] == pytest.approx(bench["ppl_sparse"] / bench["ppl_dense"] - 1)

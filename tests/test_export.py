@@ -110,6 +110,19 @@ def test_the_first_bytes_say_sparse_and_version_3(exact_bundle: Bundle) -> None:
     assert exact_bundle.model_file.read_bytes()[:8] == bytes.fromhex("50575249 03000000")
 
 
+def test_header_bytes_are_those_written_by_hand(exact_bundle: Bundle) -> None:
+    content = exact_bundle.model_file.read_bytes()
+    assert content[8:16] == bytes.fromhex("1900000000000000"), "25 tensors"
+    # general.architecture, a string (8) of 5 bytes; then the next key's length and first bytes
+    first = "1400000000000000 67656e6572616c2e617263686974656374757265 08000000"
+    assert content[24:].startswith(bytes.fromhex(f"{first} 0500000000000000 6c6c616d61"))
+    threshold = "1b00000000000000 706f776572696e6665722e7370617273655f7468726573686f6c64"
+    assert bytes.fromhex(f"{threshold} 06000000 00000000") in content, "float32 (6), 0.0"
+    # blk.0.ffn_down_t.weight, 2 dimensions, 64 and 1012, F16 (1)
+    down = "1700000000000000 626c6b2e302e66666e5f646f776e5f742e776569676874 02000000"
+    assert bytes.fromhex(f"{down} 4000000000000000 f403000000000000 01000000") in content
+
+
 def test_keys_and_their_types_are_exactly_these(exact_file: GGUFFile) -> None:
     assert set(exact_file.values) == KEYS.keys() | PROVENANCE
     for name, (kind, expected) in KEYS.items():

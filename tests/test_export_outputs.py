@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import make_export as run
+from conftest import refused
 
 from common.errors import ExportError, OutputError
-from gguf_export.bundle import Bundle
+from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.split_file import SplitConfig, split
 
 
 def files(root: Path) -> set[str]:
@@ -90,3 +96,80 @@ def test_two_models_never_share_a_directory(
     with pytest.raises(ExportError, match=r"belongs to first.*a directory of its own"):
         run(model_dir, exact_dir, tmp_path / "second.powerinfer.gguf", force=True)
     assert not (tmp_path / "second.powerinfer.gguf").exists()
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Let writes past a size fail half way, as they do on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_by_the_dense_file_leaves_nothing(
+    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    out = tmp_path / "m.powerinfer.gguf"
+    config = ExportConfig(model=str(model_dir), predictors=exact_dir, out=out, dense=True)
+    limits = files_up_to(100_000)
+    try:
+        with refused(OutputError, f"cannot write {tmp_path / 'm.dense.gguf'}", "File too large"):
+            export(config, lambda path: limits.__enter__())
+    finally:
+        limits.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_by_the_index_keeps_the_old_one(
+    model_dir: Path, exact_dir: Path, tmp_path: Path
+) -> None:
+    out = run(model_dir, exact_dir, tmp_path / "m.powerinfer.gguf").model_file
+    config = SplitConfig(file=out, vram_budget="1MiB", force=True)
+    index = Path(split(config)["gpu_index"])
+    before, content = files(tmp_path), index.read_bytes()
+    assert len(content) > 8192
+    with files_up_to(8192), refused(OutputError, f"cannot write {index}", "File too large"):
+        split(config)
+    assert files(tmp_path) == before
+    assert index.read_bytes() == content
+
+
+def test_a_dense_file_of_an_earlier_model_does_not_stay(
+    model_dir: Path, exact_dir: Path, tmp_path: Path
+) -> None:
+    out, dense = tmp_path / "m.powerinfer.gguf", tmp_path / "m.dense.gguf"
+    dense.write_bytes(b"of another model")
+    with refused(OutputError, f"{dense} exists", "--force"):
+        run(model_dir, exact_dir, out)
+    assert files(tmp_path) == {dense.name}
+    run(model_dir, exact_dir, out, force=True)
+    assert not dense.exists()
+
+
+def test_outputs_are_written_through_links(
+    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    here, disk = tmp_path / "here", tmp_path / "large disk"
+    here.mkdir()
+    (disk / "statistics").mkdir(parents=True)
+    (disk / "statistics" / "activation_0.pt").write_bytes(b"old")
+    (disk / "model").write_bytes(b"old")
+    out = here / "exact.powerinfer.gguf"
+    out.symlink_to(disk / "model")
+    (here / "activation").symlink_to(disk / "statistics")
+    (here / "exact.predictors").symlink_to("../large disk/predictors")
+    with refused(OutputError, f"{out} exists", "--force"):
+        run(model_dir, exact_dir, out)
+    assert (disk / "model").read_bytes() == b"old"
+    run(model_dir, exact_dir, out, force=True)
+    assert (disk / "model").read_bytes() == exact_bundle.model_file.read_bytes()
+    assert os.readlink(here / "exact.predictors") == "../large disk/predictors"
+    assert all(path.is_symlink() for path in here.iterdir())
+    assert files(disk) == {
+        "model",
+        *(f"statistics/activation_{layer}.pt" for layer in (0, 1)),
+        *(f"predictors/{name}" for name in ("config.json", "model_0.pt", "model_1.pt")),
+    }

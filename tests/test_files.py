@@ -264,13 +264,41 @@ def test_removal_never_reaches_through_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "precious" / "file").read_bytes() == b"old"
 
 
-def test_a_replaced_link_leaves_its_target_alone(tmp_path: Path) -> None:
-    (tmp_path / "precious").write_bytes(b"old")
-    (tmp_path / "link").symlink_to(tmp_path / "precious")
-    write_bytes(tmp_path / "link", b"new")
-    assert (tmp_path / "precious").read_bytes() == b"old"
-    assert (tmp_path / "link").read_bytes() == b"new"
-    assert not (tmp_path / "link").is_symlink()
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_is_written_through_a_link(tmp_path: Path, there: bool) -> None:
+    """Its target may lie on another disk: the temporary file has to be beside that."""
+    target, link = tmp_path / "disk" / "file", tmp_path / "here" / "link"
+    link.parent.mkdir()
+    link.symlink_to("../disk/file")
+    if there:
+        write_bytes(target, b"old")
+    with atomic_path(link) as part:
+        assert part.parent == target.parent.resolve()
+        part.write_bytes(b"new")
+        assert not target.exists() or target.read_bytes() == b"old"
+    assert target.read_bytes() == b"new"
+    assert os.readlink(link) == "../disk/file"
+    assert names(tmp_path) == {"file", "link"}
+
+
+def test_a_failed_write_through_a_link_leaves_both(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half(tmp_path / "link", RuntimeError("half way"))
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == {"file", "link"}
+
+
+def test_a_directory_is_made_through_a_link(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "disk" / "out" / "old", b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    with atomic_directory(tmp_path / "link") as part:
+        (part / "new").write_bytes(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "disk") == {"new"}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
 
 
 def test_a_directory_appears_whole_and_replaces_the_old_one(tmp_path: Path) -> None:

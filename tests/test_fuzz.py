@@ -1,33 +1,33 @@
-"""Thousands of damaged files through `inspect` and `verify`: an answer or one line, never more."""
+"""Thousands of damaged files through every reader: an answer or one line, never more."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import struct
 import time
-import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import refused
+from damages import for_all_damages, lying
 from gguf import GGUFValueType
+from safetensors.torch import save_file
 from test_weights import Content
 
 from common.errors import FormatError, PspError
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_index import index_path, write_gpu_index
+from gguf_export.gpu_index import index_path, read_gpu_index, write_gpu_index
+from gguf_export.predictor_source import open_predictors, read_ranks, read_statistics
 from gguf_export.reader import GGUFFile
+from gguf_export.split_file import SplitConfig, split
 from powerinfer_bridge.inspection import inspect_file, inspection_table
 from powerinfer_bridge.verification import verification_table, verify
 
-TRUNCATED, FLIPPED, LYING, SPLICED, INDEXES, COMPARED = 600, 900, 700, 200, 300, 25
-ALLOWED_BYTES = 32 << 20
 ALLOWED_SECONDS = 5.0
-LIES = [0, 1, 3, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
+D_MODEL, D_FF, RANK = 32, 64, 32
 
 WIDTHS = {
     GGUFValueType.UINT8: 1,
@@ -82,107 +82,148 @@ def places(small: bytes) -> list[int]:
     return [at for at in range(header_end(small)) if at < first + 100 or at > last - 100]
 
 
-def check(path: Path, model: str | None = None) -> bool:
-    """Whether a file passes; anything but documents and one-line errors fails the test."""
-    start, message = time.perf_counter(), "one line"
+def answered(read: Callable[[], object]) -> bool:
+    """Whether reading went well; anything but an answer or one line fails the test."""
+    start, message = time.perf_counter(), ""
     try:
-        document = inspect_file(path)
-        json.dumps(document, allow_nan=False)
-        assert inspection_table(document)
+        read()
     except PspError as error:
         message = str(error)
-    assert len(message.splitlines()) == 1
+        assert "; " in message, "no remedy"
+        assert "alloc" not in message, "memory was asked for"
+    assert len(message.splitlines()) <= 1
+    assert len(message) < 1000
+    assert time.perf_counter() - start < ALLOWED_SECONDS
+    return not message
+
+
+def inspected(path: Path) -> None:
+    document = inspect_file(path)
+    json.dumps(document, allow_nan=False)
+    assert inspection_table(document)
+
+
+def check(path: Path, model: str | None = None) -> bool:
+    """Whether a file passes; anything but documents and one-line errors fails the test."""
+    start = time.perf_counter()
+    answered(lambda: inspected(path))
     document = verify(path, model, context=16, chunks=1)
     json.dumps(document, allow_nan=False)
     for found in document["checks"]:
         assert found["detail"].isprintable()
         assert len(found["detail"]) < 500
+        assert "alloc" not in found["detail"]
     assert verification_table(document)
     assert time.perf_counter() - start < ALLOWED_SECONDS
     return bool(document["ok"])
 
 
-def passing(
-    tmp_path: Path, variants: Iterator[bytes | bytearray], model: str | None = None
-) -> tuple[int, int]:
-    """Check every variant; returns how many passed, and how many there were."""
-    passed = count = 0
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a new file: truncating one that is still mapped is slow."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
+
+
+def test_damaged_model_files(small: bytes, tmp_path: Path, places: list[int]) -> None:
     path = tmp_path / "fuzz.powerinfer.gguf"
-    for content in variants:
-        # A new file each time: truncating one that is still mapped is slow.
-        path.unlink(missing_ok=True)
-        path.write_bytes(content)
-        passed += check(path, model)
-        count += 1
-    return passed, count
 
+    def one(content: bytes) -> bool:
+        replace_file(path, content)
+        return check(path)
 
-def test_truncated_files(small: bytes, tmp_path: Path, places: list[int]) -> None:
-    chance = random.Random(1)
-    header = [chance.choice(places) for _ in range(TRUNCATED // 2)]
-    sizes = header + [chance.randrange(len(small)) for _ in range(TRUNCATED // 2)]
-    assert passing(tmp_path, (small[:size] for size in sizes)) == (0, TRUNCATED)
-
-
-def flipped(small: bytes, places: list[int], chance: random.Random) -> bytearray:
-    content = bytearray(small)
-    for _ in range(chance.choice((1, 1, 1, 2, 4, 16))):
-        anywhere = chance.random() < 0.2
-        at = chance.randrange(len(content)) if anywhere else chance.choice(places)
-        content[at] ^= 1 << chance.randrange(8)
-    return content
-
-
-def test_flipped_bits(small: bytes, tmp_path: Path, places: list[int]) -> None:
-    chance = random.Random(2)
-    variants = (flipped(small, places, chance) for _ in range(FLIPPED))
-    passed, count = passing(tmp_path, variants)
-    assert count == FLIPPED
+    assert one(small)
+    passed, count = for_all_damages(small, places, one, examples=1500)
     # Names and weights may change without harm; structure may not.
-    assert 0 < passed < FLIPPED / 2
+    assert 0 < passed < count / 2
 
 
-def lying(small: bytes, places: list[int], chance: random.Random) -> bytearray:
-    """Overwrite a number of the header, be it a length, a count, a type, a size or an offset."""
-    content = bytearray(small)
-    for _ in range(chance.choice((1, 1, 2))):
-        lie = chance.choice(LIES) if chance.random() < 0.7 else chance.randrange(20)
-        code = "<I" if chance.random() < 0.4 else "<Q"
-        lie &= 2 ** (8 * struct.calcsize(code)) - 1
-        struct.pack_into(code, content, chance.choice(places), lie)
-    return content
+def test_truncated_files_never_pass(small: bytes, tmp_path: Path, places: list[int]) -> None:
+    path = tmp_path / "fuzz.powerinfer.gguf"
+    for size in [*places[::40], *range(places[-1], len(small), 20_011), len(small) - 1]:
+        replace_file(path, small[:size])
+        assert not check(path), size
 
 
-def test_lying_numbers(small: bytes, tmp_path: Path, places: list[int]) -> None:
-    chance = random.Random(3)
-    passed, count = passing(tmp_path, (lying(small, places, chance) for _ in range(LYING)))
-    assert count == LYING
-    assert passed < LYING / 2
+def imported(path: Path) -> None:
+    """Read predictors as an export does."""
+    source = open_predictors(path)
+    json.loads(source.recipe)
+    read_ranks(source, D_MODEL, D_FF)
 
 
-def test_lies_cost_no_memory(small: bytes, tmp_path: Path, places: list[int]) -> None:
-    chance = random.Random(4)
-    tracemalloc.start()
-    try:
-        _, count = passing(tmp_path, (lying(small, places, chance) for _ in range(100)))
-        assert tracemalloc.get_traced_memory()[1] < ALLOWED_BYTES
-    finally:
-        tracemalloc.stop()
-    assert count == 100
+def test_predictors_from_damaged_model_files(
+    small: bytes, tmp_path: Path, places: list[int]
+) -> None:
+    path = tmp_path / "theirs.gguf"
+
+    def one(content: bytes) -> bool:
+        replace_file(path, content)
+        return answered(lambda: read_ranks(open_predictors(path), 32, 1001))
+
+    assert one(small)
+    # A key's name of thousands of characters, found by more examples than these.
+    tokens = small.index(b"tokenizer.ggml.tokens")
+    assert not one(lying(small, tokens - 8, "<Q", 3000))
+    passed, count = for_all_damages(small, places, one, examples=600)
+    assert 0 < passed < count
 
 
-def spliced(small: bytes, places: list[int], chance: random.Random) -> bytes:
-    """Cut a piece out, or put it in twice."""
-    at, size = chance.choice(places), chance.choice((1, 4, 8, 24, 100, 1000))
-    cut = small[at : at + size]
-    return small[:at] + (cut + cut if chance.random() < 0.5 else b"") + small[at + size :]
+def predictor_directory(path: Path) -> list[Path]:
+    """Write two layers in PowerInfer's form with statistics; returns the files."""
+    path.mkdir()
+    (path.parent / "activation").mkdir()
+    for layer in range(2):
+        fc1, fc2 = torch.ones(RANK, D_MODEL).half(), torch.ones(D_FF, RANK).half()
+        torch.save({"fc1.weight": fc1, "fc2.weight": fc2}, path / f"model_{layer}.pt")
+        torch.save(torch.arange(D_FF), path.parent / "activation" / f"activation_{layer}.pt")
+    (path / "config.json").write_text(json.dumps({"sparse_threshold": 0.5}))
+    return [path / "model_1.pt", path / "config.json", path.parent / "activation/activation_0.pt"]
 
 
-def test_pieces_missing_or_doubled(small: bytes, tmp_path: Path, places: list[int]) -> None:
-    chance = random.Random(5)
-    passed, count = passing(tmp_path, (spliced(small, places, chance) for _ in range(SPLICED)))
-    assert count == SPLICED
-    assert passed < SPLICED / 4
+def checkpoint(path: Path, kind: str) -> list[Path]:
+    """Write a checkpoint with predictors in it; returns the files."""
+    path.mkdir()
+    parts = {"fc1": torch.ones(RANK, D_MODEL).half(), "fc2": torch.ones(D_FF, RANK).half()}
+    tensors = {f"model.layers.0.mlp.predictor.{name}.weight": t for name, t in parts.items()}
+    (path / "config.json").write_text("{}")
+    if kind == "safetensors":
+        save_file(tensors, path / "model.safetensors")
+        return [path / "model.safetensors"]
+    torch.save(tensors, path / "pytorch_model.bin")
+    index = path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "pytorch_model.bin")}))
+    return [path / "pytorch_model.bin", index]
+
+
+@pytest.mark.parametrize("kind", ["directory", "safetensors", "bin"])
+def test_damaged_predictors_of_others(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "theirs"
+    files = predictor_directory(path) if kind == "directory" else checkpoint(path, kind)
+    assert answered(lambda: imported(path))
+    for file in files:
+        whole = file.read_bytes()
+
+        def one(content: bytes, file: Path = file) -> bool:
+            replace_file(file, content)
+            return answered(lambda: imported(path))
+
+        passed, count = for_all_damages(whole, range(len(whole)), one, examples=250)
+        assert passed < count
+        replace_file(file, whole)
+    assert answered(lambda: imported(path))
+
+
+def test_damaged_statistics(tmp_path: Path) -> None:
+    file = predictor_directory(tmp_path / "theirs")[-1]
+    whole = file.read_bytes()
+
+    def one(content: bytes) -> bool:
+        replace_file(file, content)
+        return answered(lambda: read_statistics(tmp_path, 2, D_FF))
+
+    assert one(whole)
+    passed, count = for_all_damages(whole, range(len(whole)), one, examples=250)
+    assert passed < count
 
 
 def other_values() -> Iterator[bytes]:
@@ -213,25 +254,28 @@ def retyped(small: bytes, path: Path) -> Iterator[bytes]:
 
 
 def test_keys_of_every_type(small: bytes, tmp_path: Path) -> None:
-    passed, count = passing(tmp_path, retyped(small, tmp_path / "small.gguf"))
-    assert count > 900
-    assert passed < count / 2
+    path = tmp_path / "fuzz.powerinfer.gguf"
+    passed = []
+    for content in retyped(small, tmp_path / "small.gguf"):
+        replace_file(path, content)
+        passed.append(check(path))
+    assert len(passed) > 900
+    assert sum(passed) < len(passed) / 2
 
 
 def test_damaged_files_against_their_model(
     exact_bundle: Bundle, model_dir: Path, tmp_path: Path
 ) -> None:
     content = exact_bundle.model_file.read_bytes()
-    chance = random.Random(6)
-    places = list(range(content.index(b"llama.context_length"), len(content)))
-    keys = list(range(places[0], content.index(b"llama.rope.freq_base") + 40))
+    keys = range(content.index(b"llama.context_length"), content.index(b"tokenizer.ggml.tokens"))
+    path = tmp_path / "fuzz.powerinfer.gguf"
 
-    def variants() -> Iterator[bytearray]:
-        for _ in range(COMPARED):
-            yield flipped(content, chance.choice((places, keys)), chance)
+    def one(data: bytes) -> bool:
+        replace_file(path, data)
+        return check(path, str(model_dir))
 
-    passed, count = passing(tmp_path, variants(), str(model_dir))
-    assert count == COMPARED
+    assert one(content)
+    passed, count = for_all_damages(content, keys, one, examples=25)
     assert passed < count / 4
 
 
@@ -242,14 +286,35 @@ def test_damaged_gpu_indexes(small: bytes, tmp_path: Path) -> None:
     write_gpu_index(path, [torch.arange(1001) < 32], 1 << 20)
     assert check(model)
     content = path.read_bytes()
-    header = list(range(content.index(b"blk.0.gpu_bucket") + 36))
-    chance, passed = random.Random(7), 0
-    for _ in range(INDEXES):
-        change = chance.choice((flipped, lying, spliced))
-        path.unlink()
-        path.write_bytes(change(content, header, chance))
-        passed += check(model)
-    assert passed < INDEXES / 2
+    header = range(content.index(b"blk.0.gpu_bucket") + 36)
+
+    def one(data: bytes) -> bool:
+        replace_file(path, data)
+        good = answered(lambda: read_gpu_index(path, 1, 1001))
+        assert check(model) == good
+        return good
+
+    assert one(content)
+    passed, count = for_all_damages(content, header, one, examples=400)
+    assert 0 < passed < count / 2
+
+
+def test_splits_of_damaged_model_files(small: bytes, tmp_path: Path, places: list[int]) -> None:
+    path = tmp_path / "fuzz.powerinfer.gguf"
+    (tmp_path / "activation").mkdir()
+    torch.save(torch.arange(1001), tmp_path / "activation" / "activation_0.pt")
+    config = SplitConfig(file=path, vram_budget="1MiB", force=True)
+
+    def one(content: bytes) -> bool:
+        replace_file(path, content)
+        return answered(lambda: split(config))
+
+    assert one(small)
+    # Heads of no size, found by more examples than these.
+    heads = small.index(b"llama.attention.head_count") + len(b"llama.attention.head_count") + 4
+    assert not one(lying(small, heads, "<I", 2**31))
+    passed, count = for_all_damages(small, places, one, examples=400)
+    assert 0 < passed < count
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 import torch
 from conftest import make_export, refused, write_predictors
 from families import BY_NAME, write
+from gguf import GGUFValueType
 from published import gated_shapes
 
 from common.errors import ExportError, FormatError, PredictorError
@@ -113,6 +116,14 @@ def _save(directory: Path, **changes: Any) -> None:
     torch.save({k: v for k, v in (content | names).items() if v is not None}, file)
 
 
+def _compress(file: Path) -> None:
+    with zipfile.ZipFile(file) as stored:
+        parts = [(name, stored.read(name)) for name in stored.namelist()]
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as deflated:
+        for name, content in parts:
+            deflated.writestr(name, content)
+
+
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (
         lambda path: (path / "model_1.pt").write_bytes((path / "model_1.pt").read_bytes()[:100]),
@@ -136,6 +147,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda path: _save(path, fc1_weight=torch.full((128, 64), float("nan"))),
         "fc1.weight does not fit float16",
     ),
+    "terabytes of one number": (
+        lambda path: _save(path, fc1_weight=torch.zeros(1, 1).expand(2**20, 2**20)),
+        "fc1.weight is missing or no matrix",
+    ),
+    "no numbers": (
+        lambda path: _save(path, fc1_weight=torch.zeros(128, 64, device="meta")),
+        "fc1.weight is missing or no matrix",
+    ),
+    "sparse": (
+        lambda path: _save(path, fc1_weight=torch.eye(64).to_sparse()),
+        "fc1.weight is missing or no matrix",
+    ),
+    "compressed": (lambda path: _compress(path / "model_0.pt"), "model_0.pt: is compressed"),
     "ranks differ": (
         lambda path: _save(path, fc1_weight=torch.zeros(64, 64)),
         "layer 0 has fc1 (64, 64) and fc2 (1012, 128)",
@@ -147,6 +171,26 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "threshold a text": (
         lambda path: (path / "config.json").write_text('{"sparse_threshold": "0"}'),
         "sparse_threshold is '0', expected a number",
+    ),
+    "threshold no number": (
+        lambda path: (path / "config.json").write_text('{"sparse_threshold": NaN}'),
+        "sparse_threshold is nan, expected a number",
+    ),
+    "threshold too large": (
+        lambda path: (path / "config.json").write_text(f'{{"sparse_threshold": {10**400}}}'),
+        "expected a number that fits float32",
+    ),
+    "statistics complex": (
+        lambda path: torch.save(
+            torch.zeros(1012, dtype=torch.complex64), path.parent / "activation" / "activation_0.pt"
+        ),
+        "activation_0.pt: expected a vector of counts",
+    ),
+    "statistics no numbers": (
+        lambda path: torch.save(
+            torch.full((1012,), float("nan")), path.parent / "activation" / "activation_0.pt"
+        ),
+        "activation_0.pt: expected a vector of counts",
     ),
     "config no object": (lambda path: (path / "config.json").write_text("[]"), "config.json"),
     "statistics no vector": (
@@ -225,6 +269,24 @@ def test_a_file_without_predictors_or_damaged_is_refused(
     short.write_bytes(data[:1000])
     with refused(FormatError, str(short)):
         open_predictors(short)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (struct.pack("<If", GGUFValueType.FLOAT32, float("nan")), "sparse_threshold is nan"),
+        (struct.pack("<Ii", GGUFValueType.INT32, 0), "is INT32, expected FLOAT32"),
+    ],
+)
+def test_a_file_whose_threshold_is_none_is_refused(
+    copy: Bundle, value: bytes, problem: str
+) -> None:
+    data, key = bytearray(copy.model_file.read_bytes()), b"powerinfer.sparse_threshold"
+    at = data.index(key) + len(key)
+    data[at : at + 8] = value
+    copy.model_file.write_bytes(data)
+    with refused(FormatError, str(copy.model_file), problem):
+        open_predictors(copy.model_file)
 
 
 def test_what_is_no_predictors_at_all_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
     "heads": (value("llama.attention.head_count", 3), {"keys"}, "n_heads=3"),
     "blocks": (value("llama.block_count", 20_000), {"keys"}, "more than there are tensors"),
     "rope": (value("llama.rope.dimension_count", 8), {"keys"}, "is not the head size 16"),
-    "architecture": (value("general.architecture", b"falcon"), {"keys"}, "'falcon'"),
+    "architecture": (value("general.architecture", b"mpt"), {"keys"}, "'mpt'"),
     "infinite threshold": (value(THRESHOLD, -math.inf), {"threshold"}, "is -inf"),
     "threshold type": (
         lambda content: content.retype(THRESHOLD, GGUFValueType.FLOAT64),
@@ -189,7 +189,7 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
         {"weights finite"},
         "tensor token_embd.weight holds",
     ),
-    "tokenizer kind": (value("tokenizer.ggml.model", b"gpt2"), {"tokenizer"}, "'gpt2'"),
+    "tokenizer kind": (value("tokenizer.ggml.model", b"bert"), {"tokenizer"}, "'bert'"),
     "no tokens": (lambda content: content.keys.pop(TOKENS), {"tokenizer"}, "is missing"),
     "token twice": (
         each(TOKENS, lambda tokens: tokens.__setitem__(300, tokens[301])),
