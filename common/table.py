@@ -70,7 +70,7 @@ def split_table(document: Mapping[str, Any]) -> str:
     layers = document["layers"]
     full, none = sum(share == 1 for share in layers), sum(share == 0 for share in layers)
     facts = {
-        "GPU index": document["gpu_index"],
+        "gpu index": document["gpu_index"],
         "run PowerInfer with": document["powerinfer_option"],
         "all but the FFNs fits": "yes" if document["everything_but_ffn_fits"] else "no",
         "KV cache in VRAM": "yes" if document["kv_cache_in_vram"] else "no",

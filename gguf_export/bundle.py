@@ -58,6 +58,7 @@ class ExportConfig:
         outtype: element type of the model's matrices, see `element_types.FileTypes`.
         predictor_type: the same for predictors.
         dense: write a dense file of the same model too, to time against.
+        split: a GPU split will follow, which needs activation statistics.
         force: replace existing outputs.
     """
 
@@ -67,6 +68,7 @@ class ExportConfig:
     outtype: str = "f16"
     predictor_type: str = "f16"
     dense: bool = False
+    split: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -142,7 +144,13 @@ def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     check_rows(checkpoint.shape, types)
     vocab_size = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, vocab_size, checkpoint.config)
-    bundle = replace(Bundle.beside(config.out), warnings=vocabulary.warnings)
+    if config.split and not predictors.counted:
+        raise ExportError(
+            f"{predictors.path}: comes without activation statistics, by which --vram-budget "
+            "chooses neurons; leave that out, or train predictors with psp train-predictor"
+        )
+    notes = (dense_note(checkpoint),) if config.dense else ()
+    bundle = replace(Bundle.beside(config.out), warnings=(*vocabulary.warnings, *notes))
     _check_directory(bundle)
     refuse_existing(bundle.model_file, force=config.force)
     refuse_existing(bundle.predictor_directory, force=config.force, marker="config.json")
@@ -336,11 +344,16 @@ def check_rows(shape: ModelShape, types: FileTypes) -> None:
     Raises:
         ExportError: a size that is no multiple of the block.
     """
-    pairs = [(shape.d_model, types.weights), (shape.d_ff, types.weights)]
-    for size, name in (*pairs, (shape.d_model, types.predictors)):
-        block = row_block(OUTTYPES[name])
+    for key, option, name in (
+        ("d_model", "outtype", types.weights),
+        ("d_ff", "outtype", types.weights),
+        ("d_model", "predictor-type", types.predictors),
+    ):
+        size, block = getattr(shape, key), row_block(OUTTYPES[name])
         if name == "q4_0" and size % block:
-            raise ExportError(f"size {size} is no multiple of {block}, as q4_0 needs; choose f16")
+            raise ExportError(
+                f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs; choose f16"
+            )
 
 
 def _write_tensor_file(path: Path, content: object) -> None:

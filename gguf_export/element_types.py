@@ -125,8 +125,9 @@ def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.
 
     Args:
         numbers: float16 or float32, any shape; they fit float16 unless `kind` is F32.
-        kind: F32, F16 or Q4_0. Q4_0 is gguf's own quantiser, which computes as PowerInfer's
-            `quantize` does (ggml-quants.c:quantize_row_q4_0_reference).
+        kind: F32, F16 or Q4_0. Q4_0 is gguf's own quantiser, with the arithmetic of
+            PowerInfer's `quantize` (ggml-quants.c:quantize_row_q4_0_reference); a compiler that
+            fuses product and sum there moves about one number in 100,000 by a step.
 
     Returns:
         An array of that type, or bytes (..., row bytes) uint8 for Q4_0.

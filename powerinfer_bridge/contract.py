@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
-from common.errors import PspError
+from common.errors import FormatError, PspError
 from gguf_export.element_types import runnable
 from gguf_export.gpu_index import index_path, read_gpu_index
 from gguf_export.gpu_split import F16_GROUPS, groups_of
@@ -149,7 +149,10 @@ def _layout(file: GGUFFile) -> str:
 
 def _magic(file: GGUFFile) -> str:
     if not file.sparse:
-        raise file.error("magic is GGUF: PowerInfer runs the file densely")
+        raise FormatError(
+            f"{file.path}: magic is GGUF: a dense file, which PowerInfer runs densely; pass the "
+            "*.powerinfer.gguf"
+        )
     return "PWRI, run sparsely"
 
 

@@ -214,3 +214,28 @@ def test_awkward_names_work_through_the_whole_command_line(
     assert shown == source
     result = psp("verify", "--", f"no {file}")
     assert len(result.stdout.splitlines()) > 10, "a report of what could not be checked"
+
+
+def test_a_split_without_statistics_is_refused_before_anything_is_written(
+    psp: Callable[..., Result], model_dir: Path, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone.powerinfer.gguf"
+    shutil.copy(exact_bundle.model_file, alone)
+    out = tmp_path / "out" / "m.powerinfer.gguf"
+    options = ("--model", model_dir, "--import-predictors-from", alone, "--out", out)
+    result = psp("export-gguf", *options, "--vram-budget", "24GiB")
+    assert result.exit_code == 1
+    assert f"{alone}: comes without activation statistics" in result.stderr
+    assert not out.parent.exists()
+    assert psp("export-gguf", *options, "--no-verify").exit_code == 0
+
+
+def test_a_dense_file_comes_with_its_note(
+    psp: Callable[..., Result], model_dir: Path, exact_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "m.powerinfer.gguf"
+    options = ("--model", model_dir, "--predictors", exact_dir, "--out", out, "--no-verify")
+    result = psp("export-gguf", *options, "--dense")
+    assert "warning: dense file for timing only" in result.stderr
+    assert "SiLU" in result.stderr
+    assert "warning" not in psp("export-gguf", *options, "--force").stderr

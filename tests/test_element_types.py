@@ -278,7 +278,7 @@ def test_q4_0_neurons_go_to_the_gpu_in_groups_of_256(quantised: Callable[..., Ex
 
 @pytest.mark.parametrize(
     ("sizes", "problem"),
-    [({"intermediate_size": 1056}, "size 1056"), ({"hidden_size": 96}, "size 96")],
+    [({"intermediate_size": 1056}, "d_ff 1056 is no"), ({"hidden_size": 96}, "d_model 96 is no")],
 )
 def test_sizes_that_fill_no_pair_of_blocks_are_refused(
     tokenizer_bytes: bytes, tmp_path: Path, sizes: dict[str, int], problem: str
