@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.bits import unpack_active
-from predictor.importance import codes_at, decode_importance
+from predictor.bits import active_places, unpack_active
+from predictor.importance import decode_importance
+from predictor.layer_rows import StoredRows
 from predictor.layer_weights import LayerWeights
-from predictor.traces import LayerRows
 
 _TINY = 1e-20
 
@@ -30,7 +30,7 @@ class LabelledRows:
         top: keep at most this many labels a token, those of largest magnitude; 0 keeps all.
     """
 
-    rows: LayerRows
+    rows: StoredRows
     weights: LayerWeights
     normalise: bool
     top: int = 0
@@ -41,13 +41,33 @@ class LabelledRows:
         return len(self.weights.down_norms)
 
     def inputs(self, index: torch.Tensor) -> torch.Tensor:
-        """Return (n, d_model) float32 inputs of the chosen rows."""
-        inputs = self.rows.inputs[index].float()
+        """Return (n, d_model) float32 inputs of the chosen rows, scaled if asked for.
+
+        Raises:
+            TraceError: some are NaN or infinite.
+        """
+        inputs = self.raw(index)
         return normalise_rms(inputs) if self.normalise else inputs
+
+    def raw(self, index: torch.Tensor) -> torch.Tensor:
+        """Return (n, d_model) float32 inputs of the chosen rows as stored.
+
+        Raises:
+            TraceError: some are NaN or infinite.
+        """
+        return self.rows.inputs_at(index)
+
+    def residual_squares(self, index: torch.Tensor) -> torch.Tensor:
+        """Return (n,) float32 ‖x‖² of the chosen rows' inputs as stored.
+
+        Raises:
+            TraceError: some are NaN or infinite.
+        """
+        return self.raw(index).square().sum(1)
 
     def active(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) bool labels of the chosen rows, uncut."""
-        return unpack_active(self.rows.active[index], self.d_ff)
+        return unpack_active(self.rows.active_at(index), self.d_ff)
 
     def labels(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) bool labels to train on: `active`, cut if asked for."""
@@ -60,14 +80,21 @@ class LabelledRows:
 
     def importance(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 |act(g)·u|·‖down column‖ as stored, zero where not active."""
-        active = self.active(index)
-        counts = active.sum(1)
-        # Positions of each row's codes: its start, then one after the other.
-        first = torch.cumsum(counts, 0) - counts
-        offsets = torch.arange(int(counts.sum())) - torch.repeat_interleave(first, counts)
-        positions = torch.repeat_interleave(self.rows.starts[index], counts) + offsets
-        bits = self.rows.importance_bits
-        relative = decode_importance(codes_at(self.rows.importance, positions, bits), bits)
-        importance = torch.zeros(active.shape)
-        importance[active] = relative * torch.repeat_interleave(self.rows.scale[index], counts)
+        row, neuron = active_places(self.rows.active_at(index))
+        codes = self.rows.codes_at(index, torch.bincount(row, minlength=len(index)))
+        relative = decode_importance(codes, self.rows.importance_bits)
+        importance = torch.zeros(len(index), self.d_ff)
+        importance.view(-1)[row * self.d_ff + neuron] = relative * self.rows.scale_at(index)[row]
         return importance
+
+    def relative_importance(self, index: torch.Tensor) -> torch.Tensor:
+        """Return (n, d_ff) float32 importance² / ‖x‖².
+
+        What each neuron adds to the residual stream, squared, relative to the stream's own square,
+        whatever `normalise` says.
+
+        Raises:
+            TraceError: some inputs are NaN or infinite.
+        """
+        squares = self.residual_squares(index).clamp_min(_TINY)
+        return self.importance(index).square_().div_(squares[:, None])

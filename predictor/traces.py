@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,34 +29,13 @@ from common.errors import TraceError
 from common.files import atomic_path, sha256, write_bytes
 from predictor.bits import count_active
 from predictor.holdout import hold_out
+from predictor.layer_rows import LayerRows, ShardedRows
 from predictor.layer_weights import LayerWeights
 from predictor.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.shard_file import ShardLayout, ShardWriter, check_shard, read_shard, shard_counts
 
+__all__ = ["LayerRows", "TraceStore"]
 _AGAIN = "collect the traces again"
-
-
-@dataclass(frozen=True)
-class LayerRows:
-    """Trace rows of one layer.
-
-    Attributes:
-        inputs: (rows, d_model) float16 or bfloat16, the predictor's input.
-        active: (rows, ceil(d_ff / 8)) uint8, bit-packed, least significant bit first.
-        counts: (d_ff,) int64, rows in which each neuron was active.
-        importance_bits: bits of a code; 0 where no importance is stored.
-        scale: (rows,) float32, mean importance of a row's active neurons, or empty.
-        starts: (rows,) int64, position of each row's first code, or empty.
-        importance: (bytes,) uint8, packed codes, see `predictor.importance`.
-    """
-
-    inputs: torch.Tensor
-    active: torch.Tensor
-    counts: torch.Tensor
-    importance_bits: int
-    scale: torch.Tensor
-    starts: torch.Tensor
-    importance: torch.Tensor
 
 
 class TraceStore:
@@ -201,8 +180,8 @@ class TraceStore:
                 )
         return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
-    def layer(self, layer: int) -> LayerRows:
-        """Read all rows of one layer.
+    def layer(self, layer: int) -> ShardedRows:
+        """Map all rows of one layer; only where each row's importance begins is held in memory.
 
         Raises:
             TraceError: the layer was not recorded, or a shard is missing, damaged or does not fit
@@ -212,25 +191,19 @@ class TraceStore:
             raise TraceError(f"{self.path}: layer {layer} was not collected; see --layers")
         if not self.progress.shards:
             raise TraceError(f"{self.path}: holds no rows yet; go on with 'psp collect --resume'")
-        parts, starts, bits = [], [], self.header.importance_bits
-        code_bytes = 0
-        for number, shard in enumerate(self.progress.shards):
-            part = read_shard(self._shard_file(layer, number), self._layout(shard.rows))
-            if bits:
-                per_row = count_active(part["active"])
-                starts.append(torch.cumsum(per_row, 0) - per_row + code_bytes * (8 // bits))
-                code_bytes += len(part["importance"])
-            parts.append(part)
-        joined = {
-            name: torch.cat([part[name] for part in parts])
-            for name in ("inputs", "active", "scale", "importance")
-        }
-        return LayerRows(
-            counts=torch.stack([part["counts"] for part in parts]).sum(0),
-            importance_bits=bits,
-            starts=torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64),
-            **joined,
-        )
+        shards = enumerate(self.progress.shards)
+        return ShardedRows([self._mapped(layer, number, shard.rows) for number, shard in shards])
+
+    def _mapped(self, layer: int, number: int, rows: int) -> LayerRows:
+        file, bits = self._shard_file(layer, number), self.header.importance_bits
+        parts = read_shard(file, self._layout(rows))
+        starts = torch.zeros(0, dtype=torch.int64)
+        if bits:
+            per_row = count_active(parts["active"])
+            if per_row.sum() != parts["counts"].sum():
+                raise TraceError(f"{file}: counts differ from the active bits; {_AGAIN}")
+            starts = torch.cumsum(per_row, 0) - per_row
+        return LayerRows(importance_bits=bits, starts=starts, file=file, **parts)
 
     def activation_sparsity(self) -> dict[int, float]:
         """Return every recorded layer's activation sparsity over all rows, from stored counts."""

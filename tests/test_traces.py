@@ -19,9 +19,10 @@ from common.errors import PspError, TraceError
 from predictor.bits import unpack_active
 from predictor.collect import CollectConfig, collect
 from predictor.importance import codes_at
+from predictor.layer_rows import LayerRows
 from predictor.recorder import passes
 from predictor.rows import LabelledRows
-from predictor.traces import LayerRows, TraceStore
+from predictor.traces import TraceStore
 from predictor.training import TrainConfig, train_predictors
 
 TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
@@ -157,7 +158,7 @@ def test_importance_is_that_of_plain_pytorch(
     for layer in range(2):
         expected, rows, weights = (
             reference.rows(layer, 1500),
-            store.layer(layer),
+            store.layer(layer).joined,
             store.weights(layer),
         )
         active = unpack_active(rows.active, D_FF)
