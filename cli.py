@@ -14,6 +14,7 @@ from common.options import (
     Fraction,
     Group,
     Layers,
+    bound_options,
     choice_option,
     count_option,
     data_option,
@@ -174,8 +175,15 @@ def traces_check(traces: Path, as_json: bool) -> None:
     "--traces", required=True, type=PATH, metavar="TRACES", help="Directory from psp collect."
 )
 @out_option("PREDICTORS", "Directory for the predictors.")
-@count_option("--rank", required=True, least=1, help_text="Hidden units, a multiple of 32.")
-@choice_option("--recipe", ["psp", "dejavu"], "psp: ours. dejavu: the published method.")
+@choice_option(
+    "--recipe",
+    ["psp", "svd", "dejavu"],
+    "psp: ours. svd: without training. dejavu: the published method.",
+)
+@bound_options
+@click.option(
+    "--report", type=PATH, metavar="DIR", help="Also write metrics, curves and plots to DIR."
+)
 @click.option(
     "--holdout",
     type=Fraction(0, 0.9, min_open=True),
@@ -193,18 +201,27 @@ def traces_check(traces: Path, as_json: bool) -> None:
 @resume_option
 @force_option
 @json_option
-def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
+def train_predictor(as_json: bool, threads: int, report: Path | None, **options: Any) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
+    from predictor.report import report_predictors
+    from predictor.traces import TraceStore
     from predictor.training import TrainConfig, train_predictors
 
-    artifact = train_predictors(TrainConfig(**options))
+    config = TrainConfig(**options)
+    artifact = train_predictors(config, _note)
+    if report is not None:
+        traces = TraceStore.open(config.traces)
+        kind, force = config.predictor_type, config.force
+        report_predictors(report, traces, artifact, predictor_type=kind, force=force)
     layers = artifact.rows()
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         recipe = artifact.header.recipe["name"]
-        document = {"predictors": str(artifact.path), "recipe": recipe, **mean, "layers": layers}
+        search = {"ranks": artifact.ranks, "search": artifact.search}
+        names = {"predictors": str(artifact.path), "recipe": recipe}
+        document = {**names, **mean, **search, "layers": layers}
         return _print_json(document)
     _echo(layer_table(layers, mean))
     if missing := artifact.missing:
@@ -223,7 +240,7 @@ def train_predictor(as_json: bool, threads: int, **options: Any) -> None:
 @click.option(
     "--dense",
     is_flag=True,
-    help="Also write NAME.dense.gguf, to time against; its text is wrong for ReLU models.",
+    help="Also write NAME.dense.gguf, to time against; for arch llama its text is wrong.",
 )
 @vram_options(required=False)
 @click.option("--no-verify", is_flag=True, help="Skip the check of the written file.")
@@ -246,7 +263,7 @@ def export_gguf(
     from gguf_export.split_file import SplitConfig, split
     from powerinfer_bridge.verification import ExportCheck
 
-    config, split_config = ExportConfig(**options), None
+    config, split_config = ExportConfig(**options, split=vram_budget is not None), None
     if vram_budget is not None:
         split_config = SplitConfig(
             file=config.out, vram_budget=vram_budget, context=context, kv_type=kv_type
@@ -349,6 +366,10 @@ def bench_powerinfer(as_json: bool, **options: Any) -> None:
     if as_json:
         return _print_json(result)
     _echo(bench_table(result))
+
+
+def _note(line: str) -> None:
+    click.echo(f"note: {line}", err=True)
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -15,19 +15,41 @@ PATH = click.Path(path_type=Path)
 
 if TYPE_CHECKING:
     _LayersType = click.ParamType[tuple[int, ...]]
+    _RankType = click.ParamType[int | str | tuple[int, ...]]
 else:
-    _LayersType = click.ParamType  # not generic before click 8.4
+    _LayersType = _RankType = click.ParamType  # not generic before click 8.4
 
 
 class Fraction(click.FloatRange):
-    """A range that holds no NaN, which compares false with both ends."""
+    """A range, also in per cent, that holds no NaN, which compares false with both ends."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number."""
+        if isinstance(value, str) and value.endswith("%"):
+            try:
+                value = float(value[:-1]) / 100
+            except ValueError:
+                self.fail(f"{value!r} is not a number.", param, ctx)
         number = super().convert(value, param, ctx)
         if number != number:
             self.fail(f"{number} is not a number.", param, ctx)
         return number
+
+
+class Rank(_RankType):
+    """`auto`, one rank, or one for each layer such as `32,64,64`."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return `auto`, a number or a tuple."""
+        if not isinstance(value, str) or value == "auto":
+            return value
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+            self.fail(f"{value!r} is no rank; write auto, 32, or one for each layer.", param, ctx)
+        ranks = tuple(map(int, parts))
+        return ranks if len(ranks) > 1 else ranks[0]
 
 
 class Layers(_LayersType):
@@ -175,6 +197,54 @@ def vram_options(*, required: bool) -> Callable[[Command], Command]:
         )(command)
 
     return decorate
+
+
+def bound_options(command: Command) -> Command:
+    """Add `--rank`, the two bounds, and what measuring them needs."""
+    options: list[Callable[[Command], Command]] = [
+        click.option(
+            "--rank",
+            type=Rank(),
+            default="auto",
+            show_default=True,
+            metavar="auto|N|N,N,...",
+            help="Hidden units, multiples of 32: chosen, one for all layers, or one for each. With "
+            "--recipe dejavu auto is a quarter of the hidden size.",
+        ),
+        click.option(
+            "--max-ppl-gap",
+            type=Fraction(0, min_open=True),
+            help="Skip neurons as far as perplexity grows by no more.  [default: 0.1% if --rank "
+            "is auto, else every threshold is 0]",
+        ),
+        click.option(
+            "--ffn-bytes",
+            type=Fraction(0, 1, min_open=True),
+            help="Instead: skip neurons until no more of the FFN's bytes is read.",
+        ),
+        click.option(
+            "--predictor-type",
+            type=click.Choice(["f16", "q4_0"]),
+            default="f16",
+            show_default=True,
+            help="Type that will be exported, by which bytes are counted.",
+        ),
+        click.option(
+            "--model", metavar="DIR|HUB_ID", help="To measure with.  [default: the traces' own]"
+        ),
+        click.option(
+            "--data", help="Text to measure on, all of it.  [default: the traces' held-out part]"
+        ),
+        count_option(
+            "--eval-tokens", default=16384, least=64, help_text="Tokens to measure on, at most."
+        ),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Torch device to measure on."
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def types_options(command: Command) -> Command:

@@ -2,13 +2,17 @@
 
 Layout of a directory::
 
-    predictors.json             schema, model, recipe, threshold and one entry a finished layer
+    predictors.json             schema, model, recipe, threshold, one entry a finished layer, and
+                                the operating points that were tried
     layer-00.safetensors        fc1 (rank, d_model) float16, fc2 (d_ff, rank) float16,
-                                activation_counts (d_ff,) int64
+                                activation_counts (d_ff,) int64; thresholds (d_ff,) float32 if each
+                                neuron has its own
+    curves-00.safetensors       what was measured at other thresholds, to choose others later
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from common.errors import PredictorError
 from common.files import read_json, write_bytes, write_json
 from common.version import tool_version
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _AGAIN = "train the predictors again"
 
 
@@ -38,8 +42,9 @@ class PredictorHeader:
         n_layers: blocks.
         d_model: hidden size.
         d_ff: neurons in a layer.
-        rank: hidden units of every predictor.
-        threshold: a neuron is computed unless its logit is below this.
+        rank: hidden units of every predictor, or how they were to be chosen.
+        threshold: a neuron is computed unless its logit is below this; 1 if each neuron's own
+            threshold is folded in.
         traces_identity: `TraceStore.identity` of the traces.
         recipe: settings of the recipe, by name.
         holdout: share of rows held out, by document.
@@ -54,7 +59,7 @@ class PredictorHeader:
     n_layers: int
     d_model: int
     d_ff: int
-    rank: int
+    rank: int | str
     threshold: float
     traces_identity: str
     recipe: dict[str, Any]
@@ -87,11 +92,15 @@ class PredictorArtifact:
         path: the directory.
         header: what it was made for and from.
         layers: layer number to metrics, of the finished layers.
+        ranks: layer number to rank, where ranks were chosen for each layer.
+        search: operating points that were tried, see `search.Point`.
     """
 
     path: Path
     header: PredictorHeader
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+    search: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -110,7 +119,9 @@ class PredictorArtifact:
             )
         try:
             layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
-            return cls(path, PredictorHeader(**document["header"]), layers)
+            ranks = {int(layer): int(rank) for layer, rank in document["ranks"].items()}
+            search = list(document["search"])
+            return cls(path, PredictorHeader(**document["header"]), layers, ranks, search)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PredictorError(f"{path}/predictors.json: damaged ({error}); {_AGAIN}") from error
 
@@ -139,6 +150,9 @@ class PredictorArtifact:
     def _file(self, layer: int) -> Path:
         return self.path / f"layer-{layer:02d}.safetensors"
 
+    def _curves_file(self, layer: int) -> Path:
+        return self.path / f"curves-{layer:02d}.safetensors"
+
     def write_header(self) -> None:
         """Write `predictors.json`, with the means over layers once all are finished."""
         write_json(
@@ -147,6 +161,8 @@ class PredictorArtifact:
                 "schema_version": SCHEMA_VERSION,
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
+                "ranks": {str(layer): rank for layer, rank in self.ranks.items()},
+                "search": self.search,
                 "layers": self.rows(),
                 "mean": mean_metrics(list(self.layers.values())) if self.complete else None,
             },
@@ -158,32 +174,81 @@ class PredictorArtifact:
 
     def add(self, layer: int, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
         """Commit a layer: first its file, then the index that counts it."""
-        tensors = {name: tensor.contiguous() for name, tensor in vars(predictor).items()}
-        write_bytes(self._file(layer), save(tensors))
+        self._write(layer, vars(predictor))
         self.layers[layer] = metrics
         self.write_header()
 
-    def layer(self, layer: int) -> LayerPredictor:
+    def _write(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_bytes(self._file(layer), save(whole))
+
+    def add_curves(self, layer: int, curves: Mapping[str, torch.Tensor]) -> None:
+        """Keep what was measured at a layer's thresholds, before the layer itself is committed."""
+        whole = {name: tensor.contiguous() for name, tensor in curves.items()}
+        write_bytes(self._curves_file(layer), save(whole))
+
+    def curves(self, layer: int) -> dict[str, torch.Tensor]:
+        """Read what `add_curves` kept.
+
+        Raises:
+            PredictorError: missing or damaged.
+        """
+        return self._load(self._curves_file(layer))
+
+    def set_thresholds(self, thresholds: Mapping[int, torch.Tensor]) -> None:
+        """Give every layer's neurons their own thresholds, (d_ff,) float32 each."""
+        for layer, values in thresholds.items():
+            self._write(layer, self._load(self._file(layer)) | {"thresholds": values})
+        self.write_header()
+
+    def layer(self, layer: int, *, folded: bool = True) -> LayerPredictor:
         """Read one layer.
+
+        Args:
+            layer: its number.
+            folded: divide fc2's rows by the neurons' thresholds, if they have some, so that
+                `header.threshold` holds for all.
 
         Raises:
             PredictorError: missing or damaged file, or shapes that do not fit the header.
         """
         file = self._file(layer)
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error
-        header = self.header
+        tensors = self._load(file)
+        header, rank = self.header, self.rank(layer)
         expected = {
-            "fc1": (header.rank, header.d_model),
-            "fc2": (header.d_ff, header.rank),
+            "fc1": (rank, header.d_model),
+            "fc2": (header.d_ff, rank),
             "activation_counts": (header.d_ff,),
         }
+        if header.threshold and folded:
+            expected["thresholds"] = (header.d_ff,)
         for name, shape in expected.items():
             found = tuple(tensors[name].shape) if name in tensors else None
             if found != shape:
                 raise PredictorError(
                     f"{file}: {name} has shape {found}, predictors.json implies {shape}; {_AGAIN}"
                 )
-        return LayerPredictor(**{name: tensors[name] for name in expected})
+        if "thresholds" in expected:
+            thresholds = tensors["thresholds"]
+            if not bool((thresholds > 0).all()):
+                raise PredictorError(f"{file}: thresholds are not all above 0; {_AGAIN}")
+            tensors["fc2"] = (tensors["fc2"].float() / thresholds[:, None]).half()
+        return LayerPredictor(*(tensors[name] for name in ("fc1", "fc2", "activation_counts")))
+
+    def rank(self, layer: int) -> int:
+        """Return the rank of a layer.
+
+        Raises:
+            PredictorError: none was chosen for it.
+        """
+        rank = self.ranks.get(layer, self.header.rank)
+        if not isinstance(rank, int):
+            raise PredictorError(f"{self.path}/predictors.json: no rank of layer {layer}; {_AGAIN}")
+        return rank
+
+    def _load(self, file: Path) -> dict[str, torch.Tensor]:
+        try:
+            tensors: dict[str, torch.Tensor] = load_file(file)
+            return tensors
+        except (SafetensorError, OSError) as error:
+            raise PredictorError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error

@@ -53,6 +53,16 @@ def to_half(predictor: Predictor) -> Predictor:
 
 
 @torch.inference_mode()
+def logits_of(predictor: Predictor, inputs: torch.Tensor) -> torch.Tensor:
+    """Return the logits (..., d_ff) of inputs (..., d_model) as PowerInfer rounds them.
+
+    The vector that multiplies a float16 matrix is rounded to float16 (ggml.c:ggml_vec_dot_f16).
+    """
+    hidden = torch.relu(linear(inputs.half().float(), predictor.fc1))
+    return linear(hidden.half().float(), predictor.fc2)
+
+
+@torch.inference_mode()
 def decide(predictor: Predictor, inputs: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return (rows, d_ff) bool for inputs (rows, d_model): true unless logit < threshold."""
     return predictor.forward(inputs).lt(threshold).logical_not()

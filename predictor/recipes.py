@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import PredictorError
 
@@ -93,7 +93,11 @@ PSP = Recipe(
 )
 """SVD start, normalised inputs, importance-weighted positives, cosine schedule."""
 
-RECIPES = {recipe.name: recipe for recipe in (PSP, DEJAVU)}
+SVD = replace(PSP, name="svd", epochs=0)
+"""No training at all: the start of `psp`, with thresholds chosen by measurement (after arXiv
+2603.14110)."""
+
+RECIPES = {recipe.name: recipe for recipe in (PSP, SVD, DEJAVU)}
 
 
 def recipe_named(name: str) -> Recipe:

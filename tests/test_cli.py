@@ -168,8 +168,11 @@ USAGE_ERRORS = [
     (["collect", "--dtype", "int8"], "'--dtype': 'int8' is not one of"),
     (["train-predictor", "--seed", "-1"], "'--seed': -1 is not in the range"),
     (["collect", "--seed", str(2**70)], "'--seed': 1180591620717411303424 is not in the range"),
-    (["train-predictor", "--rank", "0"], "'--rank': 0 is not in the range x>=1"),
-    (["train-predictor", "--recipe", "best"], "'--recipe': 'best' is not one of 'psp', 'dejavu'"),
+    (["train-predictor", "--rank", "all"], "'--rank': 'all' is no rank; write auto, 32, or one"),
+    (["train-predictor", "--rank", "32,"], "'--rank': '32,' is no rank"),
+    (["train-predictor", "--max-ppl-gap", "x%"], "'--max-ppl-gap': 'x%' is not a number"),
+    (["train-predictor", "--ffn-bytes", "150%"], "'--ffn-bytes': 1.5 is not in the range"),
+    (["train-predictor", "--recipe", "best"], "'--recipe': 'best' is not one of 'psp', 'svd', "),
     (["train-predictor", "--holdout", "1"], "'--holdout': 1.0 is not in the range"),
     (["train-predictor", "--holdout", "nan"], "'--holdout': nan is not"),
     (["train-predictor", "--label-top-fraction", "nan"], "'--label-top-fraction': nan is not"),
@@ -316,7 +319,7 @@ def test_json_of_the_pipeline_speaks_the_glossary(pipeline: Pipeline) -> None:
     named = {"traces", "tokens", "documents", "activation_sparsity", "layers"}
     assert set(collected) >= named | {"bytes", "d_model", "d_ff", "chat_template"}
     assert (collected["tokens"], collected["documents"]) == (900, 5)
-    assert set(trained) == FFN_METRICS | {"predictors", "recipe", "layers"}
+    assert set(trained) == FFN_METRICS | {"predictors", "recipe", "ranks", "search", "layers"}
     assert trained["recipe"] == "dejavu"
     outputs = {"model_file", "predictor_directory", "activation_directory"}
     assert set(found["export"]) == outputs | {"verified", "warnings"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from predictor.artifact import PredictorArtifact
 from predictor.bits import unpack_active
 from predictor.collect import CollectConfig, collect
 from predictor.module import Predictor, decide
+from predictor.recipes import DEJAVU, RECIPES
 from predictor.traces import TraceStore
 from predictor.training import TrainConfig, train_predictors
 
@@ -314,7 +316,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones(train: Train, tmp_path
         train(tmp_path / "out", recipe="best")
 
 
-def test_training_that_diverges_is_refused_with_its_layer(
+def test_inputs_that_are_no_numbers_are_refused_with_their_file(
     train: Train, traces: TraceStore, tmp_path: Path
 ) -> None:
     spoilt = copy_traces(traces, tmp_path)
@@ -322,9 +324,18 @@ def test_training_that_diverges_is_refused_with_its_layer(
     tensors = load_file(file)
     tensors["inputs"][:] = float("nan")
     save_file(tensors, file)
-    with refused(PredictorError, "layer 1", "diverged", "check the traces"):
+    with refused(TraceError, str(file), "NaN or inf", "psp traces check"):
         train(tmp_path / "out", traces=spoilt, recipe="dejavu")
     assert len(PredictorArtifact.open(tmp_path / "out").layers) == 1
+
+
+def test_training_that_diverges_is_refused_with_its_layer(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = replace(DEJAVU, name="hot", learning_rate=1e25, epochs=1)
+    monkeypatch.setitem(RECIPES, "hot", hot)
+    with refused(PredictorError, "layer 0", "diverged", "check the traces"):
+        train(tmp_path / "out", recipe="hot")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
@@ -359,10 +370,10 @@ def test_a_directory_without_predictors_is_refused(tmp_path: Path) -> None:
         PredictorArtifact.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None])
 def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
     edit(copy / "predictors.json", lambda document: document.update(schema_version=version))
-    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 2", "again"):
+    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 3", "again"):
         PredictorArtifact.open(copy)
 
 
@@ -391,5 +402,6 @@ def test_the_command_prints_the_metrics_of_the_artifact(
     assert result.pop("layers") == artifact.rows()
     assert result.pop("predictors") == str(out)
     assert result.pop("recipe") == "psp"
+    assert (result.pop("ranks"), result.pop("search")) == ({}, [])
     assert result == mean_metrics(list(artifact.layers.values()))
     assert contents(out) == contents(artifact.path)

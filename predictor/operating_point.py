@@ -1,0 +1,165 @@
+"""Where a trained predictor's neurons switch on: one threshold a neuron, chosen by price.
+
+A skipped neuron costs what the FFN's output misses, a computed one its bytes. With a price for a
+computed neuron the best threshold of each neuron follows by itself, and one price for the whole
+model shares the bytes out between layers. PowerInfer has one threshold for all neurons; dividing a
+row of fc2 by a positive threshold of its own is the same (fc2's rows are free to scale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.decisions import DecisionCounts
+from predictor.module import Predictor, logits_of
+from predictor.rows import LabelledRows
+
+FOLDED_THRESHOLD = 1.0
+"""The file's threshold once each neuron's own is folded into its row of fc2."""
+
+_LOWEST, _STEP, _STEPS = -8.0, 0.2, 56
+"""Thresholds are 2^(lowest + step·k) times the neuron's mean positive logit; the first computes
+what training left positive, the last (8 times the mean) next to nothing."""
+
+_SHARED = 0.5
+"""Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What each neuron of a layer computes and misses at each of its thresholds.
+
+    Attributes:
+        thresholds: (steps, d_ff) float32, on logits of raw inputs, rising.
+        computed: (steps, d_ff) float32, share of tokens on which the neuron is computed.
+        hits: (steps, d_ff) float32, share of tokens on which it is computed and active.
+        missed: (steps, d_ff) float32, mean over tokens of what it adds to the residual stream where
+            it is skipped, squared, relative to the stream's square.
+        rows: tokens they were measured on.
+    """
+
+    thresholds: torch.Tensor
+    computed: torch.Tensor
+    hits: torch.Tensor
+    missed: torch.Tensor
+    rows: int
+
+    def at(self, price: float) -> OperatingPoint:
+        """Return the thresholds that cost least.
+
+        Args:
+            price: of computing one neuron for one token, in the unit of `missed`.
+        """
+        cost = self.missed + price * self.computed
+        cost = (1 - _SHARED) * cost + _SHARED * cost.mean(1, keepdim=True)
+        return self.choose(cost.argmin(0))
+
+    def choose(self, steps: torch.Tensor) -> OperatingPoint:
+        """Return what a step of each neuron, (d_ff,) int64, leads to."""
+        tables = (self.thresholds, self.computed, self.missed)
+        thresholds, computed, missed = (table.gather(0, steps[None])[0] for table in tables)
+        density, error = float(computed.double().mean()), float(missed.double().sum())
+        return OperatingPoint(steps, thresholds, density, error)
+
+    def counts(self, steps: torch.Tensor, active: int) -> DecisionCounts:
+        """Return the decisions that a step of each neuron leads to on these rows.
+
+        Args:
+            steps: (d_ff,) int64.
+            active: active neurons in all.
+        """
+        computed, hits = (
+            round(float(table.double().gather(0, steps[None]).sum()) * self.rows)
+            for table in (self.computed, self.hits)
+        )
+        return DecisionCounts(
+            decisions=self.rows * len(steps), active=active, predicted=computed, hits=hits
+        )
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A layer's thresholds and what they lead to on the rows that they were chosen by.
+
+    Attributes:
+        steps: (d_ff,) int64, which of its thresholds each neuron has.
+        thresholds: (d_ff,) float32, above zero.
+        density: share of neurons computed.
+        error: `Curves.missed` summed over neurons.
+    """
+
+    steps: torch.Tensor
+    thresholds: torch.Tensor
+    density: float
+    error: float
+
+
+def trace_curves(
+    predictor: Predictor, rows: LabelledRows, index: torch.Tensor, scale: torch.Tensor
+) -> Curves:
+    """Measure a predictor at all thresholds.
+
+    Args:
+        predictor: rounded to float16.
+        rows: the layer's rows.
+        index: (n,) int64, the rows to measure on.
+        scale: (d_ff,) float32, see `mean_positive`.
+    """
+    d_ff = len(scale)
+    tables = torch.zeros(3, (_STEPS + 1) * d_ff, dtype=torch.float64)
+    neuron = torch.arange(d_ff)
+    for part in torch.split(index, _ROWS):
+        # The highest threshold that a logit reaches; 0 where it reaches none.
+        ratio = (logits_of(predictor, rows.raw(part)) / scale).clamp_min(1e-30)
+        reached = ((ratio.log2() - _LOWEST) / _STEP).floor().long().add_(1).clamp_(0, _STEPS)
+        place = (reached * d_ff + neuron).flatten()
+        for table, weight in zip(
+            tables,
+            (None, rows.active(part).flatten().double(), _contributions(rows, part)),
+            strict=True,
+        ):
+            table += torch.bincount(place, weight, minlength=len(table))
+    shares = (tables / len(index)).view(3, _STEPS + 1, d_ff)
+    below = shares.cumsum(1)[:, :-1]
+    total = shares.sum(1)
+    return Curves(
+        thresholds=torch.exp2(_LOWEST + _STEP * torch.arange(_STEPS))[:, None] * scale,
+        computed=(total[0] - below[0]).float(),
+        hits=(total[1] - below[1]).float(),
+        missed=below[2].float(),
+        rows=len(index),
+    )
+
+
+def _contributions(rows: LabelledRows, part: torch.Tensor) -> torch.Tensor:
+    return rows.relative_importance(part).flatten().double()
+
+
+def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:
+    """Return each neuron's mean positive logit, (d_ff,) float32, which thresholds are scaled by."""
+    total, count = torch.zeros(len(predictor.fc2)), torch.zeros(len(predictor.fc2))
+    for part in torch.split(index, _ROWS):
+        logits = logits_of(predictor, rows.raw(part))
+        total += logits.clamp_min(0).sum(0)
+        count += (logits > 0).sum(0)
+    mean = total / count.clamp_min(1)
+    # A neuron that was never predicted stays off: any threshold above zero will do.
+    return torch.where(count > 0, mean, torch.ones(()))
+
+
+def fold(predictor: Predictor, thresholds: torch.Tensor) -> Predictor:
+    """Divide each row of fc2 by its neuron's threshold and round to float16.
+
+    Args:
+        predictor: rounded to float16.
+        thresholds: (d_ff,) float32, above zero.
+
+    Returns:
+        A predictor for `FOLDED_THRESHOLD`, whose float32 weights are exact float16 values.
+    """
+    fc2 = (predictor.fc2.detach() / thresholds[:, None]).half().float()
+    return Predictor(predictor.fc1.detach(), fc2)

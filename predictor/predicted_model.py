@@ -1,0 +1,128 @@
+"""The model with predictors in place, in transformers, masking as PowerInfer does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+from tqdm import tqdm
+
+from architectures.checkpoint import Checkpoint
+from architectures.gated import FATReLU
+from architectures.model import LoadedModel, load_model
+from predictor.module import Predictor, logits_of
+from predictor.windows import Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """What predictors do to a model on held-out text.
+
+    Attributes:
+        ppl_dense: perplexity of the model itself.
+        ppl_sparse: with predictors.
+        kl_divergence: mean over tokens of KL(dense ‖ sparse) of the next-token distributions, nats.
+            If the model's probabilities are right, its exponential is what perplexity grows by in
+            expectation; the measured growth scatters around that far more.
+    """
+
+    ppl_dense: float
+    ppl_sparse: float
+    kl_divergence: float
+
+    @property
+    def ppl_gap(self) -> float:
+        """Growth of the perplexity, a fraction."""
+        return self.ppl_sparse / self.ppl_dense - 1
+
+
+class PredictedModel:
+    """A model whose FFN neurons can be masked by predictors.
+
+    PowerInfer computes ReLU for FATReLU models, so their threshold rests while predictors mask.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, windows: Sequence[Window], device: str) -> None:
+        """Load the model and compute its own predictions on the windows.
+
+        Raises:
+            CheckpointError: the device is not there or too small.
+        """
+        dtype = torch.float32 if device == "cpu" else checkpoint.dtype
+        self._model: LoadedModel = load_model(checkpoint, dtype=dtype, device=device)
+        self._windows = windows
+        self._masks: Mapping[int, tuple[Predictor, float]] = {}
+        self._inputs: dict[int, torch.Tensor] = {}
+        self._fatrelu = [m for m in self._model.causal_lm.modules() if isinstance(m, FATReLU)]
+        architecture = checkpoint.architecture
+        for layer, block in enumerate(self._model.blocks):
+            tap = block.get_submodule(architecture.predictor_input)
+            tap.register_forward_pre_hook(partial(self._keep, layer))
+            output = block.get_submodule(architecture.ffn_output)
+            output.register_forward_pre_hook(partial(self._mask, layer))
+        bar = tqdm(windows, unit="window", desc="dense model", disable=None)
+        self._dense = [self._log_probabilities(window).half() for window in bar]
+
+    def _keep(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._inputs[layer] = args[0]
+
+    def _mask(
+        self, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if layer not in self._masks:
+            return None
+        predictor, threshold = self._masks[layer]
+        skipped = logits_of(predictor, self._inputs[layer].float()) < threshold
+        return (args[0].masked_fill(skipped.reshape(args[0].shape), 0),)
+
+    @torch.inference_mode()
+    def _log_probabilities(self, window: Window) -> torch.Tensor:
+        """Return (tokens - 1, vocab_size) float32 log-probabilities on the CPU."""
+        logits = self._model.logits(torch.tensor([window.tokens]))[0, :-1]
+        return log_softmax(logits.float(), dim=-1).cpu()
+
+    def quality(self, predictors: Mapping[int, Predictor], threshold: float) -> Quality:
+        """Run all windows with predictors in place.
+
+        Args:
+            predictors: layer number to predictor; other layers compute every neuron.
+            threshold: neurons whose logit is below it are skipped.
+        """
+        device = self._model.device
+        self._masks = {n: (p.to(device), threshold) for n, p in predictors.items()}
+        totals = torch.zeros(4, dtype=torch.float64)
+        with self._without_threshold():
+            for window, dense in zip(self._windows, self._dense, strict=True):
+                totals += _compare(window, dense.float(), self._log_probabilities(window))
+        self._masks = {}
+        dense_nll, sparse_nll, divergence = (totals[:3] / totals[3]).tolist()
+        return Quality(
+            ppl_dense=float(torch.tensor(dense_nll).exp()),
+            ppl_sparse=float(torch.tensor(sparse_nll).exp()),
+            kl_divergence=divergence,
+        )
+
+    @contextmanager
+    def _without_threshold(self) -> Iterator[None]:
+        kept = [module.threshold for module in self._fatrelu]
+        for module in self._fatrelu:
+            module.threshold = 0.0
+        try:
+            yield
+        finally:
+            for module, threshold in zip(self._fatrelu, kept, strict=True):
+                module.threshold = threshold
+
+
+def _compare(window: Window, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+    """Return sums over tokens: both negative log-likelihoods, the divergence, and the count."""
+    following = torch.tensor(window.tokens[1:])[:, None]
+    divergence = (dense.exp() * (dense - sparse)).sum()
+    sums = [-dense.gather(1, following).sum(), -sparse.gather(1, following).sum(), divergence]
+    return torch.stack([*sums, torch.tensor(float(len(following)))]).double()

@@ -1,0 +1,223 @@
+"""The price of a computed neuron that keeps a model within a bound, and the ranks for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from common.errors import PredictorError
+from predictor.operating_point import Curves, OperatingPoint
+from predictor.predicted_model import Quality
+
+_LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
+_BISECTIONS = 40
+_MEASUREMENTS = 5
+_CLOSE = 0.9
+"""A measured divergence of this share of the bound is near enough."""
+
+_TYPICAL = 0.5
+"""Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.3 to 0.5 in
+the layers of a trained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """An operating point that was tried.
+
+    Attributes:
+        price: of a computed neuron.
+        ffn_bytes_ratio: mean over layers, by the rows that thresholds were chosen on.
+        ppl_dense: the model's own perplexity, None where not measured; the next three likewise.
+        ppl_sparse: with predictors in place.
+        ppl_gap: measured growth of perplexity.
+        kl_divergence: see `Quality`.
+        chosen: whether the predictors have it.
+    """
+
+    price: float
+    ffn_bytes_ratio: float
+    ppl_dense: float | None = None
+    ppl_sparse: float | None = None
+    ppl_gap: float | None = None
+    kl_divergence: float | None = None
+    chosen: bool = False
+
+    def as_dict(self) -> dict[str, float | bool | None]:
+        """Return it ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """All layers at one price.
+
+    Attributes:
+        points: layer number to operating point.
+        ffn_bytes_ratio: mean over layers.
+        error: sum over layers.
+    """
+
+    points: Mapping[int, OperatingPoint]
+    ffn_bytes_ratio: float
+    error: float
+
+
+def at_price(curves: Mapping[int, Curves], costs: Mapping[int, float], price: float) -> Priced:
+    """Put all layers at one price.
+
+    Args:
+        curves: of each layer.
+        costs: bytes of each layer's predictor relative to its FFN.
+        price: of a computed neuron.
+    """
+    points = {layer: curve.at(price) for layer, curve in curves.items()}
+    ratios = [point.density + costs[layer] for layer, point in points.items()]
+    error = sum(point.error for point in points.values())
+    return Priced(points, sum(ratios) / len(ratios), error)
+
+
+def highest_price(fits: Callable[[float], bool]) -> float:
+    """Return the highest price that fits, or the lowest of all; `fits` turns false once."""
+    low, high = math.log(_LOWEST_PRICE), math.log(_HIGHEST_PRICE)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(math.exp(middle)) else (low, middle)
+    return math.exp(low)
+
+
+def _error_within(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], error: float
+) -> Callable[[float], bool]:
+    return lambda price: at_price(curves, costs, price).error <= error
+
+
+def price_for_bytes(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], bound: float
+) -> tuple[float, list[Point]]:
+    """Return the lowest price at which the mean FFN bytes ratio is within the bound.
+
+    Raises:
+        PredictorError: the predictors alone take more.
+    """
+    price = highest_price(lambda p: at_price(curves, costs, p).ffn_bytes_ratio > bound)
+    price *= 1.0 + 1e-9  # the other side of the last bisection
+    while (ratio := at_price(curves, costs, price).ffn_bytes_ratio) > bound:
+        if price > _HIGHEST_PRICE:
+            raise PredictorError(
+                f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
+                f"is {ratio:.4f}; lower --rank or allow more"
+            )
+        price *= 1.01
+    return price, [Point(price=price, ffn_bytes_ratio=ratio, chosen=True)]
+
+
+def price_for_gap(
+    curves: Mapping[int, Curves],
+    costs: Mapping[int, float],
+    bound: float,
+    measure: Callable[[Priced], Quality],
+) -> tuple[float, list[Point]]:
+    """Return the highest price found that keeps both growths of perplexity within the bound.
+
+    These are the measured one and the expected one, the divergence: the first scatters, so that a
+    lucky text alone would let too much pass. The error that curves predict is proportional to the
+    divergence but for a factor that hardly depends on the price, so few measurements suffice.
+
+    Args:
+        curves: of each layer.
+        costs: bytes of each layer's predictor relative to its FFN.
+        bound: largest growth of perplexity, a fraction.
+        measure: runs the model at an operating point.
+
+    Raises:
+        PredictorError: out of reach; it names the best.
+    """
+    allowed, factor = math.log1p(bound), _TYPICAL
+    tried: dict[float, Point] = {}
+    best: float | None = None
+    for _ in range(_MEASUREMENTS):
+        price = highest_price(_error_within(curves, costs, allowed / factor))
+        if price in tried:
+            break
+        priced = at_price(curves, costs, price)
+        quality = measure(priced)
+        tried[price] = Point(
+            price=price,
+            ffn_bytes_ratio=priced.ffn_bytes_ratio,
+            ppl_dense=quality.ppl_dense,
+            ppl_sparse=quality.ppl_sparse,
+            ppl_gap=quality.ppl_gap,
+            kl_divergence=quality.kl_divergence,
+        )
+        growth = max(quality.kl_divergence, math.log1p(quality.ppl_gap), 1e-12)
+        if growth <= allowed and (best is None or price > best):
+            best = price
+        if _CLOSE * allowed <= growth <= allowed:
+            break
+        factor = growth / max(priced.error, 1e-30) / (0.5 + 0.5 * _CLOSE)
+    points = sorted(tried.values(), key=lambda point: point.price)
+    if best is None:
+        least = points[0]
+        raise PredictorError(
+            f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {least.ppl_gap:.3g} "
+            f"and a divergence of {least.kl_divergence:.3g} at FFN bytes "
+            f"{least.ffn_bytes_ratio:.4f}; raise --rank or allow more"
+        )
+    return best, [Point(**{**vars(p), "chosen": p.price == best}) for p in points]
+
+
+def best_ranks(
+    scouts: Mapping[int, Mapping[int, Curves]],
+    cost: Callable[[int], float],
+    d_ff: int,
+    enough: Callable[[float, float], bool],
+) -> dict[int, int]:
+    """Choose the rank of each layer.
+
+    Args:
+        scouts: layer number, rank to curves of a quickly trained predictor.
+        cost: bytes of a predictor of some rank relative to the FFN.
+        d_ff: neurons of a layer.
+        enough: tells, of a mean FFN bytes ratio and an error summed over layers, whether the price
+            may still rise.
+
+    Returns:
+        Layer number to rank.
+    """
+
+    def choose(price: float) -> dict[int, tuple[int, OperatingPoint]]:
+        chosen = {}
+        for layer, ranks in scouts.items():
+            points = {rank: curves.at(price) for rank, curves in ranks.items()}
+            rank = min(
+                points,
+                key=lambda r: points[r].error + price * d_ff * (cost(r) + points[r].density),
+            )
+            chosen[layer] = rank, points[rank]
+        return chosen
+
+    def fits(price: float) -> bool:
+        chosen = choose(price).values()
+        ratio = sum(cost(rank) + point.density for rank, point in chosen) / len(chosen)
+        return enough(ratio, sum(point.error for _, point in chosen))
+
+    return {layer: rank for layer, (rank, _) in choose(highest_price(fits)).items()}
+
+
+def within_gap(bound: float) -> Callable[[float, float], bool]:
+    """Return the test of `best_ranks` for a bound on the growth of perplexity."""
+    return lambda ratio, error: error * _TYPICAL <= math.log1p(bound)
+
+
+def within_bytes(bound: float) -> Callable[[float, float], bool]:
+    """Return the test of `best_ranks` for a bound on the mean FFN bytes ratio."""
+    return lambda ratio, error: ratio > bound
+
+
+def candidate_ranks(d_model: int, multiple: int) -> Sequence[int]:
+    """Return powers of two times `multiple`, up to a quarter of d_model."""
+    ranks = [multiple]
+    while 2 * ranks[-1] <= d_model // 4:
+        ranks.append(2 * ranks[-1])
+    return ranks

@@ -1,0 +1,321 @@
+"""Thresholds of neurons: what they lead to, which are chosen, and that a file decides by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_export, refused
+
+from common.decisions import DecisionCounts
+from common.errors import PredictorError
+from powerinfer_bridge.engine import Engine, KVCache
+from predictor.artifact import PredictorArtifact
+from predictor.collect import CollectConfig, collect
+from predictor.module import Predictor, logits_of, to_half
+from predictor.operating_point import Curves, fold, mean_positive, trace_curves
+from predictor.predicted_model import Quality
+from predictor.rows import LabelledRows
+from predictor.search import (
+    Priced,
+    at_price,
+    best_ranks,
+    highest_price,
+    price_for_bytes,
+    price_for_gap,
+    within_bytes,
+    within_gap,
+)
+from predictor.traces import TraceStore
+from predictor.training import TrainConfig, train_predictors
+
+RANK = 64
+
+
+@pytest.fixture(scope="module")
+def traces(
+    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    out = tmp_path_factory.mktemp("traces") / "traces"
+    sizes: dict[str, Any] = {"tokens": 2000, "context": 64, "importance_bits": 8}
+    return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
+
+
+@pytest.fixture(scope="module")
+def layer(traces: TraceStore) -> tuple[LabelledRows, Predictor]:
+    rows = LabelledRows(traces.layer(1), traces.weights(1), normalise=True)
+    generator = torch.Generator().manual_seed(0)
+    gate = rows.weights.gate
+    noisy = gate + 0.5 * gate.std() * torch.randn(gate.shape, generator=generator)
+    return rows, to_half(
+        Predictor(torch.cat([torch.eye(64), -torch.eye(64)]), torch.cat([noisy, -noisy], dim=1))
+    )
+
+
+def test_curves_are_what_counting_at_each_threshold_gives(
+    layer: tuple[LabelledRows, Predictor],
+) -> None:
+    rows, predictor = layer
+    index = torch.arange(0, 2000, 3)
+    scale = mean_positive(predictor, rows, index)
+    curves = trace_curves(predictor, rows, index, scale)
+    logits, active = logits_of(predictor, rows.raw(index)), rows.active(index)
+    positive = logits.clamp_min(0).sum(0) / (logits > 0).sum(0)
+    torch.testing.assert_close(scale, positive)
+    squares = rows.importance(index).square() / rows.raw(index).square().sum(1, keepdim=True)
+    for step in (0, 20, 40, 44, 50, 55):
+        threshold = curves.thresholds[step]
+        torch.testing.assert_close(threshold, 2 ** (-8 + 0.2 * step) * scale)
+        computed = logits >= threshold
+        torch.testing.assert_close(
+            curves.computed[step], computed.float().mean(0), atol=2e-3, rtol=0
+        )
+        hits = (computed & active).float().mean(0)
+        torch.testing.assert_close(curves.hits[step], hits, atol=2e-3, rtol=0)
+        missed = (squares * ~computed).mean(0)
+        assert (
+            float((curves.missed[step] - missed).abs().sum() / missed.sum().clamp_min(1e-9)) < 0.01
+        )
+    counted = DecisionCounts()
+    counted.add(active, logits >= curves.thresholds[40])
+    told = curves.counts(torch.full((1012,), 40), counted.active)
+    assert told.decisions == counted.decisions
+    assert told.predicted == pytest.approx(counted.predicted, rel=1e-3)
+    assert told.hits == pytest.approx(counted.hits, rel=1e-3)
+
+
+def hand_made() -> Curves:
+    """Two neurons with three thresholds; the second matters a hundred times as much."""
+    return Curves(
+        thresholds=torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]),
+        computed=torch.tensor([[0.5, 0.5], [0.2, 0.4], [0.0, 0.1]]),
+        hits=torch.tensor([[0.2, 0.4], [0.1, 0.4], [0.0, 0.1]]),
+        missed=torch.tensor([[0.0, 0.0], [0.01, 0.1], [0.02, 5.0]]),
+        rows=10,
+    )
+
+
+def test_a_price_weighs_missed_output_against_computed_neurons() -> None:
+    """Costs at price 0.1, half of each the mean of both neurons."""
+    point = hand_made().at(0.1)
+    # Own: [.05, .05], [.03, .14], [.02, 5.01]; means .05, .085, 2.515; mixed below.
+    assert point.steps.tolist() == [0, 0]
+    assert hand_made().at(1e-6).steps.tolist() == [0, 0]
+    dear = hand_made().at(100.0)
+    assert dear.steps.tolist() == [2, 2]
+    assert [dear.density, dear.error] == pytest.approx([0.05, 5.02])
+    between = hand_made().at(1.0)
+    # Own: [.5, .5], [.21, .5], [.02, 5.1]; means .5, .355, 2.56.
+    assert between.steps.tolist() == [1, 1]
+    assert between.thresholds.tolist() == [2.0, 2.0]
+
+
+def test_higher_prices_compute_less_and_miss_more(layer: tuple[LabelledRows, Predictor]) -> None:
+    rows, predictor = layer
+    index = torch.arange(2000)
+    curves = trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))
+    points = [curves.at(price) for price in (1e-6, 1e-4, 1e-3, 1e-2, 1.0)]
+    densities = [point.density for point in points]
+    errors = [point.error for point in points]
+    assert densities == sorted(densities, reverse=True)
+    assert errors == sorted(errors)
+    assert densities[0] > 2 * densities[-2] > 0
+
+
+def test_folded_thresholds_decide_as_the_thresholds_do(
+    layer: tuple[LabelledRows, Predictor],
+) -> None:
+    rows, predictor = layer
+    index = torch.arange(500)
+    scale = mean_positive(predictor, rows, index)
+    thresholds = scale * torch.linspace(0.01, 3, 1012)
+    logits = logits_of(predictor, rows.raw(index))
+    # fc2 is rounded to float16 once more, each product by 2^-11 at most.
+    hidden = torch.relu(rows.raw(index) @ predictor.fc1.T)
+    apart = (logits - thresholds).abs() > 2**-10 * (hidden @ predictor.fc2.abs().T)
+    assert apart.float().mean() > 0.99
+    found = logits_of(fold(predictor, thresholds), rows.raw(index)) >= 1.0
+    assert torch.equal(found[apart], (logits >= thresholds)[apart])
+
+
+def quality(error: float) -> Quality:
+    return Quality(ppl_dense=10.0, ppl_sparse=9.9, kl_divergence=0.3 * error)
+
+
+def test_the_search_ends_just_within_the_bound(layer: tuple[LabelledRows, Predictor]) -> None:
+    rows, predictor = layer
+    index = torch.arange(2000)
+    curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
+    calls: list[float] = []
+
+    def measure(priced: Priced) -> Quality:
+        calls.append(priced.error)
+        return quality(priced.error)
+
+    reach = at_price(curves, {0: 0.1}, 1e-12).error
+    bound = 0.3 * 20 * reach
+    price, points = price_for_gap(curves, {0: 0.1}, bound, measure)
+    chosen = [point for point in points if point.chosen]
+    assert [point.price for point in chosen] == [price]
+    divergence = chosen[0].kl_divergence
+    assert divergence is not None
+    assert 0.7 * bound < divergence <= bound
+    assert len(calls) == len(points) <= 5
+    assert chosen[0].ffn_bytes_ratio == pytest.approx(0.1 + curves[0].at(price).density)
+    with refused(PredictorError, "--max-ppl-gap", "out of reach", "raise --rank"):
+        price_for_gap(curves, {0: 0.1}, 0.1 * reach, measure)
+
+
+def test_bytes_are_met_from_below(layer: tuple[LabelledRows, Predictor]) -> None:
+    rows, predictor = layer
+    index = torch.arange(2000)
+    curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
+    price, points = price_for_bytes(curves, {0: 0.05}, 0.25)
+    assert 0.24 < at_price(curves, {0: 0.05}, price).ffn_bytes_ratio <= 0.25
+    assert points[0].ffn_bytes_ratio <= 0.25
+    with refused(PredictorError, "--ffn-bytes", "out of reach", "lower --rank"):
+        price_for_bytes(curves, {0: 0.05}, 0.04)
+
+
+def test_the_highest_fitting_price_is_found() -> None:
+    assert highest_price(lambda price: price < 3e-5) == pytest.approx(3e-5, rel=1e-4)
+
+
+def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
+    """In layer 0 the larger rank halves what is computed, in layer 1 it changes nothing."""
+    low = hand_made()
+    better = Curves(low.thresholds, low.computed / 8, low.hits, low.missed, low.rows)
+    scouts = {0: {32: low, 64: better}, 1: {32: low, 64: low}}
+    for test in (within_gap(1e-9), within_bytes(0.6)):
+        assert best_ranks(scouts, lambda rank: rank / 640, 2, test) == {0: 64, 1: 32}
+    dear = best_ranks(scouts, lambda rank: rank / 64, 2, within_gap(1e-9))
+    assert dear == {0: 32, 1: 32}
+
+
+@pytest.fixture(scope="module")
+def calibrated(traces: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> PredictorArtifact:
+    out = tmp_path_factory.mktemp("calibrated") / "predictors"
+    return train_predictors(
+        TrainConfig(traces=traces.path, out=out, rank=(32, 64), recipe="svd", ffn_bytes=0.45)
+    )
+
+
+def test_an_exported_file_decides_as_calibrated(
+    calibrated: PredictorArtifact, traces: TraceStore, model_dir: Path, tmp_path: Path
+) -> None:
+    """The engine's counts on one long text are those of the artifact's own weights."""
+    assert calibrated.header.threshold == 1.0
+    assert [calibrated.rank(n) for n in range(2)] == [32, 64]
+    bundle = make_export(model_dir, calibrated.path, tmp_path / "m.powerinfer.gguf")
+    engine = Engine(bundle.model_file)
+    assert engine.threshold == 1.0
+    tokens = [1, *engine.vocabulary.encode("Neurons are skipped by thresholds. " * 3)][:60]
+    counts = engine.count()
+    engine.forward(tokens, KVCache(2))
+    layer = calibrated.layer(0)
+    predictor = Predictor(layer.fc1.float(), layer.fc2.float())
+    residual: list[torch.Tensor] = []
+    from architectures.checkpoint import Checkpoint
+    from architectures.model import load_model
+
+    model = load_model(Checkpoint.open(model_dir), dtype=torch.float32, device="cpu")
+    norm = model.blocks[0].get_submodule("post_attention_layernorm")
+    norm.register_forward_pre_hook(lambda module, args: residual.append(args[0][0]))
+    model.run(torch.tensor([tokens]))
+    decided = logits_of(predictor, residual[0]) >= 1.0
+    assert counts[0].predicted == pytest.approx(int(decided.sum()), abs=len(tokens))
+    assert 0.005 < decided.float().mean() < 0.6
+
+
+def test_metrics_are_told_of_the_thresholds(
+    calibrated: PredictorArtifact, traces: TraceStore
+) -> None:
+    ratios = [metrics["ffn_bytes_ratio"] for metrics in calibrated.layers.values()]
+    assert sum(ratios) / 2 == pytest.approx(0.45, abs=0.03)
+    held = traces.holdout(0.1, 0).nonzero()[:, 0]
+    for number, metrics in calibrated.layers.items():
+        rows = LabelledRows(traces.layer(number), traces.weights(number), normalise=True)
+        layer = calibrated.layer(number)
+        predictor = Predictor(layer.fc1.float(), layer.fc2.float())
+        counts = DecisionCounts()
+        counts.add(rows.active(held), logits_of(predictor, rows.raw(held)) >= 1.0)
+        expected = counts.metrics(rank=len(layer.fc1), d_model=64, d_ff=1012)
+        error = metrics.pop("ffn_output_error")
+        assert metrics == pytest.approx(expected, abs=2e-3)
+        assert error > 0
+        metrics["ffn_output_error"] = error
+    assert [point["chosen"] for point in calibrated.search] == [True]
+
+
+def test_another_bound_needs_no_training(
+    calibrated: PredictorArtifact, traces: TraceStore, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = Path(shutil.copytree(calibrated.path, tmp_path / "predictors"))
+    config = TrainConfig(
+        traces=traces.path, out=out, rank=(32, 64), recipe="svd", ffn_bytes=0.35, resume=True
+    )
+    again = train_predictors(config)
+    assert torch.equal(again.layer(0).fc1, calibrated.layer(0).fc1)
+    assert not torch.equal(again.layer(0).fc2, calibrated.layer(0).fc2)
+    ratios = [metrics["ffn_bytes_ratio"] for metrics in again.layers.values()]
+    assert sum(ratios) / 2 == pytest.approx(0.35, abs=0.03)
+
+
+def test_ranks_and_thresholds_are_chosen_for_a_gap(
+    traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    config = TrainConfig(
+        traces=traces.path, out=tmp_path / "p", rank="auto", recipe="svd", max_ppl_gap=0.5
+    )
+    artifact = train_predictors(config, notes.append)
+    assert set(artifact.ranks) == {0, 1}
+    assert any("held-out tokens" in line for line in notes)
+    chosen = [point for point in artifact.search if point["chosen"]]
+    assert len(chosen) == 1
+    assert chosen[0]["kl_divergence"] <= 0.4055  # ln 1.5
+    assert chosen[0]["ppl_gap"] is not None
+    artifact.require_complete()
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"max_ppl_gap": 0.1, "ffn_bytes": 0.1}, "two bounds"),
+        ({"rank": "all"}, "rank 'all'"),
+        ({"rank": (32, 48)}, "rank 48 cannot run"),
+        ({"predictor_type": "q8_0"}, "predictor type 'q8_0'"),
+    ],
+)
+def test_settings_that_contradict_are_refused(changes: dict[str, Any], problem: str) -> None:
+    settings: dict[str, Any] = {"traces": Path("t"), "out": Path("o"), "rank": 32}
+    with refused(PredictorError, problem):
+        TrainConfig(**(settings | changes))
+
+
+def test_ranks_for_other_layers_are_refused(traces: TraceStore, tmp_path: Path) -> None:
+    config = TrainConfig(traces=traces.path, out=tmp_path / "p", rank=(32, 32, 32))
+    with refused(PredictorError, "names 3 ranks", "2 layers"):
+        train_predictors(config)
+
+
+def test_another_model_is_not_measured(
+    traces: TraceStore, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", seed=5)
+    config = TrainConfig(
+        traces=traces.path,
+        out=tmp_path / "p",
+        rank=32,
+        recipe="svd",
+        max_ppl_gap=0.5,
+        model=str(other),
+    )
+    with refused(PredictorError, str(other), "differ from the model", "--model"):
+        train_predictors(config)
+    assert len(PredictorArtifact.open(tmp_path / "p").layers) == 2
