@@ -1,0 +1,77 @@
+"""The model with predictors in place, for every kind of FFN, against the published formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT
+from families import BY_NAME, Written, write
+from torch.nn.functional import cross_entropy
+
+from architectures.checkpoint import Checkpoint
+from architectures.tokenizer import load_tokenizer
+from predictor.module import Predictor
+from predictor.predicted_model import PredictedModel
+from predictor.windows import Window
+
+NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
+
+
+def windows_of(written: Written) -> list[Window]:
+    tokens = load_tokenizer(written.path, 320, written.variant.config).encode(TEXT)
+    return [Window(0, [1, *tokens[:30]]), Window(1, [1, *tokens[30:50]])]
+
+
+def loss(written: Written, windows: list[Window]) -> float:
+    """Mean negative log-likelihood by the formula."""
+    parts = []
+    for window in windows:
+        logits = written.reference(window.tokens).logits[:-1]
+        parts.append(cross_entropy(logits, torch.tensor(window.tokens[1:]), reduction="none"))
+    return float(torch.cat(parts).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_change_what_the_model_predicts(
+    name: str, tokenizer_bytes: bytes, tmp_path: Path
+) -> None:
+    written = write(BY_NAME[name], tmp_path / name, tokenizer_bytes)
+    checkpoint = Checkpoint.open(written.path)
+    shape, windows = checkpoint.shape, windows_of(written)
+    model = PredictedModel(checkpoint, windows, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    half = Predictor(
+        torch.randn(32, shape.d_model, generator=generator),
+        torch.randn(shape.d_ff, 32, generator=generator),
+    )
+    predictors = dict.fromkeys(range(shape.n_layers), half)
+    own = loss(written, windows)
+    everything = model.quality(predictors, -1e30)
+    assert everything.ppl_dense == pytest.approx(2.718281828**own, rel=2e-2)
+    if written.variant.activation[0] == "fatrelu":
+        # PowerInfer computes ReLU where predictors let a neuron through.
+        plain = written.variant.changed(hidden_act="relu", hidden_act_param=None)
+        relu = Written(plain, written.path, written.tensors)
+        assert everything.ppl_sparse == pytest.approx(2.718281828 ** loss(relu, windows), rel=2e-2)
+        assert everything.kl_divergence > 1e-4
+    else:
+        assert everything.kl_divergence < 1e-4
+        assert everything.ppl_gap == pytest.approx(0, abs=2e-3)
+    some, nothing = (model.quality(predictors, threshold) for threshold in (0.0, 1e30))
+    assert 1e-3 < some.kl_divergence < nothing.kl_divergence
+    # Masks are gone afterwards, and the same ones give the same.
+    assert model.quality({}, 0.0).kl_divergence < 1e-4 or written.variant.activation[0] == "fatrelu"
+    assert model.quality(predictors, 0.0) == some
+
+
+def test_one_layer_may_be_masked_alone(tokenizer_bytes: bytes, tmp_path: Path) -> None:
+    written = write(BY_NAME["relu-llama"], tmp_path / "model", tokenizer_bytes)
+    checkpoint = Checkpoint.open(written.path)
+    model = PredictedModel(checkpoint, windows_of(written), "cpu")
+    shape = checkpoint.shape
+    off = Predictor(torch.zeros(32, shape.d_model), torch.zeros(shape.d_ff, 32))
+    single = [model.quality({layer: off}, 1.0).kl_divergence for layer in range(2)]
+    assert min(single) > 1e-3
+    assert model.quality(dict.fromkeys(range(2), off), 1.0).kl_divergence > max(single)
