@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ class Quality:
         kl_divergence: mean over tokens of KL(dense ‖ sparse) of the next-token distributions, nats.
             If the model's probabilities are right, its exponential is what perplexity grows by in
             expectation; the measured growth scatters around that far more.
+        standard_error: of the logarithm of the measured growth, told by how windows differ.
     """
 
     ppl_dense: float
     ppl_sparse: float
     kl_divergence: float
+    standard_error: float
 
     @property
     def ppl_gap(self) -> float:
@@ -96,17 +99,13 @@ class PredictedModel:
         """
         device = self._model.device
         self._masks = {n: (p.to(device), threshold) for n, p in predictors.items()}
-        totals = torch.zeros(4, dtype=torch.float64)
         with self._without_threshold():
-            for window, dense in zip(self._windows, self._dense, strict=True):
-                totals += _compare(window, dense.float(), self._log_probabilities(window))
+            windows = [
+                _compare(window, dense.float(), self._log_probabilities(window))
+                for window, dense in zip(self._windows, self._dense, strict=True)
+            ]
         self._masks = {}
-        dense_nll, sparse_nll, divergence = (totals[:3] / totals[3]).tolist()
-        return Quality(
-            ppl_dense=float(torch.tensor(dense_nll).exp()),
-            ppl_sparse=float(torch.tensor(sparse_nll).exp()),
-            kl_divergence=divergence,
-        )
+        return _quality(torch.stack(windows))
 
     @contextmanager
     def _without_threshold(self) -> Iterator[None]:
@@ -118,6 +117,20 @@ class PredictedModel:
         finally:
             for module, threshold in zip(self._fatrelu, kept, strict=True):
                 module.threshold = threshold
+
+
+def _quality(sums: torch.Tensor) -> Quality:
+    """Judge (windows, 4) float64 sums of `_compare`."""
+    dense, sparse, divergence, tokens = sums.sum(0).tolist()
+    growth = (sparse - dense) / tokens
+    # Windows are drawn, not tokens, which hang together.
+    scatter = sums[:, 1] - sums[:, 0] - growth * sums[:, 3]
+    return Quality(
+        ppl_dense=math.exp(dense / tokens),
+        ppl_sparse=math.exp(sparse / tokens),
+        kl_divergence=divergence / tokens,
+        standard_error=float(scatter.square().sum().sqrt()) / tokens,
+    )
 
 
 def _compare(window: Window, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:

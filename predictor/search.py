@@ -16,6 +16,9 @@ _MEASUREMENTS = 5
 _CLOSE = 0.9
 """A measured divergence of this share of the bound is near enough."""
 
+_ERRORS = 2
+"""Standard errors by which a measured growth may exceed the bound."""
+
 _TYPICAL = 0.5
 """Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.3 to 0.5 in
 the layers of a trained model."""
@@ -32,6 +35,7 @@ class Point:
         ppl_sparse: with predictors in place.
         ppl_gap: measured growth of perplexity.
         kl_divergence: see `Quality`.
+        standard_error: likewise.
         chosen: whether the predictors have it.
     """
 
@@ -41,6 +45,7 @@ class Point:
     ppl_sparse: float | None = None
     ppl_gap: float | None = None
     kl_divergence: float | None = None
+    standard_error: float | None = None
     chosen: bool = False
 
     def as_dict(self) -> dict[str, float | bool | None]:
@@ -118,11 +123,12 @@ def price_for_gap(
     bound: float,
     measure: Callable[[Priced], Quality],
 ) -> tuple[float, list[Point]]:
-    """Return the highest price found that keeps both growths of perplexity within the bound.
+    """Return the highest price found that keeps the growth of perplexity within the bound.
 
-    These are the measured one and the expected one, the divergence: the first scatters, so that a
-    lucky text alone would let too much pass. The error that curves predict is proportional to the
-    divergence but for a factor that hardly depends on the price, so few measurements suffice.
+    The expected growth, the divergence, must be within it, and the measured one must not contradict
+    that by more than two standard errors: alone it scatters too much to be searched by. The error
+    that curves predict is proportional to the divergence but for a factor that hardly depends on
+    the price, so few measurements suffice.
 
     Args:
         curves: of each layer.
@@ -149,8 +155,10 @@ def price_for_gap(
             ppl_sparse=quality.ppl_sparse,
             ppl_gap=quality.ppl_gap,
             kl_divergence=quality.kl_divergence,
+            standard_error=quality.standard_error,
         )
-        growth = max(quality.kl_divergence, math.log1p(quality.ppl_gap), 1e-12)
+        least = math.log1p(quality.ppl_gap) - _ERRORS * quality.standard_error
+        growth = max(quality.kl_divergence, least, 1e-12)
         if growth <= allowed and (best is None or price > best):
             best = price
         if _CLOSE * allowed <= growth <= allowed:
@@ -158,11 +166,11 @@ def price_for_gap(
         factor = growth / max(priced.error, 1e-30) / (0.5 + 0.5 * _CLOSE)
     points = sorted(tried.values(), key=lambda point: point.price)
     if best is None:
-        least = points[0]
+        nearest = points[0]
         raise PredictorError(
-            f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {least.ppl_gap:.3g} "
-            f"and a divergence of {least.kl_divergence:.3g} at FFN bytes "
-            f"{least.ffn_bytes_ratio:.4f}; raise --rank or allow more"
+            f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {nearest.ppl_gap:.3g} "
+            f"and a divergence of {nearest.kl_divergence:.3g} at FFN bytes "
+            f"{nearest.ffn_bytes_ratio:.4f}; raise --rank or allow more"
         )
     return best, [Point(**{**vars(p), "chosen": p.price == best}) for p in points]
 

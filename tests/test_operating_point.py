@@ -142,7 +142,7 @@ def test_folded_thresholds_decide_as_the_thresholds_do(
 
 
 def quality(error: float) -> Quality:
-    return Quality(ppl_dense=10.0, ppl_sparse=9.9, kl_divergence=0.3 * error)
+    return Quality(ppl_dense=10.0, ppl_sparse=9.9, kl_divergence=0.3 * error, standard_error=0.01)
 
 
 def test_the_search_ends_just_within_the_bound(layer: tuple[LabelledRows, Predictor]) -> None:
@@ -319,3 +319,28 @@ def test_another_model_is_not_measured(
     with refused(PredictorError, str(other), "differ from the model", "--model"):
         train_predictors(config)
     assert len(PredictorArtifact.open(tmp_path / "p").layers) == 2
+
+
+def test_a_measured_growth_that_contradicts_the_expected_one_counts(
+    layer: tuple[LabelledRows, Predictor],
+) -> None:
+    rows, predictor = layer
+    index = torch.arange(2000)
+    curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
+    bound = 0.3 * 20 * at_price(curves, {0: 0.1}, 1e-12).error
+
+    def search(excess: float) -> float:
+        def measure(priced: Priced) -> Quality:
+            expected = 0.3 * priced.error
+            return Quality(
+                ppl_dense=1.0,
+                ppl_sparse=float(torch.tensor(expected + excess * 0.1 * bound).exp()),
+                kl_divergence=expected,
+                standard_error=0.1 * bound,
+            )
+
+        return price_for_gap(curves, {0: 0.1}, bound, measure)[0]
+
+    # One standard error above is scatter, five are not.
+    assert search(1.0) == search(0.0)
+    assert search(5.0) < 0.9 * search(0.0)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from predictor.module import Predictor
-from predictor.predicted_model import PredictedModel
+from predictor.predicted_model import PredictedModel, _quality
 from predictor.windows import Window
 
 NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
@@ -64,6 +64,12 @@ def test_masks_change_what_the_model_predicts(
     # Masks are gone afterwards, and the same ones give the same.
     assert model.quality({}, 0.0).kl_divergence < 1e-4 or written.variant.activation[0] == "fatrelu"
     assert model.quality(predictors, 0.0) == some
+    sums = torch.tensor([[10.0, 11.0, 0.5, 5.0], [20.0, 20.0, 0.5, 15.0]], dtype=torch.float64)
+    told = _quality(sums)
+    assert told.ppl_sparse == pytest.approx(2.718281828 ** (31 / 20))
+    assert told.kl_divergence == pytest.approx(0.05)
+    # Growth 1/20: windows scatter by 1 - 5/20 and 0 - 15/20.
+    assert told.standard_error == pytest.approx((2 * 0.75**2) ** 0.5 / 20)
 
 
 def test_one_layer_may_be_masked_alone(tokenizer_bytes: bytes, tmp_path: Path) -> None:
