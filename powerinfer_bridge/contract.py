@@ -150,7 +150,7 @@ def _layout(file: GGUFFile) -> str:
 def _magic(file: GGUFFile) -> str:
     if not file.sparse:
         raise FormatError(
-            f"{file.path}: magic is GGUF: a dense file, which PowerInfer runs densely; pass the "
+            f"{file.path}: magic is GGUF, PowerInfer runs the file densely; pass the "
             "*.powerinfer.gguf"
         )
     return "PWRI, run sparsely"

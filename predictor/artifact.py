@@ -50,6 +50,7 @@ class PredictorHeader:
         holdout: share of rows held out, by document.
         label_top_fraction: clipping of the training labels, or None.
         seed: seed of the run.
+        own_thresholds: each neuron has a threshold of its own, chosen once all layers are trained.
     """
 
     model: str
@@ -66,6 +67,7 @@ class PredictorHeader:
     holdout: float
     label_top_fraction: float | None
     seed: int
+    own_thresholds: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,11 @@ class PredictorArtifact:
                 f"{self.path}: {len(missing)} of {self.header.n_layers} layers are missing, the "
                 f"first is {missing[0]}; finish with 'psp train-predictor ... --resume'"
             )
+        if self.header.own_thresholds and not self.search:
+            raise PredictorError(
+                f"{self.path}: thresholds have not been chosen; finish with 'psp train-predictor "
+                "... --resume' and a bound that can be kept"
+            )
 
     def _file(self, layer: int) -> Path:
         return self.path / f"layer-{layer:02d}.safetensors"
@@ -220,7 +227,7 @@ class PredictorArtifact:
             "fc2": (header.d_ff, rank),
             "activation_counts": (header.d_ff,),
         }
-        if header.threshold and folded:
+        if header.own_thresholds and folded:
             expected["thresholds"] = (header.d_ff,)
         for name, shape in expected.items():
             found = tuple(tensors[name].shape) if name in tensors else None

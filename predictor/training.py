@@ -181,6 +181,7 @@ def _set_ranks(
     train: torch.Tensor,
 ) -> None:
     """Settle the rank of every layer of the store that has none."""
+    before = dict(artifact.ranks)
     if isinstance(config.rank, tuple):
         artifact.ranks = dict(enumerate(config.rank))
     if config.rank == AUTO and (
@@ -191,7 +192,8 @@ def _set_ranks(
         artifact.ranks |= choose_ranks(
             store, recipe, missing, train, config.bound, element, config.seed
         )
-    artifact.write_header()
+    if artifact.ranks != before:
+        artifact.write_header()
 
 
 def _check_importance(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None:
@@ -270,6 +272,7 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
         d_ff=store.header.d_ff,
         rank=config.rank if isinstance(config.rank, int) else str(config.rank),
         threshold=0.0 if config.bound is None else FOLDED_THRESHOLD,
+        own_thresholds=config.bound is not None,
         traces_identity=store.identity,
         recipe=asdict(recipe),
         holdout=config.holdout,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,19 @@ def test_a_measured_growth_that_contradicts_the_expected_one_counts(
     # One standard error above is scatter, five are not.
     assert search(1.0) == search(0.0)
     assert search(5.0) < 0.9 * search(0.0)
+
+
+def test_predictors_without_their_thresholds_are_not_exported(
+    traces: TraceStore, model_dir: Path, tmp_path: Path
+) -> None:
+    """A bound out of reach leaves trained layers, which threshold 1 would cripple."""
+    out = tmp_path / "p"
+    config = TrainConfig(traces=traces.path, out=out, rank=32, recipe="svd", ffn_bytes=0.1)
+    with refused(PredictorError, "--ffn-bytes 0.1 is out of reach"):
+        train_predictors(config)
+    assert len(PredictorArtifact.open(out).layers) == 2
+    with refused(PredictorError, str(out), "thresholds have not been chosen", "--resume"):
+        make_export(model_dir, out, tmp_path / "m.powerinfer.gguf")
+    again = train_predictors(replace(config, ffn_bytes=0.4, resume=True))
+    assert again.search
+    make_export(model_dir, out, tmp_path / "m.powerinfer.gguf")
