@@ -19,6 +19,7 @@ from predictor.collect import CollectConfig, collect
 from predictor.module import Predictor, logits_of, to_half
 from predictor.operating_point import Curves, fold, mean_positive, trace_curves
 from predictor.predicted_model import Quality
+from predictor.recipes import DEJAVU, RECIPES
 from predictor.rows import LabelledRows
 from predictor.search import (
     Priced,
@@ -361,3 +362,13 @@ def test_predictors_without_their_thresholds_are_not_exported(
     again = train_predictors(replace(config, ffn_bytes=0.4, resume=True))
     assert again.search
     make_export(model_dir, out, tmp_path / "m.powerinfer.gguf")
+
+
+def test_training_that_diverges_is_refused_with_its_layer(
+    traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hot = replace(DEJAVU, name="hot", learning_rate=1e25, epochs=1)
+    monkeypatch.setitem(RECIPES, "hot", hot)
+    config = TrainConfig(traces=traces.path, out=tmp_path / "p", rank=32, recipe="hot")
+    with refused(PredictorError, "layer 0", "diverged", "check the traces"):
+        train_predictors(config)
