@@ -7,9 +7,9 @@ leftmost among equals.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping
 
+from gguf_export.pair_merges import merge_pairs
 from gguf_export.word_splitter import split_words
 
 
@@ -48,39 +48,15 @@ class ByteLevelEncoder:
         for word in split_words(text):
             found = known.get(word)
             if found is None:
-                found = known[word] = [self._ids[symbol] for symbol in self._merge(spell(word))]
+                found = known[word] = self._word_ids(word)
             ids += found
         return ids
 
-    def _merge(self, word: str) -> list[str]:
-        symbols = list(word)
-        following = [*range(1, len(symbols)), -1]
-        previous = list(range(-1, len(symbols) - 1))
-        queue: list[tuple[int, int, int, int]] = []
+    def _word_ids(self, word: str) -> list[int]:
+        return [self._ids[symbol] for symbol in merge_pairs(list(spell(word)), self._rank)]
 
-        def offer(left: int, right: int) -> None:
-            if left >= 0 and right >= 0:
-                rank = self._ranks.get((symbols[left], symbols[right]))
-                if rank is not None:
-                    size = len(symbols[left]) + len(symbols[right])
-                    heapq.heappush(queue, (rank, left, right, size))
-
-        for left, right in enumerate(following):
-            offer(left, right)
-        while queue:
-            _, left, right, size = heapq.heappop(queue)
-            # A merged-away symbol is empty; a grown one makes the joined length differ.
-            if not symbols[left] or not symbols[right]:
-                continue
-            if len(symbols[left]) + len(symbols[right]) != size:
-                continue
-            symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-            following[left] = following[right]
-            if following[right] >= 0:
-                previous[following[right]] = left
-            offer(previous[left], left)
-            offer(left, following[left])
-        return [symbol for symbol in symbols if symbol]
+    def _rank(self, left: str, right: str) -> int | None:
+        return self._ranks.get((left, right))
 
 
 def spell(word: str) -> str:

@@ -7,9 +7,10 @@ byte pieces.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+
+from gguf_export.pair_merges import merge_pairs
 
 SPACE = "\u2581".encode()
 _LENGTHS = (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
@@ -54,7 +55,7 @@ class PieceEncoder:
 
     def _segment_ids(self, symbols: list[bytes]) -> list[int]:
         ids: list[int] = []
-        for symbol in self._merge(symbols):
+        for symbol in merge_pairs(symbols, self._order):
             number = self._ids.get(symbol)
             if number is None:
                 ids.extend(self._ids[b"<0x%02X>" % byte] for byte in symbol)
@@ -62,35 +63,9 @@ class PieceEncoder:
                 ids.append(number)
         return ids
 
-    def _merge(self, symbols: list[bytes]) -> list[bytes]:
-        following = [*range(1, len(symbols)), -1]
-        previous = list(range(-1, len(symbols) - 1))
-        queue: list[tuple[float, int, int, bytes]] = []
-
-        def offer(left: int, right: int) -> None:
-            if left < 0 or right < 0:
-                return
-            joined = symbols[left] + symbols[right]
-            number = self._ids.get(joined)
-            if number is not None:
-                heapq.heappush(queue, (-self._scores[number], left, right, joined))
-
-        for left, right in enumerate(following):
-            offer(left, right)
-        while queue:
-            _, left, right, joined = heapq.heappop(queue)
-            # A merged-away symbol is empty; a grown one makes the joined length differ.
-            if not symbols[left] or not symbols[right]:
-                continue
-            if len(symbols[left]) + len(symbols[right]) != len(joined):
-                continue
-            symbols[left], symbols[right] = joined, b""
-            following[left] = following[right]
-            if following[right] >= 0:
-                previous[following[right]] = left
-            offer(previous[left], left)
-            offer(left, following[left])
-        return [symbol for symbol in symbols if symbol]
+    def _order(self, left: bytes, right: bytes) -> float | None:
+        number = self._ids.get(left + right)
+        return None if number is None else -self._scores[number]
 
 
 def characters(data: bytes) -> list[bytes]:
