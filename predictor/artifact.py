@@ -86,6 +86,11 @@ class LayerPredictor:
     activation_counts: torch.Tensor | None
 
 
+def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """Divide each row of fc2 (d_ff, rank) by its neuron's threshold (d_ff,); returns float16."""
+    return (fc2.float() / thresholds[:, None]).half()
+
+
 @dataclass
 class PredictorArtifact:
     """A predictor directory, opened for reading or for appending layers.
@@ -239,7 +244,7 @@ class PredictorArtifact:
             thresholds = tensors["thresholds"]
             if not bool((thresholds > 0).all()):
                 raise PredictorError(f"{file}: thresholds are not all above 0; {_AGAIN}")
-            tensors["fc2"] = (tensors["fc2"].float() / thresholds[:, None]).half()
+            tensors["fc2"] = fold_rows(tensors["fc2"], thresholds)
         return LayerPredictor(*(tensors[name] for name in ("fc1", "fc2", "activation_counts")))
 
     def rank(self, layer: int) -> int:

@@ -13,7 +13,7 @@ from predictor.module import Predictor
 from predictor.operating_point import Curves, OperatingPoint, fold, mean_positive, trace_curves
 from predictor.predicted_model import PredictedModel, Quality
 from predictor.rows import LabelledRows
-from predictor.search import Point, Priced, at_price, price_for_bytes, price_for_gap
+from predictor.search import Priced, at_price, price_for_bytes, price_for_gap
 
 _CURVE_ROWS = 65536
 """Training rows that thresholds are chosen on, at most."""
@@ -142,9 +142,3 @@ def folded(
         layer = artifact.layer(n, folded=False)
         predictors[n] = fold(Predictor(layer.fc1.float(), layer.fc2.float()), point.thresholds)
     return predictors
-
-
-def chosen_point(artifact: PredictorArtifact) -> Point | None:
-    """Return the operating point that predictors have, None if none was searched."""
-    found = [Point(**entry) for entry in artifact.search if entry.get("chosen")]
-    return found[0] if found else None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from common.decisions import DecisionCounts
+from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of
 from predictor.rows import LabelledRows
 
@@ -161,5 +162,5 @@ def fold(predictor: Predictor, thresholds: torch.Tensor) -> Predictor:
     Returns:
         A predictor for `FOLDED_THRESHOLD`, whose float32 weights are exact float16 values.
     """
-    fc2 = (predictor.fc2.detach() / thresholds[:, None]).half().float()
-    return Predictor(predictor.fc1.detach(), fc2)
+    fc2 = fold_rows(predictor.fc2.detach(), thresholds)
+    return Predictor(predictor.fc1.detach(), fc2.float())

@@ -20,8 +20,8 @@ _ERRORS = 2
 """Standard errors by which a measured growth may exceed the bound."""
 
 _TYPICAL = 0.5
-"""Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.3 to 0.5 in
-the layers of a trained model."""
+"""Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.36 to 0.48
+in all but the first layer of the testbed (docs/decisions/0007)."""
 
 
 @dataclass(frozen=True, kw_only=True)
