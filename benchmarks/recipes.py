@@ -22,8 +22,8 @@ from gguf_export.bundle import ExportConfig, export
 from gguf_export.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine
 from powerinfer_bridge.perplexity import engine_perplexity
-from predictor.collect import CollectConfig, collect
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.collect import CollectConfig, collect
+from predictor.training.run import TrainConfig, train_predictors
 
 ROWS: dict[str, dict[str, Any]] = {
     "dejavu": {"recipe": "dejavu", "rank": "auto"},

@@ -25,14 +25,14 @@ from typing import Any
 import click
 import torch
 
-from predictor.bits import active_places, pack_active
-from predictor.layer_weights import LayerWeights
-from predictor.manifest import TraceHeader
-from predictor.recipes import RECIPES, recipe_named
-from predictor.recorder import row_importance
-from predictor.shard_file import BatchRows
-from predictor.traces import TraceStore
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.recorder import row_importance
+from predictor.traces.bits import active_places, pack_active
+from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.manifest import TraceHeader
+from predictor.traces.shard_file import BatchRows
+from predictor.traces.store import TraceStore
+from predictor.training.recipes import RECIPES, recipe_named
+from predictor.training.run import TrainConfig, train_predictors
 
 DOCUMENT, SHARD_ROWS, BATCH = 1000, 4096, 512
 PLANTED_RANK, NOISE = 64, 0.3

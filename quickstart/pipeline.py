@@ -13,8 +13,8 @@ from common.version import tool_version
 from gguf_export.bundle import Bundle, ExportConfig, export
 from powerinfer_bridge.benchmark import BenchConfig, bench
 from powerinfer_bridge.verification import ExportCheck
-from predictor.collect import CollectConfig, collect
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.collect import CollectConfig, collect
+from predictor.training.run import TrainConfig, train_predictors
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import train_model
 from quickstart.sizes import Size, size_named

@@ -21,8 +21,8 @@ from cli import main
 from common.errors import PspError
 from gguf_export.bundle import Bundle, ExportConfig, export
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
-from predictor.collect import CollectConfig, collect
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.store import TraceStore
 
 # Only the tests that ask for the real programs may use them.
 POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
@@ -173,7 +173,7 @@ def traces(
 ) -> TraceStore:
     """Traces of three shards, made in one go."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+        patch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
         store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
     assert len(store.progress.shards) == 3
     return store

@@ -16,8 +16,8 @@ from conftest import SHARD_ROWS, TRACE_TOKENS, ModelMaker, refused
 
 from architectures.checkpoint import Checkpoint
 from common.errors import OutputError
-from predictor.collect import CollectConfig, collect, most_bytes, trace_header
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect, most_bytes, trace_header
+from predictor.traces.store import TraceStore
 
 Psp = Callable[..., Result]
 Settings = Callable[..., CollectConfig]
@@ -25,7 +25,7 @@ Settings = Callable[..., CollectConfig]
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -18,10 +18,10 @@ from published import Layer, is_tied
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.tokenizer import load_tokenizer
-from predictor.bits import unpack_active
-from predictor.collect import CollectConfig, collect
-from predictor.traces import TraceStore
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.bits import unpack_active
+from predictor.traces.store import TraceStore
+from predictor.training.run import TrainConfig, train_predictors
 
 TOKENS, CONTEXT, SHARD_ROWS = 320, 40, 110
 TOLERANCE = 5e-5
@@ -33,7 +33,7 @@ Write = Callable[..., Written]
 @pytest.fixture(autouse=True, scope="module")
 def _small_shards() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_ROWS", (SHARD_ROWS, SHARD_ROWS))
+        patch.setattr("predictor.collection.collect._SHARD_ROWS", (SHARD_ROWS, SHARD_ROWS))
         yield
 
 

@@ -24,8 +24,8 @@ from common.files import (
     write_json,
 )
 from gguf_export.bundle import Bundle
-from predictor.collect import CollectConfig, collect
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.store import TraceStore
 
 # Python ignores SIGXFSZ, so a write past the limit fails with EFBIG as one on a full disk does with
 # ENOSPC: after part of the file has been written.

@@ -14,11 +14,11 @@ from conftest import SHARD_ROWS, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import TraceError
-from predictor.collect import CollectConfig, collect
-from predictor.layer_rows import LayerRows, ShardedRows
-from predictor.layer_weights import LayerWeights
-from predictor.rows import LabelledRows, normalise_rms
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.layer_rows import LayerRows, ShardedRows
+from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.rows import LabelledRows, normalise_rms
+from predictor.traces.store import TraceStore
 
 ROWS, D_MODEL, D_FF = 3000, 64, 1012
 INDICES: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
@@ -42,7 +42,7 @@ def stores(
     """Return stores of three shards or more by their bits of importance."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+        patch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
         for bits in (2, 4, 8):
             run = CollectConfig(
                 model=str(model_dir),

@@ -15,13 +15,9 @@ from common.decisions import DecisionCounts
 from common.errors import PredictorError
 from powerinfer_bridge.engine import Engine, KVCache
 from predictor.artifact import PredictorArtifact
-from predictor.collect import CollectConfig, collect
-from predictor.module import Predictor, logits_of, to_half
-from predictor.operating_point import Curves, fold, mean_positive, trace_curves
-from predictor.predicted_model import Quality
-from predictor.recipes import DEJAVU, RECIPES
-from predictor.rows import LabelledRows
-from predictor.search import (
+from predictor.calibration.operating_point import Curves, fold, mean_positive, trace_curves
+from predictor.calibration.predicted_model import Quality
+from predictor.calibration.search import (
     Priced,
     at_price,
     best_ranks,
@@ -31,8 +27,12 @@ from predictor.search import (
     within_bytes,
     within_gap,
 )
-from predictor.traces import TraceStore
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.collect import CollectConfig, collect
+from predictor.module import Predictor, logits_of, to_half
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training.recipes import DEJAVU, RECIPES
+from predictor.training.run import TrainConfig, train_predictors
 
 RANK = 64
 

@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
+from predictor.calibration.predicted_model import PredictedModel, _quality
+from predictor.collection.windows import Window
 from predictor.module import Predictor
-from predictor.predicted_model import PredictedModel, _quality
-from predictor.windows import Window
 
 NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
 

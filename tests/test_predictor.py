@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from predictor.bits import active_places, pack_active
-from predictor.importance import decode_importance, pack_codes
-from predictor.initialise import random_start, second_moment, svd_start
-from predictor.layer_weights import LayerWeights
+from predictor.collection.recorder import row_importance
 from predictor.module import Predictor, decide, to_half
-from predictor.recipes import DEJAVU, PSP, Recipe
-from predictor.recorder import row_importance
-from predictor.rows import LabelledRows, normalise_rms
-from predictor.traces import LayerRows
-from predictor.train import evaluate, train_layer
+from predictor.traces.bits import active_places, pack_active
+from predictor.traces.importance import decode_importance, pack_codes
+from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.rows import LabelledRows, normalise_rms
+from predictor.traces.store import LayerRows
+from predictor.training.fit import evaluate, train_layer
+from predictor.training.initialise import random_start, second_moment, svd_start
+from predictor.training.recipes import DEJAVU, PSP, Recipe
 
 D_MODEL, D_FF, RANK = 64, 96, 32
 TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import OutputError, PredictorError, TraceError
 from predictor.artifact import PredictorArtifact
-from predictor.bits import unpack_active
-from predictor.collect import CollectConfig, collect
+from predictor.collection.collect import CollectConfig, collect
 from predictor.module import Predictor, decide
-from predictor.traces import TraceStore
-from predictor.training import TrainConfig, train_predictors
+from predictor.traces.bits import unpack_active
+from predictor.traces.store import TraceStore
+from predictor.training.run import TrainConfig, train_predictors
 
 RANK = 32
 

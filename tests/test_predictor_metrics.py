@@ -11,19 +11,19 @@ import torch
 
 from common.decisions import DecisionCounts
 from predictor.artifact import LayerPredictor
-from predictor.importance import pack_codes
-from predictor.layer_weights import LayerWeights
-from predictor.metrics import (
+from predictor.module import Predictor, logits_of
+from predictor.reporting.metrics import (
     LayerMeasurement,
     average_precision,
     hot_neuron_curve,
     measure_predictor,
     pareto_front,
 )
-from predictor.module import Predictor, logits_of
-from predictor.rows import LabelledRows
-from predictor.sweep import sweep_thresholds
-from predictor.traces import LayerRows
+from predictor.reporting.sweep import sweep_thresholds
+from predictor.traces.importance import pack_codes
+from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import LayerRows
 
 FC1 = torch.eye(2)
 FC2 = torch.tensor([[1.0, 0], [-1, 1], [0, 1], [-1, -1]])
@@ -173,7 +173,7 @@ def test_batches_add_up(
 ) -> None:
     rows, predictor = random
     whole = measure(rows, torch.arange(50), predictor=predictor).metrics
-    monkeypatch.setattr("predictor.metrics._DECISIONS_AT_ONCE", 40 * 7)
+    monkeypatch.setattr("predictor.reporting.metrics._DECISIONS_AT_ONCE", 40 * 7)
     pieces = measure(rows, torch.arange(50), predictor=predictor).metrics
     # Average precision is that of a sample of seven rows now.
     assert pieces.pop("average_precision") != pytest.approx(whole.pop("average_precision"))

@@ -18,11 +18,11 @@ from PIL import Image
 
 from common.errors import OutputError, PredictorError
 from predictor.artifact import PredictorArtifact
-from predictor.metrics import LayerMeasurement
-from predictor.plots import search_front, threshold_curves
-from predictor.report import report_predictors, write_report
-from predictor.sweep import Sweep, sweep_thresholds
-from predictor.traces import TraceStore
+from predictor.reporting.metrics import LayerMeasurement
+from predictor.reporting.plots import search_front, threshold_curves
+from predictor.reporting.report import report_predictors, write_report
+from predictor.reporting.sweep import Sweep, sweep_thresholds
+from predictor.traces.store import TraceStore
 
 PLOTS = ("layers", "curves", "search", "hot_neurons")
 POINTS: list[dict[str, Any]] = [
@@ -152,7 +152,7 @@ def test_a_report_that_fails_leaves_nothing(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("predictor.plots.draw", fail)
+    monkeypatch.setattr("predictor.reporting.plots.draw", fail)
     with pytest.raises(KeyboardInterrupt):
         write_report(tmp_path / "out", layers)
     assert not list(tmp_path.iterdir())

@@ -23,10 +23,10 @@ from click.testing import Result
 from conftest import SHARD_ROWS, TRACE_CONTEXT, TRACE_TOKENS, refused
 
 from common.errors import TraceError
-from predictor.collect import CollectConfig, collect
-from predictor.shard_file import ShardWriter
-from predictor.summary import trace_summary
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.shard_file import ShardWriter
+from predictor.traces.store import TraceStore
+from predictor.traces.summary import trace_summary
 
 Settings = Callable[..., CollectConfig]
 Arm = Callable[[], None]
@@ -34,7 +34,7 @@ Arm = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -176,7 +176,7 @@ def duration(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> fl
     """Return the seconds of an unbroken run in a forked process."""
     seconds = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+        patch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
         for name in ("first", "second"):
             run = settings(tmp_path_factory.mktemp(name) / "out")
             before = time.perf_counter()
@@ -328,9 +328,9 @@ def test_a_run_killed_while_it_replaces_a_store_resumes_to_the_same_bytes(
 
 
 PSP = """
-import predictor.collect
+import predictor.collection.collect
 from cli import main
-predictor.collect._SHARD_ROWS = (1024, 1024)
+predictor.collection.collect._SHARD_ROWS = (1024, 1024)
 main()
 """
 

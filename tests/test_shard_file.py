@@ -14,11 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common.errors import TraceError
-from predictor.bits import active_places, count_active, pack_active, pack_on_device, unpack_active
-from predictor.collect import CollectConfig, collect, most_bytes
-from predictor.importance import codes_at, decode_importance, encode_importance, pack_codes
-from predictor.recorder import row_importance
-from predictor.shard_file import (
+from predictor.collection.collect import CollectConfig, collect, most_bytes
+from predictor.collection.recorder import row_importance
+from predictor.traces.bits import (
+    active_places,
+    count_active,
+    pack_active,
+    pack_on_device,
+    unpack_active,
+)
+from predictor.traces.importance import codes_at, decode_importance, encode_importance, pack_codes
+from predictor.traces.shard_file import (
     INPUT_DTYPES,
     BatchRows,
     ShardLayout,
@@ -386,7 +392,7 @@ def test_no_store_is_larger_than_predicted_nor_much_smaller(
     tokens: int,
     factor: float,
 ) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
     run = settings(tmp_path / "out", tokens=tokens, importance_bits=bits)
     if text == "tiny":
         (tmp_path / "tiny.jsonl").write_text('{"body": "a"}\n' * 1500)

@@ -14,10 +14,10 @@ from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError, OutputError, TraceError
-from predictor.collect import CollectConfig, collect
-from predictor.manifest import TraceHeader
-from predictor.summary import trace_summary
-from predictor.traces import TraceStore
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.manifest import TraceHeader
+from predictor.traces.store import TraceStore
+from predictor.traces.summary import trace_summary
 
 Settings = Callable[..., CollectConfig]
 Change = Callable[[dict[str, Any]], object]
@@ -25,7 +25,7 @@ Change = Callable[[dict[str, Any]], object]
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 @pytest.fixture

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.errors import PspError, TraceError
-from predictor.bits import unpack_active
-from predictor.collect import CollectConfig, collect
-from predictor.importance import codes_at
-from predictor.layer_rows import LayerRows
-from predictor.recorder import passes
-from predictor.rows import LabelledRows
-from predictor.traces import TraceStore
-from predictor.training import TrainConfig, train_predictors
+from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.recorder import passes
+from predictor.traces.bits import unpack_active
+from predictor.traces.importance import codes_at
+from predictor.traces.layer_rows import LayerRows
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training.run import TrainConfig, train_predictors
 
 TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
 D_FF = 1012
@@ -34,7 +34,7 @@ Settings = Callable[..., CollectConfig]
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

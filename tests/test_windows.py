@@ -19,11 +19,8 @@ from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import DataError, TraceError
-from predictor.collect import CollectConfig, collect
-from predictor.holdout import hold_out
-from predictor.manifest import Progress, write_manifest
-from predictor.traces import TraceStore
-from predictor.windows import (
+from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.windows import (
     Window,
     cut_batches,
     cut_shards,
@@ -32,6 +29,9 @@ from predictor.windows import (
     segments_of,
     text_sha256,
 )
+from predictor.traces.holdout import hold_out
+from predictor.traces.manifest import Progress, write_manifest
+from predictor.traces.store import TraceStore
 
 BOS = 7
 
@@ -274,7 +274,7 @@ Settings = Callable[..., CollectConfig]
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collect._SHARD_ROWS", SHARD_ROWS)
+    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.gated import FATReLU
 from architectures.model import LoadedModel, load_model
+from predictor.collection.windows import Window
 from predictor.module import Predictor, logits_of
-from predictor.windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)

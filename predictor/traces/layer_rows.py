@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import TraceError
-from predictor.importance import codes_at
+from predictor.traces.importance import codes_at
 
 Places = npt.NDArray[np.int64]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -68,7 +68,7 @@ class StoredRows(ABC):
     def codes_at(self, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Return the uint8 codes of the rows (n,) int64, which have `counts` (n,) int64, in order.
 
-        A row's codes are those of its active neurons, see `predictor.importance`.
+        A row's codes are those of its active neurons, see `predictor.traces.importance`.
         """
         each, lengths = 8 // self.importance_bits, counts.numpy()
         taken: list[npt.NDArray[np.uint8]] = [np.zeros(0, np.uint8)] * len(index)
@@ -120,7 +120,7 @@ class LayerRows(StoredRows):
         importance_bits: bits of a code; 0 where no importance is stored.
         scale: (rows,) float32, mean importance of a row's active neurons, or empty.
         starts: (rows,) int64, position of each row's first code, or empty.
-        importance: (bytes,) uint8, packed codes, see `predictor.importance`.
+        importance: (bytes,) uint8, packed codes, see `predictor.traces.importance`.
         file: the file that holds the rows, for errors.
     """
 

@@ -27,10 +27,15 @@ from common.errors import PredictorError
 from common.files import atomic_directory, refuse_existing, write_json
 from common.version import tool_version
 from predictor.artifact import PredictorArtifact
-from predictor.element_cost import ElementCost
-from predictor.metrics import LayerMeasurement, hot_neuron_curve, measure_predictor, sample_rows
-from predictor.rows import LabelledRows
-from predictor.traces import TraceStore
+from predictor.calibration.element_cost import ElementCost
+from predictor.reporting.metrics import (
+    LayerMeasurement,
+    hot_neuron_curve,
+    measure_predictor,
+    sample_rows,
+)
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
 
 SCHEMA_VERSION = 1
 _CURVE = ("threshold", "chosen", "density", "recall", "missed_importance", "ffn_output_error")
@@ -142,7 +147,7 @@ def write_report(
     Raises:
         OutputError: `out` exists and may not be replaced, or cannot be written.
     """
-    from predictor.plots import draw
+    from predictor.reporting.plots import draw
 
     refuse_existing(out, force=force, marker="report.json")
     search = [_finite(point) for point in points]

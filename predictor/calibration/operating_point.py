@@ -15,7 +15,7 @@ import torch
 from common.decisions import DecisionCounts
 from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of
-from predictor.rows import LabelledRows
+from predictor.traces.rows import LabelledRows
 
 FOLDED_THRESHOLD = 1.0
 """The file's threshold once each neuron's own is folded into its row of fc2."""

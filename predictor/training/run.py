@@ -13,17 +13,17 @@ from tqdm import tqdm
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
-from predictor.calibration import Bound, calibrate, measure_layer
-from predictor.element_cost import ElementCost
-from predictor.evaluation_text import held_out_model
-from predictor.importance import RANKING_BITS
+from predictor.calibration.calibrate import Bound, calibrate, measure_layer
+from predictor.calibration.element_cost import ElementCost
+from predictor.training.evaluation_text import held_out_model
+from predictor.calibration.operating_point import FOLDED_THRESHOLD
 from predictor.module import RANK_MULTIPLE, to_half
-from predictor.operating_point import FOLDED_THRESHOLD
-from predictor.ranks import choose_ranks
-from predictor.recipes import DEJAVU, Recipe, recipe_named
-from predictor.rows import LabelledRows
-from predictor.traces import TraceStore
-from predictor.train import evaluate, train_layer
+from predictor.traces.importance import RANKING_BITS
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training.fit import evaluate, train_layer
+from predictor.training.ranks import choose_ranks
+from predictor.training.recipes import DEJAVU, Recipe, recipe_named
 
 AUTO = "auto"
 DEFAULT_GAP = 0.001

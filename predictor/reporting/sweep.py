@@ -45,7 +45,7 @@ class Curve:
         active: truly active ones.
         predicted: (k,) int64, decisions to compute.
         hits: (k,) int64, those of them that are truly active.
-        missed_importance: (k,) float64, see `predictor.metrics.measure_predictor`; None without
+        missed_importance: (k,) float64, see `reporting.metrics.measure_predictor`; None without
             importance.
         ffn_output_error: (k,) float64, likewise.
     """

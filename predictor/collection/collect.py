@@ -18,14 +18,9 @@ from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.documents import read_documents
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
-from predictor.importance import BITS
-from predictor.layer_weights import LayerWeights, read_layer_weights
-from predictor.manifest import TraceHeader
-from predictor.recorder import Recorder
-from predictor.shard_file import INPUT_DTYPES
-from predictor.templates import choose_template
-from predictor.traces import TraceStore
-from predictor.windows import (
+from predictor.collection.recorder import Recorder
+from predictor.collection.templates import choose_template
+from predictor.collection.windows import (
     cut_batches,
     cut_shards,
     cut_windows,
@@ -33,6 +28,11 @@ from predictor.windows import (
     segments_of,
     text_sha256,
 )
+from predictor.traces.importance import BITS
+from predictor.traces.layer_weights import LayerWeights, read_layer_weights
+from predictor.traces.manifest import TraceHeader
+from predictor.traces.shard_file import INPUT_DTYPES
+from predictor.traces.store import TraceStore
 
 _SHARD_BYTES = 1 << 30
 _SHARD_ROWS = (1024, 16384)
@@ -54,7 +54,7 @@ class CollectConfig:
         context: longest window in tokens.
         batch: full windows run at once; more of them where windows are shorter.
         dtype: how inputs are stored, `float16` or `bfloat16`.
-        importance_bits: bits of an active neuron's importance, see `predictor.importance`.
+        importance_bits: bits of an active neuron's importance, see `predictor.traces.importance`.
         weights: `auto`, `resident` or `streamed`, see `architectures.model.load_model`.
         device: torch device of the model.
         seed: recorded, and seeds torch.

@@ -11,8 +11,8 @@ import torch
 
 from predictor.artifact import LayerPredictor
 from predictor.module import Predictor, logits_of
-from predictor.rows import LabelledRows
-from predictor.sweep import Curve, Sweep, sweep_thresholds
+from predictor.reporting.sweep import Curve, Sweep, sweep_thresholds
+from predictor.traces.rows import LabelledRows
 
 _DECISIONS_AT_ONCE = 2**22
 """Decisions of a batch, and of the sample that average precision is taken on."""
@@ -77,7 +77,7 @@ def measure_predictor(
 
     The last is the squared error of the FFN's output relative to the residual if neurons'
     contributions are orthogonal. The last two are left out where the traces hold no importance, and
-    as coarse as its codes: see `predictor.importance`.
+    as coarse as its codes: see `predictor.traces.importance`.
 
     Args:
         rows: the layer's rows, not normalised.

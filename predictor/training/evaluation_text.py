@@ -9,13 +9,13 @@ from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.documents import read_documents
 from common.errors import PredictorError
-from predictor.holdout import choose_documents
-from predictor.predicted_model import PredictedModel
-from predictor.windows import Window, cut_windows
+from predictor.calibration.predicted_model import PredictedModel
+from predictor.collection.windows import Window, cut_windows
+from predictor.traces.holdout import choose_documents
 
 if TYPE_CHECKING:
-    from predictor.traces import TraceStore
-    from predictor.training import TrainConfig
+    from predictor.traces.store import TraceStore
+    from predictor.training.run import TrainConfig
 
 _LEAST_TOKENS = 64
 

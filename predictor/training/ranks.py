@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from predictor.calibration import Bound
-from predictor.element_cost import ElementCost
+from predictor.calibration.calibrate import Bound
+from predictor.calibration.element_cost import ElementCost
+from predictor.calibration.operating_point import Curves, mean_positive, trace_curves
+from predictor.calibration.search import best_ranks, candidate_ranks, within_bytes, within_gap
 from predictor.module import RANK_MULTIPLE, to_half
-from predictor.operating_point import Curves, mean_positive, trace_curves
-from predictor.recipes import Recipe
-from predictor.rows import LabelledRows
-from predictor.search import best_ranks, candidate_ranks, within_bytes, within_gap
-from predictor.traces import TraceStore
-from predictor.train import train_layer
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training.fit import train_layer
+from predictor.training.recipes import Recipe
 
 _SCOUT_ROWS = 32768
 _CURVE_ROWS = 8192

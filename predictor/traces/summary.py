@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from predictor.traces import TraceStore
+from predictor.traces.store import TraceStore
 
 
 def trace_summary(store: TraceStore) -> dict[str, Any]:

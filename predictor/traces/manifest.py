@@ -10,8 +10,8 @@ from typing import Any
 from common.errors import TraceError
 from common.files import read_json, write_json
 from common.version import tool_version
-from predictor.importance import BITS
-from predictor.shard_file import INPUT_DTYPES
+from predictor.traces.importance import BITS
+from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2
 _AGAIN = "collect the traces again"

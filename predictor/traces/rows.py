@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.bits import active_places, unpack_active
-from predictor.importance import decode_importance
-from predictor.layer_rows import StoredRows
-from predictor.layer_weights import LayerWeights
+from predictor.traces.bits import active_places, unpack_active
+from predictor.traces.importance import decode_importance
+from predictor.traces.layer_rows import StoredRows
+from predictor.traces.layer_weights import LayerWeights
 
 _TINY = 1e-20
 

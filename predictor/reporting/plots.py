@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from predictor.metrics import Floats, LayerMeasurement, hot_neuron_curve, pareto_front
-from predictor.plot_style import (
+from predictor.reporting.metrics import Floats, LayerMeasurement, hot_neuron_curve, pareto_front
+from predictor.reporting.plot_style import (
     ACCENT,
     DARK,
     FEW,

@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.decisions import DecisionCounts
-from predictor.initialise import random_start, second_moment, svd_start
 from predictor.module import Predictor, decide
-from predictor.recipes import Recipe
-from predictor.rows import LabelledRows
+from predictor.traces.rows import LabelledRows
+from predictor.training.initialise import random_start, second_moment, svd_start
+from predictor.training.recipes import Recipe
 
 _EVALUATION_ROWS = 2048
 _MOMENT_ROWS = 32768

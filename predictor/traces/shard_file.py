@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import TraceError
 from common.files import write_error
-from predictor.bits import unpack_active
-from predictor.importance import pack_codes
+from predictor.traces.bits import unpack_active
+from predictor.traces.importance import pack_codes
 
 _PREFIX = 1024
 """Bytes before the data: the header's length (8) and the header, padded with spaces."""

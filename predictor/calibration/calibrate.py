@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import torch
 
 from predictor.artifact import PredictorArtifact
-from predictor.element_cost import ElementCost
+from predictor.calibration.element_cost import ElementCost
+from predictor.calibration.operating_point import (
+    Curves,
+    OperatingPoint,
+    fold,
+    mean_positive,
+    trace_curves,
+)
+from predictor.calibration.predicted_model import PredictedModel, Quality
+from predictor.calibration.search import Priced, at_price, price_for_bytes, price_for_gap
 from predictor.module import Predictor
-from predictor.operating_point import Curves, OperatingPoint, fold, mean_positive, trace_curves
-from predictor.predicted_model import PredictedModel, Quality
-from predictor.rows import LabelledRows
-from predictor.search import Priced, at_price, price_for_bytes, price_for_gap
+from predictor.traces.rows import LabelledRows
 
 _CURVE_ROWS = 65536
 """Training rows that thresholds are chosen on, at most."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from common.errors import PredictorError
-from predictor.operating_point import Curves, OperatingPoint
-from predictor.predicted_model import Quality
+from predictor.calibration.operating_point import Curves, OperatingPoint
+from predictor.calibration.predicted_model import Quality
 
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40

@@ -11,10 +11,10 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel
 from common.errors import TraceError
-from predictor.bits import active_places, pack_active
-from predictor.importance import encode_importance
-from predictor.shard_file import BatchRows
-from predictor.windows import Window
+from predictor.collection.windows import Window
+from predictor.traces.bits import active_places, pack_active
+from predictor.traces.importance import encode_importance
+from predictor.traces.shard_file import BatchRows
 
 _BLOCK = 1 << 19
 Sink = Callable[[int, BatchRows], None]

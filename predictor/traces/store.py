@@ -5,7 +5,7 @@ Layout of a store directory::
     manifest.json                     written last at every commit; the truth about what is valid
     layer-00/weights.safetensors      gate (d_ff, d_model) float16 and down_norms (d_ff,) float32,
                                       see `predictor.layer_weights`
-    layer-00/shard-00000.safetensors  rows, see `predictor.shard_file`
+    layer-00/shard-00000.safetensors  rows, see `shard_file`
 
 A shard is committed by renaming its file of every layer and then writing the manifest that counts
 it. A killed run leaves at most files that no manifest counts; the next run overwrites them.
@@ -27,12 +27,18 @@ from safetensors.torch import load_file, save
 
 from common.errors import TraceError
 from common.files import atomic_path, sha256, write_bytes
-from predictor.bits import count_active
-from predictor.holdout import hold_out
-from predictor.layer_rows import LayerRows, ShardedRows
-from predictor.layer_weights import LayerWeights
-from predictor.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
-from predictor.shard_file import ShardLayout, ShardWriter, check_shard, read_shard, shard_counts
+from predictor.traces.bits import count_active
+from predictor.traces.holdout import hold_out
+from predictor.traces.layer_rows import LayerRows, ShardedRows
+from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
+from predictor.traces.shard_file import (
+    ShardLayout,
+    ShardWriter,
+    check_shard,
+    read_shard,
+    shard_counts,
+)
 
 __all__ = ["LayerRows", "TraceStore"]
 _AGAIN = "collect the traces again"

@@ -1,0 +1,23 @@
+"""`psp inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from commands.options import PATH, json_option
+from commands.printing import echo, print_json
+
+
+@click.command(short_help="Print what a GGUF file holds.")
+@click.argument("file", type=PATH, metavar="FILE.gguf")
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Print keys, tensors, types, predictor ranks and bytes by kind."""
+    from powerinfer_bridge.inspection import inspect_file, inspection_table
+
+    document = inspect_file(file)
+    if as_json:
+        return print_json(document)
+    echo(inspection_table(document))

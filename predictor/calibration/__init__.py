@@ -1,0 +1,1 @@
+"""Thresholds and what they cost: bytes against perplexity."""

@@ -1,0 +1,1 @@
+"""What predictors do, in tables and plots."""
