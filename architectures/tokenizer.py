@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
         """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
         ...
 
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids."""
+        ...
+
     def bos_id(self) -> int:
         """Return the id of the begin-of-sequence token."""
         ...
@@ -133,6 +137,11 @@ class RustTokenizer:
         with _damage_refused(self.file):
             ids: list[int] = self.rust.encode(text, add_special_tokens=False).ids
             return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        with _damage_refused(self.file):
+            return str(self.rust.decode(ids, skip_special_tokens=False))
 
     def bos_id(self) -> int:
         """Return the id of the begin-of-sequence token."""

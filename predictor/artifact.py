@@ -13,7 +13,7 @@ Layout of a directory::
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from common.errors import PredictorError
 from common.files import read_json, write_bytes, write_json
 from common.version import tool_version
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _AGAIN = "train the predictors again"
 
 
@@ -43,7 +43,7 @@ class PredictorHeader:
         d_model: hidden size.
         d_ff: neurons in a layer.
         rank: hidden units of every predictor, or how they were to be chosen.
-        threshold: a neuron is computed unless its logit is below this; 1 if each neuron's own
+        threshold: a neuron is computed unless its logit is below this; 1 or -1 if each neuron's own
             threshold is folded in.
         traces_identity: `TraceStore.identity` of the traces.
         recipe: settings of the recipe, by name.
@@ -87,8 +87,12 @@ class LayerPredictor:
 
 
 def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Divide each row of fc2 (d_ff, rank) by its neuron's threshold (d_ff,); returns float16."""
-    return (fc2.float() / thresholds[:, None]).half()
+    """Divide each row of fc2 (d_ff, rank) by the size of its neuron's threshold, (d_ff,).
+
+    Returns:
+        float16 rows, for a threshold of 1 or -1.
+    """
+    return (fc2.float() / thresholds.abs()[:, None]).half()
 
 
 @dataclass
@@ -207,8 +211,9 @@ class PredictorArtifact:
         """
         return self._load(self._curves_file(layer))
 
-    def set_thresholds(self, thresholds: Mapping[int, torch.Tensor]) -> None:
-        """Give every layer's neurons their own thresholds, (d_ff,) float32 each."""
+    def set_thresholds(self, thresholds: Mapping[int, torch.Tensor], sign: int) -> None:
+        """Give every layer's neurons their own thresholds, (d_ff,) float32 each, of one sign."""
+        self.header = replace(self.header, threshold=float(sign))
         for layer, values in thresholds.items():
             self._write(layer, self._load(self._file(layer)) | {"thresholds": values})
         self.write_header()
@@ -242,8 +247,11 @@ class PredictorArtifact:
                 )
         if "thresholds" in expected:
             thresholds = tensors["thresholds"]
-            if not bool((thresholds > 0).all()):
-                raise PredictorError(f"{file}: thresholds are not all above 0; {_AGAIN}")
+            if not bool((thresholds * header.threshold > 0).all()):
+                raise PredictorError(
+                    f"{file}: thresholds do not all have the sign of {header.threshold:g}; choose "
+                    "them again with 'psp train-predictor ... --resume'"
+                )
             tensors["fc2"] = fold_rows(tensors["fc2"], thresholds)
         return LayerPredictor(*(tensors[name] for name in ("fc1", "fc2", "activation_counts")))
 

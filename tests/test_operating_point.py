@@ -68,9 +68,11 @@ def test_curves_are_what_counting_at_each_threshold_gives(
     positive = logits.clamp_min(0).sum(0) / (logits > 0).sum(0)
     torch.testing.assert_close(scale, positive)
     squares = rows.importance(index).square() / rows.raw(index).square().sum(1, keepdim=True)
-    for step in (0, 20, 40, 44, 50, 55):
+    expected = {0: -(2**1.75), 10: -(2**-0.75), 23: -(2**-4), 24: 2**-7, 40: 2**-3, 63: 2**2.75}
+    assert len(curves.thresholds) == 64
+    for step, factor in expected.items():
         threshold = curves.thresholds[step]
-        torch.testing.assert_close(threshold, 2 ** (-8 + 0.2 * step) * scale)
+        torch.testing.assert_close(threshold, factor * scale)
         computed = logits >= threshold
         torch.testing.assert_close(
             curves.computed[step], computed.float().mean(0), atol=2e-3, rtol=0
@@ -82,44 +84,58 @@ def test_curves_are_what_counting_at_each_threshold_gives(
             float((curves.missed[step] - missed).abs().sum() / missed.sum().clamp_min(1e-9)) < 0.01
         )
     counted = DecisionCounts()
-    counted.add(active, logits >= curves.thresholds[40])
-    told = curves.counts(torch.full((1012,), 40), counted.active)
+    counted.add(active, logits >= curves.thresholds[50])
+    told = curves.counts(torch.full((1012,), 50), counted.active)
     assert told.decisions == counted.decisions
     assert told.predicted == pytest.approx(counted.predicted, rel=1e-3)
     assert told.hits == pytest.approx(counted.hits, rel=1e-3)
 
 
 def hand_made() -> Curves:
-    """Two neurons with three thresholds; the second matters a hundred times as much."""
+    """Two neurons with a threshold below zero and three above; the second matters more."""
     return Curves(
-        thresholds=torch.tensor([[1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]),
-        computed=torch.tensor([[0.5, 0.5], [0.2, 0.4], [0.0, 0.1]]),
-        hits=torch.tensor([[0.2, 0.4], [0.1, 0.4], [0.0, 0.1]]),
-        missed=torch.tensor([[0.0, 0.0], [0.01, 0.1], [0.02, 5.0]]),
+        thresholds=torch.tensor([[-1.0, -1.0], [1.0, 1.0], [2.0, 2.0], [4.0, 4.0]]),
+        computed=torch.tensor([[0.9, 0.8], [0.5, 0.5], [0.2, 0.4], [0.0, 0.1]]),
+        hits=torch.tensor([[0.2, 0.4], [0.2, 0.4], [0.1, 0.4], [0.0, 0.1]]),
+        missed=torch.tensor([[0.0, 0.0], [0.0, 1e-5], [0.01, 0.1], [0.02, 5.0]]),
         rows=10,
     )
 
 
 def test_a_price_weighs_missed_output_against_computed_neurons() -> None:
     """Costs at price 0.1, half of each the mean of both neurons."""
-    point = hand_made().at(0.1)
+    point = hand_made().at(0.1, 1)
     # Own: [.05, .05], [.03, .14], [.02, 5.01]; means .05, .085, 2.515; mixed below.
-    assert point.steps.tolist() == [0, 0]
-    assert hand_made().at(1e-6).steps.tolist() == [0, 0]
-    dear = hand_made().at(100.0)
-    assert dear.steps.tolist() == [2, 2]
+    assert point.steps.tolist() == [1, 1]
+    assert hand_made().at(1e-6, 1).steps.tolist() == [1, 1]
+    dear = hand_made().at(100.0, 1)
+    assert dear.steps.tolist() == [3, 3]
     assert [dear.density, dear.error] == pytest.approx([0.05, 5.02])
-    between = hand_made().at(1.0)
+    between = hand_made().at(1.0, 1)
     # Own: [.5, .5], [.21, .5], [.02, 5.1]; means .5, .355, 2.56.
-    assert between.steps.tolist() == [1, 1]
+    assert between.steps.tolist() == [2, 2]
     assert between.thresholds.tolist() == [2.0, 2.0]
+    assert hand_made().at(100.0, -1).steps.tolist() == [0, 0]
+
+
+def test_all_thresholds_of_a_model_have_the_sign_that_costs_less() -> None:
+    """Below zero both layers miss nothing, which pays only where neurons cost next to nothing."""
+    curves, costs = {0: hand_made(), 1: hand_made()}, {0: 0.0, 1: 0.0}
+    # What is missed above zero, 1e-5, is worth 0.7 computed neurons at a price of 1.4e-5.
+    cheap, dear = (at_price(curves, costs, price) for price in (1e-5, 2e-5))
+    assert [cheap.sign, cheap.error, cheap.ffn_bytes_ratio] == pytest.approx([-1, 0.0, 0.85])
+    assert [dear.sign, dear.ffn_bytes_ratio] == pytest.approx([1, 0.5])
+    for priced in (cheap, dear):
+        for point in priced.points.values():
+            assert ((point.thresholds > 0) == (priced.sign > 0)).all()
 
 
 def test_higher_prices_compute_less_and_miss_more(layer: tuple[LabelledRows, Predictor]) -> None:
     rows, predictor = layer
     index = torch.arange(2000)
     curves = trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))
-    points = [curves.at(price) for price in (1e-6, 1e-4, 1e-3, 1e-2, 1.0)]
+    prices = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2, 1.0)
+    points = [at_price({0: curves}, {0: 0.0}, price).points[0] for price in prices]
     densities = [point.density for point in points]
     errors = [point.error for point in points]
     assert densities == sorted(densities, reverse=True)
@@ -133,14 +149,15 @@ def test_folded_thresholds_decide_as_the_thresholds_do(
     rows, predictor = layer
     index = torch.arange(500)
     scale = mean_positive(predictor, rows, index)
-    thresholds = scale * torch.linspace(0.01, 3, 1012)
     logits = logits_of(predictor, rows.raw(index))
     # fc2 is rounded to float16 once more, each product by 2^-11 at most.
     hidden = torch.relu(rows.raw(index) @ predictor.fc1.T)
-    apart = (logits - thresholds).abs() > 2**-10 * (hidden @ predictor.fc2.abs().T)
-    assert apart.float().mean() > 0.99
-    found = logits_of(fold(predictor, thresholds), rows.raw(index)) >= 1.0
-    assert torch.equal(found[apart], (logits >= thresholds)[apart])
+    for sign in (1, -1):
+        thresholds = sign * scale * torch.linspace(0.01, 3, 1012)
+        apart = (logits - thresholds).abs() > 2**-10 * (hidden @ predictor.fc2.abs().T)
+        assert apart.float().mean() > 0.99
+        found = logits_of(fold(predictor, thresholds), rows.raw(index)) >= sign
+        assert torch.equal(found[apart], (logits >= thresholds)[apart])
 
 
 def quality(error: float) -> Quality:
@@ -166,7 +183,8 @@ def test_the_search_ends_just_within_the_bound(layer: tuple[LabelledRows, Predic
     assert divergence is not None
     assert 0.7 * bound < divergence <= bound
     assert len(calls) == len(points) <= 5
-    assert chosen[0].ffn_bytes_ratio == pytest.approx(0.1 + curves[0].at(price).density)
+    density = at_price(curves, {0: 0.1}, price).points[0].density
+    assert chosen[0].ffn_bytes_ratio == pytest.approx(0.1 + density)
     with refused(PredictorError, "--max-ppl-gap", "out of reach", "raise --rank"):
         price_for_gap(curves, {0: 0.1}, 0.1 * reach, measure)
 
@@ -193,7 +211,7 @@ def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
     scouts = {0: {32: low, 64: better}, 1: {32: low, 64: low}}
     for test in (within_gap(1e-9), within_bytes(0.6)):
         assert best_ranks(scouts, lambda rank: rank / 640, 2, test) == {0: 64, 1: 32}
-    dear = best_ranks(scouts, lambda rank: rank / 64, 2, within_gap(1e-9))
+    dear = best_ranks(scouts, lambda rank: rank / 32, 2, within_gap(1e-9))
     assert dear == {0: 32, 1: 32}
 
 

@@ -59,7 +59,7 @@ def unweighted(d_ff: int, d_model: int = 8) -> LayerWeights:
 
 def test_the_full_svd_start_has_the_sign_of_every_gate() -> None:
     gate, inputs = normal(D_FF, D_MODEL), normal(500, D_MODEL, seed=1)
-    predictor = svd_start(gate, second_moment(inputs), 2 * D_MODEL)
+    predictor = svd_start(gate, second_moment([inputs]), 2 * D_MODEL)
     assert predictor.fc1.shape == (2 * D_MODEL, D_MODEL)
     assert predictor.fc2.shape == (D_FF, 2 * D_MODEL)
     exact = inputs.double() @ gate.double().T
@@ -71,7 +71,7 @@ def test_the_full_svd_start_has_the_sign_of_every_gate() -> None:
 def test_the_truncated_svd_start_is_optimal() -> None:
     """No linear map of its rank has a smaller E‖(W − A)x‖², with every gate of unit power."""
     mixing = normal(D_MODEL, D_MODEL) * torch.logspace(0, -1, D_MODEL)
-    moment = second_moment(normal(4000, D_MODEL, seed=1) @ mixing.T)
+    moment = second_moment([normal(4000, D_MODEL, seed=1) @ mixing.T])
     gate, k = normal(D_FF, D_MODEL, seed=2), RANK // 2
     gate = gate / (gate @ moment * gate).sum(1, keepdim=True).sqrt()
     factor = torch.linalg.cholesky(moment.double())
@@ -268,7 +268,7 @@ def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
 
 def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
     rows, predictor = trained(replace(PSP, batch=128, epochs=8), planted)
-    start = svd_start(planted[1].gate, second_moment(rows.inputs(TRAIN)), RANK)
+    start = svd_start(planted[1].gate, second_moment([rows.inputs(TRAIN)]), RANK)
     assert importance_loss(predictor, rows) < 0.95 * importance_loss(start, rows)
 
 
@@ -326,7 +326,7 @@ def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
     planted: tuple[LayerRows, LayerWeights],
 ) -> None:
     rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
-    start = svd_start(planted[1].gate, second_moment(rows.inputs(TRAIN)), RANK)
+    start = svd_start(planted[1].gate, second_moment([rows.inputs(TRAIN)]), RANK)
     inputs = rows.inputs(HOLDOUT)
     torch.testing.assert_close(predictor(inputs), start(inputs), atol=1e-3, rtol=1e-3)
 

@@ -359,10 +359,10 @@ def test_a_directory_without_predictors_is_refused(tmp_path: Path) -> None:
         PredictorArtifact.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, "4", None])
 def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
     edit(copy / "predictors.json", lambda document: document.update(schema_version=version))
-    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 3", "again"):
+    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 4", "again"):
         PredictorArtifact.open(copy)
 
 

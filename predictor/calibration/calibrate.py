@@ -125,7 +125,7 @@ def calibrate(
         model = open_model()
 
         def measure(priced: Priced) -> Quality:
-            return model.quality(folded(artifact, priced.points), header.threshold)
+            return model.quality(folded(artifact, priced.points), float(priced.sign))
 
         price, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
     chosen = at_price(curves, costs, price)
@@ -136,7 +136,8 @@ def calibrate(
         error = layers[n].holdout.choose(point.steps).error
         artifact.layers[n] = {**metrics, "ffn_output_error": error}
     artifact.search = [point.as_dict() for point in points]
-    artifact.set_thresholds({n: point.thresholds for n, point in chosen.points.items()})
+    thresholds = {n: point.thresholds for n, point in chosen.points.items()}
+    artifact.set_thresholds(thresholds, chosen.sign)
 
 
 def folded(

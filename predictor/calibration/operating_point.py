@@ -3,7 +3,9 @@
 A skipped neuron costs what the FFN's output misses, a computed one its bytes. With a price for a
 computed neuron the best threshold of each neuron follows by itself, and one price for the whole
 model shares the bytes out between layers. PowerInfer has one threshold for all neurons; dividing a
-row of fc2 by a positive threshold of its own is the same (fc2's rows are free to scale).
+row of fc2 by the size of its own is the same (fc2's rows are free to scale), as long as all have
+one sign: above zero neurons are computed more sparsely than training left them, below zero more
+densely.
 """
 
 from __future__ import annotations
@@ -17,12 +19,10 @@ from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
 
-FOLDED_THRESHOLD = 1.0
-"""The file's threshold once each neuron's own is folded into its row of fc2."""
-
-_LOWEST, _STEP, _STEPS = -8.0, 0.2, 56
-"""Thresholds are 2^(lowest + step·k) times the neuron's mean positive logit; the first computes
-what training left positive, the last (8 times the mean) next to nothing."""
+_STEP = 0.25
+_BELOW, _ABOVE = (-4.0, 2.0), (-7.0, 3.0)
+"""Octaves from and to which thresholds below and above zero reach, in units of the neuron's mean
+positive logit: next to all neurons are computed at one end, next to none at the other."""
 
 _SHARED = 0.5
 """Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
@@ -35,7 +35,7 @@ class Curves:
     """What each neuron of a layer computes and misses at each of its thresholds.
 
     Attributes:
-        thresholds: (steps, d_ff) float32, on logits of raw inputs, rising.
+        thresholds: (steps, d_ff) float32, on logits of raw inputs, rising, none of them 0.
         computed: (steps, d_ff) float32, share of tokens on which the neuron is computed.
         hits: (steps, d_ff) float32, share of tokens on which it is computed and active.
         missed: (steps, d_ff) float32, mean over tokens of what it adds to the residual stream where
@@ -49,15 +49,18 @@ class Curves:
     missed: torch.Tensor
     rows: int
 
-    def at(self, price: float) -> OperatingPoint:
-        """Return the thresholds that cost least.
+    def at(self, price: float, sign: int) -> OperatingPoint:
+        """Return the thresholds of one sign that cost least.
 
         Args:
             price: of computing one neuron for one token, in the unit of `missed`.
+            sign: 1 or -1.
         """
-        cost = self.missed + price * self.computed
+        below = int((self.thresholds[:, 0] < 0).sum())
+        part = slice(below, None) if sign > 0 else slice(below)
+        cost = self.missed[part] + price * self.computed[part]
         cost = (1 - _SHARED) * cost + _SHARED * cost.mean(1, keepdim=True)
-        return self.choose(cost.argmin(0))
+        return self.choose(cost.argmin(0) + (below if sign > 0 else 0))
 
     def choose(self, steps: torch.Tensor) -> OperatingPoint:
         """Return what a step of each neuron, (d_ff,) int64, leads to."""
@@ -88,7 +91,7 @@ class OperatingPoint:
 
     Attributes:
         steps: (d_ff,) int64, which of its thresholds each neuron has.
-        thresholds: (d_ff,) float32, above zero.
+        thresholds: (d_ff,) float32, all above or all below zero.
         density: share of neurons computed.
         error: `Curves.missed` summed over neurons.
     """
@@ -110,13 +113,12 @@ def trace_curves(
         index: (n,) int64, the rows to measure on.
         scale: (d_ff,) float32, see `mean_positive`.
     """
-    d_ff = len(scale)
-    tables = torch.zeros(3, (_STEPS + 1) * d_ff, dtype=torch.float64)
+    d_ff, factors = len(scale), _factors()
+    tables = torch.zeros(3, (len(factors) + 1) * d_ff, dtype=torch.float64)
     neuron = torch.arange(d_ff)
     for part in torch.split(index, _ROWS):
-        # The highest threshold that a logit reaches; 0 where it reaches none.
-        ratio = (logits_of(predictor, rows.raw(part)) / scale).clamp_min(1e-30)
-        reached = ((ratio.log2() - _LOWEST) / _STEP).floor().long().add_(1).clamp_(0, _STEPS)
+        # How many thresholds a logit reaches.
+        reached = torch.bucketize(logits_of(predictor, rows.raw(part)) / scale, factors, right=True)
         place = (reached * d_ff + neuron).flatten()
         for table, weight in zip(
             tables,
@@ -124,16 +126,22 @@ def trace_curves(
             strict=True,
         ):
             table += torch.bincount(place, weight, minlength=len(table))
-    shares = (tables / len(index)).view(3, _STEPS + 1, d_ff)
+    shares = (tables / len(index)).view(3, len(factors) + 1, d_ff)
     below = shares.cumsum(1)[:, :-1]
     total = shares.sum(1)
     return Curves(
-        thresholds=torch.exp2(_LOWEST + _STEP * torch.arange(_STEPS))[:, None] * scale,
+        thresholds=factors[:, None] * scale,
         computed=(total[0] - below[0]).float(),
         hits=(total[1] - below[1]).float(),
         missed=below[2].float(),
         rows=len(index),
     )
+
+
+def _factors() -> torch.Tensor:
+    """Return thresholds in units of a neuron's scale, rising from below zero to above it."""
+    below, above = (torch.exp2(torch.arange(*ends, _STEP)) for ends in (_BELOW, _ABOVE))
+    return torch.cat([-below.flip(0), above])
 
 
 def _contributions(rows: LabelledRows, part: torch.Tensor) -> torch.Tensor:
@@ -153,14 +161,14 @@ def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor)
 
 
 def fold(predictor: Predictor, thresholds: torch.Tensor) -> Predictor:
-    """Divide each row of fc2 by its neuron's threshold and round to float16.
+    """Divide each row of fc2 by the size of its neuron's threshold and round to float16.
 
     Args:
         predictor: rounded to float16.
-        thresholds: (d_ff,) float32, above zero.
+        thresholds: (d_ff,) float32, all above or all below zero.
 
     Returns:
-        A predictor for `FOLDED_THRESHOLD`, whose float32 weights are exact float16 values.
+        A predictor for threshold 1 or -1, whose float32 weights are exact float16 values.
     """
     fc2 = fold_rows(predictor.fc2.detach(), thresholds)
     return Predictor(predictor.fc1.detach(), fc2.float())

@@ -59,27 +59,36 @@ class Priced:
 
     Attributes:
         points: layer number to operating point.
+        sign: of all thresholds, 1 or -1.
         ffn_bytes_ratio: mean over layers.
         error: sum over layers.
     """
 
     points: Mapping[int, OperatingPoint]
+    sign: int
     ffn_bytes_ratio: float
     error: float
 
 
 def at_price(curves: Mapping[int, Curves], costs: Mapping[int, float], price: float) -> Priced:
-    """Put all layers at one price.
+    """Put all layers at one price, with thresholds of the sign that costs less.
 
     Args:
         curves: of each layer.
         costs: bytes of each layer's predictor relative to its FFN.
         price: of a computed neuron.
     """
-    points = {layer: curve.at(price) for layer, curve in curves.items()}
-    ratios = [point.density + costs[layer] for layer, point in points.items()]
-    error = sum(point.error for point in points.values())
-    return Priced(points, sum(ratios) / len(ratios), error)
+    cheapest = None
+    for sign in (1, -1):
+        points = {layer: curve.at(price, sign) for layer, curve in curves.items()}
+        error = sum(point.error for point in points.values())
+        computed = sum(point.density * len(point.steps) for point in points.values())
+        if cheapest is None or error + price * computed < cheapest[0]:
+            ratios = [point.density + costs[layer] for layer, point in points.items()]
+            priced = Priced(points, sign, sum(ratios) / len(ratios), error)
+            cheapest = error + price * computed, priced
+    assert cheapest is not None
+    return cheapest[1]
 
 
 def highest_price(fits: Callable[[float], bool]) -> float:
@@ -195,14 +204,13 @@ def best_ranks(
     """
 
     def choose(price: float) -> dict[int, tuple[int, OperatingPoint]]:
+        """Let every layer take what costs least, whatever the others' sign."""
         chosen = {}
         for layer, ranks in scouts.items():
-            points = {rank: curves.at(price) for rank, curves in ranks.items()}
-            rank = min(
-                points,
-                key=lambda r: points[r].error + price * d_ff * (cost(r) + points[r].density),
+            options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in (1, -1)]
+            chosen[layer] = min(
+                options, key=lambda o: o[1].error + price * d_ff * (cost(o[0]) + o[1].density)
             )
-            chosen[layer] = rank, points[rank]
         return chosen
 
     def fits(price: float) -> bool:

@@ -71,21 +71,51 @@ class LabelledRows:
 
     def labels(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) bool labels to train on: `active`, cut if asked for."""
-        if not self.top:
-            return self.active(index)
-        magnitude = self.importance(index) / self.weights.down_norms.clamp_min(1e-30)
-        largest = magnitude.topk(self.top, dim=1).indices
-        kept = torch.zeros(magnitude.shape, dtype=torch.bool).scatter_(1, largest, True)
-        return kept & (magnitude > 0)
+        labels = torch.zeros(len(index), self.d_ff, dtype=torch.bool)
+        labels.view(-1)[self.positives(index, importance=False)[0]] = True
+        return labels
 
     def importance(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 |act(g)·u|·‖down column‖ as stored, zero where not active."""
+        dense = torch.zeros(len(index), self.d_ff)
+        places, values = self._active(index, importance=True)
+        dense.view(-1)[places] = values
+        return dense
+
+    def positives(
+        self, index: torch.Tensor, *, importance: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the labels to train on as places, a few per cent of all.
+
+        Args:
+            index: (n,) int64, the chosen rows.
+            importance: whether importance is wanted.
+
+        Returns:
+            Places in (n, d_ff), flattened, (k,) int64 in order, and the importance at each, (k,)
+            float32, empty if not wanted.
+        """
+        places, values = self._active(index, importance=importance or bool(self.top))
+        if not self.top:
+            return places, values
+        magnitude = torch.zeros(len(index), self.d_ff)
+        neuron_norms = self.weights.down_norms.clamp_min(1e-30)[places % self.d_ff]
+        magnitude.view(-1)[places] = values / neuron_norms
+        largest = magnitude.topk(self.top, dim=1).indices
+        kept = torch.zeros(magnitude.shape, dtype=torch.bool).scatter_(1, largest, True)
+        chosen = (kept & (magnitude > 0)).view(-1)[places]
+        return places[chosen], values[chosen]
+
+    def _active(
+        self, index: torch.Tensor, *, importance: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         row, neuron = active_places(self.rows.active_at(index))
+        places = row * self.d_ff + neuron
+        if not importance:
+            return places, torch.empty(0)
         codes = self.rows.codes_at(index, torch.bincount(row, minlength=len(index)))
         relative = decode_importance(codes, self.rows.importance_bits)
-        importance = torch.zeros(len(index), self.d_ff)
-        importance.view(-1)[row * self.d_ff + neuron] = relative * self.rows.scale_at(index)[row]
-        return importance
+        return places, relative * self.rows.scale_at(index)[row]
 
     def relative_importance(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 importance² / ‖x‖².

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from predictor.module import Predictor
@@ -19,9 +21,12 @@ def random_start(rank: int, d_model: int, d_ff: int, generator: torch.Generator)
     return Predictor(uniform(rank, d_model), uniform(d_ff, rank))
 
 
-def second_moment(inputs: torch.Tensor) -> torch.Tensor:
-    """Return E[x xᵀ], (d_model, d_model) float32, of rows (n, d_model)."""
-    return inputs.T @ inputs / len(inputs)
+def second_moment(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return E[x xᵀ], (d_model, d_model) float32, of rows that come in parts (n, d_model)."""
+    total, rows = torch.zeros(()), 0
+    for part in parts:
+        total, rows = total + part.T @ part, rows + len(part)
+    return total / rows
 
 
 def svd_start(gate: torch.Tensor, moment: torch.Tensor, rank: int) -> Predictor:

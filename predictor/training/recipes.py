@@ -17,13 +17,15 @@ class Recipe:
         normalise: train on inputs scaled to unit root mean square. At threshold 0 the decisions of
             a bias-free predictor do not depend on that scale, so it is exported unchanged.
         importance: weight positives by their share of the FFN's output instead of equally.
+        importance_power: power of that share. An error grows with its square, 2; training with all
+            of that leaves too little to learn from in what is small.
         importance_cap: most that a positive may weigh, relative to the batch's mean.
         negative_weight: weight of a negative relative to the batch's density.
         negative_floor: added to the weight of a negative.
         epochs: passes over the training rows, at most.
         learning_rate: peak rate of AdamW.
         scale_rate: lower the rate of a matrix in proportion to its fan-in beyond the sizes that the
-            rate was tuned at, d_model 512 and rank 32 (maximal update parametrisation, Adam,
+            rate was tuned at, d_model 512 and rank 128 (maximal update parametrisation, Adam,
             arXiv 2203.03466 table 3).
         cosine: anneal the rate to zero along a cosine instead of keeping it.
         weight_decay: of AdamW.
@@ -37,6 +39,7 @@ class Recipe:
     svd_start: bool
     normalise: bool
     importance: bool
+    importance_power: float
     importance_cap: float
     negative_weight: float
     negative_floor: float
@@ -56,6 +59,7 @@ DEJAVU = Recipe(
     svd_start=False,
     normalise=False,
     importance=False,
+    importance_power=1.0,
     importance_cap=1.0,
     negative_weight=1.0,
     negative_floor=0.005,
@@ -78,15 +82,16 @@ PSP = Recipe(
     svd_start=True,
     normalise=True,
     importance=True,
-    importance_cap=16.0,
-    negative_weight=1.0,
-    negative_floor=0.005,
-    epochs=4,
+    importance_power=1.5,
+    importance_cap=32.0,
+    negative_weight=0.33,
+    negative_floor=0.0,
+    epochs=8,
     learning_rate=1e-2,
     scale_rate=True,
     cosine=True,
     weight_decay=0.01,
-    batch=1024,
+    batch=256,
     best_recall=False,
     stop_recall=1.0,
     patience=4,

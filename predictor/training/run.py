@@ -15,12 +15,11 @@ from common.files import refuse_existing, remove_output
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
 from predictor.calibration.calibrate import Bound, calibrate, measure_layer
 from predictor.calibration.element_cost import ElementCost
-from predictor.training.evaluation_text import held_out_model
-from predictor.calibration.operating_point import FOLDED_THRESHOLD
 from predictor.module import RANK_MULTIPLE, to_half
 from predictor.traces.importance import RANKING_BITS
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
+from predictor.training.evaluation_text import held_out_model
 from predictor.training.fit import evaluate, train_layer
 from predictor.training.ranks import choose_ranks
 from predictor.training.recipes import DEJAVU, Recipe, recipe_named
@@ -271,7 +270,7 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
         d_model=store.header.d_model,
         d_ff=store.header.d_ff,
         rank=config.rank if isinstance(config.rank, int) else str(config.rank),
-        threshold=0.0 if config.bound is None else FOLDED_THRESHOLD,
+        threshold=0.0,
         own_thresholds=config.bound is not None,
         traces_identity=store.identity,
         recipe=asdict(recipe),
@@ -282,7 +281,7 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
     if config.resume and (config.out / "predictors.json").exists():
         artifact = PredictorArtifact.open(config.out)
         for key, value in vars(header).items():
-            if getattr(artifact.header, key) != value:
+            if key != "threshold" and getattr(artifact.header, key) != value:
                 raise PredictorError(
                     f"{config.out}: was trained with another {key}; use the same settings and "
                     "traces, or --force to start over"

@@ -1,4 +1,4 @@
-"""Work that goes on in the background while a file is written."""
+"""Work that goes on in the background: what is needed next, and what can be flushed already."""
 
 from __future__ import annotations
 
