@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from commands.bench_operators import bench_operators
 from commands.bench_powerinfer import bench_powerinfer
 from commands.collect import collect
 from commands.export_gguf import export_gguf
+from commands.generate import generate
 from commands.gpu_split import gpu_split
 from commands.inspect import inspect
 from commands.options import Group
@@ -32,5 +34,7 @@ for command in (
     verify,
     inspect,
     bench_powerinfer,
+    generate,
+    bench_operators,
 ):
     main.add_command(command)

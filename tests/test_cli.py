@@ -106,7 +106,8 @@ def in_a_row(text: str) -> str:
 def test_help_lists_every_command(psp: Psp) -> None:
     output = in_a_row(succeeded(psp("--help")))
     four = {"collect", "train-predictor", "export-gguf", "bench-powerinfer"}
-    assert set(COMMANDS) == four | {"gpu-split", "inspect", "quickstart", "traces", "verify"}
+    files = {"gpu-split", "inspect", "quickstart", "traces", "verify"}
+    assert set(COMMANDS) == four | files | {"bench-operators", "generate"}
     for name, command in COMMANDS.items():
         assert command.short_help
         assert f"{name} {command.short_help}" in output

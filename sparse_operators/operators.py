@@ -1,0 +1,192 @@
+"""The operators as PyTorch sees them: `psp::sparse_up`, `psp::sparse_down`, `psp::sparse_up_down`.
+
+Custom ops with fake kernels, so `torch.compile` keeps them whole and CUDA graphs may hold them. On
+CUDA they run the Triton kernels, elsewhere the CPU path. They are for inference: no gradients.
+
+The first call for a shape compiles its kernels: make one before capturing a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_operators.checks import check_down, check_no_nan, check_up, check_up_down
+
+
+def sparse_up(
+    scores: Tensor, x: Tensor, w1: Tensor, *, threshold: float = 0.0, check: bool = True
+) -> Tensor:
+    """S2: `act(scores) ⊙ (x·w1ᵀ)`, reading only the rows of `w1` that some token activates.
+
+    Args:
+        scores: Gate pre-activations `(t, d_ff)`, t = 1 to 8; float16, bfloat16 or float32.
+        x: FFN input `(t, d_model)`, same type and device.
+        w1: `up_proj.weight (d_ff, d_model)`, contiguous, same type and device.
+        threshold: 0 for ReLU (`s > 0` computes), T for FATReLU (`s >= T` computes).
+        check: Also look for NaN, which on CUDA waits for the device. Never done while compiling
+            or capturing; shapes, types, devices and layouts are checked always.
+
+    Returns:
+        `x1 (t, d_ff)`, 0 where a token does not activate a neuron.
+
+    Raises:
+        ValueError: An argument is not as described; nothing was launched.
+    """
+    _look_for_nan("scores", scores, check)
+    return torch.ops.psp.sparse_up(scores, x, w1, threshold)  # type: ignore[no-any-return]
+
+
+def sparse_down(
+    x1: Tensor, w2t: Tensor, *, deterministic: bool = False, check: bool = True
+) -> Tensor:
+    """S3: `x1·w2t`, reading only the rows of `w2t` where some token's `x1` is not 0.
+
+    Args:
+        x1: `(t, d_ff)`, t = 1 to 8; float16, bfloat16 or float32.
+        w2t: `down_proj.weight` transposed, `(d_ff, d_model)`, contiguous, same type and device.
+        deterministic: The same bits in every process on the same card, even where `triton_tuning`
+            has changed how the sum is cut up. Within a process they repeat in any case.
+        check: Also look for NaN, as in `sparse_up`.
+
+    Returns:
+        `y (t, d_model)`.
+
+    Raises:
+        ValueError: An argument is not as described; nothing was launched.
+    """
+    _look_for_nan("x1", x1, check)
+    return torch.ops.psp.sparse_down(x1, w2t, deterministic)  # type: ignore[no-any-return]
+
+
+def sparse_up_down(
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2t: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
+    check: bool = True,
+) -> Tensor:
+    """S2 then S3 in one operator, which may keep `x1` out of memory.
+
+    Args:
+        scores: `(t, d_ff)`, t = 1 to 8; float16, bfloat16 or float32.
+        x: `(t, d_model)`, same type and device.
+        w1: `(d_ff, d_model)`, contiguous, same type and device.
+        w2t: `(d_ff, d_model)`, contiguous, same type and device.
+        threshold: 0 for ReLU, T for FATReLU.
+        deterministic: As in `sparse_down`.
+        check: As in `sparse_up`.
+
+    Returns:
+        `y (t, d_model)`.
+
+    Raises:
+        ValueError: An argument is not as described; nothing was launched.
+    """
+    _look_for_nan("scores", scores, check)
+    operator = torch.ops.psp.sparse_up_down
+    return operator(scores, x, w1, w2t, threshold, deterministic)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op(
+    "psp::sparse_up",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor x, Tensor w1, float threshold) -> Tensor",
+)
+def _up(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
+    from sparse_operators import cpu
+
+    check_up(scores, x, w1, threshold)
+    return cpu.up(scores.contiguous(), x.contiguous(), w1, threshold=threshold)
+
+
+@_up.register_kernel("cuda")
+def _up_cuda(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
+    from sparse_operators import triton_kernels
+
+    check_up(scores, x, w1, threshold)
+    return triton_kernels.up(scores.contiguous(), x.contiguous(), w1, threshold=threshold)
+
+
+@_up.register_fake
+def _up_fake(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
+    check_up(scores, x, w1, threshold)
+    return scores.new_empty(scores.shape)
+
+
+@torch.library.custom_op(
+    "psp::sparse_down",
+    mutates_args=(),
+    schema="(Tensor x1, Tensor w2t, bool deterministic) -> Tensor",
+)
+def _down(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
+    from sparse_operators import cpu
+
+    check_down(x1, w2t)
+    return cpu.down(x1.contiguous(), w2t)
+
+
+@_down.register_kernel("cuda")
+def _down_cuda(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
+    from sparse_operators import triton_kernels
+
+    check_down(x1, w2t)
+    return triton_kernels.down(x1.contiguous(), w2t, deterministic=deterministic)
+
+
+@_down.register_fake
+def _down_fake(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
+    check_down(x1, w2t)
+    return x1.new_empty(x1.shape[0], w2t.shape[1])
+
+
+@torch.library.custom_op(
+    "psp::sparse_up_down",
+    mutates_args=(),
+    schema="(Tensor scores, Tensor x, Tensor w1, Tensor w2t, float threshold, bool deterministic)"
+    " -> Tensor",
+)
+def _up_down(
+    scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float, deterministic: bool
+) -> Tensor:
+    from sparse_operators import cpu
+
+    check_up_down(scores, x, w1, w2t, threshold)
+    return cpu.up_down(scores.contiguous(), x.contiguous(), w1, w2t, threshold=threshold)
+
+
+@_up_down.register_kernel("cuda")
+def _up_down_cuda(
+    scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float, deterministic: bool
+) -> Tensor:
+    from sparse_operators import triton_kernels
+
+    check_up_down(scores, x, w1, w2t, threshold)
+    return triton_kernels.up_down(
+        scores.contiguous(),
+        x.contiguous(),
+        w1,
+        w2t,
+        threshold=threshold,
+        deterministic=deterministic,
+    )
+
+
+@_up_down.register_fake
+def _up_down_fake(
+    scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float, deterministic: bool
+) -> Tensor:
+    check_up_down(scores, x, w1, w2t, threshold)
+    return x.new_empty(x.shape)
+
+
+def _look_for_nan(name: str, values: Tensor, check: bool) -> None:
+    """The one check that reads values: not while they are only traced or captured."""
+    if not check or torch.compiler.is_compiling():
+        return
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    check_no_nan(values, name)

@@ -1,0 +1,223 @@
+"""`psp bench-operators`: what it measures, how it judges and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+
+from predictor.traces.store import TraceStore
+from sparse_operators import bandwidth
+from sparse_operators.bandwidth import bound_seconds, cache_bytes, stream
+from sparse_operators.benchmark import OperatorBenchConfig, judge, slot_count
+from sparse_operators.patterns import draw_rows, intermediate_of, random_masks, scores_of
+from sparse_operators.timing import Operation, quartiles, time_calls
+
+Psp = Callable[..., Result]
+SMALL = ("--shape", "64,200", "--repeats", 2, "--threads", 1)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_random_masks_meet_the_sparsity_exactly_and_differ() -> None:
+    masks = random_masks(5, 1000, 0.88, generator=generator())
+    assert masks.sum(1).tolist() == [120] * 5
+    assert len({tuple(row) for row in masks.tolist()}) == 5
+    assert not random_masks(2, 10, 1.0, generator=generator()).any()
+    assert random_masks(2, 10, 0.0, generator=generator()).all()
+
+
+def test_clustered_masks_have_long_runs_and_the_same_sparsity() -> None:
+    def runs(masks: torch.Tensor) -> int:
+        return int(masks.diff(dim=1).sum()) // 2
+
+    clustered = random_masks(4, 4096, 0.75, run=64, generator=generator())
+    assert clustered.sum(1).tolist() == [1024] * 4
+    assert runs(clustered) <= 4 * 1024 // 64
+    assert runs(random_masks(4, 4096, 0.75, generator=generator())) > 4 * 600
+
+
+def test_masks_of_tokens_are_drawn_once_each_before_any_is_repeated() -> None:
+    masks = torch.eye(6, dtype=torch.bool)
+    assert draw_rows(masks, 6, generator()).sum(0).tolist() == [1] * 6
+    assert draw_rows(masks, 12, generator()).sum(0).tolist() == [2] * 6
+    assert draw_rows(masks, 4, generator()).sum() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_inputs_are_active_exactly_where_the_mask_says(dtype: torch.dtype) -> None:
+    masks = random_masks(3, 500, 0.9, generator=generator())
+    assert torch.equal(scores_of(masks, dtype, generator()) > 0, masks)
+    intermediate = intermediate_of(masks, dtype, generator())
+    assert torch.equal(intermediate != 0, masks)
+    assert (intermediate < 0).any()
+
+
+def test_operations_take_turns_on_slots_that_follow_each_other() -> None:
+    seen: list[tuple[str, int]] = []
+    operations = {
+        "a": Operation(run=lambda slot: seen.append(("a", slot))),
+        "b": Operation(run=lambda slot: seen.append(("b", slot)), slots=2),
+    }
+    samples = time_calls(operations, slots=4, repeats=2)
+    assert seen == [("a", 0), ("b", 1), ("a", 3), ("b", 0), ("a", 2), ("b", 3)]
+    assert {name: len(times) for name, times in samples.items()} == {"a": 2, "b": 2}
+    assert all(time >= 0 for times in samples.values() for time in times)
+
+
+def test_quartiles_are_medians_not_means() -> None:
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 1000.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+CONFIG = OperatorBenchConfig(d_model=1000, d_ff=2000, sparsities=(0.5, 0.9))
+"""A matrix has 8 MB."""
+
+
+@pytest.mark.parametrize(("cache", "slots"), [(0, 4), (16_000_000, 6), (29_000_000, 12)])
+def test_weights_exceed_the_cache(cache: int, slots: int) -> None:
+    # Dense products read two thirds of a slot in the mean; 11 slots would always repeat themselves.
+    assert slot_count(CONFIG, cache) == slots
+
+
+def test_a_graph_of_sparse_calls_needs_weights_by_what_these_read() -> None:
+    config = replace(CONFIG, device="cuda", sparsities=(0.5, 0.75))
+    assert slot_count(config, 20_000_000) == 20
+    traced = {"layer 0": torch.eye(2000, dtype=torch.bool)[:4]}
+    assert slot_count(replace(config, traced=traced), 20_000_000) == 64
+
+
+def test_cache_sizes_are_read_as_linux_writes_them(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bandwidth, "_CPU_CACHES", tmp_path)
+    assert cache_bytes(torch.device("cpu")) == 64 << 20
+    for number, size in enumerate(["48K\n", "2048K\n", "266240K\n"]):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(size)
+    assert cache_bytes(torch.device("cpu")) == 266240 << 10
+    (tmp_path / "index2" / "size").write_text("1G\n")
+    assert cache_bytes(torch.device("cpu")) == 1 << 30
+
+
+def test_a_streaming_read_sees_every_element() -> None:
+    assert stream(torch.ones(3, 4)).item() == 12
+    assert stream(torch.ones(3, 5, dtype=torch.bfloat16)).item() == 15
+    halves = torch.tensor([1.0, 2.0]).view(torch.bfloat16).view(1, -1)
+    assert stream(halves).item() == 3
+
+
+def test_the_bound_is_the_active_rows_over_the_fastest_read() -> None:
+    assert bound_seconds(100, 1000, torch.float16, 2e6) == 0.1
+    samples = {
+        "read": [2.0, 2.0, 9.0],
+        "s2_dense": [1.0, 1.0, 1.0],
+        "s2": [0.2, 0.2, 0.3],
+        "s3_dense": [3.0, 3.0, 3.0],
+        "s3": [0.5, 0.5, 0.5],
+        "ffn_dense": [6.0, 6.0, 6.0],
+        "ffn": [2.0, 2.0, 2.0],
+    }
+    result = judge(samples, CONFIG, active=200)
+    assert result["bandwidth"] == 8e6
+    assert result["bandwidth_bound_seconds"] == pytest.approx(0.1)
+    assert (result["s2_seconds"], result["s2_speedup"]) == (0.2, pytest.approx(5))
+    assert (result["s3_seconds"], result["s3_speedup"]) == (0.5, pytest.approx(6))
+    assert result["ffn_speedup"] == pytest.approx(3)
+    assert result["s2_bandwidth"] == pytest.approx(4e6)
+    assert result["s2_bandwidth_bound_ratio"] == pytest.approx(2)
+    assert result["bandwidth_bound_ratio"] == pytest.approx(5)
+    assert result["quartiles"]["s2"] == [0.2, 0.25]
+    assert judge(samples, CONFIG, active=0)["bandwidth_bound_ratio"] is None
+
+
+def test_the_document_has_every_sparsity(psp: Psp) -> None:
+    result = psp("bench-operators", *SMALL, "--sparsity", "0,0.5,88%,1", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["shape"] == {"d_model": 64, "d_ff": 200}
+    assert document["dtype"] == "float32"
+    assert document["hardware"]["threads"] == 1
+    assert document["versions"]["torch"] == torch.__version__
+    assert not document["exceeds_cache"]
+    rows = document["sparsities"]
+    assert [row["sparsity"] for row in rows] == pytest.approx([0, 0.5, 0.88, 1])
+    for row in rows:
+        for name in ("s2", "s3"):
+            assert row[f"{name}_speedup"] == pytest.approx(
+                row[f"{name}_dense_seconds"] / row[f"{name}_seconds"]
+            )
+            assert len(row["samples"][name]) == 2
+            assert row[f"{name}_error"] <= 1e-6
+    assert rows[0]["bandwidth_bound_ratio"] > 0
+    assert rows[3]["bandwidth_bound_ratio"] is None
+
+
+def test_the_table_has_the_cards_columns(psp: Psp) -> None:
+    result = psp("bench-operators", *SMALL, "--sparsity", "0.5,1", "--pattern", "clustered")
+    assert result.exit_code == 0, result.output
+    header, _, first, second, *rest = result.stdout.splitlines()
+    for column in ("S2 µs", "S3 µs", "speedup", "× bound"):
+        assert column in header
+    assert first.startswith("50.00 %")
+    assert second.startswith("100.00 %")
+    assert second.endswith("–")
+    assert "64, d_ff 200, float32, clustered neurons" in "\n".join(rest)
+    assert "stays in a cache" in "\n".join(rest)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_types_are_measured_too(psp: Psp, dtype: str) -> None:
+    result = psp("bench-operators", *SMALL, "--sparsity", "0.5", "--dtype", dtype, "--json")
+    row = json.loads(result.stdout)["sparsities"][0]
+    assert 1e-6 < row["s2_error"] < 1e-2
+    assert 1e-6 < row["s3_error"] < 1e-2
+
+
+def test_patterns_of_real_tokens_bring_shape_and_sparsity(psp: Psp, traces: TraceStore) -> None:
+    command = ("bench-operators", "--pattern", traces.path, "--repeats", 1, "--threads", 1)
+    result = psp(*command, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    header = traces.header
+    assert document["shape"] == {"d_model": header.d_model, "d_ff": header.d_ff}
+    rows = document["sparsities"]
+    assert [row["label"] for row in rows] == [f"layer {layer}" for layer in header.layers]
+    for row, known in zip(rows, traces.activation_sparsity().values(), strict=True):
+        assert row["sparsity"] == pytest.approx(known, abs=0.05)
+    assert "layer 1: " in psp(*command).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "parts"),
+    [
+        (("--shape", "7B"), 2, ["'7B' is no shape", "4096,11008"]),
+        (("--shape", "64"), 2, ["is no shape"]),
+        (("--shape", "0,64"), 2, ["is no shape"]),
+        (("--sparsity", "0.5,1.5"), 2, ["1.5 is not in the range"]),
+        (("--sparsity", "nan"), 2, ["not a number"]),
+        (("--sparsity", "0.5,x"), 2, ["'x'"]),
+        (("--device", "cuda:9"), 1, ["cuda:9", "--device"]),
+        (("--device", "nonsense"), 1, ["nonsense", "--device"]),
+        (("--device", "meta"), 2, ["run on cpu and cuda"]),
+        (("--pattern", "no-such-traces"), 1, ["no-such-traces"]),
+        (("--pattern", "no-such-traces", "--shape", "7b"), 2, ["bring their --shape"]),
+        (("--shape", "9999999,9999999"), 1, ["no memory for", "smaller --shape"]),
+        (("--repeats", "0"), 2, ["--repeats"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    psp: Psp, arguments: tuple[str, ...], code: int, parts: list[str]
+) -> None:
+    result = psp("bench-operators", *arguments)
+    assert result.exit_code == code, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    for part in parts:
+        assert part in last

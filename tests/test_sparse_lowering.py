@@ -1,0 +1,206 @@
+"""The Triton kernels compiled for real cards, without one: the interpreter is laxer than that.
+
+Each launcher is called with tensors that have no data; the launches it makes are recorded and then
+compiled to PTX and machine code for an A100, a 4090 and an H100.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import interpreted
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not interpreted.NEW_TRITON, reason="needs triton 3.7 or newer")
+
+A100, RTX4090, H100 = 80, 89, 90
+PROCESSORS = 108
+SHARED_BYTES = 99 * 1024
+"""What a program may have on the least of them, the 4090."""
+
+REGISTERS = 64 * 1024
+"""What the programs of one multiprocessor share, on all three."""
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    ptx: str
+    shared: int
+    spilled: int
+    registers: int
+
+
+Launches = list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    from triton.runtime.jit import JITFunction
+
+    from sparse_operators import triton_launch
+
+    made: Launches = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        made.append((self, grid, args, options))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(triton_launch, "_processors", lambda _: PROCESSORS)
+    triton_launch.default_launch.cache_clear()
+    yield made
+    triton_launch.default_launch.cache_clear()
+
+
+def arguments(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype) -> list[Tensor]:
+    sizes = ((tokens, d_ff), (tokens, d_model), (d_ff, d_model), (d_ff, d_model))
+    return [torch.empty(*size, dtype=dtype, device="meta") for size in sizes]
+
+
+def kind(name: str, value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compiled(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], card: int
+) -> Compiled:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    bound = dict(zip(kernel.arg_names, args, strict=False)) | options
+    warps, fusion = bound.pop("num_warps"), bound.pop("enable_fp_fusion")
+    if "WIDEN" in bound:
+        bound["WIDEN"] = False  # True for the interpreter alone
+    fixed = {n: v for n, v in bound.items() if n.isupper()}
+    signature = {n: "constexpr" if n in fixed else kind(n, bound[n]) for n in kernel.arg_names}
+    aligned = [n for n, v in bound.items() if isinstance(v, Tensor) or v % 16 == 0]
+    place = kernel.arg_names.index
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(place(n),): v for n, v in fixed.items()},
+        attrs={(place(n),): [["tt.divisibility", 16]] for n in aligned if n not in fixed},
+    )
+    target = GPUTarget("cuda", card, 32)
+    found = triton.compile(
+        source, target=target, options={"num_warps": warps, "enable_fp_fusion": fusion}
+    )
+    return assembled(kernel.__name__, found, warps, math.prod(grid))
+
+
+def assembled(name: str, found: Any, warps: int, programs: int) -> Compiled:
+    import triton.backends.nvidia as backend
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(found.asm["cubin"])
+        reader = Path(backend.__file__).parent / "bin" / "cuobjdump"
+        said = subprocess.run(
+            [reader, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", said)[0]
+    return Compiled(
+        name=name,
+        ptx=found.asm["ptx"],
+        shared=found.metadata.shared,
+        spilled=int(stack),
+        registers=int(registers) * warps * 32 * -(-programs // PROCESSORS),
+    )
+
+
+def up_and_down(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> None:
+    from sparse_operators import triton_kernels as kernels
+
+    kernels.down(kernels.up(scores, x, w1), w2t)
+
+
+def fused(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> None:
+    from sparse_operators import triton_kernels as kernels
+
+    kernels.up_down_fused(scores, x, w1, w2t)
+
+
+CALLS = [(up_and_down, 1), (up_and_down, 8), (fused, 1)]
+
+
+@pytest.mark.parametrize(("call", "tokens"), CALLS)
+@pytest.mark.parametrize(
+    ("dtype", "card", "d_model", "d_ff"),
+    [
+        (torch.float16, A100, 4096, 11008),
+        (torch.bfloat16, H100, 4096, 11008),
+        (torch.float16, RTX4090, 5120, 13824),
+    ],
+)
+def test_weights_stream_in_16_byte_loads_and_nothing_spills(
+    launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    call: Callable[..., None],
+    tokens: int,
+    dtype: torch.dtype,
+    card: int,
+    d_model: int,
+    d_ff: int,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    call(*arguments(tokens, d_model, d_ff, dtype))
+    assert len(launches) == 2
+    for launch in launches:
+        found = compiled(*launch, card)
+        assert found.spilled == 0
+        assert found.shared <= SHARED_BYTES
+        # All programs are on the card at once: none waits for another to end.
+        assert found.registers <= REGISTERS
+        assert load_bytes(found.ptx) == {16} or found.name == "add_partials"
+
+
+def load_bytes(ptx: str) -> set[int]:
+    """Widths of the loads of weights: those marked as read once, or copied to shared memory."""
+    direct = re.findall(r"evict_first\S*cache_hint(?:\.v(\d))?\.b(\d+) ", ptx)
+    copied = re.findall(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+    return {int(n or 1) * int(bits) // 8 for n, bits in direct} | {int(n, 0) for n in copied}
+
+
+@pytest.mark.parametrize(("call", "tokens"), CALLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("d_model", "d_ff"), [(100, 37), (3, 5)])
+def test_odd_sizes_compile(
+    launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    call: Callable[..., None],
+    tokens: int,
+    dtype: torch.dtype,
+    d_model: int,
+    d_ff: int,
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    call(*arguments(tokens, d_model, d_ff, dtype))
+    for launch in launches:
+        assert compiled(*launch, A100).spilled == 0
+
+
+def test_one_launch_each(launches: Launches) -> None:
+    for tokens in (1, 2):
+        up_and_down(*arguments(tokens, 64, 96, torch.float16))
+    names = [kernel.__name__ for kernel, *_ in launches]
+    assert names == ["up_one_token", "down_one_token", "up_tokens", "down_tokens"]
