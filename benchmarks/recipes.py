@@ -23,7 +23,8 @@ from gguf_export.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine
 from powerinfer_bridge.perplexity import engine_perplexity
 from predictor.collection.collect import CollectConfig, collect
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 
 ROWS: dict[str, dict[str, Any]] = {
     "dejavu": {"recipe": "dejavu", "rank": "auto"},

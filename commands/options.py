@@ -239,7 +239,10 @@ def bound_options(command: Command) -> Command:
             "--eval-tokens", default=16384, least=64, help_text="Tokens to measure on, at most."
         ),
         click.option(
-            "--device", default="cpu", show_default=True, help="Torch device to measure on."
+            "--device",
+            default="cpu",
+            show_default=True,
+            help="Torch device to train and run on.",
         ),
     ]
     for option in reversed(options):

@@ -10,8 +10,10 @@ import click
 from commands.options import (
     PATH,
     Fraction,
+    Layers,
     bound_options,
     choice_option,
+    count_option,
     force_option,
     json_option,
     out_option,
@@ -48,6 +50,23 @@ from commands.printing import echo, note, print_json
     type=Fraction(0, 1, min_open=True),
     help="Train on each token's largest activations only (0.15 is the published clipping).",
 )
+@click.option(
+    "--layers",
+    type=Layers(),
+    metavar="0-7,12",
+    help="Train these layers only; the rest later, with --resume.  [default: all]",
+)
+@choice_option(
+    "--precision",
+    ["auto", "float32", "bfloat16"],
+    "Of training's matrix products; auto: bfloat16 on a GPU.",
+)
+@count_option(
+    "--jobs",
+    default=0,
+    least=0,
+    help_text="Layers trained at once, sharing the threads; 0: one a thread if they are small.",
+)
 @seed_option
 @threads_option
 @resume_option
@@ -59,7 +78,8 @@ def train_predictor(as_json: bool, threads: int, report: Path | None, **options:
     from common.table import layer_table
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
-    from predictor.training.run import TrainConfig, train_predictors
+    from predictor.training.config import TrainConfig
+    from predictor.training.run import train_predictors
 
     config = TrainConfig(**options)
     artifact = train_predictors(config, note)
@@ -78,7 +98,7 @@ def train_predictor(as_json: bool, threads: int, report: Path | None, **options:
     echo(layer_table(layers, mean))
     if missing := artifact.missing:
         click.echo(
-            f"note: {len(missing)} layers are still missing, the first is {missing[0]}; collect "
-            "them with --layers, then train with --resume",
+            f"note: {len(missing)} layers are still missing, the first is {missing[0]}; train them "
+            "with --resume, after collecting them if they were left out",
             err=True,
         )

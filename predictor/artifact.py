@@ -177,7 +177,7 @@ class PredictorArtifact:
                 "schema_version": SCHEMA_VERSION,
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
-                "ranks": {str(layer): rank for layer, rank in self.ranks.items()},
+                "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
                 "search": self.search,
                 "layers": self.rows(),
                 "mean": mean_metrics(list(self.layers.values())) if self.complete else None,

@@ -21,7 +21,8 @@ from architectures.tokenizer import load_tokenizer
 from predictor.collection.collect import CollectConfig, collect
 from predictor.traces.bits import unpack_active
 from predictor.traces.store import TraceStore
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 
 TOKENS, CONTEXT, SHARD_ROWS = 320, 40, 110
 TOLERANCE = 5e-5

@@ -32,7 +32,8 @@ from predictor.module import Predictor, logits_of, to_half
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.recipes import DEJAVU, RECIPES
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 
 RANK = 64
 

@@ -248,9 +248,10 @@ def trained(
 def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:
     """Return the held-out loss of the psp recipe at the best scale of the logits."""
     active = rows.active(HOLDOUT)
-    importance = rows.importance(HOLDOUT)
-    positive = (importance * active.sum() / importance.sum()).clamp_max(16)
-    weight = torch.where(active, positive, active.float().mean() + 0.005)
+    power = rows.importance(HOLDOUT) ** PSP.importance_power
+    positive = (power * active.sum() / power.sum()).clamp_max(PSP.importance_cap)
+    negative = PSP.negative_weight * active.float().mean() + PSP.negative_floor
+    weight = torch.where(active, positive, negative)
     with torch.no_grad():
         logits = predictor(rows.inputs(HOLDOUT))
     losses = [

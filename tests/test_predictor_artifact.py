@@ -21,7 +21,8 @@ from predictor.collection.collect import CollectConfig, collect
 from predictor.module import Predictor, decide
 from predictor.traces.bits import unpack_active
 from predictor.traces.store import TraceStore
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 
 RANK = 32
 

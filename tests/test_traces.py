@@ -23,7 +23,8 @@ from predictor.traces.importance import codes_at
 from predictor.traces.layer_rows import LayerRows
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 
 TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
 D_FF = 1012

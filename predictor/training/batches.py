@@ -12,6 +12,8 @@ from common.overlap import made_ahead
 from predictor.traces.rows import LabelledRows
 from predictor.training.recipes import Recipe
 
+_READ_ROWS = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -30,29 +32,43 @@ class Batch:
     negative: float
 
 
-def make_batch(
+def read_batches(
     recipe: Recipe, rows: LabelledRows, device: torch.device, index: torch.Tensor
-) -> Batch:
-    """Read the rows (n,) int64 and weigh their labels as the recipe says."""
+) -> list[Batch]:
+    """Read the rows (n,) int64, cut them into batches and weigh their labels as the recipe says."""
     places, importance = rows.positives(index, importance=recipe.importance)
-    density = len(places) / max(len(index) * rows.d_ff, 1)
-    positive = torch.ones(len(places))
-    if recipe.importance:
-        power = importance.pow(recipe.importance_power)
-        mean = power.sum() / max(len(power), 1)
-        positive = (power / mean.clamp_min(1e-30)).clamp_max_(recipe.importance_cap)
-    return Batch(
-        inputs=rows.inputs(index).to(device),
-        places=places.to(device),
-        positive=positive.to(device),
-        negative=recipe.negative_weight * density + recipe.negative_floor,
-    )
+    power = importance.pow(recipe.importance_power)
+    inputs, d_ff, batches = rows.inputs(index), rows.d_ff, []
+    firsts = range(0, len(index), recipe.batch)
+    cuts = torch.searchsorted(places, torch.tensor([*firsts, len(index)]) * d_ff).tolist()
+    for first, low, high in zip(firsts, cuts[:-1], cuts[1:], strict=True):
+        part = inputs[first : first + recipe.batch]
+        positive = torch.ones(high - low)
+        if recipe.importance:
+            mean = power[low:high].mean() if high > low else positive.sum()
+            positive = (power[low:high] / mean.clamp_min(1e-30)).clamp_max_(recipe.importance_cap)
+        density = (high - low) / (len(part) * d_ff)
+        batches.append(
+            Batch(
+                inputs=part.to(device),
+                places=(places[low:high] - first * d_ff).to(device),
+                positive=positive.to(device),
+                negative=recipe.negative_weight * density + recipe.negative_floor,
+            )
+        )
+    return batches
 
 
 def batches(
     recipe: Recipe, rows: LabelledRows, device: torch.device, order: torch.Tensor
 ) -> Iterator[Batch]:
-    """Yield the rows `order`, (n,) int64, in batches; for a GPU they are made ahead."""
-    make = partial(make_batch, recipe, rows, device)
-    through: Callable[..., Iterable[Batch]] = map if device.type == "cpu" else made_ahead
-    yield from through(make, torch.split(order, recipe.batch))
+    """Yield the rows `order`, (n,) int64, in batches.
+
+    Several are read together, which costs less than one by one; for a GPU the next ones are read
+    while the last are in use.
+    """
+    read = partial(read_batches, recipe, rows, device)
+    parts = torch.split(order, recipe.batch * max(1, _READ_ROWS // recipe.batch))
+    through: Callable[..., Iterable[list[Batch]]] = map if device.type == "cpu" else made_ahead
+    for together in through(read, parts):
+        yield from together

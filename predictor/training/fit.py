@@ -50,7 +50,7 @@ def train_layer(
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
     """
-    predictor = _start(recipe, rows, rank, train, generator).to(device)
+    predictor = _start(recipe, rows, rank, train, generator, device).to(device)
     rates = _rates(recipe, predictor)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
@@ -88,13 +88,14 @@ def _start(
     rank: int,
     train: torch.Tensor,
     generator: torch.Generator,
+    device: str,
 ) -> Predictor:
     d_ff, d_model = rows.weights.gate.shape
     if not recipe.svd_start:
         return random_start(rank, d_model, d_ff, generator)
     sample = train[torch.randperm(len(train), generator=generator)[:_MOMENT_ROWS]]
-    parts = (rows.inputs(part) for part in torch.split(sample, _EVALUATION_ROWS))
-    return svd_start(rows.weights.gate, second_moment(parts), rank)
+    parts = (rows.inputs(part).to(device) for part in torch.split(sample, _EVALUATION_ROWS))
+    return svd_start(rows.weights.gate.to(device), second_moment(parts), rank)
 
 
 def _rates(recipe: Recipe, predictor: Predictor) -> list[tuple[torch.nn.Parameter, float]]:

@@ -38,12 +38,12 @@ def svd_start(gate: torch.Tensor, moment: torch.Tensor, rank: int) -> Predictor:
     2k ReLU units: `[V; −V]` and `[U, −U]`, because relu(a) − relu(−a) = a.
 
     Args:
-        gate: (d_ff, d_model) float32, gate matrix times the norm's weight.
+        gate: (d_ff, d_model) float32, gate matrix times the norm's weight, on the moment's device.
         moment: (d_model, d_model) float32, second moment of the normalised inputs.
         rank: ReLU units, even.
     """
     d_model = len(moment)
-    damped = moment + _DAMPING * moment.diagonal().mean() * torch.eye(d_model)
+    damped = moment + _DAMPING * moment.diagonal().mean() * torch.eye(d_model, device=moment.device)
     factor = torch.linalg.cholesky(damped.double())
     whitened = gate.double() @ factor
     whitened = whitened / torch.linalg.vector_norm(whitened, dim=1, keepdim=True).clamp_min(1e-30)

@@ -2,76 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from predictor.calibration.calibrate import Bound
 from predictor.calibration.element_cost import ElementCost
 from predictor.calibration.operating_point import Curves, mean_positive, trace_curves
 from predictor.calibration.search import best_ranks, candidate_ranks, within_bytes, within_gap
 from predictor.module import RANK_MULTIPLE, to_half
-from predictor.traces.rows import LabelledRows
-from predictor.traces.store import TraceStore
 from predictor.training.fit import train_layer
-from predictor.training.recipes import Recipe
+from predictor.training.layer_result import LayerTraining
+from predictor.training.parallel import each_layer
 
 _SCOUT_ROWS = 32768
 _CURVE_ROWS = 8192
 
 
-def choose_ranks(
-    store: TraceStore,
-    recipe: Recipe,
-    layers: Sequence[int],
-    train: torch.Tensor,
-    bound: Bound,
-    element: ElementCost,
-    seed: int,
-) -> dict[int, int]:
-    """Choose ranks that keep the bound in the fewest bytes.
+def choose_ranks(training: LayerTraining, layers: Sequence[int]) -> dict[int, int]:
+    """Choose ranks that keep the run's bound in the fewest bytes.
 
     A scout sees part of the training rows once; its curves are taken on rows that it did not see.
     How much better a larger rank is shows long before training ends, and only that decides.
 
     Args:
-        store: the traces.
-        recipe: how predictors are trained.
+        training: traces, settings, rows.
         layers: layers to choose for, at one price for all.
-        train: (n,) int64, training rows.
-        bound: what will be kept to.
-        element: type that predictors will be exported in.
-        seed: seed of the run.
 
     Returns:
         Layer number to rank.
     """
-    header = store.header
-    scout = replace(recipe, epochs=min(1, recipe.epochs), best_recall=False)
+    header, bound = training.store.header, training.config.bound
+    assert bound is not None
     ranks = candidate_ranks(header.d_model, RANK_MULTIPLE)
-    curves: dict[int, dict[int, Curves]] = {}
+    jobs = min(training.config.jobs_for(header.d_model, header.d_ff), len(layers))
     with tqdm(total=len(layers) * len(ranks), unit="scout", desc="ranks", disable=None) as bar:
-        for layer in layers:
-            rows = LabelledRows(
-                store.layer(layer), store.weights(layer), normalise=recipe.normalise
-            )
-            generator = torch.Generator().manual_seed(seed * 1000 + layer)
-            order = train[torch.randperm(len(train), generator=generator)]
-            seen, unseen = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:]
-            curves[layer] = {}
-            for rank in ranks:
-                trained = train_layer(
-                    scout, rows, rank=rank, train=seen, holdout=unseen, generator=generator
-                )
-                predictor = to_half(trained)
-                scale = mean_positive(predictor, rows, unseen)
-                curves[layer][rank] = trace_curves(predictor, rows, unseen, scale)
-                bar.update()
+
+        def work(layer: int, go_on: Callable[[], None]) -> dict[int, Curves]:
+            return _scout(training, layer, ranks, go_on, bar)
+
+        curves = dict(each_layer(work, layers, jobs))
     cost = partial(
-        element.relative,
+        ElementCost(training.config.predictor_type).relative,
         d_model=header.d_model,
         d_ff=header.d_ff,
         ffn_matrices=header.ffn_matrices,
@@ -82,3 +56,35 @@ def choose_ranks(
         return best_ranks(curves, cost, header.d_ff, within_bytes(bound.ffn_bytes))
     share = len(layers) / header.n_layers
     return best_ranks(curves, cost, header.d_ff, within_gap(gap * share))
+
+
+def _scout(
+    training: LayerTraining,
+    layer: int,
+    ranks: Sequence[int],
+    go_on: Callable[[], None],
+    bar: tqdm,
+) -> dict[int, Curves]:
+    """Return the curves of a layer's scouts by rank."""
+    config, recipe, rows = training.config, training.recipe, training.rows(layer)
+    scout = replace(recipe, epochs=min(1, recipe.epochs), best_recall=False)
+    generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
+    train = training.train
+    order = train[torch.randperm(len(train), generator=generator)]
+    seen, unseen, curves = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:], {}
+    for rank in ranks:
+        trained = train_layer(
+            scout,
+            rows,
+            rank=rank,
+            train=seen,
+            holdout=unseen,
+            generator=generator,
+            device=config.device,
+            dtype=config.dtype,
+            on_step=go_on,
+        )
+        predictor = to_half(trained)
+        curves[rank] = trace_curves(predictor, rows, unseen, mean_positive(predictor, rows, unseen))
+        bar.update()
+    return curves

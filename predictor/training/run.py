@@ -1,107 +1,28 @@
-"""Training of a whole model's predictors, layer after layer, resumable."""
+"""Training of a whole model's predictors, resumable after every layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
-import torch
 from tqdm import tqdm
 
+from architectures.model import check_device
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
-from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
-from predictor.calibration.calibrate import Bound, calibrate, measure_layer
+from predictor.artifact import PredictorArtifact, PredictorHeader
+from predictor.calibration.calibrate import calibrate
 from predictor.calibration.element_cost import ElementCost
-from predictor.module import RANK_MULTIPLE, to_half
+from predictor.module import RANK_MULTIPLE
 from predictor.traces.importance import RANKING_BITS
-from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
+from predictor.training.config import AUTO, TrainConfig
 from predictor.training.evaluation_text import held_out_model
-from predictor.training.fit import evaluate, train_layer
+from predictor.training.layer_result import LayerResult, LayerTraining
+from predictor.training.parallel import each_layer
 from predictor.training.ranks import choose_ranks
 from predictor.training.recipes import DEJAVU, Recipe, recipe_named
-
-AUTO = "auto"
-DEFAULT_GAP = 0.001
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of `train-predictor`.
-
-    Attributes:
-        traces: store directory.
-        out: artifact directory.
-        rank: hidden units of every layer, a multiple of 32; one for each; or `auto`, which chooses
-            them.
-        recipe: `psp`, `svd` or `dejavu`.
-        max_ppl_gap: largest growth of perplexity that thresholds may cost, a fraction. With `auto`
-            0.001 if no bound is given; else without a bound every threshold is 0.
-        ffn_bytes: largest mean FFN bytes ratio, instead.
-        predictor_type: element type that will be exported, which decides what a rank costs.
-        model: checkpoint to measure the gap with; None takes the one that traces were made of.
-        data: text to measure it on, in full; None takes the traces' own held-out documents.
-        eval_tokens: tokens to measure it on, at most.
-        device: torch device of that model.
-        holdout: share of rows held out, by document.
-        label_top_fraction: train only on each token's largest activations, at most this fraction
-            of neurons (0.15 is the published clipping); None trains on all.
-        seed: seed of holdout, start and order.
-        force: replace an existing artifact.
-        resume: go on at the first missing layer.
-    """
-
-    traces: Path
-    out: Path
-    rank: int | str | tuple[int, ...]
-    recipe: str = "psp"
-    max_ppl_gap: float | None = None
-    ffn_bytes: float | None = None
-    predictor_type: str = "f16"
-    model: str | None = None
-    data: str | None = None
-    eval_tokens: int = 16384
-    device: str = "cpu"
-    holdout: float = 0.1
-    label_top_fraction: float | None = None
-    seed: int = 0
-    force: bool = False
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse settings that no model can have."""
-        for rank in self.fixed_ranks:
-            if rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
-                raise PredictorError(
-                    f"rank {rank} cannot run in PowerInfer; "
-                    f"use a positive multiple of {RANK_MULTIPLE}"
-                )
-        if isinstance(self.rank, str) and self.rank != AUTO:
-            raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")
-        if self.max_ppl_gap is not None and self.ffn_bytes is not None:
-            raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds; pass one of them")
-        ElementCost(self.predictor_type)
-        recipe_named(self.recipe)
-
-    @property
-    def fixed_ranks(self) -> tuple[int, ...]:
-        """Ranks that were asked for: one for all layers, one for each, or none."""
-        if isinstance(self.rank, str):
-            return ()
-        return (self.rank,) if isinstance(self.rank, int) else self.rank
-
-    @property
-    def bound(self) -> Bound | None:
-        """What thresholds must keep to."""
-        gap = self.max_ppl_gap
-        if gap is None and self.ffn_bytes is None:
-            if self.rank != AUTO:
-                return None
-            gap = DEFAULT_GAP
-        return Bound(max_ppl_gap=gap, ffn_bytes=self.ffn_bytes)
 
 
 def train_predictors(
@@ -120,24 +41,25 @@ def train_predictors(
         PspError: unusable traces, existing output, a bound out of reach, or an artifact made with
             other settings under `resume`.
     """
+    check_device(config.device)
     store = TraceStore.open(config.traces)
     store.require_complete()
     recipe = recipe_named(config.recipe)
     config = _settled(config, store)
     _check_ranks(config, store, recipe)
     _check_importance(config, store, recipe)
+    layers = _chosen_layers(config, store)
     held = store.holdout(config.holdout, config.seed)
+    training = LayerTraining(
+        config=config,
+        store=store,
+        recipe=recipe,
+        train=(~held).nonzero()[:, 0],
+        holdout=held.nonzero()[:, 0],
+    )
     artifact = _open_artifact(config, store, recipe)
-    train, holdout = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-    _set_ranks(config, store, recipe, artifact, train)
-    steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
-    layers = store.header.layers
-    with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
-        for number, layer in enumerate(layers):
-            bar.set_postfix(layer=f"{number + 1}/{len(layers)}")
-            if layer not in artifact.layers:
-                _train_one(config, store, recipe, artifact, layer, train, holdout, bar)
-            bar.update((number + 1) * steps - bar.n)
+    _set_ranks(training, artifact)
+    _train_missing(training, artifact, layers)
     if config.bound is not None and artifact.complete:
         calibrate(
             artifact,
@@ -147,6 +69,43 @@ def train_predictors(
             lambda: held_out_model(config, store, note),
         )
     return artifact
+
+
+def _train_missing(training: LayerTraining, artifact: PredictorArtifact, layers: list[int]) -> None:
+    """Train the layers that are not there yet and commit each as it is ready."""
+    recipe, header = training.recipe, training.store.header
+    steps = math.ceil(len(training.train) / recipe.batch) * recipe.epochs
+    missing = [layer for layer in layers if layer not in artifact.layers]
+    jobs = min(training.config.jobs_for(header.d_model, header.d_ff), max(len(missing), 1))
+    total = len(layers) * steps
+    with tqdm(total=total, unit="step", desc="train-predictor", disable=None) as bar:
+        bar.update((len(layers) - len(missing)) * steps)
+
+        def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
+            def on_step() -> None:
+                go_on()
+                bar.update()
+
+            return training(layer, artifact.rank(layer), on_step)
+
+        for done, (layer, result) in enumerate(each_layer(work, missing, jobs), 1):
+            if result.curves is not None:
+                artifact.add_curves(layer, result.curves.tensors())
+            artifact.add(layer, result.predictor, result.metrics)
+            bar.set_postfix(layers=f"{len(layers) - len(missing) + done}/{len(layers)}")
+        bar.update(total - bar.n)  # a recipe may stop early
+
+
+def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
+    recorded = store.header.layers
+    if config.layers is None:
+        return recorded
+    if unknown := [layer for layer in config.layers if layer not in recorded]:
+        raise PredictorError(
+            f"--layers: {store.path} has no layer {unknown[0]}; it holds "
+            f"{len(recorded)} layers from {recorded[0]} to {recorded[-1]}"
+        )
+    return list(config.layers)
 
 
 def _settled(config: TrainConfig, store: TraceStore) -> TrainConfig:
@@ -172,25 +131,15 @@ def _check_ranks(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None
             )
 
 
-def _set_ranks(
-    config: TrainConfig,
-    store: TraceStore,
-    recipe: Recipe,
-    artifact: PredictorArtifact,
-    train: torch.Tensor,
-) -> None:
+def _set_ranks(training: LayerTraining, artifact: PredictorArtifact) -> None:
     """Settle the rank of every layer of the store that has none."""
-    before = dict(artifact.ranks)
+    config, before = training.config, dict(artifact.ranks)
     if isinstance(config.rank, tuple):
         artifact.ranks = dict(enumerate(config.rank))
-    if config.rank == AUTO and (
-        missing := [n for n in store.header.layers if n not in artifact.ranks]
-    ):
-        assert config.bound is not None
-        element = ElementCost(config.predictor_type)
-        artifact.ranks |= choose_ranks(
-            store, recipe, missing, train, config.bound, element, config.seed
-        )
+    recorded = training.store.header.layers
+    missing = [layer for layer in recorded if layer not in artifact.ranks]
+    if config.rank == AUTO and missing:
+        artifact.ranks |= choose_ranks(training, missing)
     if artifact.ranks != before:
         artifact.write_header()
 
@@ -207,57 +156,6 @@ def _check_importance(config: TrainConfig, store: TraceStore, recipe: Recipe) ->
             f"{store.path}: its importance of {bits} bits cannot rank neurons; collect with "
             f"--importance-bits {RANKING_BITS}, or leave out --label-top-fraction"
         )
-
-
-def _train_one(
-    config: TrainConfig,
-    store: TraceStore,
-    recipe: Recipe,
-    artifact: PredictorArtifact,
-    layer: int,
-    train: torch.Tensor,
-    holdout: torch.Tensor,
-    bar: tqdm,
-) -> None:
-    header, share = store.header, config.label_top_fraction
-    rows = LabelledRows(
-        store.layer(layer),
-        store.weights(layer),
-        normalise=recipe.normalise,
-        top=0 if share is None else max(1, int(share * header.d_ff)),
-    )
-    trained = train_layer(
-        recipe,
-        rows,
-        rank=artifact.rank(layer),
-        train=train,
-        holdout=holdout,
-        generator=torch.Generator().manual_seed(config.seed * 1000 + layer),
-        on_step=bar.update,
-    )
-    if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
-        raise PredictorError(
-            f"layer {layer}: training diverged; check the traces of this layer, or try --recipe psp"
-        )
-    final = to_half(trained)
-    element = ElementCost(config.predictor_type)
-    metrics = evaluate(final, rows, holdout).metrics(
-        rank=element.stored_rank(artifact.rank(layer)),
-        d_model=header.d_model,
-        d_ff=header.d_ff,
-        ffn_matrices=header.ffn_matrices,
-        predictor_width=element.width,
-    )
-    if config.bound is not None:
-        generator = torch.Generator().manual_seed(config.seed * 1000 + layer)
-        curves = measure_layer(final, rows, train, holdout, generator)
-        artifact.add_curves(layer, curves.tensors())
-    predictor = LayerPredictor(
-        fc1=final.fc1.detach().half(),
-        fc2=final.fc2.detach().half(),
-        activation_counts=rows.rows.counts,
-    )
-    artifact.add(layer, predictor, metrics)
 
 
 def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> PredictorArtifact:

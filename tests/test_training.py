@@ -1,0 +1,238 @@
+"""Steps, batches and layers at once: what training does between a trace row and a file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from common.errors import CheckpointError, PredictorError
+from predictor.artifact import PredictorArtifact
+from predictor.collection.collect import CollectConfig, collect
+from predictor.module import Predictor
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training import batches as batches_module
+from predictor.training.batches import Batch, batches
+from predictor.training.config import TrainConfig
+from predictor.training.gradient import set_gradients
+from predictor.training.parallel import StoppedError, each_layer
+from predictor.training.recipes import DEJAVU, PSP, Recipe
+from predictor.training.run import train_predictors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def traces(
+    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    out = tmp_path_factory.mktemp("traces") / "traces"
+    sizes: dict[str, Any] = {"tokens": 1500, "context": 64, "importance_bits": 8}
+    return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
+
+
+@pytest.fixture
+def rows(traces: TraceStore) -> LabelledRows:
+    return LabelledRows(traces.layer(1), traces.weights(1), normalise=True)
+
+
+def expected_weights(recipe: Recipe, rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:
+    """Return the weight of every label, written down from `Recipe`'s own words."""
+    labels = rows.labels(index)
+    negative = recipe.negative_weight * labels.float().mean() + recipe.negative_floor
+    positive = torch.ones(labels.shape)
+    if recipe.importance:
+        power = (rows.importance(index) * labels) ** recipe.importance_power
+        positive = (power / (power.sum() / labels.sum())).clamp(max=recipe.importance_cap)
+    return torch.where(labels, positive, negative)
+
+
+@pytest.mark.parametrize("top", [0, 20])
+@pytest.mark.parametrize("recipe", [PSP, DEJAVU], ids=lambda recipe: recipe.name)
+def test_gradients_are_those_of_the_weighted_cross_entropy(
+    recipe: Recipe, rows: LabelledRows, top: int
+) -> None:
+    rows, generator = replace(rows, top=top), torch.Generator().manual_seed(0)
+    predictor = Predictor(
+        torch.randn(32, 64, generator=generator), torch.randn(rows.d_ff, 32, generator=generator)
+    )
+    index = torch.randperm(1500, generator=generator)[:200]
+    for batch, part in zip(
+        batches(replace(recipe, batch=96), rows, CPU, index), torch.split(index, 96), strict=True
+    ):
+        loss = binary_cross_entropy_with_logits(
+            predictor(rows.inputs(part)),
+            rows.labels(part).float(),
+            weight=expected_weights(recipe, rows, part),
+        )
+        expected = torch.autograd.grad(loss, [predictor.fc1, predictor.fc2])
+        set_gradients(predictor, batch, torch.float32)
+        for matrix, gradient in zip(predictor.parameters(), expected, strict=True):
+            assert matrix.grad is not None
+            torch.testing.assert_close(matrix.grad, gradient, rtol=1e-4, atol=1e-9)
+        set_gradients(predictor, batch, torch.bfloat16)
+        for matrix, gradient in zip(predictor.parameters(), expected, strict=True):
+            assert matrix.grad is not None
+            assert matrix.grad.dtype == torch.float32
+            apart = torch.linalg.vector_norm(matrix.grad - gradient)
+            assert 1e-6 < apart / torch.linalg.vector_norm(gradient) < 0.05
+
+
+def test_batches_do_not_depend_on_how_many_are_read_together(
+    rows: LabelledRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = torch.randperm(1500)[:1001]
+
+    def read(together: int, ahead: bool) -> list[Batch]:
+        monkeypatch.setattr(batches_module, "_READ_ROWS", together)
+        if ahead:  # the way to a GPU, with the rows left on the CPU
+            monkeypatch.setattr("builtins.map", batches_module.made_ahead)
+        with monkeypatch.context() as patch:
+            if not ahead:
+                patch.setattr(batches_module, "made_ahead", None)
+            return list(batches(replace(PSP, batch=100), rows, CPU, order))
+
+    alone = read(1, ahead=False)
+    assert [len(batch.inputs) for batch in alone] == [100] * 10 + [1]
+    for other in (read(350, ahead=False), read(4096, ahead=False), read(200, ahead=True)):
+        for found, expected in zip(other, alone, strict=True):
+            for name, value in vars(expected).items():
+                torch.testing.assert_close(getattr(found, name), value, rtol=1e-6, atol=0)
+
+
+def settings(traces: TraceStore, out: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"traces": traces.path, "out": out, "rank": 32, "recipe": "psp"}
+    return TrainConfig(**(values | changes))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_layers_at_once_and_in_parts_are_those_of_one_run(
+    traces: TraceStore, tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        bound: dict[str, Any] = {"rank": "auto", "ffn_bytes": 0.6}
+        one = train_predictors(settings(traces, tmp_path / "one", jobs=1, **bound))
+        both = train_predictors(settings(traces, tmp_path / "both", jobs=2, **bound))
+        assert contents(both.path) == contents(one.path)
+        parts = tmp_path / "parts"
+        first = train_predictors(settings(traces, parts, layers=(1,), **bound))
+        assert list(first.layers) == [1]
+        assert not first.search
+        rest = train_predictors(settings(traces, parts, resume=True, **bound))
+        assert contents(rest.path) == contents(one.path)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_products_in_bfloat16_train_as_well(traces: TraceStore, tmp_path: Path) -> None:
+    exact, rounded = (
+        train_predictors(settings(traces, tmp_path / precision, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert not torch.equal(exact.layer(0).fc2, rounded.layer(0).fc2)
+    for layer in range(2):
+        for key in ("activation_recall", "predicted_sparsity"):
+            assert rounded.layers[layer][key] == pytest.approx(exact.layers[layer][key], abs=0.02)
+
+
+def test_a_layer_that_is_not_there_is_refused(traces: TraceStore, tmp_path: Path) -> None:
+    with refused(PredictorError, "--layers", "no layer 2", "from 0 to 1"):
+        train_predictors(settings(traces, tmp_path / "p", layers=(1, 2)))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_device_that_is_not_there_is_refused_first(traces: TraceStore, tmp_path: Path) -> None:
+    with refused(CheckpointError, "'cuda:77'", "check --device"):
+        train_predictors(settings(traces, tmp_path / "p", device="cuda:77"))
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+    ids=["python", "cuda", "cpu"],
+)
+def test_memory_that_runs_out_keeps_finished_layers(
+    traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from predictor.training import layer_result
+
+    original: Callable[..., Predictor] = layer_result.train_layer
+    calls: list[int] = []
+
+    def train(*args: Any, **kwargs: Any) -> Predictor:
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(layer_result, "train_layer", train)
+    config = settings(traces, tmp_path / "p", jobs=1)
+    with refused(PredictorError, "layer 1: out of memory", "--jobs or --rank", "--resume"):
+        train_predictors(config)
+    assert list(PredictorArtifact.open(config.out).layers) == [0]
+    assert train_predictors(replace(config, resume=True)).complete
+    assert len(calls) == 3
+
+
+def test_the_first_failure_stops_the_rest() -> None:
+    started, seen = threading.Barrier(2), []
+
+    def work(layer: int, go_on: Callable[[], None]) -> int:
+        if layer == 2:
+            seen.append("never reached")
+        started.wait(10)
+        if layer == 0:
+            raise PredictorError("layer 0 is damaged")
+        try:
+            while True:
+                go_on()
+        except StoppedError:
+            seen.append("stopped")
+            raise
+
+    threads = torch.get_num_threads()
+    with refused(PredictorError, "layer 0 is damaged"):
+        list(each_layer(work, [0, 1, 2], 2))
+    assert seen == ["stopped"]
+    assert torch.get_num_threads() == threads
+
+
+def test_jobs_share_the_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for jobs, share in ((1, 4), (2, 2), (3, 1), (8, 1)):
+            found = each_layer(lambda layer, go_on: torch.get_num_threads(), range(3), jobs)
+            assert dict(found) == dict.fromkeys(range(3), share)
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_small_layers_take_a_thread_each() -> None:
+    config = TrainConfig(traces=Path("t"), out=Path("o"), rank=32)
+    assert config.jobs_for(512, 1536) == torch.get_num_threads()
+    assert config.jobs_for(4096, 11008) == 1
+    assert replace(config, jobs=3).jobs_for(4096, 11008) == 3
+    assert replace(config, device="cuda").jobs_for(512, 1536) == 1
+    assert config.dtype == torch.float32
+    assert replace(config, device="cuda").dtype == torch.bfloat16
+    assert replace(config, device="cuda", precision="float32").dtype == torch.float32
