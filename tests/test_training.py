@@ -14,14 +14,15 @@ from conftest import refused
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.errors import CheckpointError, PredictorError
+from common.overlap import made_ahead
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import CollectConfig, collect
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training import batches as batches_module
 from predictor.training.batches import Batch, batches
 from predictor.training.config import TrainConfig
+from predictor.training.fit import train_layer
 from predictor.training.gradient import set_gradients
 from predictor.training.parallel import StoppedError, each_layer
 from predictor.training.recipes import DEJAVU, PSP, Recipe
@@ -92,13 +93,10 @@ def test_batches_do_not_depend_on_how_many_are_read_together(
     order = torch.randperm(1500)[:1001]
 
     def read(together: int, ahead: bool) -> list[Batch]:
-        monkeypatch.setattr(batches_module, "_READ_ROWS", together)
+        monkeypatch.setattr("predictor.training.batches._READ_ROWS", together)
         if ahead:  # the way to a GPU, with the rows left on the CPU
-            monkeypatch.setattr("builtins.map", batches_module.made_ahead)
-        with monkeypatch.context() as patch:
-            if not ahead:
-                patch.setattr(batches_module, "made_ahead", None)
-            return list(batches(replace(PSP, batch=100), rows, CPU, order))
+            monkeypatch.setattr("builtins.map", made_ahead)
+        return list(batches(replace(PSP, batch=100), rows, CPU, order))
 
     alone = read(1, ahead=False)
     assert [len(batch.inputs) for batch in alone] == [100] * 10 + [1]
@@ -172,18 +170,15 @@ def test_a_device_that_is_not_there_is_refused_first(traces: TraceStore, tmp_pat
 def test_memory_that_runs_out_keeps_finished_layers(
     traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from predictor.training import layer_result
-
-    original: Callable[..., Predictor] = layer_result.train_layer
     calls: list[int] = []
 
     def train(*args: Any, **kwargs: Any) -> Predictor:
         calls.append(len(calls))
         if len(calls) == 2:
             raise error
-        return original(*args, **kwargs)
+        return train_layer(*args, **kwargs)
 
-    monkeypatch.setattr(layer_result, "train_layer", train)
+    monkeypatch.setattr("predictor.training.layer_result.train_layer", train)
     config = settings(traces, tmp_path / "p", jobs=1)
     with refused(PredictorError, "layer 1: out of memory", "--jobs or --rank", "--resume"):
         train_predictors(config)
