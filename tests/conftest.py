@@ -179,6 +179,16 @@ def traces(
     return store
 
 
+@pytest.fixture(scope="session")
+def ranked_traces(
+    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    """Traces whose importance can rank neurons."""
+    out = tmp_path_factory.mktemp("ranked") / "traces"
+    sizes: dict[str, Any] = {"tokens": 2000, "context": 64, "importance_bits": 8}
+    return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
+
+
 def exact(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return fc1 and fc2 whose logits are the gate itself, at rank 2 · d_model.
 

@@ -42,7 +42,11 @@ def test_every_option_named_in_an_example_exists(page: Path) -> None:
         command = main.commands[example.split()[1]]
         if isinstance(command, click.Group):
             command = command.commands[example.split()[2]]
-        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        options = {
+            option
+            for parameter in command.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         used = set(re.findall(r"--[a-z-]+", example))
         assert used <= options, example
 

@@ -27,10 +27,12 @@ def set_gradients(predictor: Predictor, batch: Batch, dtype: torch.dtype) -> Non
     fc1, fc2, x = (t.to(dtype) for t in (predictor.fc1, predictor.fc2, batch.inputs))
     before = x @ fc1.T
     hidden = before.relu()
-    slope = (hidden @ fc2.T).sigmoid_()
+    # σ(z) − 1 needs more digits than bfloat16 has where z is large.
+    slope = (hidden @ fc2.T).float().sigmoid_()
     flat, labels = slope.view(-1), slope.numel()
     positive = (flat[batch.places] - 1) * (batch.positive / labels)
     slope.mul_(batch.negative / labels)
-    flat[batch.places] = positive.to(dtype)
+    flat[batch.places] = positive
+    slope = slope.to(dtype)
     predictor.fc2.grad = (slope.T @ hidden).float()
     predictor.fc1.grad = ((slope @ fc2).mul_(before > 0).T @ x).float()
