@@ -183,25 +183,25 @@ def test_memory_that_runs_out_keeps_finished_layers(
 
 
 def test_the_first_failure_stops_the_rest() -> None:
-    started, seen = threading.Barrier(2), []
+    begun, ended = threading.Barrier(2), dict[int, str]()
 
     def work(layer: int, go_on: Callable[[], None]) -> int:
-        if layer == 2:
-            seen.append("never reached")
-        started.wait(10)
+        if layer < 2:
+            begun.wait(60)
         if layer == 0:
             raise PredictorError("layer 0 is damaged")
         try:
             while True:
                 go_on()
         except StoppedError:
-            seen.append("stopped")
+            ended[layer] = "stopped"
             raise
 
     threads = torch.get_num_threads()
     with refused(PredictorError, "layer 0 is damaged"):
         list(each_layer(work, [0, 1, 2], 2))
-    assert seen == ["stopped"]
+    # Layer 2 may have begun before the failure was seen.
+    assert ended in ({1: "stopped"}, {1: "stopped", 2: "stopped"})
     assert torch.get_num_threads() == threads
 
 
