@@ -13,6 +13,8 @@ from commands.gpu_split import gpu_split
 from commands.inspect import inspect
 from commands.options import Group
 from commands.quickstart import quickstart
+from commands.sparsify import sparsify
+from commands.sparsity import sparsity
 from commands.traces import traces
 from commands.train_predictor import train_predictor
 from commands.verify import verify
@@ -26,6 +28,8 @@ def main() -> None:
 
 for command in (
     quickstart,
+    sparsify,
+    sparsity,
     collect,
     traces,
     train_predictor,

@@ -31,8 +31,8 @@ from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.shard_file import BatchRows
 from predictor.traces.store import TraceStore
-from predictor.training.recipes import RECIPES, recipe_named
 from predictor.training.config import TrainConfig
+from predictor.training.recipes import RECIPES, recipe_named
 from predictor.training.run import train_predictors
 
 DOCUMENT, SHARD_ROWS, BATCH = 1000, 4096, 512

@@ -14,9 +14,10 @@ from gguf_export.bundle import Bundle, ExportConfig, export
 from powerinfer_bridge.benchmark import BenchConfig, bench
 from powerinfer_bridge.verification import ExportCheck
 from predictor.collection.collect import CollectConfig, collect
-from predictor.training.run import TrainConfig, train_predictors
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
 from quickstart.corpus import Corpus, write_corpus
-from quickstart.model import train_model
+from quickstart.model import train_model, write_untrained
 from quickstart.sizes import Size, size_named
 
 
@@ -49,6 +50,11 @@ class Paths:
     def corpus(self) -> Corpus:
         """Text of both splits."""
         return Corpus(self.out / "corpus" / "train.jsonl", self.out / "corpus" / "valid.txt")
+
+    @property
+    def untrained(self) -> Path:
+        """The random model that training starts from."""
+        return self.out / "untrained"
 
     @property
     def model(self) -> Path:
@@ -102,14 +108,13 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
     size = size_named(config.size)
     paths = Paths(config.out)
     _claim(config, paths)
-    model_done = paths.model / "done.json"
-    if not model_done.exists():
-        paths.model.mkdir(parents=True, exist_ok=True)
+    if not (paths.untrained / "config.json").exists():
         corpus = write_corpus(
             paths.corpus.train.parent, characters=size.characters, seed=config.seed
         )
-        train_model(corpus, paths.model, size, config.seed)
-        write_json(model_done, {"steps": size.steps})
+        write_untrained(corpus, paths.untrained, size, config.seed)
+    if not (paths.model / "config.json").exists():
+        train_model(paths.corpus, paths.untrained, paths.model, size, config.seed)
     _predict(config, size, paths)
     if not paths.bundle.model_file.exists():
         export(

@@ -23,7 +23,7 @@ class Size:
         steps: training steps.
         batch: windows a step.
         learning_rate: peak rate.
-        l1: final weight of the L1 term.
+        l1: λ, the weight of the L1 term (`prosparse.regulariser`, norm `mean`).
         trace_tokens: tokens to collect.
         rank: predictor rank.
         chunks: perplexity windows.
@@ -61,7 +61,7 @@ SIZES = {
         steps=150,
         batch=8,
         learning_rate=6e-3,
-        l1=2.5,
+        l1=1.25,
         trace_tokens=10_000,
         rank=32,
         chunks=8,
@@ -79,7 +79,7 @@ SIZES = {
         steps=300,
         batch=8,
         learning_rate=4e-3,
-        l1=0.15,
+        l1=0.0375,
         trace_tokens=50_000,
         rank=32,
         chunks=24,

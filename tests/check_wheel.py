@@ -17,7 +17,7 @@ ROOMS = ("architectures", "common", "gguf_export", "powerinfer_bridge", "predict
 COMMANDS = (
     *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),
     *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
-    *(("generate",), ("bench-operators",)),
+    *(("generate",), ("bench-operators",), ("sparsify",), ("sparsity",)),
 )
 
 

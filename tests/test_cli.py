@@ -107,7 +107,7 @@ def test_help_lists_every_command(psp: Psp) -> None:
     output = in_a_row(succeeded(psp("--help")))
     four = {"collect", "train-predictor", "export-gguf", "bench-powerinfer"}
     files = {"gpu-split", "inspect", "quickstart", "traces", "verify"}
-    assert set(COMMANDS) == four | files | {"bench-operators", "generate"}
+    assert set(COMMANDS) == four | files | {"bench-operators", "generate", "sparsify", "sparsity"}
     for name, command in COMMANDS.items():
         assert command.short_help
         assert f"{name} {command.short_help}" in output

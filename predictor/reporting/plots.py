@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from predictor.reporting.metrics import Floats, LayerMeasurement, hot_neuron_curve, pareto_front
-from predictor.reporting.plot_style import (
+from common.plot_style import (
     ACCENT,
     DARK,
     FEW,
@@ -24,6 +23,7 @@ from predictor.reporting.plot_style import (
     plain_ticks,
     style,
 )
+from predictor.reporting.metrics import Floats, LayerMeasurement, hot_neuron_curve, pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""How the report's plots look: for print, readable in greyscale, two layers or eighty."""
+"""How plots look: for print, readable in greyscale, two layers or eighty."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Makes a model sparse: ReLU substitution, progressive L1, threshold shift (ProSparse)."""

@@ -1,0 +1,60 @@
+"""Held-out text as windows, cut as for traces, so that perplexities are the same quantity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from architectures.checkpoint import Checkpoint
+from architectures.tokenizer import Tokenizer, load_tokenizer
+from common.documents import read_documents
+from common.errors import DataError
+
+LEAST_TOKENS = 64
+"""With fewer tokens a perplexity says nothing."""
+
+
+def held_out_windows(
+    checkpoint: Checkpoint, data: str, field: str, tokens: int, context: int
+) -> list[list[int]]:
+    """Return windows of at most `tokens` token ids in all, each BOS and then one document's tokens.
+
+    Args:
+        checkpoint: the model; its context bounds a window.
+        data: source of `common.documents.read_documents`.
+        field: key of the text in it.
+        tokens: most token ids, BOS included.
+        context: longest window.
+
+    Raises:
+        DataError: the source cannot be read, or gives too few tokens.
+        CheckpointError: no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    longest = min(context, checkpoint.shape.context_length)
+    windows = list(_first(_cut(read_documents(data, field), tokenizer, longest), tokens))
+    found = sum(map(len, windows))
+    if found < LEAST_TOKENS:
+        raise DataError(
+            f"{data}: gives {found} tokens, a perplexity needs at least {LEAST_TOKENS}; pass more "
+            "text or raise --tokens"
+        )
+    return windows
+
+
+def _cut(documents: Iterable[str], tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
+    bos = tokenizer.bos_id()
+    for document in documents:
+        ids = tokenizer.encode(document)
+        for start in range(0, len(ids), context - 1):
+            yield [bos, *ids[start : start + context - 1]]
+
+
+def _first(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """Yield windows of at most `tokens` in all; a window of one token predicts nothing."""
+    for window in windows:
+        taken = window[:tokens]
+        if len(taken) > 1:
+            yield taken
+        tokens -= len(taken)
+        if tokens < 2:
+            return

@@ -1,0 +1,91 @@
+"""What a training run tells: a progress bar, JSON lines and (by transformers) TensorBoard.
+
+`log.jsonl` has one object a line:
+
+- of training, averages since the line before: `step`, `stage` (number), `kind`, `lambda` (of that
+  step), `loss` (what is minimised), `lm_loss` (next-token loss), `l1` (the L1 term without λ),
+  `sparsity` (one number a layer), `learning_rate`, `grad_norm`;
+- of an evaluation on held-out text: `step`, `stage`, `kind`, `lambda`, `lm_loss`, `ppl` and
+  `sparsity`. Only these have `ppl`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from prosparse.journal_file import read_log
+from prosparse.schedule import Schedule
+
+_LAYER = "sparsity_layer_"
+_COPIED = ("loss", "lm_loss", "l1", "learning_rate", "grad_norm")
+
+
+class Journal(TrainerCallback):  # type: ignore[misc]
+    """Writes the log of a run as it goes."""
+
+    def __init__(self, path: Path, schedule: Schedule) -> None:
+        """Append to `path`."""
+        self.path = path
+        self.schedule = schedule
+        self._bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget lines of steps that are about to be done again, and show the bar."""
+        if state.is_world_process_zero:
+            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+            if not state.global_step:
+                kept = []
+            self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+            self._bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                desc="sparsify",
+                disable=None,
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write a line."""
+        if not state.is_world_process_zero or "sparsity" not in logs:
+            return
+        record = self.record(state.global_step, logs)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+        if self._bar is not None:
+            shown = {"lambda": f"{logs['lambda']:.3g}", "sparsity": f"{logs['sparsity']:.1%}"}
+            shown |= {key: f"{logs[key]:.3f}" for key in ("lm_loss", "ppl") if key in logs}
+            self._bar.set_postfix(shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def record(self, step: int, logs: dict[str, float]) -> dict[str, Any]:
+        """Return what a line says of the Trainer's logs."""
+        number = int(logs["stage"])
+        record: dict[str, Any] = {
+            "step": step,
+            "stage": number,
+            "kind": self.schedule.stages[number].kind,
+            "lambda": logs["lambda"],
+        }
+        record |= {key: logs[key] for key in _COPIED if key in logs}
+        if "ppl" in logs:
+            record |= {"lm_loss": logs["eval_loss"], "ppl": logs["ppl"]}
+        layers = sum(key.startswith(_LAYER) for key in logs)
+        return record | {"sparsity": [logs[f"{_LAYER}{layer}"] for layer in range(layers)]}
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"

@@ -1,0 +1,186 @@
+"""A model whose activation can be exchanged, and what it does on text with each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from architectures.checkpoint import Checkpoint
+from architectures.gated import FATReLU
+from architectures.model import load_model
+from common.errors import CheckpointError, PspError
+
+
+class SparsityError(PspError):
+    """A sparsity that cannot be measured or a bound that cannot be kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An activation of all layers.
+
+    Attributes:
+        activation: `relu`, `fatrelu`, `drelu` or another of transformers' names, such as `silu`.
+        thresholds: of FATReLU, one a layer; empty for the others.
+    """
+
+    activation: str
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How tables call it; `fatrelu_0.01` is how the published models' card writes it."""
+        if not self.thresholds:
+            return self.activation
+        low, high = min(self.thresholds), max(self.thresholds)
+        return f"fatrelu_{low:g}" if low == high else f"fatrelu_{low:g}..{high:g}"
+
+
+def shifted(thresholds: Sequence[float]) -> Setting:
+    """Return FATReLU with a threshold for each layer, ReLU if all are 0."""
+    if not any(thresholds):
+        return Setting(activation="relu")
+    return Setting(activation="fatrelu", thresholds=tuple(thresholds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a model does on text.
+
+    Attributes:
+        setting: its activation.
+        sparsity: of each layer, 1 − mean share of active neurons, over all tokens.
+        losses: (windows, 2) float64: sum of negative log-likelihoods, and how many.
+    """
+
+    setting: Setting
+    sparsity: tuple[float, ...]
+    losses: torch.Tensor
+
+    @property
+    def mean_sparsity(self) -> float:
+        """Mean over layers."""
+        return sum(self.sparsity) / len(self.sparsity)
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity: exp of the mean negative log-likelihood of all tokens but first ones."""
+        total, count = self.losses.sum(0).tolist()
+        try:
+            return math.exp(total / count)
+        except OverflowError:
+            return math.inf
+
+    def gap(self, base: Measurement) -> float:
+        """Growth of the perplexity over that of `base`, a fraction."""
+        return self.ppl / base.ppl - 1
+
+    def standard_error(self, base: Measurement) -> float:
+        """Standard error of the logarithm of that growth, told by how windows differ."""
+        difference = self.losses[:, 0] - base.losses[:, 0]
+        count = self.losses[:, 1]
+        # Windows are drawn, not tokens, which hang together.
+        scatter = difference - difference.sum() / count.sum() * count
+        return float(scatter.square().sum().sqrt() / count.sum())
+
+
+def has_one_gate(checkpoint: Checkpoint) -> bool:
+    """Tell whether the FFN is down(act(gate(x)) * up(x)), in which FATReLU can stand."""
+    architecture = checkpoint.architecture
+    return architecture.ffn_matrices == 3 and len(architecture.activation_taps) == 1
+
+
+class ExchangeableModel:
+    """A loaded model that runs windows with one activation after another."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, windows: Sequence[Sequence[int]], device: str
+    ) -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: the model; one that is not sparse yet is opened by `activation.open_as`.
+            windows: token ids, each window by itself.
+            device: torch device; on the CPU the model runs in float32.
+
+        Raises:
+            CheckpointError: the device is not there or too small.
+        """
+        dtype = torch.float32 if device == "cpu" else checkpoint.dtype
+        self.checkpoint, self._windows = checkpoint, windows
+        self.model = load_model(checkpoint, dtype=dtype, device=device)
+        self._setting = Setting(activation=checkpoint.shape.activation)
+        self._passing: torch.Tensor | None = None
+        self._active = torch.zeros(checkpoint.shape.n_layers, dtype=torch.float64)
+        architecture = checkpoint.architecture
+        for layer, block in enumerate(self.model.blocks):
+            for tap in architecture.activation_taps:
+                block.get_submodule(tap).register_forward_hook(partial(self._tap, layer))
+            output = block.get_submodule(architecture.ffn_output)
+            output.register_forward_pre_hook(partial(self._count, layer))
+
+    def measure(self, setting: Setting) -> Measurement:
+        """Run all windows.
+
+        Raises:
+            CheckpointError: the model's numbers overflow.
+        """
+        self._exchange(setting)
+        self._active.zero_()
+        bar = tqdm(self._windows, unit="window", desc=setting.name, disable=None)
+        losses = torch.tensor([self._loss(window) for window in bar], dtype=torch.float64)
+        if not torch.isfinite(losses).all():
+            raise CheckpointError(
+                f"{self.checkpoint.path}: with {setting.name} the loss is no finite number; check "
+                "the weights, or pass --device cpu, which computes in float32"
+            )
+        share = self._active / (sum(map(len, self._windows)) * self.checkpoint.shape.d_ff)
+        return Measurement(setting=setting, sparsity=tuple((1 - share).tolist()), losses=losses)
+
+    def _exchange(self, setting: Setting) -> None:
+        from transformers.activations import ACT2FN
+
+        self._setting = setting
+        if not has_one_gate(self.checkpoint):
+            assert setting.activation == self.checkpoint.shape.activation
+            return
+        for layer, block in enumerate(self.model.blocks):
+            block.get_submodule("mlp").act_fn = (
+                FATReLU(setting.thresholds[layer])
+                if setting.thresholds
+                else ACT2FN[setting.activation]
+            )
+
+    def _loss(self, window: Sequence[int]) -> tuple[float, float]:
+        tokens = torch.tensor([window])
+        logits = self.model.logits(tokens)[0, :-1].float()
+        loss = cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="none")
+        return float(loss.double().sum()), float(len(loss))
+
+    def _tap(self, layer: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        passing = self._passes(layer, output)
+        self._passing = passing if self._passing is None else self._passing & passing
+
+    def _passes(self, layer: int, values: torch.Tensor) -> torch.Tensor:
+        """Return where the activation's output is not zero."""
+        from transformers.activations import ACT2FN
+
+        if self._setting.thresholds:
+            return values >= self._setting.thresholds[layer]
+        if self._setting.activation in ("relu", "drelu"):
+            return values > 0
+        output: torch.Tensor = ACT2FN[self._setting.activation](values)
+        return output != 0
+
+    def _count(self, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert self._passing is not None
+        self._active[layer] += int(self._passing.count_nonzero())
+        self._passing = None

@@ -1,0 +1,120 @@
+"""A checkpoint whose activation is FATReLU: the same weights, another config.
+
+The published modelling code and psp read one threshold, `hidden_act_param`. Thresholds that differ
+between layers are carried by the weights: for s > 0, g·u = (s·g)·(u/s), and s·g ≥ T where g ≥ T/s.
+So with the gate's rows of a layer times s = T/T_layer and the up projection's divided by it, the
+one T stands for every T_layer; ReLU, and so PowerInfer, computes what it did before.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from architectures.checkpoint import Checkpoint
+from common.errors import CheckpointError, OutputError
+from common.files import atomic_directory, read_json, refuse_existing, write_json
+from common.version import tool_version
+from prosparse.activation import with_activation
+
+MARKER = "threshold_shift.json"
+"""Says where a checkpoint came from, and marks the directory as one of ours."""
+
+_COMPANIONS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.py")
+_UP = "mlp.up_proj.weight"
+
+
+def check_out(out: Path, checkpoint: Checkpoint, force: bool) -> None:
+    """Make sure that a checkpoint may be written.
+
+    Raises:
+        OutputError: it exists and may not be replaced, or is the model itself.
+    """
+    if out.resolve() == checkpoint.path.resolve():
+        raise OutputError(f"{out} is the model itself, which stays as it is; choose another --out")
+    refuse_existing(out, force=force, marker=MARKER)
+
+
+def write_shifted(
+    checkpoint: Checkpoint, thresholds: Sequence[float], out: Path, facts: Mapping[str, Any]
+) -> float:
+    """Write a checkpoint with FATReLU, whole or not at all.
+
+    Args:
+        checkpoint: where weights and tokenizer come from; it stays as it is.
+        thresholds: of each layer, above 0.
+        out: directory, replaced if it exists.
+        facts: kept beside it in `threshold_shift.json`.
+
+    Returns:
+        The one threshold of its config.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    threshold, scales = common_threshold(thresholds)
+    config = read_json(checkpoint.path / "config.json", CheckpointError, "mend it")
+    with atomic_directory(out) as part:
+        for file in _companions(checkpoint):
+            shutil.copyfile(file, part / file.name)
+        for shard in sorted(set(checkpoint.files.shards.values())):
+            _write_shard(checkpoint, shard, part / shard.name, scales)
+        write_json(part / "config.json", with_activation(config, "fatrelu", threshold))
+        origin = {"model": str(checkpoint.path), "tool_version": tool_version()}
+        write_json(part / MARKER, origin | dict(facts))
+    return threshold
+
+
+def common_threshold(thresholds: Sequence[float]) -> tuple[float, tuple[float, ...]]:
+    """Return one threshold for all layers, and what each layer's gate is to be multiplied by."""
+    if len(set(thresholds)) == 1:
+        return thresholds[0], (1.0,) * len(thresholds)
+    mean = math.exp(sum(map(math.log, thresholds)) / len(thresholds))
+    threshold = float(f"{mean:.4g}")
+    return threshold, tuple(threshold / own for own in thresholds)
+
+
+def _companions(checkpoint: Checkpoint) -> list[Path]:
+    """Return the files beside the weights, but no index of weights of another kind."""
+    index = {f"{kind}.index.json" for kind in ("model.safetensors", "pytorch_model.bin")}
+    suffix = next(iter(checkpoint.files.shards.values())).suffix
+    kept = {name for name in index if name.startswith("model.") == (suffix == ".safetensors")}
+    files = {file for pattern in _COMPANIONS for file in checkpoint.path.glob(pattern)}
+    return sorted(f for f in files if f.is_file() and (f.name not in index or f.name in kept))
+
+
+def _write_shard(
+    checkpoint: Checkpoint, shard: Path, target: Path, scales: Sequence[float]
+) -> None:
+    """Copy one file of weights, with gates and up projections scaled."""
+    factors = _factors(checkpoint, scales)
+    names = [name for name, file in checkpoint.files.shards.items() if file == shard]
+    if factors.keys().isdisjoint(names):
+        shutil.copyfile(shard, target)
+        return
+    tensors = {name: checkpoint.files.read(name) for name in names}
+    for name in factors.keys() & tensors.keys():
+        stored = tensors[name]
+        tensors[name] = (stored.double() * factors[name]).to(stored.dtype)
+    if shard.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(tensors, target, metadata={"format": "pt"})
+    else:
+        torch.save(tensors, target)
+
+
+def _factors(checkpoint: Checkpoint, scales: Sequence[float]) -> dict[str, float]:
+    """Return stored name to factor of every tensor that changes."""
+    gate, up = (checkpoint.architecture.rule(n) for n in (checkpoint.architecture.gate, _UP))
+    factors = {}
+    for layer, scale in enumerate(scales):
+        if scale != 1:
+            factors[checkpoint.source(gate, layer)] = scale
+            factors[checkpoint.source(up, layer)] = 1 / scale
+    return factors

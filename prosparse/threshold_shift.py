@@ -1,0 +1,163 @@
+"""Activation threshold shift: FATReLU's threshold for the most sparsity within a perplexity bound.
+
+Source: arXiv 2402.13516 §3.3: ReLU becomes FATReLU, `x if x >= T else 0`, with one positive T for
+the whole model, chosen so that performance hardly suffers. The paper tried values; here T is
+searched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prosparse.gate_statistics import gate_statistics
+from prosparse.measurement import Measurement, SparsityError, has_one_gate, shifted
+from prosparse.shifted_checkpoint import check_out, write_shifted
+from prosparse.sparsity import (
+    Note,
+    Opened,
+    SparsityConfig,
+    document,
+    load,
+    open_any,
+    refuse_fatrelu,
+    row,
+)
+
+_STEPS = 128
+"""Shares of active neurons that are tried: multiples of 1/128, seven measurements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(SparsityConfig):
+    """Settings of a search.
+
+    Attributes:
+        max_ppl_gap: largest growth of perplexity over that of ReLU, a fraction above 0.
+        per_layer: a threshold for each layer instead of one for all.
+        out: directory for the model with the threshold; None writes none.
+        force: replace it if it exists.
+    """
+
+    max_ppl_gap: float
+    per_layer: bool = False
+    out: Path | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that is none.
+
+        Raises:
+            SparsityError: naming it.
+        """
+        super().__post_init__()
+        if not 0 < self.max_ppl_gap < math.inf:
+            raise SparsityError(
+                f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0; "
+                "1% allows perplexity to grow by a hundredth"
+            )
+
+
+def shift(config: ShiftConfig, note: Note = lambda line: None) -> dict[str, Any]:
+    """Search the threshold, and write the model that has it.
+
+    Returns:
+        The document of `sparsity.sparsity` for ReLU, every `config.thresholds`, and the setting
+        found, which comes last; under `search` the bound and every setting tried.
+
+    Raises:
+        SparsityError: not a ReLU or FATReLU model with one gate, or the bound is out of reach.
+        PspError: the model or the text cannot be used, or `out` may not be written.
+    """
+    opened = _open_sparse(config.model)
+    if config.out is not None:
+        check_out(config.out, opened.checkpoint, config.force)
+    model = load(opened, config, note)
+    layers = opened.checkpoint.shape.n_layers
+    base, statistics = gate_statistics(model)
+    thresholds = statistics.each if config.per_layer else statistics.common
+    tried: list[Measurement] = []
+
+    def measure(share: float) -> Measurement:
+        tried.append(model.measure(shifted(thresholds(share))))
+        note(_told(tried[-1], base))
+        return tried[-1]
+
+    found = largest_within(measure, lambda m: m.gap(base), config.max_ppl_gap)
+    asked = [model.measure(shifted((t,) * layers)) for t in sorted(set(config.thresholds)) if t]
+    facts = {
+        "max_ppl_gap": config.max_ppl_gap,
+        "per_layer": config.per_layer,
+        "thresholds": list(found.setting.thresholds),
+    }
+    if config.out is not None:
+        write_shifted(opened.checkpoint, found.setting.thresholds, config.out, facts)
+        found = _as_written(config)
+    told = document(config, opened, [base, *asked, found])
+    told["search"] = facts | {"tried": [row(measured, base) for measured in tried]}
+    if config.out is not None:
+        told["out"] = str(config.out)
+    return told
+
+
+def _as_written(config: ShiftConfig) -> Measurement:
+    """Measure the model once more from its files."""
+    written = open_any(str(config.out))
+    model = load(written, config, lambda line: None)
+    return model.measure(written.own)
+
+
+def largest_within(
+    measure: Callable[[float], Measurement],
+    gap: Callable[[Measurement], float],
+    bound: float,
+) -> Measurement:
+    """Return the measurement with the largest share turned off whose gap is within the bound.
+
+    The gap is taken to rise with the share; what is returned was measured, whether it does or not.
+
+    Args:
+        measure: runs the model with a share, between 0 and 1, of its active neurons turned off.
+        gap: of a measurement.
+        bound: largest gap.
+
+    Raises:
+        SparsityError: even the smallest share tried goes beyond it.
+    """
+    low, high, best = 0, _STEPS, None
+    while high - low > 1:
+        middle = (low + high) // 2
+        measured = measure(middle / _STEPS)
+        if gap(measured) <= bound:
+            low, best = middle, measured
+        else:
+            high, least = middle, measured
+    if best is None:
+        raise SparsityError(
+            f"--max-ppl-gap {bound:g} is out of reach: {least.setting.name}, which turns off "
+            f"{1 / _STEPS:.1%} of the active neurons, costs {gap(least):.4%} already; allow more, "
+            "or run more text with --tokens"
+        )
+    return best
+
+
+def _open_sparse(model: str) -> Opened:
+    opened = open_any(model)
+    if not has_one_gate(opened.checkpoint):
+        refuse_fatrelu(opened.checkpoint)
+    if opened.own.activation not in ("relu", "fatrelu"):
+        raise SparsityError(
+            f"{opened.checkpoint.path / 'config.json'}: hidden_act is {opened.own.activation!r}, "
+            "a threshold is searched for 'relu' or 'fatrelu'; train with psp sparsify first"
+        )
+    return opened
+
+
+def _told(measured: Measurement, base: Measurement) -> str:
+    return (
+        f"{measured.setting.name}: sparsity {measured.mean_sparsity:.2%}, perplexity "
+        f"{measured.ppl:.4f} ({measured.gap(base):+.3%})"
+    )

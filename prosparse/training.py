@@ -1,0 +1,232 @@
+"""`psp sparsify`: substitution and progressive L1 on transformers' Trainer.
+
+The output directory is an ordinary Hugging Face checkpoint, written last. Beside it `training/`
+holds the packed windows, checkpoints to resume from, TensorBoard's files (`runs/`) and `log.jsonl`,
+whose lines `prosparse.journal` describes. Several GPUs, FSDP and DeepSpeed are accelerate's
+business: start the command with `accelerate launch`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from architectures.checkpoint import Checkpoint
+from architectures.model import LoadedModel, load_model
+from common.documents import read_documents
+from common.errors import OutputError
+from common.files import read_json, refuse_existing, remove_output, write_json
+from prosparse.activation import open_as, set_activation
+from prosparse.checkpoints import drop_unfinished, newest_checkpoint, remove_checkpoints
+from prosparse.data import WindowSet
+from prosparse.journal_file import last_evaluation, read_log
+from prosparse.regulariser import L1Regulariser
+from prosparse.saving import save_model
+from prosparse.settings import SettingsError, SparsifyConfig
+from prosparse.texts import pack_texts, window_sets
+
+if TYPE_CHECKING:
+    from prosparse.trainer import SparsityTrainer
+
+Report = Callable[[str], None]
+_MARKER = "training/sparsify.json"
+_KEPT = 2
+"""Checkpoints kept: the newest may be the one that a kill left unfinished."""
+
+
+def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict[str, Any]:
+    """Train a gated model sparse and write it.
+
+    Args:
+        config: settings.
+        report: receives lines about what is going to happen.
+
+    Returns:
+        The result, ready for JSON: `model`, `steps`, `activation_sparsity`, `layers`, `ppl`, `log`.
+
+    Raises:
+        PspError: an unsupported or damaged checkpoint, unreadable or too little text, existing
+            output, other settings under `resume`, or a loss that is not finite.
+    """
+    import transformers
+
+    checkpoint = open_as(config.model, "relu")
+    arguments = training_arguments(config)
+    if arguments.n_gpu > 1:
+        raise SettingsError(
+            f"{arguments.n_gpu} GPUs are visible to one process; start with accelerate launch, or "
+            "set CUDA_VISIBLE_DEVICES to one"
+        )
+    transformers.utils.logging.disable_progress_bar()
+    with arguments.main_process_first():
+        if arguments.process_index == 0:
+            _claim(config)
+            if not config.finished:
+                pack_texts(config, checkpoint, arguments.world_size)
+    if not config.finished:
+        _train(config, checkpoint, arguments, report)
+    return _result(config)
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that `accelerate launch` or torchrun started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def training_arguments(config: SparsifyConfig) -> Any:
+    """Return transformers' TrainingArguments for a run."""
+    import transformers
+
+    decayed = config.schedule.steps - config.schedule.start_of("decay")
+    name, options = {
+        "constant": ("constant_with_warmup", {}),
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        "decay": (
+            "warmup_stable_decay",
+            {"num_decay_steps": decayed, "min_lr_ratio": 0.1, "decay_type": "linear"},
+        ),
+    }[config.rate]
+    return transformers.TrainingArguments(
+        output_dir=str(config.training),
+        max_steps=config.schedule.steps,
+        per_device_train_batch_size=config.batch,
+        per_device_eval_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=options,
+        warmup_steps=round(config.warmup * config.schedule.steps),
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        bf16=config.precision == "bfloat16",
+        activation_checkpointing=config.checkpointing,
+        # With reentry the L1 term would get no gradients.
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        train_sampling_strategy="sequential",  # `WindowSet` has the order
+        dataloader_pin_memory=config.device == "auto" and torch.cuda.is_available(),
+        remove_unused_columns=False,
+        logging_steps=config.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        prediction_loss_only=True,
+        save_steps=config.save_every,
+        save_total_limit=_KEPT,
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        use_cpu=config.device == "cpu",
+        seed=config.seed,
+    )
+
+
+def _claim(config: SparsifyConfig) -> None:
+    """Start the output, or make sure that it was started with the same settings."""
+    marker = config.out / _MARKER
+    if config.resume and marker.exists():
+        found = read_json(marker, OutputError, "use --force to start over")
+        if found.get("settings") != config.document()["settings"]:
+            raise OutputError(
+                f"{marker}: the run was begun with other settings; repeat those, or use --force "
+                "to start over"
+            )
+        return
+    refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)
+    # Nothing that cannot run costs an existing output.
+    next(read_documents(config.data, config.field))
+    remove_output(config.out)
+    write_json(marker, config.document())
+
+
+def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, report: Report) -> None:
+    train, held, passes = window_sets(config, arguments.world_size)
+    if passes > 1.5 and arguments.process_index == 0:
+        report(f"the text is short: training goes through it {passes:.1f} times")
+    torch.manual_seed(config.seed)
+    loaded = load_trainable(checkpoint, config.activation)
+    trainer = make_trainer(config, checkpoint, loaded, arguments, train, held)
+    if arguments.process_index == 0:
+        drop_unfinished(config.training)
+    begun = newest_checkpoint(config.training)
+    if begun is None:
+        arguments.eval_on_start = True
+    else:
+        report(f"going on from {begun}")
+    trainer.train(resume_from_checkpoint=str(begun) if begun else None)
+    if last_evaluation(read_log(config.log)).get("step") != config.schedule.steps:
+        trainer.evaluate()
+    save_model(trainer, checkpoint, config.out)
+    if arguments.process_index == 0:
+        remove_checkpoints(config.training)
+    trainer.accelerator.wait_for_everyone()
+
+
+def load_trainable(checkpoint: Checkpoint, activation: str) -> LoadedModel:
+    """Return the model in float32, every weight its own memory and open to training.
+
+    Args:
+        checkpoint: opened by `open_as`.
+        activation: `relu`, or `keep` for the one in its config.json.
+    """
+    loaded = load_model(checkpoint, dtype=torch.float32, device="cpu", weights="resident")
+    model = loaded.causal_lm
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # else it may be the checkpoint's own file, mapped
+    model.requires_grad_(True).train()
+    if activation == "keep":
+        found = read_json(checkpoint.path / "config.json", OutputError, "restore it")
+        set_activation(model, found["hidden_act"], float(found.get("hidden_act_param", 0)))
+    config: Any = model.config
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, checkpoint.config.get(key))
+    return loaded
+
+
+def make_trainer(
+    config: SparsifyConfig,
+    checkpoint: Checkpoint,
+    loaded: LoadedModel,
+    arguments: Any,
+    train: WindowSet,
+    held: WindowSet,
+) -> SparsityTrainer:
+    """Return the Trainer with the L1 term, ready to run."""
+    from transformers import PrinterCallback, default_data_collator
+
+    from prosparse.journal import Journal
+    from prosparse.trainer import KeepGood, SparsityTrainer
+
+    keep = KeepGood()
+    model: nn.Module = loaded.causal_lm
+    trainer = SparsityTrainer(
+        schedule=config.schedule,
+        regulariser=L1Regulariser(loaded.blocks, checkpoint.architecture.ffn_output, config.norm),
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held,
+        data_collator=default_data_collator,
+        callbacks=[keep, Journal(config.log, config.schedule)],
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints to standard output
+    keep.trainer = trainer
+    return trainer
+
+
+def _result(config: SparsifyConfig) -> dict[str, Any]:
+    last = last_evaluation(read_log(config.log))
+    layers = last["sparsity"]
+    return {
+        "model": str(config.out),
+        "steps": config.schedule.steps,
+        "activation_sparsity": sum(layers) / len(layers),
+        "layers": [
+            {"layer": number, "activation_sparsity": value} for number, value in enumerate(layers)
+        ],
+        "ppl": last["ppl"],
+        "log": str(config.log),
+    }

@@ -1,0 +1,98 @@
+"""Plots of training show the log's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import refused
+
+from common.errors import DataError
+from common.plot_style import style
+from prosparse.plots import draw_training, training_figure
+from prosparse.schedule import CARD_1B
+
+SCHEDULE = CARD_1B.scaled(0.002)
+
+
+def log_of(layers: int, factor: float = 1.0) -> list[dict[str, Any]]:
+    """Make a log of the card's schedule, evaluated every fiftieth step."""
+    lines: list[dict[str, Any]] = []
+    for step in range(0, SCHEDULE.steps, 10):
+        stage = SCHEDULE.stage_at(step)
+        line: dict[str, Any] = {"step": step, "stage": stage, "kind": SCHEDULE.stages[stage].kind}
+        line["lambda"] = factor * SCHEDULE.factor(step)
+        sparsity = [step / 250 + 0.01 * layer for layer in range(layers)]
+        if step % 50 == 0:
+            lines.append(line | {"ppl": 20 - step / 20, "sparsity": [9.0] * layers})
+        if step:
+            lines.append(line | {"loss": 2.0, "sparsity": sparsity})
+    return lines
+
+
+def curve(axes: Any, number: int) -> tuple[list[float], list[float]]:
+    line = axes.get_lines()[number]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def test_one_run_is_drawn_layer_by_layer() -> None:
+    log = log_of(3)
+    with style():
+        figure = training_figure({"run": log})
+        sparsity, factor, ppl = figure.axes
+    trained = [line for line in log if "ppl" not in line]
+    steps = [line["step"] for line in trained]
+    for layer in range(3):
+        x, y = curve(sparsity, layer)
+        assert x == steps
+        assert y == pytest.approx([100 * line["sparsity"][layer] for line in trained])
+    assert curve(sparsity, 3)[1] == pytest.approx([100 * (s / 250 + 0.01) for s in steps])
+    assert curve(factor, 0) == ([e["step"] for e in log], [e["lambda"] for e in log])
+    evaluated = [line for line in log if "ppl" in line]
+    assert curve(ppl, 0) == ([e["step"] for e in evaluated], [e["ppl"] for e in evaluated])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "1", "2"]
+    # The stages' ends are marked between the logged steps about them.
+    marks = [curve(factor, n)[0][0] for n in range(1, len(factor.get_lines()))]
+    ends = [stage.until_step for stage in SCHEDULE.stages[:-1]]
+    assert np.abs(np.array(marks) - np.array(ends)).max() <= 5
+
+
+def test_runs_are_compared_by_their_means() -> None:
+    runs = {"progressive": log_of(2), "fixed": log_of(2, 0.5), "silu": log_of(2, 0)}
+    with style():
+        sparsity, factor, ppl = training_figure(runs).axes
+    legend = sparsity.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == list(runs)
+    trained = [line for line in runs["fixed"] if "ppl" not in line]
+    means = [100 * sum(line["sparsity"]) / 2 for line in trained]
+    assert curve(sparsity, 1)[1] == pytest.approx(means)
+    assert curve(factor, 1)[1] == [line["lambda"] for line in runs["fixed"]]
+    assert max(curve(factor, 2)[1]) == 0
+    assert len(curve(ppl, 2)[0]) == 5
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_files_are_the_same_for_the_same_log(layers: int, tmp_path: Path) -> None:
+    contents = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        files = draw_training(tmp_path / name, {"run": log_of(layers)})
+        assert [file.name for file in files] == ["training.png", "training.svg"]
+        contents.append([file.read_bytes() for file in files])
+    assert contents[0] == contents[1]
+    assert contents[0][0].startswith(b"\x89PNG")
+
+
+def test_a_log_of_evaluations_alone_is_drawn(tmp_path: Path) -> None:
+    log = [line | {"lambda": 0} for line in log_of(2) if "ppl" in line]
+    assert all(file.stat().st_size for file in draw_training(tmp_path, {"run": log}))
+
+
+def test_nothing_to_plot_is_refused(tmp_path: Path) -> None:
+    with refused(DataError, "no training log"):
+        draw_training(tmp_path, {})
+    with refused(DataError, "fixed", "no lines"):
+        draw_training(tmp_path, {"progressive": log_of(1), "fixed": []})

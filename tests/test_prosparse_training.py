@@ -1,0 +1,366 @@
+"""Sparsification of a tiny SiLU model: what it writes, logs, refuses, and survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ModelMaker, refused
+from safetensors.torch import load_file
+
+from architectures.checkpoint import Checkpoint
+from architectures.model import load_model
+from common.errors import CheckpointError, DataError, OutputError
+from prosparse.checkpoints import MARK, drop_unfinished, newest_checkpoint
+from prosparse.data import WindowSet, cut_stream, pack
+from prosparse.journal_file import last_evaluation, read_log
+from prosparse.schedule import Schedule, Stage
+from prosparse.settings import SettingsError, SparsifyConfig
+from prosparse.texts import window_sets
+from prosparse.trainer import SparsifyError
+from prosparse.training import sparsify
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 96, "initializer_range": 0.05}
+
+
+def stages(*rows: tuple[str, float, int]) -> Schedule:
+    return Schedule(tuple(Stage(kind=k, factor=f, until_step=s) for k, f, s in rows))
+
+
+PROGRESSIVE = stages(("substitution", 0, 4), ("warmup", 0.5, 8), ("progressive", 50, 24))
+
+
+@pytest.fixture(scope="module")
+def silu_dir(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("silu") / "model", hidden_act="silu", **SMALL)
+
+
+@pytest.fixture
+def config(silu_dir: Path, data_file: Path, tmp_path: Path) -> SparsifyConfig:
+    return SparsifyConfig(
+        model=str(silu_dir),
+        data=str(data_file),
+        out=tmp_path / "sparse",
+        schedule=PROGRESSIVE,
+        context=32,
+        batch=4,
+        eval_windows=4,
+        learning_rate=5e-3,
+        log_every=4,
+        eval_every=12,
+        device="cpu",
+    )
+
+
+def weights(config: SparsifyConfig) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(config.out / "model.safetensors")
+    return found
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_result_is_a_sparse_checkpoint(config: SparsifyConfig) -> None:
+    result = sparsify(config)
+    checkpoint = Checkpoint.open(config.out)
+    assert checkpoint.shape.activation == "relu"
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+    assert checkpoint.config["eos_token_id"] == 2
+    assert checkpoint.dtype == torch.float16  # the original's
+    assert (config.out / "tokenizer.model").is_file()
+    assert result["steps"] == 24
+    assert not list(config.training.glob("checkpoint-*"))
+    # What is written computes what was measured.
+    held = WindowSet([(pack_of(config)[:4], 4)], None)
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    tokens = torch.stack([held[row]["input_ids"] for row in range(4)])
+    loss = torch.nn.functional.cross_entropy(
+        model.logits(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    assert math.exp(loss) == pytest.approx(result["ppl"], rel=1e-3)
+    plain = sparsify(
+        replace(config, out=config.out.parent / "plain", schedule=stages(("substitution", 0, 24)))
+    )
+    assert result["activation_sparsity"] > plain["activation_sparsity"] + 0.2
+
+
+def pack_of(config: SparsifyConfig) -> Any:
+    from prosparse.data import open_windows
+
+    return open_windows(config.training / "train.windows", config.context)
+
+
+def test_the_log_has_lambda_losses_sparsity_and_perplexity(config: SparsifyConfig) -> None:
+    sparsify(config)
+    log = read_log(config.log)
+    trained = [line for line in log if "loss" in line]
+    measured = [line for line in log if "ppl" in line]
+    assert [line["step"] for line in trained] == [4, 8, 12, 16, 20, 24]
+    assert [line["step"] for line in measured] == [0, 12, 24]
+    assert [line["kind"] for line in trained] == ["substitution", "warmup"] + ["progressive"] * 4
+    for line in log[1:]:
+        assert line["lambda"] == config.schedule.factor(line["step"])
+        assert len(line["sparsity"]) == 2
+    first, *_, last = trained
+    assert first["loss"] == pytest.approx(first["lm_loss"])
+    assert last["loss"] > last["lm_loss"]
+    assert last["l1"] < trained[1]["l1"]
+    assert last["lm_loss"] < first["lm_loss"]
+    assert list((config.training / "runs").glob("*/events.out.tfevents.*"))
+
+
+def test_accumulated_batches_train_as_one(config: SparsifyConfig) -> None:
+    sparsify(config)
+    halves = replace(config, out=config.out.parent / "halves", batch=2, accumulate=2)
+    sparsify(halves)
+    for name, weight in weights(config).items():
+        torch.testing.assert_close(weights(halves)[name], weight, rtol=0, atol=2e-3)
+    for whole, half in zip(read_log(config.log), read_log(halves.log), strict=True):
+        for key in {"loss", "lm_loss", "l1", "ppl"} & whole.keys():
+            assert half[key] == pytest.approx(whole[key], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"), [({"checkpointing": True}, 1e-5), ({"precision": "bfloat16"}, 0.05)]
+)
+def test_ways_to_save_memory_regularise_alike(
+    config: SparsifyConfig, changes: dict[str, Any], tolerance: float
+) -> None:
+    plain = sparsify(config)
+    saving = sparsify(replace(config, out=config.out.parent / "saving", **changes))
+    assert saving["ppl"] == pytest.approx(plain["ppl"], rel=tolerance)
+    assert saving["activation_sparsity"] == pytest.approx(
+        plain["activation_sparsity"], abs=tolerance
+    )
+
+
+def test_keep_trains_the_activation_that_is_there(config: SparsifyConfig) -> None:
+    kept = replace(config, activation="keep", schedule=stages(("substitution", 0, 4)))
+    result = sparsify(kept)
+    assert json.loads((config.out / "config.json").read_text())["hidden_act"] == "silu"
+    assert result["activation_sparsity"] < 0.01
+
+
+def window_bytes(file: bytes) -> list[bytes]:
+    rows = torch.frombuffer(bytearray(file), dtype=torch.int32).reshape(-1, 32).long()
+    return [bytes(row.numpy()) for row in rows]
+
+
+def test_sft_has_its_own_text(config: SparsifyConfig, tmp_path: Path) -> None:
+    other = tmp_path / "sft.txt"
+    other.write_text("question? answer.\n" * 200)
+    schedule = stages(("progressive", 1, 6), ("sft", 0.5, 12))
+    tuned = replace(config, schedule=schedule, sft_data=str(other))
+    sparsify(tuned)
+    train, _, passes = window_sets(tuned, processes=1)
+    seen = [bytes(train[index]["input_ids"].numpy()) for index in range(12 * 4)]
+    files = [(config.training / f"{name}.windows").read_bytes() for name in ("train", "sft")]
+    texts = [set(window_bytes(file)) for file in files]
+    assert len(train) == 12 * 4
+    assert set(seen[:24]) <= texts[0]
+    assert set(seen[24:]) <= texts[1]
+    assert not texts[0] & texts[1]
+    assert passes == 24 / (len(files[0]) // 128 - config.eval_windows)
+    with refused(SettingsError, "sft stage"):
+        replace(config, sft_data=str(other))
+
+
+def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+        def bos_id(self) -> int:
+            return 1
+
+    windows = pack(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w", 4, 99)
+    text = ["".join(map(chr, window[1:])) for window in windows]
+    assert windows[:, 0].tolist() == [1, 1, 1, 1]
+    assert text == ["abc", "d\x01e", "f\x01g", "hij"]
+    assert len(pack(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 4, 2)) == 2
+
+
+def test_every_epoch_has_every_window_once(tmp_path: Path) -> None:
+    windows = pack([[n] * 4 for n in range(10)], tmp_path / "w", 4, 10)
+    order = [
+        int(item["input_ids"][0])
+        for item in map(WindowSet([(windows, 30)], 3).__getitem__, range(30))
+    ]
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = WindowSet([(windows, 30)], 3)
+    assert [int(again[index]["input_ids"][0]) for index in (29, 0, 11)] == [
+        order[29],
+        order[0],
+        order[11],
+    ]
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from prosparse.schedule import Schedule, Stage
+from prosparse.settings import SparsifyConfig
+from prosparse.training import sparsify
+options = json.loads(sys.argv[1])
+stages = tuple(Stage(kind=s["kind"], factor=s["lambda"], until_step=s["until_step"])
+               for s in options.pop("schedule"))
+sparsify(SparsifyConfig(**options | {"out": Path(options["out"])}, schedule=Schedule(stages)))
+"""
+
+
+def start(config: SparsifyConfig) -> subprocess.Popen[bytes]:
+    options = vars(config) | {"out": str(config.out), "schedule": config.schedule.document()}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, json.dumps(options)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_kill_and_resume_end_at_the_same_weights(config: SparsifyConfig) -> None:
+    whole = replace(config, save_every=3, schedule=PROGRESSIVE.scaled(2))
+    sparsify(whole)
+    broken = replace(whole, out=config.out.parent / "broken")
+    # Killed inside the run, wherever it is once the second checkpoint is whole.
+    child = start(broken)
+    mark = broken.training / "checkpoint-6" / "complete"
+    deadline = time.monotonic() + 120
+    while not mark.exists():
+        assert child.poll() is None, "ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (broken.out / "config.json").exists()
+    # As a kill in the middle of writing would leave it:
+    torn = broken.training / "checkpoint-47"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    with refused(OutputError, "--resume"):
+        sparsify(broken)
+    sparsify(replace(broken, resume=True))
+    assert same(weights(whole), weights(broken))
+    fresh, resumed = read_log(whole.log), read_log(broken.log)
+    assert [line["step"] for line in fresh] == [line["step"] for line in resumed]
+    assert last_evaluation(fresh) == last_evaluation(resumed)
+
+
+def test_other_settings_do_not_resume(config: SparsifyConfig) -> None:
+    sparsify(config)
+    before = weights(config)
+    assert sparsify(replace(config, resume=True))["steps"] == 24  # finished: nothing to do
+    assert same(before, weights(config))
+    with refused(OutputError, "other settings", "--force"):
+        sparsify(replace(config, resume=True, seed=1))
+    with refused(OutputError, "--force"):
+        sparsify(config)
+    sparsify(replace(config, force=True, seed=1))
+    assert not same(before, weights(config))
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(config: SparsifyConfig) -> None:
+    # In the last stage λ outgrows float32: loss inf.
+    schedule = stages(("warmup", 0.1, 8), ("decay", 1e39, 12))
+    with refused(SparsifyError, "the loss is inf at step 9", "stage 1 (decay", "checkpoint-8"):
+        sparsify(replace(config, schedule=schedule, save_every=4))
+    kept = config.training / "checkpoint-8"
+    assert all(torch.isfinite(w).all() for w in load_file(kept / "model.safetensors").values())
+    assert not (config.out / "config.json").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(
+    config: SparsifyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.optim import AdamW
+
+    step, calls = AdamW.step, []
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = step(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 8:
+            self.param_groups[0]["params"][0].data.fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(AdamW, "step", poisoned)
+    with refused(SparsifyError, "no longer finite at step 8", "stage 1 (warmup", "checkpoint-4"):
+        sparsify(replace(config, save_every=4))
+    assert not (config.training / "checkpoint-8").exists()
+
+
+def test_too_little_text(config: SparsifyConfig, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("A few words.")
+    with refused(DataError, "short.txt", "windows of 32 tokens", "--batch"):
+        sparsify(replace(config, data=str(short)))
+    with refused(SettingsError, "context is 256", "128"):
+        sparsify(replace(config, context=256, force=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"hidden_act": "drelu"}, ("drelu", "silu")),
+        ({"hidden_act": "tanh"}, ("hidden_act is 'tanh'", "silu")),
+        ({"architectures": ["BambooForCausalLM"]}, ("bamboo", "hidden_act")),
+        ({"architectures": ["OPTForCausalLM"]}, ("opt", "no gated FFN")),
+        ({"architectures": ["FalconForCausalLM"], "activation": "relu"}, ("no gated FFN",)),
+        ({"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel", "supported:")),
+    ],
+)
+def test_models_that_cannot_be_made_sparse(
+    config: SparsifyConfig, tmp_path: Path, changes: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    found = json.loads((Path(config.model) / "config.json").read_text())
+    model = tmp_path / "other"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(found | changes))
+    with refused(CheckpointError, *parts):
+        sparsify(replace(config, model=str(model)))
+    assert not config.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"norm": "l2"}, "norm 'l2'"),
+        ({"batch": 0}, "batch is 0"),
+        ({"learning_rate": math.nan}, "learning rate is nan"),
+        ({"rate": "decay"}, "decay stage"),
+    ],
+)
+def test_impossible_settings(config: SparsifyConfig, changes: dict[str, Any], part: str) -> None:
+    with refused(SettingsError, part):
+        replace(config, **changes)
+
+
+def test_only_marked_checkpoints_count(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for step in (9, 12, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (9, 12):
+        (tmp_path / f"checkpoint-{step}" / MARK).touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-12"
+    drop_unfinished(tmp_path)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["checkpoint-12", "checkpoint-9"]
