@@ -13,7 +13,10 @@ import venv
 import zipfile
 from pathlib import Path
 
-ROOMS = ("architectures", "common", "gguf_export", "powerinfer_bridge", "predictor", "quickstart")
+ROOMS = (
+    *("architectures", "commands", "common", "gguf_export", "powerinfer_bridge", "predictor"),
+    *("prosparse", "quickstart", "sparse_operators"),
+)
 COMMANDS = (
     *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),
     *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
