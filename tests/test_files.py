@@ -387,7 +387,9 @@ def test_train_predictor_on_a_full_disk_leaves_no_layer_file(
 ) -> None:
     out = tmp_path / "predictors"
     line = psp_with_little_room(
-        30_000, "train-predictor", "--traces", small_traces.path, "--out", out, "--rank", 128
+        30_000,
+        *("train-predictor", "--traces", small_traces.path, "--out", out),
+        *("--rank", 128, "--jobs", 1),  # so that layer 0 comes first
     )
     assert line.startswith(f"Error: cannot write {out / 'layer-00.safetensors'}: ")
     assert "File too large" in line
