@@ -87,7 +87,7 @@ class Checkpoint:
         config = read_json(path / "config.json", CheckpointError, remedy)
         architecture = resolve(config)
         checkpoint = cls(path, config, architecture, architecture.read_shape(config))
-        checkpoint._check_tensors()
+        checkpoint.check_tensors()
         return checkpoint
 
     @cached_property
@@ -110,7 +110,12 @@ class Checkpoint:
                 return stored
         raise CheckpointError(f"{self.path}: tensor {name} is missing; {_FETCH_AGAIN}")
 
-    def _check_tensors(self) -> None:
+    def check_tensors(self) -> None:
+        """Refuse files that do not hold every tensor of the family, in its shape and a float type.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
         for rule in self.architecture.tensors:
             for layer in range(self.shape.n_layers if rule.per_layer else 1):
                 name = self.source(rule, layer)

@@ -24,7 +24,7 @@ from prosparse.schedule import Schedule, Stage
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.corpus import Corpus, write_corpus
-from quickstart.model import train_tokenizer
+from quickstart.model import build_model, train_tokenizer
 from quickstart.sizes import size_named
 
 SHAPE = (
@@ -52,26 +52,11 @@ def schedule_of(arm: str, steps: int, factor: float) -> Schedule:
 def write_dense(corpus: Corpus, out: Path, settings: argparse.Namespace) -> Path:
     """Train the SiLU model that every arm starts from."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     size = size_named(settings.size)
     start, dense = out / "random", out / "dense"
     torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=size.vocab_size,
-        hidden_size=size.d_model,
-        intermediate_size=size.d_ff,
-        num_hidden_layers=size.n_layers,
-        num_attention_heads=size.n_heads,
-        num_key_value_heads=size.n_kv_heads,
-        max_position_embeddings=2 * size.context,
-        hidden_act="silu",
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(start)
+    build_model(size, "silu").save_pretrained(start)
     train_tokenizer(corpus, start / "tokenizer.model", size.vocab_size)
     report(
         "dense",

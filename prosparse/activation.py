@@ -48,7 +48,7 @@ def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
             f"{family.name}, expected one of {', '.join(SUBSTITUTABLE)}; pass such a model"
         )
     checkpoint = Checkpoint(path, config, family, family.read_shape(config))
-    checkpoint._check_tensors()
+    checkpoint.check_tensors()
     return checkpoint
 
 

@@ -46,8 +46,8 @@ def train_tokenizer(corpus: Corpus, path: Path, vocab_size: int) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def build_model(size: Size) -> LlamaForCausalLM:
-    """Return a randomly initialised ReGLU LLaMA."""
+def build_model(size: Size, activation: str = "relu") -> LlamaForCausalLM:
+    """Return a randomly initialised gated LLaMA, by default a ReGLU one."""
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +61,7 @@ def build_model(size: Size) -> LlamaForCausalLM:
         num_attention_heads=size.n_heads,
         num_key_value_heads=size.n_kv_heads,
         max_position_embeddings=2 * size.context,
-        hidden_act="relu",
+        hidden_act=activation,
         rms_norm_eps=1e-5,
         bos_token_id=1,
         eos_token_id=2,

@@ -111,4 +111,4 @@ def _packed(value: Any) -> bytes:
 
 
 def _unpacked(value: bytes) -> Any:
-    return torch.load(io.BytesIO(value), weights_only=False)
+    return torch.load(io.BytesIO(value), weights_only=True)

@@ -2,9 +2,8 @@
 
 With z the logits, σ the logistic function and w the weight of a label, the loss is the mean over
 all n·d_ff labels of w·log(1 + e^z) where a neuron is inactive and w·log(1 + e^-z) where it is
-active, so its derivative by z is w·σ(z) and w·(σ(z) − 1) over n·d_ff. Active neurons are few: one
-pass over all labels and a correction at some places replace the dozen passes of automatic
-differentiation, which took four fifths of a step.
+active, so its derivative by z is w·σ(z) and w·(σ(z) − 1) over n·d_ff. Active neurons are few: two
+passes over all labels and a correction at some places replace those of automatic differentiation.
 """
 
 from __future__ import annotations
