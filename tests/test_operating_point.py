@@ -145,7 +145,11 @@ def quality(error: float) -> Quality:
     return Quality(ppl_dense=10.0, ppl_sparse=9.9, kl_divergence=0.3 * error, standard_error=0.01)
 
 
-def test_the_search_ends_just_within_the_bound(layer: tuple[LabelledRows, Predictor]) -> None:
+@pytest.mark.parametrize(("power", "excess"), [(1.0, 1.0), (0.5, 3.0)])
+def test_the_search_ends_just_within_the_bound(
+    layer: tuple[LabelledRows, Predictor], power: float, excess: float
+) -> None:
+    """The divergence may be another power of the error than the first, as for FATReLU models."""
     rows, predictor = layer
     index = torch.arange(2000)
     curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
@@ -153,7 +157,7 @@ def test_the_search_ends_just_within_the_bound(layer: tuple[LabelledRows, Predic
 
     def measure(priced: Priced) -> Quality:
         calls.append(priced.error)
-        return quality(priced.error)
+        return quality(excess * (20 * reach) ** (1 - power) * priced.error**power)
 
     reach = at_price(curves, {0: 0.1}, 1e-12).error
     bound = 0.3 * 20 * reach

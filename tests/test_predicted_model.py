@@ -55,14 +55,14 @@ def test_masks_change_what_the_model_predicts(
         plain = written.variant.changed(hidden_act="relu", hidden_act_param=None)
         relu = Written(plain, written.path, written.tensors)
         assert everything.ppl_sparse == pytest.approx(2.718281828 ** loss(relu, windows), rel=2e-2)
-        assert everything.kl_divergence > 1e-4
     else:
-        assert everything.kl_divergence < 1e-4
         assert everything.ppl_gap == pytest.approx(0, abs=2e-3)
+    # Nothing is missed, whatever the activation.
+    assert everything.kl_divergence < 1e-4
     some, nothing = (model.quality(predictors, threshold) for threshold in (0.0, 1e30))
     assert 1e-3 < some.kl_divergence < nothing.kl_divergence
     # Masks are gone afterwards, and the same ones give the same.
-    assert model.quality({}, 0.0).kl_divergence < 1e-4 or written.variant.activation[0] == "fatrelu"
+    assert model.quality({}, 0.0).kl_divergence < 1e-4
     assert model.quality(predictors, 0.0) == some
     sums = torch.tensor([[10.0, 11.0, 0.5, 5.0], [20.0, 20.0, 0.5, 15.0]], dtype=torch.float64)
     told = _quality(sums)
@@ -70,6 +70,37 @@ def test_masks_change_what_the_model_predicts(
     assert told.kl_divergence == pytest.approx(0.05)
     # Growth 1/20: windows scatter by 1 - 5/20 and 0 - 15/20.
     assert told.standard_error == pytest.approx((2 * 0.75**2) ** 0.5 / 20)
+
+
+def test_fatrelu_models_miss_what_their_threshold_lets_through(
+    tokenizer_bytes: bytes, tmp_path: Path
+) -> None:
+    """Predictors that skip everything are compared with the model itself, the threshold kept."""
+    high = BY_NAME["prosparse"].changed(hidden_act_param=1.0)
+    written = write(high, tmp_path / "model", tokenizer_bytes)
+    checkpoint = Checkpoint.open(written.path)
+    shape, windows = checkpoint.shape, windows_of(written)
+    model = PredictedModel(checkpoint, windows, "cpu")
+    off = Predictor(torch.zeros(32, shape.d_model), torch.zeros(shape.d_ff, 32))
+    nothing = model.quality(dict.fromkeys(range(shape.n_layers), off), 1.0)
+
+    def mean_divergence() -> float:
+        """KL of the formulas' FATReLU model and of the model whose FFNs are zero."""
+        silent = {
+            name: torch.zeros_like(tensor) if "down_proj" in name else tensor
+            for name, tensor in written.tensors.items()
+        }
+        without = Written(written.variant, written.path, silent)
+        parts = []
+        for window in windows:
+            own, other = (
+                model.reference(window.tokens).logits[:-1].log_softmax(-1)
+                for model in (written, without)
+            )
+            parts.append((own.exp() * (own - other)).sum(-1))
+        return float(torch.cat(parts).mean())
+
+    assert nothing.kl_divergence == pytest.approx(mean_divergence(), rel=2e-2)
 
 
 def test_one_layer_may_be_masked_alone(tokenizer_bytes: bytes, tmp_path: Path) -> None:

@@ -28,9 +28,11 @@ class Quality:
     Attributes:
         ppl_dense: perplexity of the model itself.
         ppl_sparse: with predictors.
-        kl_divergence: mean over tokens of KL(dense ‖ sparse) of the next-token distributions, nats.
-            If the model's probabilities are right, its exponential is what perplexity grows by in
-            expectation; the measured growth scatters around that far more.
+        kl_divergence: mean over tokens of KL(complete ‖ sparse) of the next-token distributions,
+            nats. `complete` misses no active neuron, which is the model itself but for FATReLU,
+            whose wrongly predicted neurons PowerInfer computes by ReLU. If its probabilities are
+            right, the exponential is what perplexity grows by in expectation through what is
+            missed; the measured growth scatters around that far more.
         standard_error: of the logarithm of the measured growth, told by how windows differ.
     """
 
@@ -49,6 +51,7 @@ class PredictedModel:
     """A model whose FFN neurons can be masked by predictors.
 
     PowerInfer computes ReLU for FATReLU models, so their threshold rests while predictors mask.
+    What that changes is no fault of the predictors: see `Quality.kl_divergence`.
     """
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[Window], device: str) -> None:
@@ -62,18 +65,31 @@ class PredictedModel:
         self._windows = windows
         self._masks: Mapping[int, tuple[Predictor, float]] = {}
         self._inputs: dict[int, torch.Tensor] = {}
-        self._fatrelu = [m for m in self._model.causal_lm.modules() if isinstance(m, FATReLU)]
+        self._active: dict[int, torch.Tensor] = {}
+        self._complete = False
+        self._fatrelu: list[FATReLU] = []
         architecture = checkpoint.architecture
         for layer, block in enumerate(self._model.blocks):
             tap = block.get_submodule(architecture.predictor_input)
             tap.register_forward_pre_hook(partial(self._keep, layer))
             output = block.get_submodule(architecture.ffn_output)
             output.register_forward_pre_hook(partial(self._mask, layer))
+            for module in block.modules():
+                if isinstance(module, FATReLU):
+                    hook = partial(self._keep_active, layer, module.threshold)
+                    module.register_forward_pre_hook(hook)
+                    self._fatrelu.append(module)
         bar = tqdm(windows, unit="window", desc="dense model", disable=None)
         self._dense = [self._log_probabilities(window).half() for window in bar]
 
     def _keep(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._inputs[layer] = args[0]
+
+    def _keep_active(
+        self, layer: int, threshold: float, module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> None:
+        if self._complete:
+            self._active[layer] = args[0] >= threshold
 
     def _mask(
         self, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]
@@ -82,7 +98,10 @@ class PredictedModel:
             return None
         predictor, threshold = self._masks[layer]
         skipped = logits_of(predictor, self._inputs[layer].float()) < threshold
-        return (args[0].masked_fill(skipped.reshape(args[0].shape), 0),)
+        skipped = skipped.reshape(args[0].shape)
+        if self._complete:
+            skipped &= ~self._active.pop(layer)
+        return (args[0].masked_fill(skipped, 0),)
 
     @torch.inference_mode()
     def _log_probabilities(self, window: Window) -> torch.Tensor:
@@ -101,11 +120,19 @@ class PredictedModel:
         self._masks = {n: (p.to(device), threshold) for n, p in predictors.items()}
         with self._without_threshold():
             windows = [
-                _compare(window, dense.float(), self._log_probabilities(window))
+                self._compared(window, dense.float())
                 for window, dense in zip(self._windows, self._dense, strict=True)
             ]
         self._masks = {}
         return _quality(torch.stack(windows))
+
+    def _compared(self, window: Window, dense: torch.Tensor) -> torch.Tensor:
+        complete = dense
+        if self._fatrelu:
+            self._complete = True
+            complete = self._log_probabilities(window)
+            self._complete = False
+        return _compare(window, dense, complete, self._log_probabilities(window))
 
     @contextmanager
     def _without_threshold(self) -> Iterator[None]:
@@ -133,9 +160,11 @@ def _quality(sums: torch.Tensor) -> Quality:
     )
 
 
-def _compare(window: Window, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
+def _compare(
+    window: Window, dense: torch.Tensor, complete: torch.Tensor, sparse: torch.Tensor
+) -> torch.Tensor:
     """Return sums over tokens: both negative log-likelihoods, the divergence, and the count."""
     following = torch.tensor(window.tokens[1:])[:, None]
-    divergence = (dense.exp() * (dense - sparse)).sum()
+    divergence = (complete.exp() * (complete - sparse)).sum()
     sums = [-dense.gather(1, following).sum(), -sparse.gather(1, following).sum(), divergence]
     return torch.stack([*sums, torch.tensor(float(len(following)))]).double()

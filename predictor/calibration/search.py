@@ -135,9 +135,9 @@ def price_for_gap(
     """Return the highest price found that keeps the growth of perplexity within the bound.
 
     The expected growth, the divergence, must be within it, and the measured one must not contradict
-    that by more than two standard errors: alone it scatters too much to be searched by. The error
-    that curves predict is proportional to the divergence but for a factor that hardly depends on
-    the price, so few measurements suffice.
+    that by more than two standard errors: alone it scatters too much to be searched by. The growth
+    is near enough to a power of the error that curves predict, mostly the first, for a secant on
+    logarithms to need few measurements.
 
     Args:
         curves: of each layer.
@@ -148,11 +148,14 @@ def price_for_gap(
     Raises:
         PredictorError: out of reach; it names the best.
     """
-    allowed, factor = math.log1p(bound), _TYPICAL
+    allowed = math.log1p(bound)
+    aim = (0.5 + 0.5 * _CLOSE) * allowed
+    error = allowed / _TYPICAL
     tried: dict[float, Point] = {}
+    seen: list[tuple[float, float]] = []
     best: float | None = None
     for _ in range(_MEASUREMENTS):
-        price = highest_price(_error_within(curves, costs, allowed / factor))
+        price = highest_price(_error_within(curves, costs, error))
         if price in tried:
             break
         priced = at_price(curves, costs, price)
@@ -172,7 +175,8 @@ def price_for_gap(
             best = price
         if _CLOSE * allowed <= growth <= allowed:
             break
-        factor = growth / max(priced.error, 1e-30) / (0.5 + 0.5 * _CLOSE)
+        seen.append((max(priced.error, 1e-30), growth))
+        error = error_for(seen, aim)
     points = sorted(tried.values(), key=lambda point: point.price)
     if best is None:
         nearest = points[0]
@@ -182,6 +186,22 @@ def price_for_gap(
             f"{nearest.ffn_bytes_ratio:.4f}; raise --rank or allow more"
         )
     return best, [Point(**{**vars(p), "chosen": p.price == best}) for p in points]
+
+
+def error_for(seen: Sequence[tuple[float, float]], growth: float) -> float:
+    """Return the error at which `growth` is to be expected, by the last two measurements.
+
+    Args:
+        seen: (error, growth) of measurements, all above zero; one stands for proportion.
+        growth: wanted.
+    """
+    error, found = seen[-1]
+    power = 1.0
+    if len(seen) > 1 and seen[-2][0] != error and seen[-2][1] != found:
+        before, grown = seen[-2]
+        power = math.log(found / grown) / math.log(error / before)
+    # Noise of the measured growth may turn the slope round.
+    return float(error * (growth / found) ** (1 / min(max(power, 0.25), 2.0)))
 
 
 def best_ranks(
