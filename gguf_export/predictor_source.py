@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from gguf import GGUFValueType
@@ -18,15 +17,13 @@ from common.errors import PredictorError
 from common.files import read_json
 from gguf_export.reader import GGUFFile
 from gguf_export.schema import FC1, FC2, THRESHOLD_KEY
+from gguf_export.statistics import has_statistics, layer_statistics
+from gguf_export.tensor_file import is_plain, read_tensor_file
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 _FETCH = "fetch the predictors again"
 _MOST_LAYERS = 10_000
 _LARGEST = torch.finfo(torch.float32).max
-_DTYPES = (
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-)
 _EMBEDDED = "model.layers.{layer}.mlp.predictor.{part}.weight"
 
 
@@ -100,7 +97,7 @@ def _from_directory(path: Path) -> PredictorSource:
     while n_layers < _MOST_LAYERS and (path / f"model_{n_layers}.pt").is_file():
         n_layers += 1
 
-    counted = _counted(path.parent, n_layers)
+    counted = has_statistics(path.parent, n_layers)
 
     def layer(number: int) -> LayerPredictor:
         file = path / f"model_{number}.pt"
@@ -108,7 +105,7 @@ def _from_directory(path: Path) -> PredictorSource:
         if not isinstance(content, dict):
             raise PredictorError(f"{file}: expected fc1.weight and fc2.weight; {_FETCH}")
         fc1, fc2 = (_half(file, name, content.get(name)) for name in ("fc1.weight", "fc2.weight"))
-        return LayerPredictor(fc1, fc2, _counts(path.parent, number) if counted else None)
+        return LayerPredictor(fc1, fc2, layer_statistics(path.parent, number) if counted else None)
 
     return PredictorSource(
         path=path,
@@ -160,12 +157,12 @@ def _from_file(path: Path) -> PredictorSource:
         if not math.isfinite(threshold):
             raise file.error(f"{THRESHOLD_KEY} is {threshold}")
 
-    counted = _counted(path.parent, n_layers)
+    counted = has_statistics(path.parent, n_layers)
 
     def layer(number: int) -> LayerPredictor:
         names = (FC1.format(layer=number), FC2.format(layer=number))
         fc1, fc2 = (_half(path, name, torch.tensor(file.tensor(name))) for name in names)
-        return LayerPredictor(fc1, fc2, _counts(path.parent, number) if counted else None)
+        return LayerPredictor(fc1, fc2, layer_statistics(path.parent, number) if counted else None)
 
     return PredictorSource(
         path=path,
@@ -178,91 +175,12 @@ def _from_file(path: Path) -> PredictorSource:
 
 
 def _half(file: Path, name: str, value: object) -> torch.Tensor:
-    if not _plain(value) or value.dim() != 2 or not value.is_floating_point():
+    if not is_plain(value) or value.dim() != 2 or not value.is_floating_point():
         raise PredictorError(f"{file}: {name} is missing or no matrix; {_FETCH}")
     half = value.half()
     if not torch.isfinite(half).all():
         raise PredictorError(f"{file}: {name} does not fit float16; {_FETCH}")
     return half
-
-
-def _plain(value: object) -> TypeGuard[torch.Tensor]:
-    """Whether a value is a tensor whose numbers are all there.
-
-    A file may hold others: without data, sparse, quantised, or a few bytes seen as terabytes by
-    way of strides of zero.
-    """
-    return (
-        isinstance(value, torch.Tensor)
-        and value.device.type == "cpu"
-        and value.layout is torch.strided
-        and value.dtype in _DTYPES
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
-
-
-def _statistics(directory: Path, layer: int) -> Path:
-    return directory / "activation" / f"activation_{layer}.pt"
-
-
-def _counted(directory: Path, n_layers: int) -> bool:
-    return all(_statistics(directory, layer).is_file() for layer in range(n_layers))
-
-
-def _counts(directory: Path, layer: int) -> torch.Tensor:
-    """Return PowerInfer's activation statistics of a layer, (d_ff,) int64."""
-    file = _statistics(directory, layer)
-    counts = read_tensor_file(file)
-    if not (
-        _plain(counts) and counts.dim() == 1 and bool(((counts >= 0) & (counts < 2**62)).all())
-    ):
-        raise PredictorError(f"{file}: expected a vector of counts; fetch it again or remove it")
-    return counts.long()
-
-
-def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Tensor]:
-    """Read `activation/activation_N.pt` of every layer, (d_ff,) int64 each.
-
-    Raises:
-        PredictorError: missing, damaged or of another size.
-    """
-    if not _counted(directory, n_layers):
-        raise PredictorError(
-            f"{directory}/activation: holds no statistics of {n_layers} layers; export with "
-            "predictors from psp train-predictor"
-        )
-    counts = [_counts(directory, layer) for layer in range(n_layers)]
-    for layer, found in enumerate(counts):
-        if len(found) != d_ff:
-            file = _statistics(directory, layer)
-            raise PredictorError(
-                f"{file}: {len(found)} counts, the model has {d_ff} neurons; export again"
-            )
-    return counts
-
-
-def read_tensor_file(file: Path) -> Any:
-    """Read a `.pt` file without running anything that it holds.
-
-    Raises:
-        PredictorError: damaged, or it holds more than tensors.
-    """
-    try:
-        zipped = zipfile.is_zipfile(file)
-        if zipped and any(part.compress_size < part.file_size for part in _parts(file)):
-            raise PredictorError(f"{file}: is compressed, as torch.save writes none; {_FETCH}")
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except PredictorError:
-        raise
-    except Exception as error:
-        # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PredictorError(f"{file}: cannot be read ({reason}); {_FETCH}") from error
-
-
-def _parts(file: Path) -> list[zipfile.ZipInfo]:
-    with zipfile.ZipFile(file) as archive:
-        return archive.infolist()
 
 
 def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int]:
