@@ -40,7 +40,7 @@ def quickstart(
 
     Text: the source of the Python standard library. A second run reuses finished steps.
     """
-    from common.table import bench_table
+    from powerinfer_bridge.benchmark.table import bench_table
     from quickstart.pipeline import QuickstartConfig
     from quickstart.pipeline import quickstart as run
 

@@ -31,7 +31,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def _cell(key: str, value: float) -> str:
+def metric_cell(key: str, value: float) -> str:
+    """Return a metric as tables show it: a ratio as it is, a share in per cent."""
     return f"{value:.3f}" if key in _RATIOS else f"{100 * value:.2f}"
 
 
@@ -46,7 +47,7 @@ def layer_table(layers: Sequence[Mapping[str, float]], mean: Mapping[str, float]
     named = [(str(int(layer["layer"])), layer) for layer in layers]
     if mean is not None:
         named.append(("mean", mean))
-    rows = [[name, *(_cell(key, layer[key]) for key in keys)] for name, layer in named]
+    rows = [[name, *(metric_cell(key, layer[key]) for key in keys)] for name, layer in named]
     return table(["layer", *(_METRICS[key] for key in keys)], rows)
 
 
@@ -80,56 +81,3 @@ def split_table(document: Mapping[str, Any]) -> str:
         "layers": f"{full} wholly on the GPU, {none} not at all, of {len(layers)}",
     }
     return fact_table(facts)
-
-
-def bench_table(result: Mapping[str, Any]) -> str:
-    """Return the table of a benchmark document, with the model card's columns first."""
-    rows = [
-        [
-            f"{result['model']}, all neurons",
-            *[_cell("", result["activation_sparsity"]), "–", "–", "–"],
-            f"{result['ppl_dense']:.4f}",
-            f"{result['tokens_per_second_dense']:.2f}",
-            "1.00",
-        ],
-        [
-            f"{result['model']}, predicted",
-            *(
-                _cell(key, result[key])
-                for key in (
-                    "activation_sparsity",
-                    "activation_recall",
-                    "predicted_sparsity",
-                    "ffn_bytes_ratio",
-                )
-            ),
-            f"{result['ppl_sparse']:.4f}",
-            f"{result['tokens_per_second']:.2f}",
-            f"{result['speedup']:.2f}",
-        ],
-    ]
-    header = ["model", "sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity"]
-    lines = [table([*header, "tokens/s", "speedup"], rows), ""]
-    lines.append(f"perplexity gap {100 * result['ppl_gap']:+.3f} %; {_compare_texts(result)}")
-    if result["engine"] == "PowerInfer":
-        lines.append("engine: PowerInfer; sparsity and recall by the embedded engine")
-    else:
-        lines.append(
-            "engine: embedded engine; its tokens/s are not PowerInfer's (pass --powerinfer-bin)"
-        )
-    lines.append(
-        f"all neurons: threshold -1e30 in the same engine, predictors still evaluated; "
-        f"text: {result['text']}"
-    )
-    return "\n".join(lines)
-
-
-def _compare_texts(result: Mapping[str, Any]) -> str:
-    sparse, dense = (result["continuations"][kind] for kind in ("sparse", "dense"))
-    if sparse == dense:
-        return "greedy text identical"
-    same = next(
-        (at for at, (a, b) in enumerate(zip(sparse, dense, strict=False)) if a != b),
-        min(len(sparse), len(dense)),
-    )
-    return f"greedy text differs after {same} of {len(dense)} characters"

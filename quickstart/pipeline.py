@@ -11,7 +11,8 @@ from common.errors import OutputError
 from common.files import read_json, write_json
 from common.version import tool_version
 from gguf_export.bundle import Bundle, ExportConfig, export
-from powerinfer_bridge.benchmark import BenchConfig, bench
+from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.verification import ExportCheck
 from predictor.collection.collect import CollectConfig, collect
 from predictor.training.config import TrainConfig
@@ -19,6 +20,9 @@ from predictor.training.run import train_predictors
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import train_model, write_untrained
 from quickstart.sizes import Size, size_named
+
+_ROUNDS = 3
+"""Of the benchmark; more would make speeds of a model this small no less meaningless."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +182,7 @@ def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> dict[str, Any]
         chunks=size.chunks,
         prompt="def main(",
         generate=size.generate,
+        repeats=_ROUNDS,
         threads=config.threads,
     )
     if paths.result.exists():

@@ -26,6 +26,7 @@ from predictor.traces.store import TraceStore
 
 # Only the tests that ask for the real programs may use them.
 POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
+LLAMA_CPP_BIN = os.environ.pop("PSP_LLAMA_CPP_BIN", None)
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 SHARD_ROWS = (1024, 1024)

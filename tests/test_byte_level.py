@@ -25,7 +25,7 @@ from gguf_export.model_vocabulary import read_vocabulary
 from powerinfer_bridge.engine import Engine
 from powerinfer_bridge.generate import generate
 from powerinfer_bridge.perplexity import engine_perplexity
-from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 from powerinfer_bridge.vocabulary import FileVocabulary
 
@@ -203,6 +203,7 @@ def test_real_perplexity_is_the_engines(powerinfer_bin: Path, bundle: tuple[Path
 def test_real_text_is_the_engines(powerinfer_bin: Path, bundle: tuple[Path, Bundle]) -> None:
     file, prompt = bundle[1].model_file, "def f(x):\n  return 's'</s>I'll"
     run = PowerInfer(powerinfer_bin).generate(file, prompt, 12, threads=1)
+    assert run.text is not None
     assert run.text.endswith(generate(Engine(file), prompt, 12).text)
 
 

@@ -15,7 +15,7 @@ from common.errors import FormatError, OutputError
 from gguf_export.bundle import Bundle, ExportConfig, export
 from gguf_export.reader import GGUFFile
 from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 
 TRANSPOSED = "blk.{layer}.ffn_down_t.weight"
 
@@ -112,7 +112,7 @@ def test_the_warning_fits_the_family(
 def test_the_real_powerinfer_runs_it_densely(powerinfer_bin: Path, dense: Bundle) -> None:
     """It loads and decodes; the SiLU of its dense graph makes another model of it."""
     run = PowerInfer(powerinfer_bin).generate(dense.dense_file, "def f(", 8, threads=1)
-    assert run.timings["eval"].count == 7
+    assert run.decode.tokens == 7
     real = PowerInfer(powerinfer_bin)
     text = TEXT * 6
     as_silu = real.perplexity(dense.dense_file, text, 64, None, threads=1)

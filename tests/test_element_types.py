@@ -30,7 +30,7 @@ from gguf_export.split_file import SplitConfig, split
 from powerinfer_bridge.arithmetic import rounded, to_q8_0, to_q8_k
 from powerinfer_bridge.engine import Engine, KVCache
 from powerinfer_bridge.perplexity import engine_perplexity
-from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 
 CONTEXT = 32

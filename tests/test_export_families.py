@@ -19,7 +19,7 @@ from gguf_export.reader import GGUFFile
 from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine, KVCache
 from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
-from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 
 NAMES = [variant.name for variant in VARIANTS]

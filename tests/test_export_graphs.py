@@ -24,7 +24,7 @@ from gguf_export.tensors import group_qkv
 from powerinfer_bridge.engine import Engine, KVCache
 from powerinfer_bridge.generate import generate
 from powerinfer_bridge.perplexity import engine_perplexity
-from powerinfer_bridge.powerinfer import PowerInfer
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 
 
@@ -216,4 +216,5 @@ def test_the_real_text_is_the_embedded_engine_s(
     """Token by token, which takes the path of single rows."""
     file = bundles[name].model_file
     run = PowerInfer(powerinfer_bin).generate(file, "def f(", 16, threads=1)
+    assert run.text is not None
     assert generate(Engine(file), "def f(", 16).text in run.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import TEXT
+from stand_ins import ESTIMATE, MAIN, TIMINGS, build, in_one_line, write_program
 
 from common.errors import EngineError
 from gguf_export.bundle import Bundle
@@ -20,18 +20,10 @@ from gguf_export.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine import Engine
 from powerinfer_bridge.generate import generate
 from powerinfer_bridge.perplexity import engine_perplexity
-from powerinfer_bridge.powerinfer import PowerInfer, Timing
+from powerinfer_bridge.programs.powerinfer import PowerInfer
+from powerinfer_bridge.programs.sample import Phase, RunSample
 
 THRESHOLD = "LLAMA_SPARSE_PRED_THRESHOLD"
-TIMINGS = """
-llama_print_timings:        load time =     123.45 ms
-llama_print_timings:      sample time =       1.50 ms /    16 runs   (    0.09 ms per token)
-llama_print_timings: prompt eval time =      20.00 ms /     5 tokens (    4.00 ms per token)
-llama_print_timings:        eval time =     300.00 ms /    15 runs   (   20.00 ms per token)
-llama_print_timings:       total time =     444.95 ms
-"""
-MAIN = f"import sys\nprint('The text', end='')\nsys.stderr.write({TIMINGS!r})"
-ESTIMATE = "print('[1]4.0,[2]12.5,\\nFinal estimate: PPL = 12.5025 +/- 0.25')"
 RECORD = """
 import json, os, pathlib, sys
 pathlib.Path('main.log').write_text('log')
@@ -40,31 +32,6 @@ if '--file' in sys.argv:
     seen['text'] = pathlib.Path(sys.argv[sys.argv.index('--file') + 1]).read_bytes().hex()
 pathlib.Path('RECORD').write_text(json.dumps(seen))
 """.replace("THRESHOLD", THRESHOLD)
-
-
-def write_program(path: Path, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\n{body}\n")
-    path.chmod(0o755)
-    return path
-
-
-def build(directory: Path, main: str = MAIN, perplexity: str = ESTIMATE) -> Path:
-    """Write a build's two programs."""
-    write_program(directory / "main", main)
-    write_program(directory / "perplexity", perplexity)
-    return directory
-
-
-def in_one_line(error: EngineError, thing: str) -> str:
-    """Check that an error names the thing and a remedy in one line."""
-    message = str(error)
-    assert len(message.splitlines()) == 1, repr(message)
-    assert thing in message
-    problem, _, remedy = message.rpartition("; ")
-    assert problem, f"no remedy in {message!r}"
-    assert remedy
-    return message
 
 
 @dataclass
@@ -91,7 +58,7 @@ def recorded(tmp_path: Path) -> Recorded:
     return Recorded(tmp_path / "programs", record)
 
 
-def run_main(programs: Path, prompt: str = "The", threshold: float | None = None) -> Any:
+def run_main(programs: Path, prompt: str = "The", threshold: float | None = None) -> RunSample:
     powerinfer = PowerInfer(programs, timeout=30)
     return powerinfer.generate(Path("m.gguf"), prompt, 16, threads=2, threshold=threshold)
 
@@ -103,13 +70,13 @@ def run_perplexity(programs: Path, text: str = "text", threshold: float | None =
 
 def test_timings_and_text_of_a_run_are_read(tmp_path: Path) -> None:
     run = run_main(build(tmp_path))
-    assert run.text == "The text"
-    assert run.timings == {
-        "sample": Timing(0.0015, 16),
-        "prompt eval": Timing(0.02, 5),
-        "eval": Timing(0.3, 15),
-    }
-    assert run.timings["eval"].tokens_per_second == pytest.approx(50)
+    assert run.text == " text"
+    assert run.load_seconds == pytest.approx(0.12345)
+    assert run.prompt == Phase(seconds=0.02, tokens=5)
+    assert run.decode == Phase(seconds=0.3, tokens=15)
+    assert run.decode.tokens_per_second == pytest.approx(50)
+    assert 0 < run.wall_seconds < 30
+    assert (run.notes, run.environment) == ((), {})
 
 
 def test_the_final_estimate_of_a_perplexity_run_is_read(tmp_path: Path) -> None:
@@ -188,7 +155,7 @@ def test_relative_paths_hold_and_no_log_is_left_behind(
 @pytest.mark.parametrize("below", [".", "bin", "build/bin"])
 def test_programs_are_found_in_a_build_s_usual_places(tmp_path: Path, below: str) -> None:
     build(tmp_path / below)
-    assert run_main(tmp_path).text == "The text"
+    assert run_main(tmp_path).text == " text"
     assert run_perplexity(tmp_path) == 12.5025
 
 
@@ -268,21 +235,28 @@ def test_a_program_that_hangs_is_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "stderr",
+    ("stderr", "problem"),
     [
-        "",
-        TIMINGS.replace("       eval time", "       else time"),
-        TIMINGS.replace("   15 runs", "    0 runs"),
-        TIMINGS.replace("300.00 ms /", "  0.00 ms /"),
-        "llama_print_timings:        eval time = nan ms / 15 runs",
+        ("", "printed no decoding time"),
+        (TIMINGS.replace("       eval time", "       else time"), "printed no decoding time"),
+        (TIMINGS.replace("   15 runs", "    0 runs"), "decoded nothing (300.00 ms for 0 tokens)"),
+        (TIMINGS.replace("300.00 ms /", "  0.00 ms /"), "decoded nothing (0.00 ms for 15 tokens)"),
+        (
+            "llama_print_timings:        eval time = nan ms / 15 runs",
+            "decoded nothing (nan ms for 15 tokens)",
+        ),
+        (
+            "llama_print_timings:        eval time = -nan ms / 15 runs",
+            "decoded nothing (-nan ms for 15 tokens)",
+        ),
     ],
-    ids=["silent", "no decoding", "no token", "no time", "nan"],
+    ids=["silent", "no decoding", "no token", "no time", "nan", "-nan"],
 )
-def test_a_run_without_decoding_time_is_an_error(tmp_path: Path, stderr: str) -> None:
+def test_a_run_without_decoding_time_is_an_error(tmp_path: Path, stderr: str, problem: str) -> None:
     build(tmp_path, f"import sys\nprint('The')\nsys.stderr.write({stderr!r})")
     with pytest.raises(EngineError) as caught:
         run_main(tmp_path)
-    in_one_line(caught.value, "PowerInfer printed no decoding time")
+    in_one_line(caught.value, f"PowerInfer {problem}")
 
 
 @pytest.mark.parametrize(
@@ -307,9 +281,18 @@ def test_a_perplexity_that_is_no_number_is_an_error(
 
 def test_garbage_bytes_on_stdout_do_no_harm(tmp_path: Path) -> None:
     garbage = "import sys\nsys.stdout.buffer.write(b'\\xff\\xfe\\x00 text')\nsys.stdout.flush()\n"
-    build(tmp_path, garbage + MAIN, garbage + ESTIMATE)
-    assert run_main(tmp_path).text == "\ufffd\ufffd\x00 textThe text"
+    build(tmp_path, f"{garbage}{MAIN}\nsys.stdout.flush()\n{garbage}", garbage + ESTIMATE)
+    run = run_main(tmp_path)
+    assert run.text == " text\ufffd\ufffd\x00 text", "what comes before the prompt is no text"
+    assert run.notes == ("output is not UTF-8",)
     assert run_perplexity(tmp_path) == 12.5025
+
+
+def test_output_without_the_prompt_is_reported_as_what_it_is(tmp_path: Path) -> None:
+    build(tmp_path, MAIN.replace("The text", "something else"))
+    run = run_main(tmp_path)
+    assert run.text == "something else"
+    assert run.notes == ("prompt not found in the output",)
 
 
 @pytest.mark.powerinfer
@@ -333,7 +316,8 @@ def test_the_real_greedy_text_is_the_embedded_engine_s(
     file = tmp_path / "my 'own' $model.powerinfer.gguf"
     shutil.copyfile(exact_bundle.model_file, file)
     run = PowerInfer(powerinfer_bin).generate(file, prompt, 16, threads=1)
-    assert run.text.startswith(prompt)
+    assert run.text is not None
+    assert not [note for note in run.notes if "prompt" in note or "expected" in note], run.notes
     made = generate(Engine(file), prompt, 16)
-    assert run.text.removeprefix(prompt).rstrip("\n") == made.text.rstrip("\n")
-    assert run.timings["eval"].count == 15
+    assert run.text.rstrip("\n") == made.text.rstrip("\n")
+    assert run.decode.tokens == 15

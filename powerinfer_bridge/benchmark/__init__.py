@@ -1,0 +1,1 @@
+"""`bench-powerinfer`: speed and quality of an exported file against dense baselines."""

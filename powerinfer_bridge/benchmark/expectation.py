@@ -1,0 +1,48 @@
+"""What the cost model expects of the file that was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cost_model.hardware import THIS, load_hardware
+from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.benchmark.machine import Machine
+
+
+def has_gpu(config: BenchConfig, machine: Machine) -> bool:
+    """Tell whether `--hardware` has a GPU.
+
+    Raises:
+        PspError: there is no such hardware; better said before than after a long benchmark.
+    """
+    if config.hardware is None or config.hardware == THIS:  # is measured at the end
+        return bool(machine.gpus)
+    return load_hardware(config.hardware).gpu is not None
+
+
+def expect(
+    config: BenchConfig, document: Mapping[str, Any], *, context: int, gpu: bool
+) -> dict[str, Any] | None:
+    """Return the estimate for `--hardware`, None if none is named.
+
+    Args:
+        config: settings.
+        document: the benchmark's, which says how many neurons are computed.
+        context: tokens that the KV cache had room for.
+        gpu: whether the hardware has one, so that a VRAM budget means something.
+    """
+    if config.hardware is None:
+        return None
+    from powerinfer_bridge.estimate import EstimateConfig, estimate
+
+    settings = EstimateConfig(
+        file=config.file,
+        hardware=config.hardware,
+        bench=document,
+        context=context,
+        vram_budget=config.vram_budget if gpu else None,
+        threads=config.threads,
+    )
+    found = estimate(settings)
+    return {key: found[key] for key in ("hardware", "tokens_per_second")}

@@ -1,0 +1,68 @@
+"""What is continued: one prompt, or those of a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from common.documents import read_documents
+from common.errors import DataError
+from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.vocabulary import FileVocabulary
+
+
+def read_prompts(config: BenchConfig) -> list[str]:
+    """Return the prompts, none of them empty.
+
+    A `.txt` file holds one a line, blank lines between them are skipped and nothing else is
+    stripped. Prompts of several lines come from the structured kinds of `common.documents`, one a
+    row.
+
+    Raises:
+        DataError: unreadable, no prompt in it, or one that no program can be passed.
+    """
+    if config.prompts is None:
+        found = [config.prompt]
+    elif not os.path.isfile(config.prompts):
+        raise DataError(f"{config.prompts}: no such file; check --prompts")
+    elif config.prompts.suffix == ".txt":
+        found = _lines(config.prompts)
+    else:
+        found = list(read_documents(str(config.prompts), config.field))
+    if not found:
+        raise DataError(f"{config.prompts}: holds no prompt; write one a line")
+    for number, prompt in enumerate(found, 1):
+        if "\0" in prompt:  # an argument of a program ends there
+            raise DataError(
+                f"{config.prompts or '--prompt'}: prompt {number} holds a NUL; remove it"
+            )
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check --prompts") from error
+    lines = text.replace("\r\n", "\n").split("\n")  # splitlines() knows too many ends of line
+    return [line for line in lines if line.strip()]
+
+
+def room_for(
+    prompts: list[str], vocabulary: FileVocabulary, generate: int, context_length: int
+) -> int:
+    """Return the tokens that the longest prompt and its continuation take.
+
+    Raises:
+        DataError: more than the model's context.
+    """
+    longest = max(len(vocabulary.prompt_ids(prompt)) for prompt in prompts)
+    needed = longest + generate
+    if needed > context_length:
+        raise DataError(
+            f"prompt and -n need {needed} tokens, the model's context is {context_length}; "
+            "lower -n or shorten the prompt"
+        )
+    return needed

@@ -1,0 +1,1 @@
+"""Real programs that run models: PowerInfer's, llama.cpp's, and what they print."""

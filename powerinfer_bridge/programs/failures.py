@@ -1,0 +1,82 @@
+"""Why a program failed, in one line: how it ended, what it said, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+from common.errors import EngineError
+from powerinfer_bridge.programs.process import Finished, last_words
+
+_BY_HAND = "run it by hand to see more"
+_CAUSES: tuple[tuple[str, str], ...] = (
+    (
+        r"error while loading shared libraries: .*",
+        "install the library or add its directory to LD_LIBRARY_PATH",
+    ),
+    (
+        r"(?:CUDA error|cuBLAS error|cudaMalloc failed).*(?:out of memory|ALLOC_FAILED).*"
+        r"|unable to allocate CUDA.*buffer.*",
+        "put less on the GPU: lower --vram-budget (PowerInfer) or --n-gpu-layers (llama.cpp)",
+    ),
+    (
+        r"(?:CUDA error|cuBLAS error).*",
+        "run nvidia-smi to see whether the GPU, its driver and the build fit together",
+    ),
+    (
+        r"error: prompt is too long .*",
+        "give a larger context or a shorter prompt",
+    ),
+    (
+        r"invalid magic characters: 'PWRI'.*",
+        "llama.cpp cannot read a PowerInfer file: give it the dense one (psp export-gguf --dense)",
+    ),
+    (
+        r"error loading model: .*|ValueError: Failed to load model from file: .*",
+        "the program refuses the file: check it with psp verify or export it again",
+    ),
+    (
+        r"GGML_ASSERT.*",
+        "the engine's own check failed: check the file with psp verify, or report it there",
+    ),
+    (
+        r"error: unknown argument: .*|error: invalid parameter.*",
+        "another version was expected: build PowerInfer at d3ebd7c or a current llama.cpp",
+    ),
+)
+"""What the engines print, most telling first, and the remedy. Sources: PowerInfer@d3ebd7c
+ggml-cuda.cu:CUDA_CHECK, CUBLAS_CHECK, ggml.h:GGML_ASSERT, llama.cpp:llama_model_load,
+examples/main/main.cpp, common/common.cpp:gpt_params_parse; llama.cpp@0c1e570
+ggml/src/gguf.cpp, src/llama.cpp, ggml/src/ggml-cuda/ggml-cuda.cu; llama-cpp-python 0.3.36
+llama_cpp/_internals.py."""
+_SIGNALS = {
+    signal.SIGILL: "the build is for another CPU: build it on this machine",
+    signal.SIGKILL: "the system may have run out of memory: close other programs",
+}
+
+
+def require_success(run: Finished) -> None:
+    """Do nothing if a program ended well.
+
+    Raises:
+        EngineError: it did not.
+    """
+    if run.code:
+        said, remedy = _cause(run)
+        raise EngineError(f"{run.command[0]}: {_ending(run.code)}{said}; {remedy}")
+
+
+def _cause(run: Finished) -> tuple[str, str]:
+    for pattern, remedy in _CAUSES:
+        match = re.search(pattern, run.stderr)
+        if match:
+            return f": {match[0].strip()}", remedy
+    remedies = {-number: remedy for number, remedy in _SIGNALS.items()}
+    return last_words(run.stderr), remedies.get(run.code, _BY_HAND)
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with code {code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-code, f'signal {-code}')}"

@@ -1,0 +1,221 @@
+"""A PowerInfer build's `main` and `perplexity`: called with its options, read back as figures."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import EngineError
+from gguf_export.memory_plan import vram_option
+from powerinfer_bridge.programs.failures import require_success
+from powerinfer_bridge.programs.finding import build_directory, require_executable
+from powerinfer_bridge.programs.powerinfer_output import (
+    continuation,
+    parse_device,
+    parse_notes,
+    parse_perplexity,
+    parse_timings,
+)
+from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
+from powerinfer_bridge.programs.sample import ProgramFacts, RunSample
+
+BINARY_VARIABLE = "PSP_POWERINFER_BIN"
+_THRESHOLD_VARIABLE = "LLAMA_SPARSE_PRED_THRESHOLD"
+_VERSION = re.compile(r"^main: (build = .*)$", re.MULTILINE)
+
+
+class PowerInfer:
+    """The programs of a PowerInfer build."""
+
+    def __init__(
+        self, directory: Path, *, timeout: float = 3600.0, heartbeat: Heartbeat | None = None
+    ) -> None:
+        """Find the programs.
+
+        Args:
+            directory: holds `main` and `perplexity`; `bin` or `build/bin` below it will do too.
+            timeout: longest a single run may take, seconds.
+            heartbeat: told while a program runs how many seconds it has run.
+
+        Raises:
+            EngineError: a program is missing or not executable.
+        """
+        found = build_directory(directory, ("main",))
+        self._main, self._perplexity = found / "main", found / "perplexity"
+        for program in (self._main, self._perplexity):
+            require_executable(
+                program,
+                f"point --powerinfer-bin (or {BINARY_VARIABLE}) at a PowerInfer build's bin "
+                "directory",
+            )
+        self._timeout, self._heartbeat = timeout, heartbeat
+
+    def check(self, model: Path | None = None) -> ProgramFacts:
+        """Start the programs, and say what they are.
+
+        Args:
+            model: file to load too, which takes the time that loading takes.
+
+        Raises:
+            EngineError: a program does not start, is a llama.cpp's, or refuses the model.
+        """
+        helps = [self._run([str(path), "--help"], {}) for path in (self._main, self._perplexity)]
+        for text in helps:
+            require_success(text)
+            # The option that PowerInfer added; an old llama.cpp has programs of the same names.
+            if "--vram-budget" not in text.stdout:
+                raise EngineError(
+                    f"{text.command[0]}: no PowerInfer, perhaps an old llama.cpp; point "
+                    "--llama-cpp-bin at that and --powerinfer-bin at a PowerInfer build"
+                )
+        # Both name themselves before they look for the file.
+        options = ["-n", "1", "--vram-budget", "0", "--disable-gpu-index"]
+        probe = self._run([str(self._main), *_model(model or Path("none")), *options], {})
+        if model is not None:
+            require_success(probe)
+        version = _VERSION.search(probe.stderr)
+        return ProgramFacts(
+            path=self._main,
+            kind="powerinfer",
+            version=version[1].strip() if version else None,
+            # Printed by builds with LLAMA_SUPPORTS_GPU_OFFLOAD (common/common.cpp).
+            cuda="--n-gpu-layers" in helps[0].stdout,
+        )
+
+    def generate(
+        self,
+        model: Path,
+        prompt: str,
+        count: int,
+        *,
+        threads: int,
+        context: int = 512,
+        threshold: float | None = None,
+        vram_budget: int | None = None,
+        n_gpu_layers: int | None = None,
+        seed: int = 0,
+        reset_gpu_index: bool = False,
+        disable_gpu_index: bool = False,
+        ignore_eos: bool = True,
+    ) -> RunSample:
+        """Generate greedily.
+
+        Args:
+            model: PWRI file, or a dense GGUF file.
+            prompt: text to continue.
+            count: tokens to generate, at least 2: the first comes from processing the prompt and
+                is in no decoding time.
+            threads: CPU threads.
+            context: room for prompt and continuation, tokens.
+            threshold: overrides the file's.
+            vram_budget: bytes, for a PWRI file; None takes what is free. A build without CUDA
+                ignores it.
+            n_gpu_layers: layers in VRAM, for a dense file, for which PowerInfer has no budget.
+            seed: of the random numbers, which greedy decoding does not use.
+            reset_gpu_index: have PowerInfer make a new GPU index.
+            disable_gpu_index: place no neurons on the GPU.
+            ignore_eos: go on after an end-of-sequence token.
+
+        Raises:
+            EngineError: the program failed, hung or printed no timings.
+        """
+        if count < 2:
+            raise EngineError(f"{count} tokens: nothing would be timed; generate at least 2")
+        options = [*_model(model), "--prompt", prompt, "-n", str(count), "-c", str(context)]
+        options += ["--threads", str(threads), "--seed", str(seed)]
+        options += ["--temp", "0", "--repeat-penalty", "1.0"]
+        options += _flags(
+            ignore_eos=ignore_eos,
+            reset_gpu_index=reset_gpu_index,
+            disable_gpu_index=disable_gpu_index,
+        )
+        options += [] if n_gpu_layers is None else ["--n-gpu-layers", str(n_gpu_layers)]
+        index = Path(f"{model.resolve()}.generated.gpuidx")
+        before = _state(index)
+        run = self._run([str(self._main), *options, *_budget(vram_budget)], _threshold(threshold))
+        require_success(run)
+        sample = _sample(run, prompt)
+        notes = dict.fromkeys(sample.notes)
+        if _state(index) not in (before, None):
+            notes["GPU index rebuilt"] = None
+        if sample.decode.tokens != count - 1:
+            notes[f"{sample.decode.tokens} tokens decoded, {count - 1} expected"] = None
+        return replace(sample, notes=tuple(notes))
+
+    def perplexity(
+        self,
+        model: Path,
+        text: str,
+        context: int,
+        chunks: int | None,
+        *,
+        threads: int,
+        threshold: float | None = None,
+        vram_budget: int | None = None,
+    ) -> float:
+        """Score a text; see `powerinfer_bridge.perplexity` for the windows.
+
+        Raises:
+            EngineError: the program failed, hung or printed no estimate.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "text.txt"
+            file.write_bytes(text.encode("utf-8", "surrogateescape"))
+            options = [*_model(model), "--file", str(file), "-c", str(context)]
+            options += ["--threads", str(threads)]
+            options += ["--chunks", str(-1 if chunks is None else chunks), *_budget(vram_budget)]
+            run = self._run([str(self._perplexity), *options], _threshold(threshold))
+        require_success(run)
+        return parse_perplexity(run.stdout)
+
+    def _run(self, command: list[str], environment: dict[str, str | None]) -> Finished:
+        return run_program(
+            command,
+            timeout=self._timeout,
+            environment={_THRESHOLD_VARIABLE: None} | environment,
+            heartbeat=self._heartbeat,
+        )
+
+
+def _model(model: Path) -> list[str]:
+    return ["--model", str(model.resolve())]
+
+
+def _flags(**chosen: bool) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, given in chosen.items() if given]
+
+
+def _budget(vram_budget: int | None) -> list[str]:
+    return [] if vram_budget is None else ["--vram-budget", vram_option(vram_budget)[0]]
+
+
+def _threshold(threshold: float | None) -> dict[str, str | None]:
+    return {} if threshold is None else {_THRESHOLD_VARIABLE: repr(threshold)}
+
+
+def _state(index: Path) -> Any:
+    """Return what changes when a file is written: size and time; None if there is no file."""
+    try:
+        found = index.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _sample(run: Finished, prompt: str) -> RunSample:
+    timings = parse_timings(run.stderr)
+    text, odd = continuation(run.stdout, prompt)
+    return RunSample(
+        text=text,
+        load_seconds=timings.load_seconds,
+        prompt=timings.prompt,
+        decode=timings.decode,
+        wall_seconds=run.seconds,
+        notes=(*parse_notes(run.stderr), *odd),
+        device=parse_device(run.stderr),
+        command=run.command,
+        environment=run.environment,
+    )

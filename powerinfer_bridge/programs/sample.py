@@ -1,0 +1,73 @@
+"""What a run of a real program measured, whatever the program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One phase of a run: processing the prompt, or decoding.
+
+    Attributes:
+        seconds: its duration, above 0.
+        tokens: tokens evaluated in it, at least 1.
+    """
+
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of the phase."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSample:
+    """One finished run of one prompt.
+
+    Attributes:
+        text: continuation without the prompt; None if the program prints none.
+        load_seconds: reading the file; None if not told.
+        prompt: processing the prompt; None if not measured.
+        decode: decoding.
+        wall_seconds: from before the program's start to after its end; some hundredths of a second
+            are psp's own.
+        notes: what the program said that a reader of its figures must know.
+        device: what it said about devices, a key missing if it said nothing. Of all: `cuda` (bool);
+            `gpus` (names). Of PowerInfer: `vram_used_bytes`, `layers_offloaded` (`3/32`),
+            `ffn_offloaded_bytes`. Of llama-bench: `backends`, `cpu_info`, `n_gpu_layers`,
+            `model_type`, `build_commit`, `build_number`.
+        command: the program and its arguments.
+        environment: variables that were set for it.
+    """
+
+    text: str | None
+    load_seconds: float | None
+    prompt: Phase | None
+    decode: Phase
+    wall_seconds: float
+    notes: tuple[str, ...] = ()
+    device: dict[str, Any] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramFacts:
+    """What a program is.
+
+    Attributes:
+        path: the program.
+        kind: whose it is.
+        version: what it says of its version or commit; None if nothing.
+        cuda: whether it was built with CUDA; None if it does not tell.
+    """
+
+    path: Path
+    kind: Literal["powerinfer", "llama.cpp", "llama-cpp-python"]
+    version: str | None
+    cuda: bool | None
