@@ -1,0 +1,1 @@
+"""What a decoded token costs: bytes, bandwidths and a roofline over both devices."""

@@ -1,0 +1,155 @@
+"""Bandwidths and overhead of a CPU, fitted to measured runs of PowerInfer.
+
+A run's seconds for each token are a sum, linear in what is not known:
+
+    seconds = matrix bytes · x₀ + row bytes · x₁ + column bytes · x₂ + layers · x₃
+
+with x₀ to x₂ the inverse of bandwidth · efficiency and x₃ `layer_seconds`. Relative residuals are
+minimised over x ≥ 0 (Lawson and Hanson's NNLS, in scikit-learn).
+
+Runs of one model alone cannot tell all four apart: bytes of attention and the number of layers are
+the same in each. So every unknown is drawn weakly to its value before the fit, all of these scaled
+to the runs' median first, in relative units: that decides only what the measurements leave open
+(Tikhonov regularisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cost_model.devices import Device, Efficiency, HardwareError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+PRIOR_WEIGHT = 0.01
+"""Assumed: an unknown that is off by all of its value counts as much as a run off by 1 %."""
+
+FEWEST = 3
+"""Runs that a fit needs, so that each can be left out and told from the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A measured run, on the CPU alone.
+
+    Attributes:
+        name: what it was.
+        group: what it was measured together with; left out together.
+        seconds: of a token.
+        matrix: bytes that a token reads in dense products.
+        rows: bytes of chosen rows of gate and up.
+        columns: bytes of chosen columns of down.
+        layers: layers.
+    """
+
+    name: str
+    group: str
+    seconds: float
+    matrix: float
+    rows: float
+    columns: float
+    layers: int
+
+    @property
+    def features(self) -> tuple[float, float, float, float]:
+        """What the four unknowns are multiplied by."""
+        return (self.matrix, self.rows, self.columns, float(self.layers))
+
+
+def run_seconds(run: Run, device: Device) -> float:
+    """Return the model's seconds of a run."""
+    read = device.seconds(matrix=run.matrix, rows=run.rows, columns=run.columns)
+    return read + run.layers * device.layer_seconds
+
+
+def calibrate(device: Device, runs: Sequence[Run]) -> Device:
+    """Return the device with efficiencies and overhead fitted to runs.
+
+    Args:
+        device: with the values before the fit.
+        runs: at least `FEWEST`.
+
+    Raises:
+        HardwareError: too few runs.
+    """
+    if len(runs) < FEWEST:
+        raise HardwareError(f"{len(runs)} measured runs, expected at least {FEWEST}; measure more")
+    matrix, rows, columns, layer = _solve(_unknowns(device), runs).tolist()
+    bandwidth = device.bandwidth
+    return replace(
+        device,
+        efficiency=Efficiency(
+            matrix=1 / (matrix * bandwidth),
+            rows=1 / (rows * bandwidth),
+            columns=1 / (columns * bandwidth),
+        ),
+        layer_seconds=layer,
+        source=f"{device.source}; efficiency and layer time fitted to {len(runs)} runs",
+    )
+
+
+def _unknowns(device: Device) -> tuple[float, float, float, float]:
+    share, bandwidth = device.efficiency, device.bandwidth
+    reads = (1 / (bandwidth * each) for each in (share.matrix, share.rows, share.columns))
+    return (*reads, device.layer_seconds)  # type: ignore[return-value]
+
+
+def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float64]:
+    """Return x.
+
+    Solved is for z = x / prior, so that all unknowns are near 1. One that the fit would set to 0,
+    an endless bandwidth, is kept at a thousandth.
+    """
+    import numpy as np
+    from sklearn.linear_model import LinearRegression
+
+    measured = np.array([run.seconds for run in runs])
+    features = np.array([run.features for run in runs]) / measured[:, None]
+    scale = np.array([value or 1e-6 for value in prior])
+    scale /= np.median(features @ scale)
+    system = np.concatenate([features * scale, PRIOR_WEIGHT * np.eye(len(scale))])
+    target = np.concatenate([np.ones(len(runs)), np.full(len(scale), PRIOR_WEIGHT)])
+    fit = LinearRegression(positive=True, fit_intercept=False).fit(system, target)
+    found: npt.NDArray[np.float64] = np.maximum(fit.coef_, 1e-3) * scale
+    return found
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A run as a fit predicts it.
+
+    Attributes:
+        run: the run.
+        seconds: predicted.
+        left_out: the fit has seen no run of its group; else it has seen all, and its error says
+            little.
+    """
+
+    run: Run
+    seconds: float
+    left_out: bool
+
+    @property
+    def error(self) -> float:
+        """Relative error, (predicted − measured) / measured."""
+        return self.seconds / self.run.seconds - 1
+
+
+def predictions(device: Device, runs: Sequence[Run]) -> list[Prediction]:
+    """Predict each run by a fit to the runs of other groups, where these are enough.
+
+    Args:
+        device: with the values before any fit.
+        runs: at least `FEWEST`.
+    """
+    found = []
+    for run in runs:
+        others = [other for other in runs if other.group != run.group]
+        left_out = len(others) >= FEWEST
+        fitted = calibrate(device, others if left_out else runs)
+        found.append(Prediction(run, run_seconds(run, fitted), left_out))
+    return found

@@ -1,0 +1,179 @@
+"""What an exported file gives the cost model: its bytes, and where PowerInfer would put them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cost_model.model_bytes import LayerBytes, LayerPlace, ModelBytes, Place
+from gguf_export.gpu_split import captured_share, choose_neurons, groups_of
+from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from gguf_export.reader import GGUFFile
+from gguf_export.schema import FC1, FC2
+from gguf_export.statistics import read_statistics
+from powerinfer_bridge.hyperparameters import Hyperparameters, read_hyperparameters
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = re.compile(r"blk\.([0-9]{1,6})\.(\w+)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything lies under a budget.
+
+    Attributes:
+        place: for the cost model.
+        plan: PowerInfer's.
+        neuron_share: share of all neurons in VRAM.
+        activation_share: share of all activations that they account for.
+    """
+
+    place: Place
+    plan: MemoryPlan
+    neuron_share: float
+    activation_share: float
+
+
+class EstimatedFile:
+    """The header of a sparse file, and the statistics beside it if a GPU needs them."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            FormatError: not a sparse file, damaged, or a tensor is missing.
+        """
+        self.path = path
+        self.file = GGUFFile(path)
+        self.hyper: Hyperparameters = read_hyperparameters(self.file)
+        if self.hyper.n_layers > len(self.file.tensors):
+            raise self.file.error(f"{self.hyper.n_layers} layers are impossible")
+        self.bytes = _model_bytes(self.file, self.hyper)
+
+    @property
+    def everything(self) -> int:
+        """Bytes of VRAM at which all that PowerInfer would place fits, without the KV cache."""
+        plan = plan_memory(self.file.tensors.values(), self._settings(0, 1))
+        placed = sum(_size(self.file, name) for name in self._placed_names())
+        return placed + sum(self.hyper.d_ff * each for each in plan.bytes_per_neuron)
+
+    @property
+    def but_neurons(self) -> int:
+        """Bytes of all that PowerInfer places before neurons, without the KV cache."""
+        return sum(_size(self.file, name) for name in self._placed_names())
+
+    def kv_cache(self, context: int) -> int:
+        """Return the bytes of the KV cache."""
+        return 2 * self._settings(0, context).kv_half
+
+    def place(self, budget: int, context: int) -> Placement:
+        """Follow PowerInfer's placement and our choice of neurons (`psp gpu-split`).
+
+        Raises:
+            PspError: a tensor that PowerInfer does not know, or no statistics beside the file.
+        """
+        plan = plan_memory(self.file.tensors.values(), self._settings(budget, context))
+        groups = groups_of(self.file.tensors["blk.0.ffn_down_t.weight"].kind)
+        chosen = choose_neurons(
+            self.statistics, plan.bytes_per_neuron, plan.ffn_budget, groups=groups
+        )
+        offloaded = set(plan.offloaded)
+        layers = tuple(
+            self._layer_place(number, offloaded, chosen[number])
+            for number in range(self.hyper.n_layers)
+        )
+        shares = [layer.neurons for layer in layers]
+        return Placement(
+            place=Place(
+                layers=layers,
+                head=self.hyper.graph.own_head and "output.weight" in offloaded,
+                kv=plan.kv_halves / 2,
+            ),
+            plan=plan,
+            neuron_share=sum(shares) / len(shares),
+            activation_share=captured_share(self.statistics, chosen),
+        )
+
+    @cached_property
+    def statistics(self) -> Sequence[torch.Tensor]:
+        """How often each neuron was active, per layer (d_ff,) int64."""
+        return read_statistics(self.path.parent, self.hyper.n_layers, self.hyper.d_ff)
+
+    def _layer_place(self, layer: int, offloaded: set[str], chosen: torch.Tensor) -> LayerPlace:
+        counts = self.statistics[layer]
+        names = [name for name in self.file.tensors if name.startswith(f"blk.{layer}.attn_")]
+        there = sum(_size(self.file, name) for name in names if name in offloaded)
+        total = sum(_size(self.file, name) for name in names)
+        return LayerPlace(
+            attention=there / total if total else 0.0,
+            fc1=FC1.format(layer=layer) in offloaded,
+            fc2=FC2.format(layer=layer) in offloaded,
+            neurons=float(chosen.double().mean()),
+            activations=captured_share([counts], [chosen]),
+        )
+
+    def _settings(self, budget: int, context: int) -> MemorySettings:
+        hyper = self.hyper
+        return MemorySettings(
+            budget=budget,
+            n_layers=hyper.n_layers,
+            kv_width=hyper.n_kv_heads * hyper.head_dim,
+            n_ctx=context,
+        )
+
+    def _placed_names(self) -> tuple[str, ...]:
+        total = sum(info.size for info in self.file.tensors.values())
+        # With a context of one token the cache cannot keep what follows from being placed.
+        return plan_memory(self.file.tensors.values(), self._settings(2 * total, 1)).offloaded
+
+
+def _size(file: GGUFFile, name: str) -> int:
+    info = file.tensors.get(name)
+    if info is None:
+        raise file.error(f"tensor {name} is missing")
+    return info.size
+
+
+def _model_bytes(file: GGUFFile, hyper: Hyperparameters) -> ModelBytes:
+    others = [0] * hyper.n_layers
+    for name, info in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        matrix = match and match[3] == "weight" and match[2].startswith(("ffn_gate", "ffn_up"))
+        if not match or matrix or match[2] in ("fc1", "fc2") or int(match[1]) >= hyper.n_layers:
+            continue
+        if (match[2], match[3]) != ("ffn_down_t", "weight"):
+            others[int(match[1])] += info.size
+    head = "output.weight" if hyper.graph.own_head else "token_embd.weight"
+    norms = sum(i.size for n, i in file.tensors.items() if n.startswith("output_norm."))
+    _size(file, head)
+    return ModelBytes(
+        d_model=hyper.d_model,
+        n_vocab=file.tensors[head].shape[0],
+        layers=tuple(_layer_bytes(file, hyper, n, other) for n, other in enumerate(others)),
+        head=_size(file, head) + norms,
+        # The cache is F16 unless PowerInfer is told otherwise (`--memory-f32`).
+        kv_token=2 * 2 * hyper.n_kv_heads * hyper.head_dim,
+    )
+
+
+def _layer_bytes(file: GGUFFile, hyper: Hyperparameters, layer: int, others: int) -> LayerBytes:
+    def matrix(stem: str) -> int:
+        return _size(file, f"blk.{layer}.{stem}.weight")
+
+    gated, d_ff = hyper.graph.gated, hyper.d_ff
+    rows = matrix("ffn_up") + (matrix("ffn_gate") if gated else 0)
+    return LayerBytes(
+        attention=others,
+        fc1=matrix("fc1"),
+        fc2=matrix("fc2"),
+        neuron_rows=rows // d_ff,
+        neuron_column=matrix("ffn_down_t") // d_ff,
+        d_ff=d_ff,
+        gated=gated,
+    )

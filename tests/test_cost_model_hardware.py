@@ -1,0 +1,148 @@
+"""Descriptions of hardware: presets, files of one's own, hostile ones, and `this`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cost_model.devices import HardwareError
+from cost_model.hardware import load_hardware, preset_names, save_hardware
+from cost_model.measure import ROW_BYTES, cpu_bandwidths, measure_this
+
+DEVICE: dict[str, Any] = {
+    "bandwidth_gb_per_s": 10,
+    "memory_gib": 2,
+    "efficiency": {"matrix": 0.5, "rows": 0.4, "columns": 0.3},
+    "layer_microseconds": 20,
+}
+LINK: dict[str, Any] = {"bandwidth_gb_per_s": 30, "efficiency": 0.5, "copy_microseconds": 5}
+
+
+def write(path: Path, document: Any) -> Path:
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return path
+
+
+def test_presets_are_what_their_datasheets_say() -> None:
+    assert {"a100-80g+ddr4-8ch", "rtx4090+ddr5", "h200"} <= set(preset_names())
+    for name in preset_names():
+        hardware = load_hardware(name)
+        assert hardware.name == name
+        assert hardware.gpu is not None
+        assert hardware.link is not None
+        for part in (hardware.cpu, hardware.gpu, hardware.link):
+            assert part.source
+        assert hardware.cpu.bandwidth < hardware.gpu.bandwidth
+        shares = hardware.cpu.efficiency, hardware.gpu.efficiency
+        assert all(max(each.matrix, each.rows, each.columns) < 1 for each in shares)
+    # Channels · transfers · 8 bytes, and bits · Gbit/s / 8.
+    assert load_hardware("a100-80g+ddr4-8ch").cpu.bandwidth == pytest.approx(8 * 3.2e9 * 8)
+    rtx = load_hardware("rtx4090+ddr5")
+    assert rtx.cpu.bandwidth == pytest.approx(2 * 5.6e9 * 8)
+    assert rtx.gpu is not None
+    assert rtx.gpu.bandwidth == pytest.approx(384 * 21e9 / 8)
+    assert rtx.gpu.memory == 24 << 30
+
+
+def test_a_file_is_read_and_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", {"cpu": DEVICE, "gpu": DEVICE, "link": LINK, "threads": 4})
+    found = load_hardware(str(path))
+    assert found.name == "mine"
+    assert found.threads == 4
+    assert found.cpu.bandwidth == 10e9
+    assert found.cpu.memory == 2 << 30
+    assert found.cpu.seconds(matrix=5e9, rows=4e9, columns=3e9) == pytest.approx(3.0)
+    assert found.link is not None
+    assert found.link.seconds(15e9, 2) == pytest.approx(1 + 10e-6)
+    save_hardware(tmp_path / "saved" / "mine.yaml", found)
+    again = load_hardware(str(tmp_path / "saved" / "mine.yaml"))
+    assert again.cpu.seconds(matrix=1e9) == pytest.approx(found.cpu.seconds(matrix=1e9))
+    assert again.threads == 4
+    assert again.link is not None
+    assert again.link.copy_seconds == pytest.approx(5e-6)
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in DEVICE.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("document", "parts"),
+    [
+        ("", ["is None, expected keys cpu"]),
+        ("[1, 2]", ["is a list, expected keys cpu"]),
+        ("cpu: [", ["not valid YAML", "mend the file"]),
+        ("cpu: !!python/object/apply:os.system [id]", ["not valid YAML"]),
+        ("a: &a [*a]\ncpu: *a", ["key 'a' is unknown, expected cpu"]),
+        ("cpu: 2026-99-99", ["not valid YAML"]),
+        ({"cpu": "fast"}, [": cpu: is 'fast', expected keys bandwidth_gb_per_s"]),
+        ({"gpu": DEVICE}, ["key cpu is missing"]),
+        ({"cpu": DEVICE, "gpu": DEVICE}, ["expected both gpu and link"]),
+        ({"cpu": DEVICE, "link": LINK}, ["expected both gpu and link"]),
+        ({"cpu": DEVICE | {"cores": 8}}, [": cpu: key 'cores' is unknown"]),
+        ({"cpu": without("memory_gib")}, [": cpu: key memory_gib is missing"]),
+        ({"cpu": DEVICE | {"bandwidth_gb_per_s": 0}}, ["cpu.bandwidth_gb_per_s is 0"]),
+        ({"cpu": DEVICE | {"bandwidth_gb_per_s": -1}}, ["is -1, expected a number above 0"]),
+        ({"cpu": DEVICE | {"bandwidth_gb_per_s": True}}, ["is True"]),
+        ({"cpu": DEVICE | {"bandwidth_gb_per_s": "1e3"}}, ["is '1e3', expected a number"]),
+        ({"cpu": DEVICE | {"bandwidth_gb_per_s": float("nan")}}, ["is nan"]),
+        ({"cpu": DEVICE | {"memory_gib": float("inf")}}, ["memory_gib is inf"]),
+        ({"cpu": DEVICE | {"memory_gib": 10**400}}, ["memory_gib is 1000"]),
+        ({"cpu": DEVICE | {"layer_microseconds": -5}}, ["a number of at least 0"]),
+        ({"cpu": DEVICE | {"efficiency": 0.5}}, ["cpu.efficiency: is 0.5, expected keys matrix"]),
+        (
+            {"cpu": DEVICE | {"efficiency": {"matrix": 0.5, "rows": 0, "columns": 1}}},
+            ["cpu.efficiency.rows is 0, expected a number above 0"],
+        ),
+        ({"cpu": DEVICE | {"name": 5}}, ["cpu.name is 5, expected text"]),
+        ({"cpu": DEVICE, "threads": 1.5}, ["threads is 1.5"]),
+        ({"cpu": DEVICE, "threads": 0}, ["threads is 0"]),
+        ({"cpu": DEVICE, "notes": "one"}, ["notes is 'one', expected a list"]),
+        ("x" * (2 << 20), ["more than 1 MiB"]),
+    ],
+)
+def test_hostile_files_are_refused(document: Any, parts: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.yaml", document)
+    with refused(HardwareError, str(path), *parts):
+        load_hardware(str(path))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with refused(HardwareError, "'rtx9090'", "this, a100-80g+ddr4-8ch"):
+        load_hardware("rtx9090")
+    with refused(HardwareError, "no such file", "check --hardware"):
+        load_hardware(str(tmp_path / "none.yaml"))
+    with refused(HardwareError, "no such file"):
+        load_hardware(str(tmp_path / "odd\0name.yaml"))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@given(st.binary(max_size=80))
+def test_no_bytes_are_a_bug(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_bytes(data)
+    with refused(HardwareError, str(path)):
+        load_hardware(str(path))
+
+
+def test_this_is_measured_with_the_threads_asked_for() -> None:
+    streamed, gathered = cpu_bandwidths(2, 4 * ROW_BYTES)
+    assert streamed > 0
+    assert gathered > 0
+    hardware = measure_this(1, 64 * ROW_BYTES)
+    assert hardware.threads == 1
+    assert hardware.cpu.bandwidth > 1e6
+    assert hardware.cpu.memory > 1 << 28
+    assert "measured" in hardware.cpu.source
+    assert any("calibrate" in note for note in hardware.notes)
+
+
+def test_too_little_memory_is_said() -> None:
+    with refused(HardwareError, "--hardware this", "needs four times as much memory"):
+        measure_this(1, 1 << 60)
