@@ -1,0 +1,171 @@
+"""The GPU index beside a file: whether PowerInfer takes it, and whether it is the right one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+import torch
+
+from common.errors import FormatError
+from gguf_export.gpu_index import index_path, read_gpu_index
+from gguf_export.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
+from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from powerinfer_bridge.contract import Subject
+from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, size, warning
+from powerinfer_bridge.doctor.gpu import Gpu
+
+_KEPT_FREE = 256 << 20
+"""VRAM that PowerInfer leaves alone if it is given no budget (llama.cpp:llama_set_vram_budget)."""
+
+_LOSS = 0.001
+"""Share of all activations that an index may lack of the best one of its size: equal counts may be
+ordered otherwise."""
+
+_SORTED_AS_TEXT = 10
+"""Up to so many layers, file names sorted as text come in the order of the layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexFacts:
+    """What an index says, beside what the file and the machine say.
+
+    Attributes:
+        neurons: neurons on the GPU.
+        total: neurons of all layers.
+        capacity: bytes of VRAM that it says its neurons need.
+        needed: bytes that they do need.
+        older: than the model file.
+        share: share of all activations that its neurons account for; None without statistics.
+        best: the same of the best choice of the same capacity.
+        memory: bytes of the largest card; 0 without one.
+        room: bytes that it leaves for neurons; None without one.
+    """
+
+    neurons: int
+    total: int
+    capacity: int
+    needed: int
+    older: bool
+    share: float | None = None
+    best: float | None = None
+    memory: int = 0
+    room: int | None = None
+
+
+def check_index(
+    subject: Subject, counts: Sequence[torch.Tensor] | None, gpus: Sequence[Gpu]
+) -> Iterator[Finding]:
+    """Read the index beside a file, or say what follows from its absence."""
+    path = index_path(subject.path)
+    memory = max((gpu.memory for gpu in gpus), default=0)
+    if not os.path.lexists(path):
+        yield absent(
+            subject.path,
+            len(subject.layers),
+            has_statistics=counts is not None,
+            has_gpu=bool(gpus),
+            memory=memory,
+        )
+        return
+    try:
+        facts = read_facts(subject, path, counts, memory)
+    except FormatError as error:
+        found = str(error).rpartition("; ")[0]
+        yield problem("GPU index", found, remake(subject.path, memory, force=True))
+        return
+    yield from index_findings(facts, subject.path)
+
+
+def read_facts(
+    subject: Subject, path: Path, counts: Sequence[torch.Tensor] | None, memory: int
+) -> IndexFacts:
+    """Read an index and compare it.
+
+    Raises:
+        FormatError: damaged, of another model, or one that PowerInfer would refuse or misread.
+    """
+    d_ff, layers = subject.hyper.d_ff, len(subject.layers)
+    groups = groups_of(subject.file.tensors["blk.0.ffn_down_t.weight"].kind)
+    chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
+    plan = _plan(subject, max(0, memory - _KEPT_FREE))
+    share = best = None
+    if counts is not None:
+        share = captured_share(counts, chosen)
+        best_choice = choose_neurons(counts, plan.bytes_per_neuron, capacity, groups=groups)
+        best = captured_share(counts, best_choice)
+    return IndexFacts(
+        neurons=sum(int(layer.sum()) for layer in chosen),
+        total=layers * d_ff,
+        capacity=capacity,
+        needed=split_bytes(chosen, plan.bytes_per_neuron),
+        older=path.stat().st_mtime < subject.path.stat().st_mtime,
+        share=share,
+        best=best,
+        memory=memory,
+        room=plan.ffn_budget if memory else None,
+    )
+
+
+def _plan(subject: Subject, budget: int) -> MemoryPlan:
+    hyper = subject.hyper
+    settings = MemorySettings(
+        budget=budget, n_layers=hyper.n_layers, kv_width=hyper.n_kv_heads * hyper.head_dim
+    )
+    return plan_memory(subject.file.tensors.values(), settings)
+
+
+def absent(
+    file: Path, n_layers: int, *, has_statistics: bool, has_gpu: bool, memory: int
+) -> Finding:
+    """Say what PowerInfer does without an index."""
+    if not has_gpu:
+        return note("GPU index", "none beside the file; only builds with CUDA read one")
+    if not has_statistics:
+        found = "none beside the file, and no statistics to make one: all neurons stay on the CPU"
+        return warning("GPU index", found, "export with predictors from psp train-predictor")
+    found = "none beside the file: PowerInfer will run its own solver, 'python3 -m powerinfer'"
+    if n_layers > _SORTED_AS_TEXT:
+        found += f", which mixes up the statistics of {n_layers} layers"
+    return warning("GPU index", found, remake(file, memory))
+
+
+def remake(file: Path, memory: int = 0, *, force: bool = False) -> str:
+    """Return the command that makes an index."""
+    tenths = max(0, memory - _KEPT_FREE) * 10 // 1024**3
+    budget = f"{tenths / 10:g}GiB" if tenths else "SIZE"
+    return f"psp gpu-split {quote(str(file))} --vram-budget {budget}{' --force' if force else ''}"
+
+
+def index_findings(facts: IndexFacts, file: Path) -> Iterator[Finding]:
+    """Judge an index that can be read; the first thing that is wrong counts."""
+    again = remake(file, facts.memory, force=True)
+    share = f"{facts.neurons / facts.total:.1%}"
+    found = f"{share} of all neurons on the GPU, {size(facts.capacity)} of VRAM"
+    if not facts.neurons:
+        yield warning("GPU index", "puts no neuron on the GPU", again)
+    elif facts.room is not None and facts.capacity > facts.room:
+        found = (
+            f"needs {size(facts.capacity)} of VRAM for neurons, the GPU leaves {size(facts.room)}: "
+            "PowerInfer refuses it and writes over it"
+        )
+        yield problem("GPU index", found, again)
+    elif facts.needed > facts.capacity:
+        found = f"says {size(facts.capacity)} of VRAM, its neurons take {size(facts.needed)}"
+        yield warning("GPU index", found, again)
+    elif facts.share is not None and facts.best is not None:
+        yield _by_statistics(facts, found, facts.share, facts.best, again)
+    elif facts.older:
+        yield warning("GPU index", f"{found}; older than the model file", again)
+    else:
+        yield ok("GPU index", found)
+
+
+def _by_statistics(facts: IndexFacts, found: str, share: float, best: float, again: str) -> Finding:
+    if share < best - _LOSS:
+        found += f"; they make {share:.1%} of activations, the best of that size {best:.1%}"
+        return warning("GPU index", f"{found}: of other statistics, or not psp's", again)
+    return ok("GPU index", f"{found}, {share:.1%} of activations")

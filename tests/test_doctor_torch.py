@@ -1,0 +1,216 @@
+"""The doctor on installations that are not there: Python, packages, torch, drivers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_doctor_machine import CARD, told, write
+
+from common.errors import FormatError
+from powerinfer_bridge.doctor.finding import GIB, Finding, guarded, ok
+from powerinfer_bridge.doctor.gpu import GpuFacts, gpu_findings, parse_query, read_gpus
+from powerinfer_bridge.doctor.packages import (
+    PackageFacts,
+    package_findings,
+    parse_requirements,
+    read_packages,
+)
+from powerinfer_bridge.doctor.torch_build import (
+    TorchDevice,
+    TorchFacts,
+    read_torch,
+    torch_findings,
+)
+
+PACKAGES = PackageFacts(
+    python="3.11.4",
+    least_python="3.10",
+    required={"torch": "2.6", "click": ""},
+    installed={"torch": "2.6.0+cpu", "click": "1", "triton": "3", "llama-cpp-python": "0.3"},
+)
+DEVICE = TorchDevice(name="NVIDIA X", capability=(8, 9), memory=24 * GIB, bf16=True)
+CUDA = TorchFacts(
+    version="2.13.0",
+    cuda="12.8",
+    available=True,
+    said="",
+    built_for=("sm_80", "sm_90"),
+    devices=(DEVICE,),
+)
+
+
+def test_requirements_of_extras_are_left_out() -> None:
+    lines = ["torch>=2.6", "click", "tqdm >= 4.66 ; python_version > '3'", "x>=1; extra == 'dev'"]
+    assert parse_requirements(lines) == {"torch": "2.6", "click": "", "tqdm": "4.66"}
+
+
+def test_our_own_packages_are_found() -> None:
+    facts = read_packages()
+    assert {"torch", "click", "gguf"} <= facts.required.keys() <= facts.installed.keys()
+    assert facts.least_python == "3.10"
+
+
+def test_a_sound_installation_is_ok() -> None:
+    findings = list(package_findings(PACKAGES))
+    assert {finding.status.value for finding in findings} == {"ok"}
+    assert told(findings, "packages")[1].startswith("all 2 ")
+
+
+@pytest.mark.parametrize(
+    ("version", "older"),
+    [("2.5.9", True), ("2.6", False), ("2.6.0rc1", False), ("2.10.0", False), ("junk", True)],
+)
+def test_versions_are_compared_as_numbers(version: str, older: bool) -> None:
+    facts = replace(PACKAGES, installed={**PACKAGES.installed, "torch": version})
+    findings = list(package_findings(facts))
+    assert ("torch" in {finding.check for finding in findings}) == older
+    if older:
+        status, found, remedy = told(findings, "torch")
+        assert status == "problem"
+        assert found == f"{version} is older than 2.6"
+        assert "'torch>=2.6'" in remedy
+
+
+def test_what_is_missing() -> None:
+    findings = list(package_findings(replace(PACKAGES, installed={}, python="3.9.18")))
+    assert told(findings, "Python")[:2] == ("problem", "3.9.18 is too old")
+    assert told(findings, "torch")[:2] == ("problem", "not installed")
+    assert told(findings, "click")[2].endswith("--upgrade click")
+    assert told(findings, "triton")[0] == "note"
+    assert told(findings, "llama-cpp-python")[0] == "note"
+
+
+CPU = replace(CUDA, cuda=None, available=False, built_for=(), devices=())
+UNUSABLE = replace(CUDA, available=False, said="The NVIDIA driver is too old", devices=())
+
+
+@pytest.mark.parametrize(
+    ("facts", "has_card", "status", "part", "remedy"),
+    [
+        (CUDA, True, "ok", "CUDA 12.8", ""),
+        (CPU, False, "ok", "without CUDA", ""),
+        (CPU, True, "warning", "without CUDA", "CUDA build of torch"),
+        (UNUSABLE, False, "note", "no NVIDIA GPU is visible", ""),
+        (UNUSABLE, True, "problem", "driver is too old", "update the driver (now 550.1)"),
+    ],
+)
+def test_builds_of_torch(
+    facts: TorchFacts, has_card: bool, status: str, part: str, remedy: str
+) -> None:
+    found = told(torch_findings(facts, (CARD,) if has_card else ()), "torch")
+    assert found[0] == status
+    assert part in found[1]
+    assert remedy in found[2]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "status"),
+    [
+        ((8, 9), ("sm_80", "sm_90"), "ok"),
+        ((9, 0), ("sm_80", "sm_90a"), "ok"),
+        ((12, 0), ("sm_80", "sm_90"), "problem"),
+        ((12, 0), ("sm_90", "compute_90"), "ok"),
+        ((8, 0), ("sm_86",), "problem"),
+        ((7, 5), ("sm_75",), "note"),
+        ((10, 3), ("sm_100",), "ok"),
+        ((8, 9), (), "ok"),
+    ],
+)
+def test_cards_that_torch_has_code_for(
+    capability: tuple[int, int], built_for: tuple[str, ...], status: str
+) -> None:
+    device = replace(DEVICE, capability=capability, bf16=capability >= (8, 0))
+    facts = replace(CUDA, built_for=built_for, devices=(device,))
+    assert told(torch_findings(facts, (CARD,)), "GPU for torch")[0] == status
+
+
+def test_this_torch_is_read() -> None:
+    facts = read_torch()
+    assert facts.version[0].isdigit()
+    assert len(facts.devices) == 0 or facts.available
+
+
+def program(path: Path, body: str) -> str:
+    path.write_text(f"#!{sys.executable}\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_cards_are_read_from_the_drivers_tool(tmp_path: Path) -> None:
+    line = "NVIDIA H100, 80GB, 81559, 80000, 550.54, 9.0"
+    facts = read_gpus(tmp_path, program(tmp_path / "nvidia-smi", f"print({line!r})"))
+    (gpu,) = facts.gpus
+    assert (gpu.name, gpu.memory, gpu.driver) == ("NVIDIA H100, 80GB", 81559 << 20, "550.54")
+    assert (gpu.free, gpu.capability, facts.failure) == (80000 << 20, "9.0", None)
+
+
+def test_what_an_old_driver_does_not_tell() -> None:
+    (gpu,) = parse_query("Tesla, [N/A], [N/A], 418.1, [N/A]\n")
+    assert (gpu.memory, gpu.free, gpu.capability) == (0, 0, "")
+    assert parse_query("No devices were found\n") == ()
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("print('Failed to initialize NVML'); raise SystemExit(9)", "Failed to initialize NVML"),
+        ("raise SystemExit(4)", "ended with code 4"),
+        ("import time; time.sleep(60)", "no end after 0.5 s"),
+    ],
+)
+def test_a_sick_driver_is_a_problem_and_its_card_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, part: str
+) -> None:
+    monkeypatch.setattr("powerinfer_bridge.doctor.gpu._SECONDS", 0.5)
+    card = {"proc/driver/nvidia/gpus/0000:01/information": "Model: \t NVIDIA X\nIRQ: 1\n"}
+    tool = program(tmp_path / "nvidia-smi", body)
+    facts = read_gpus(write(tmp_path, card), tool)
+    assert [gpu.name for gpu in facts.gpus] == ["NVIDIA X"]
+    first, second = gpu_findings(facts)
+    assert first.status.value == "problem"
+    assert part in first.found
+    assert second.found == "NVIDIA X"
+
+
+def test_cards_and_their_memory() -> None:
+    assert told(gpu_findings(GpuFacts(gpus=())), "GPU")[0] == "ok"
+    assert told(gpu_findings(GpuFacts(gpus=(CARD,))), "GPU")[0] == "ok"
+    busy = replace(CARD, free=2 * GIB)
+    status, found, remedy = told(gpu_findings(GpuFacts(gpus=(busy,))), "GPU")
+    assert (status, "2.0 GiB of 24.0 GiB free" in found) == ("warning", True)
+    assert "nvidia-smi" in remedy
+
+
+@pytest.mark.parametrize(
+    ("error", "found", "remedy"),
+    [
+        (FormatError("f: is bad; mend it"), "f: is bad", "mend it"),
+        (PermissionError(13, "Permission denied"), "the system refused", "permissions"),
+        (ImportError("libcudart.so.12:\ncannot open"), "failed: libcudart.so.12: cannot", "mend"),
+    ],
+)
+def test_a_check_that_fails_is_a_finding_after_those_it_made(
+    error: Exception, found: str, remedy: str
+) -> None:
+    def check() -> Iterator[Finding]:
+        yield ok("first", "fine")
+        raise error
+
+    first, last = guarded("check", check)
+    assert first.found == "fine"
+    assert (last.check, last.status.value) == ("check", "problem")
+    assert found in last.found
+    assert remedy in (last.remedy or "")
+
+
+def test_a_bug_stays_a_bug() -> None:
+    def check() -> Iterator[Finding]:
+        raise KeyError("bug")
+        yield ok("never", "")
+
+    with pytest.raises(KeyError):
+        list(guarded("check", check))
