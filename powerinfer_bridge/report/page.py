@@ -1,0 +1,71 @@
+"""`psp report`: one HTML page of one or several runs, whole in itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.files import refuse_existing, write_bytes
+from powerinfer_bridge.report.formats import visible
+from powerinfer_bridge.report.load import MAKERS, load_runs
+from powerinfer_bridge.report.results import Run
+from powerinfer_bridge.report.values import ResultError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of a page.
+
+    Attributes:
+        directories: each holds results, or directories that hold them.
+        out: HTML file to write.
+        force: replace an older page.
+    """
+
+    directories: tuple[Path, ...]
+    out: Path
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a page of nothing."""
+        if not self.directories:
+            raise ResultError(f"no directory; name one that '{MAKERS['bench.json']}' made")
+
+
+def write_page(config: ReportConfig) -> list[Run]:
+    """Write the page; the same results give the same bytes.
+
+    Returns:
+        What the page shows.
+
+    Raises:
+        PspError: a directory without results, a damaged result, or an output that exists.
+    """
+    refuse_existing(config.out, force=config.force)
+    runs = load_runs(config.directories)
+    write_bytes(config.out, render(runs).encode())
+    return runs
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page of at least one run."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from powerinfer_bridge.report.sections import contents
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_seen,
+    )
+    return environment.get_template("page.html.j2").render(contents(runs))
+
+
+def _seen(value: Any) -> Any:
+    """Make every text of a result visible; pictures are markup and stay."""
+    return visible(value) if type(value) is str else value
