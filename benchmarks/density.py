@@ -1,0 +1,289 @@
+"""PowerInfer's speed against the density of its predictions, on models made for it.
+
+For every density: makes a speed fixture (`benchmarks.speed_fixture`), times real PowerInfer on it
+as `psp bench-powerinfer` does, predicted neurons, all neurons and dense in turn, and removes the
+fixture. Then `--out` holds `density.json` with one more point, `density.png` and `.svg` of all so
+far, and the benchmark's own results in `bench-0.10/`. Points that are there are not measured again.
+
+    python benchmarks/density.py --powerinfer-bin DIR --tokenizer tokenizer.model --out DIR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from benchmarks.exact_density import FixtureShape
+from benchmarks.speed_fixture import FILE, FixtureConfig, make_and_check, shape_options
+from common.errors import OutputError, PspError
+from common.files import read_json, remove_output, sha256, write_error, write_json
+from common.plot_style import style
+from common.table import table
+from common.version import tool_version
+from gguf_export.element_types import OUTTYPES
+
+_ARMS = {
+    "predicted": "predicted",
+    "all_neurons": "all_neurons",
+    "dense": "dense_powerinfer",
+    "dense_llama_cpp": "dense_llama_cpp",
+}
+"""Arms of a point, and what the benchmark calls them."""
+
+_CONTEXT, _CHUNKS = 128, 2
+"""Enough text to see that the predictions change nothing: speed is the question here."""
+
+Bench = Callable[["DensityConfig", float], Mapping[str, Any]]
+"""Measures one density and returns the benchmark's document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityConfig:
+    """Settings of the sweep.
+
+    Attributes:
+        powerinfer_bin: directory of a PowerInfer build.
+        tokenizer: SentencePiece `tokenizer.model`.
+        out: directory for results.
+        densities: shares of neurons predicted, each above 0 and at most 1.
+        shape: sizes of the models; its density is replaced.
+        outtype: element type of the models' matrices.
+        threads: CPU threads.
+        repeats: rounds that count.
+        generate: tokens that a run decodes.
+        llama_cpp_bin: directory of a llama.cpp build, to time the dense file too.
+        hardware: what to estimate for, see `psp estimate`; None estimates nothing.
+    """
+
+    powerinfer_bin: Path
+    tokenizer: Path
+    out: Path
+    densities: tuple[float, ...]
+    shape: FixtureShape
+    outtype: str = "f16"
+    threads: int = 1
+    repeats: int = 5
+    generate: int = 32
+    llama_cpp_bin: str | None = None
+    hardware: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a density that cannot be made before any is measured."""
+        for density in self.densities:
+            self.at(density)
+
+    def at(self, density: float) -> FixtureShape:
+        """Return the shape of one density."""
+        return replace(self.shape, density=density)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what every point of one `density.json` must share, ready for JSON."""
+        kept = asdict(self)
+        for key in ("out", "densities", "tokenizer", "shape"):
+            del kept[key]
+        return {
+            **{key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
+            | {"tokenizer_sha256": sha256(self.tokenizer.read_bytes())},
+            "shape": {key: size for key, size in asdict(self.shape).items() if key != "density"},
+        }
+
+
+def label(density: float) -> str:
+    """Return a density as file names spell it."""
+    return f"{density:.2f}" if round(density, 2) == density else f"{density:g}"
+
+
+def bench_fixture(config: DensityConfig, density: float) -> Mapping[str, Any]:
+    """Make the fixture of a density, time PowerInfer on it, and remove it."""
+    from powerinfer_bridge.benchmark.config import BenchConfig
+    from powerinfer_bridge.benchmark.run import bench
+
+    place = config.out / f"fixture-{label(density)}"
+    fixture = FixtureConfig(
+        shape=config.at(density),
+        tokenizer=config.tokenizer,
+        out=place,
+        outtype=config.outtype,
+        dense=True,
+    )
+    remove_output(place)  # of a run that was killed
+    try:
+        make_and_check(fixture)
+        return bench(
+            BenchConfig(
+                file=fixture.bundle.model_file,
+                dense_gguf=fixture.bundle.dense_file,
+                powerinfer_bin=config.powerinfer_bin,
+                llama_cpp_bin=config.llama_cpp_bin,
+                hardware=config.hardware,
+                threads=config.threads,
+                repeats=config.repeats,
+                generate=config.generate,
+                context=_CONTEXT,
+                chunks=_CHUNKS,
+                out=config.out / f"bench-{label(density)}",
+                force=True,
+            )
+        )
+    finally:
+        remove_output(place)
+
+
+def point(shape: FixtureShape, bench: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a benchmark's document says of one density, ready for JSON."""
+    arms = {arm["name"]: arm["decode"] for arm in bench["arms"]}
+    speeds = {
+        name: {key: arms[arm][key] for key in ("tokens_per_second", "quartiles")}
+        for name, arm in _ARMS.items()
+        if arm in arms
+    }
+    ratios = (each for each in bench["speedups"] if each["over"] == "all_neurons")
+    estimate = bench.get("estimate")
+    return {
+        "density": shape.exact_density,
+        "density_wanted": shape.density,
+        "dense": None,
+        **speeds,
+        "speedup": next(ratios),
+        "estimate": None if estimate is None else estimate["tokens_per_second"],
+        "ppl_gap": bench["ppl_gap"],
+        "greedy_text_same": bench["greedy_text_same"],
+    }
+
+
+def begin(config: DensityConfig) -> dict[str, Any]:
+    """Return the document to add points to: the one in `out`, or a new one.
+
+    Raises:
+        OutputError: one with other settings, or of another machine, is there.
+    """
+    from powerinfer_bridge.benchmark.machine import this_machine
+
+    settings = config.settings()
+    head = {
+        "kind": "psp.density",
+        "schema_version": 1,
+        "tool_version": tool_version(),
+        "shape": settings["shape"],
+        "hardware": this_machine().document(),
+        "threads": config.threads,
+        "settings": settings,
+    }
+    file = config.out / "density.json"
+    if not file.exists():
+        return {**head, "points": []}
+    found = read_json(file, OutputError, "choose another --out")
+    if differing := _differing(head, found):
+        raise OutputError(
+            f"{file} was measured with another {' and '.join(differing)}; go on as it began, or "
+            "choose another --out"
+        )
+    return found
+
+
+def _differing(head: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return what keeps points from standing in one document, by name."""
+    kept = found.get("settings")
+    if not isinstance(kept, dict) or not isinstance(found.get("points"), list):
+        return ["schema"]
+    keys = ("kind", "schema_version", "tool_version", "hardware")
+    settings = [key for key, value in head["settings"].items() if kept.get(key) != value]
+    return [key for key in keys if found.get(key) != head[key]] + settings
+
+
+def run(config: DensityConfig, bench: Bench = bench_fixture) -> dict[str, Any]:
+    """Measure the densities that are not measured yet; every one is kept at once.
+
+    Raises:
+        PspError: other settings in `out`, a fixture that cannot be made, or an engine that fails.
+    """
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(config.out, error) from error
+    document = begin(config)
+    done = {each["density_wanted"] for each in document["points"]}
+    wanted = [density for density in dict.fromkeys(config.densities) if density not in done]
+    for density in tqdm(wanted, unit="density", disable=None):
+        found = bench(config, density)
+        points = [*document["points"], point(config.at(density), found)]
+        document["points"] = sorted(points, key=lambda each: float(each["density"]))
+        write_json(config.out / "density.json", document)
+        draw(document, config.out)
+    return document
+
+
+def draw(document: Mapping[str, Any], out: Path) -> None:
+    """Write the picture as PNG and SVG."""
+    from powerinfer_bridge.report.density_figure import density_figure
+
+    shape, threads = document["shape"], document["threads"]
+    with style():
+        figure = density_figure(document, width=6.4)
+        figure.axes[0].set_title(
+            f"{shape['n_layers']} layers of d_model {shape['d_model']}, d_ff {shape['d_ff']}, rank "
+            f"{shape['rank']}; {threads} {'thread' if threads == 1 else 'threads'}",
+            loc="left",
+        )
+        figure.savefig(out / "density.png")
+        figure.savefig(out / "density.svg", metadata={"Date": None})
+
+
+def lines(document: Mapping[str, Any]) -> str:
+    """Return the table of the medians, in tokens per second, and what predictions gain."""
+    arms = [arm for arm in _ARMS if any(each.get(arm) for each in document["points"])]
+    rows = [
+        [
+            f"{each['density']:.4f}",
+            *(f"{each[arm]['tokens_per_second']:.2f}" if each.get(arm) else "–" for arm in arms),
+            f"{each['speedup']['ratio']:.2f}",
+        ]
+        for each in document["points"]
+    ]
+    names = [arm.replace("_", " ") for arm in arms]
+    return table(["density", *names, "predicted / all"], rows)
+
+
+def read_densities(_: click.Context, option: click.Parameter, value: str) -> tuple[float, ...]:
+    """Read `0.1,0.5`."""
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.1,0.5") from error
+
+
+@click.command()
+@click.option("--powerinfer-bin", type=click.Path(exists=True, path_type=Path), required=True)
+@click.option("--tokenizer", type=FILE, required=True, help="A LLaMA's tokenizer.model.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="For results.")
+@click.option(
+    "--densities",
+    default="0.05,0.1,0.2,0.3,0.5,0.75,1",
+    show_default=True,
+    callback=read_densities,
+)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+@click.option("-n", "--generate", default=32, show_default=True, help="Tokens a run decodes.")
+@click.option("--llama-cpp-bin", help="Time the dense file in llama.cpp too.")
+@click.option("--hardware", help="Estimate for this: see psp estimate.")
+@click.option("--outtype", type=click.Choice(list(OUTTYPES)), default="f16", show_default=True)
+@shape_options
+def main(layers: int, heads: int, **options: Any) -> None:
+    """Run the sweep."""
+    sizes = {key: options.pop(key) for key in ("d_model", "d_ff", "rank", "seed")}
+    try:
+        shape = FixtureShape(density=1, n_layers=layers, n_heads=heads, **sizes)
+        config = DensityConfig(shape=shape, **options)
+        click.echo(lines(run(config)))
+    except PspError as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()
