@@ -7,12 +7,15 @@ import click
 from commands.bench_operators import bench_operators
 from commands.bench_powerinfer import bench_powerinfer
 from commands.collect import collect
+from commands.doctor import doctor
+from commands.estimate import estimate
 from commands.export_gguf import export_gguf
 from commands.generate import generate
 from commands.gpu_split import gpu_split
 from commands.inspect import inspect
 from commands.options import Group
 from commands.quickstart import quickstart
+from commands.report import report
 from commands.sparsify import sparsify
 from commands.sparsity import sparsity
 from commands.traces import traces
@@ -38,6 +41,9 @@ for command in (
     verify,
     inspect,
     bench_powerinfer,
+    report,
+    estimate,
+    doctor,
     generate,
     bench_operators,
 ):

@@ -15,12 +15,17 @@ from pathlib import Path
 
 ROOMS = (
     *("architectures", "commands", "common", "gguf_export", "powerinfer_bridge", "predictor"),
-    *("prosparse", "quickstart", "sparse_operators"),
+    *("cost_model", "prosparse", "quickstart", "sparse_operators"),
+)
+DATA = (
+    "cost_model/hardware.yaml",
+    *("powerinfer_bridge/report/page.css", "powerinfer_bridge/report/page.html.j2"),
 )
 COMMANDS = (
     *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),
     *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
     *(("generate",), ("bench-operators",), ("sparsify",), ("sparsity",)),
+    *(("estimate",), ("report",), ("doctor",)),
 )
 
 
@@ -47,6 +52,8 @@ def main() -> None:
             sys.exit(f"the wheel holds {sorted(tops)}, expected {sorted(expected)}")
         if not all(f"{room}/py.typed" in names for room in ROOMS):
             sys.exit("a package lacks py.typed")
+        if missing := set(DATA) - {*names}:
+            sys.exit(f"the wheel lacks {sorted(missing)}")
         environment = directory / "venv"
         venv.create(environment, with_pip=True)
         clean = environment / "bin" / "python"
