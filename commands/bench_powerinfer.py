@@ -66,7 +66,12 @@ from commands.printing import echo, note, print_json
 @click.option(
     "--model", metavar="DIR|HUB_ID", help="The file's checkpoint, for transformers' perplexity."
 )
-@click.option("--prompt", default="The ", show_default=True, help="Text to continue.")
+@click.option(
+    "--prompt",
+    default="The first thing to know about",
+    show_default=True,
+    help="Text to continue.",
+)
 @click.option(
     "--prompts",
     type=PATH,

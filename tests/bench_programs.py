@@ -26,7 +26,7 @@ calls = log.read_text().splitlines() if log.exists() else []
 with log.open('a') as file:
     print(json.dumps({'kind': kind, 'prompt': prompt, 'argv': sys.argv[1:]}), file=file)
 FAULT
-ms = {'predicted': 100, 'all': 200, 'dense': 400}[kind] * (3 if len(prompt) > 4 else 1)
+ms = {'predicted': 100, 'all': 200, 'dense': 400}[kind] * (3 if 'longer' in prompt else 1)
 count = int(option('-n')) - 1
 print(prompt + TEXT, end='')
 print('llama_print_timings:        load time =     50.00 ms', file=sys.stderr)

@@ -78,7 +78,10 @@ def test_inputs_are_told_by_content(document: Document, exact_bundle: Bundle) ->
     assert inputs["model"]["xxh3_128"] == xxh3_128(data).hexdigest()
     text = (TEXT * 2).encode()
     assert inputs["text"]["xxh3_128"] == xxh3_128(text).hexdigest()
-    assert inputs["prompts"]["xxh3_128"] == xxh3_128(b"The ").hexdigest()
+    assert (
+        inputs["prompts"]["xxh3_128"]
+        == xxh3_128(document["settings"]["prompt"].encode()).hexdigest()
+    )
 
 
 def test_the_machine_is_named(document: Document) -> None:

@@ -107,6 +107,26 @@ def test_options_reach_the_programs(
     assert "no-cuda" in {warning["code"] for warning in found["warnings"]}
 
 
+def test_one_thread_is_refused_where_a_gpu_needs_another(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    card = FakePrograms(tmp_path / "card", cuda=True)
+    with refused(EngineError, "--threads 1", "pass at least 2"):
+        run(powerinfer_bin=card.powerinfer, threads=1)
+    assert not card.calls("predicted", "all")
+    assert run(powerinfer_bin=card.powerinfer, threads=2)["engine"] == "PowerInfer"
+
+
+def test_an_estimate_that_cannot_be_made_costs_no_measurement(
+    run: Callable[..., dict[str, Any]],
+) -> None:
+    """The statistics by which neurons are chosen for a GPU are missing."""
+    found = run(hardware="rtx4090+ddr5", vram_budget="900GiB", repeats=1)
+    assert found["estimate"] is None
+    texts = {warning["code"]: warning["text"] for warning in found["warnings"]}
+    assert texts["no-estimate"].startswith("no estimate: ")
+
+
 def test_perplexity_is_the_same_binary_s_and_transformers_own(
     run: Callable[..., dict[str, Any]], model_dir: Path
 ) -> None:

@@ -46,6 +46,7 @@ def document(*arms: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "ppl_dense": 10.0,
         "ppl_transformers": None,
         "greedy_text_same": True,
+        "continuations": {"sparse": " text", "dense": " text"},
         **changes,
     }
 
@@ -124,6 +125,8 @@ CASES: dict[str, tuple[dict[str, Any], Circumstances, str]] = {
     "ppl-gap": (document(ppl_gap=0.011), around(), "by +1.10%"),
     "ppl-transformers": (document(ppl_transformers=10.2), around(), "in transformers 10.2000"),
     "texts-differ": (document(greedy_text_same=False), around(), "texts"),
+    "blank-text": (document(continuations={"sparse": " \n", "dense": " \n"}), around(), "--prompt"),
+    "no-estimate": (document(), around(estimate_problem="a: b; do c"), "no estimate: a: b; do c"),
     "spread": (document(speedups=spread(0.9, 1.2)), around(), "are 0.900 and 1.200"),
     "few-rounds": (document(settings=budget(None, 4)), around(), "rounds: 4;"),
     "more-threads-than-cores": (

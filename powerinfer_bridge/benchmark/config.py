@@ -60,7 +60,7 @@ class BenchConfig:
     field: str = "text"
     context: int = 512
     chunks: int = 16
-    prompt: str = "The "
+    prompt: str = "The first thing to know about"
     prompts: Path | None = None
     generate: int = 128
     repeats: int = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from common.errors import PspError
 from cost_model.hardware import THIS, load_hardware
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.machine import Machine
@@ -23,8 +24,8 @@ def has_gpu(config: BenchConfig, machine: Machine) -> bool:
 
 def expect(
     config: BenchConfig, document: Mapping[str, Any], *, context: int, gpu: bool
-) -> dict[str, Any] | None:
-    """Return the estimate for `--hardware`, None if none is named.
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Return the estimate for `--hardware`, if one is named, or why there can be none.
 
     Args:
         config: settings.
@@ -33,7 +34,7 @@ def expect(
         gpu: whether the hardware has one, so that a VRAM budget means something.
     """
     if config.hardware is None:
-        return None
+        return None, None
     from powerinfer_bridge.estimate import EstimateConfig, estimate
 
     settings = EstimateConfig(
@@ -44,5 +45,8 @@ def expect(
         vram_budget=config.vram_budget if gpu else None,
         threads=config.threads,
     )
-    found = estimate(settings)
-    return {key: found[key] for key in ("hardware", "tokens_per_second")}
+    try:
+        found = estimate(settings)
+    except PspError as error:  # what was measured is worth more
+        return None, str(error)
+    return {key: found[key] for key in ("hardware", "tokens_per_second")}, None

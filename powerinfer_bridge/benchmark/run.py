@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -89,8 +90,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "placement": place(subject, hot, vram_budget(config, subject, machine), room),
         "hot_neurons": frequency_curve(hot),
     }
-    document["estimate"] = expect(config, document, context=room, gpu=gpu)
-    around = _circumstances(config, subject, machine, hot)
+    document["estimate"], trouble = expect(config, document, context=room, gpu=gpu)
+    around = replace(_circumstances(config, subject, machine, hot), estimate_problem=trouble)
     document["warnings"] = find_warnings(document, around)
     problem = next(problems(document, SCHEMA), None)
     assert problem is None, problem

@@ -8,7 +8,7 @@ from pathlib import Path
 from gguf import GGUFValueType
 from tqdm import tqdm
 
-from common.errors import FormatError
+from common.errors import EngineError, FormatError
 from gguf_export.gpu_index import index_path
 from gguf_export.reader import GGUFFile
 from powerinfer_bridge.benchmark.config import PYTHON, BenchConfig
@@ -77,8 +77,8 @@ def open_subject(config: BenchConfig) -> Subject:
     """Open files and programs, and make sure that the programs start.
 
     Raises:
-        PspError: an unreadable file or one of the wrong kind, or a program that is missing, does
-            not start or is another's.
+        PspError: an unreadable file or one of the wrong kind, a program that is missing, does not
+            start or is another's, or one thread for a GPU.
     """
     real, heartbeat = None, Heartbeat()
     if config.powerinfer_bin is not None:
@@ -86,12 +86,18 @@ def open_subject(config: BenchConfig) -> Subject:
         real = PowerInfer(config.powerinfer_bin, timeout=timeout, heartbeat=heartbeat)
     llama_cpp = _llama_cpp(config, heartbeat)
     engine = Engine(config.file)
+    facts = None if real is None else real.check(config.file)
+    if facts is not None and facts.cuda and config.threads < 2:
+        raise EngineError(
+            "--threads 1: PowerInfer with CUDA needs one thread for the GPU beside those of the "
+            "CPU and stops with an assertion; pass at least 2"
+        )
     needs_dense = real is not None and config.dense_gguf is not None
     return Subject(
         file=GGUFFile(config.file),
         engine=engine,
         powerinfer=real,
-        powerinfer_facts=None if real is None else real.check(config.file),
+        powerinfer_facts=facts,
         llama_cpp=llama_cpp,
         llama_cpp_facts=None if llama_cpp is None else llama_cpp.check(),
         dense=_dense(config.dense_gguf) if needs_dense else None,

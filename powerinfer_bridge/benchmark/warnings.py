@@ -36,6 +36,7 @@ class Circumstances:
         activation_threshold: FATReLU's, 0 for ReLU.
         index_problem: what is wrong with the GPU index.
         dense_architectures: `general.architecture` of the dense arms' files, by arm.
+        estimate_problem: why `--hardware` gave no estimate.
         llama_cpp_cuda: as `cuda`, of llama.cpp.
     """
 
@@ -48,6 +49,7 @@ class Circumstances:
     index_problem: str | None = None
     dense_architectures: Mapping[str, str] = field(default_factory=dict)
     llama_cpp_cuda: bool | None = None
+    estimate_problem: str | None = None
 
 
 def find_warnings(document: Mapping[str, Any], around: Circumstances) -> list[dict[str, str]]:
@@ -165,6 +167,13 @@ def _quality(document: Mapping[str, Any], around: Circumstances) -> Warned:
         )
     if not document["greedy_text_same"]:
         yield "texts-differ", "greedy texts with predicted and with all neurons differ"
+    elif not "".join(document["continuations"].values()).strip():
+        yield (
+            "blank-text",
+            "the greedy text is blank, so that it is the same says nothing; pass another --prompt",
+        )
+    if around.estimate_problem is not None:
+        yield "no-estimate", f"no estimate: {around.estimate_problem}"
 
 
 def _noise(document: Mapping[str, Any], around: Circumstances) -> Warned:
