@@ -73,9 +73,9 @@ def estimate(as_json: bool, **options: Any) -> None:
     Bytes are summed over bandwidths, device by device, with PowerInfer's own placement under a VRAM
     budget; with a GPU a table shows which budget is the best.
     """
-    from powerinfer_bridge.estimate import EstimateConfig
-    from powerinfer_bridge.estimate import estimate as run
-    from powerinfer_bridge.estimate_table import estimate_table
+    from powerinfer_bridge.estimate.run import EstimateConfig
+    from powerinfer_bridge.estimate.run import estimate as run
+    from powerinfer_bridge.estimate.table import estimate_table
 
     document = run(EstimateConfig(**options))
     if as_json:

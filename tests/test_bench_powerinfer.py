@@ -254,7 +254,7 @@ def test_the_table_has_a_row_an_arm(
         *(["2.50", "0.50", "0.12"], ["20.00", "4.00", "1.00"]),
     ]
     assert "vs dense: llama.cpp, dense file, F16, 2 threads, -ngl 0" in shown
-    assert "0.50 times, quartiles 0.50 to 0.50, rounds: 5" in shown
+    assert "0.50 times; round by round 0.50 to 0.50 (quartiles of 5)" in shown
     assert "warning: llama.cpp, dense file: computes SiLU" in shown
     assert lines[-1] == f"results: {out}/bench.json, {out}/bench.csv, {out}/samples.jsonl"
     document = read_bench(out)

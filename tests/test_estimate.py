@@ -17,9 +17,9 @@ from cost_model.model_bytes import LayerPlace, Place, on_cpu
 from cost_model.roofline import PARTS
 from gguf_export.bundle import Bundle
 from gguf_export.reader import GGUFFile
-from powerinfer_bridge.estimate import EstimateConfig, estimate
-from powerinfer_bridge.estimate_file import EstimatedFile
-from powerinfer_bridge.estimate_table import estimate_table
+from powerinfer_bridge.estimate.file import EstimatedFile
+from powerinfer_bridge.estimate.run import EstimateConfig, estimate
+from powerinfer_bridge.estimate.table import estimate_table
 
 HARDWARE = """
 cpu:

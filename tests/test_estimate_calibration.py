@@ -18,9 +18,9 @@ from cost_model.hardware import load_hardware, save_hardware
 from cost_model.model_bytes import Activity, on_cpu
 from cost_model.roofline import dense_token, sparse_token
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.estimate import EstimateConfig, estimate
-from powerinfer_bridge.estimate_calibration import calibrate_hardware
-from powerinfer_bridge.estimate_file import EstimatedFile
+from powerinfer_bridge.estimate.calibration import calibrate_hardware
+from powerinfer_bridge.estimate.file import EstimatedFile
+from powerinfer_bridge.estimate.run import EstimateConfig, estimate
 
 STREAMED = Hardware(
     name="streamed",

@@ -173,8 +173,8 @@ def test_the_verdict_is_against_the_fastest_dense_run(
     assert judged is not None
     assert judged.outcome == outcome
     assert words in judged.sentence
-    assert "0.31\xa0% above that of all neurons (8.13 against 8.10)" in judged.sentence
-    assert "in the middle half of 9 rounds" in judged.sentence
+    assert "0.31\xa0% above that of all neurons (8.1273 against 8.1021)" in judged.sentence
+    assert "in the middle half of 9)" in judged.sentence
 
 
 def test_the_verdict_says_what_is_missing(tmp_path: Path) -> None:
@@ -212,6 +212,25 @@ def test_runs_compare_only_on_one_machine(tmp_path: Path) -> None:
     lines = [line for name, line in warnings(runs) if name == "all runs"]
     assert ["different machines" in line for line in lines] == [True, False]
     assert "other texts" in lines[1]
+
+
+def test_the_benchmarks_of_a_sweep_are_not_runs_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, density=density())
+    for name in ("bench-0.10", "bench-0.20"):
+        write(tmp_path / name, bench=bench())
+    [run] = load_runs([tmp_path])
+    assert run.density is not None
+    assert run.bench is None
+
+
+def test_no_model_is_called_the_fastest_of_another(tmp_path: Path) -> None:
+    write(tmp_path / "a", bench=bench() | {"warnings": []})
+    write(tmp_path / "b", bench=bench() | {"model": "Other-13B", "warnings": []})
+    runs = load_runs([tmp_path / "a", tmp_path / "b"])
+    assert comparison(runs) is None
+    [(name, line)] = warnings(runs)
+    assert name == "all runs"
+    assert "different models" in line
 
 
 def test_the_command_writes_a_page_and_keeps_an_old_one(psp: Psp, tmp_path: Path) -> None:

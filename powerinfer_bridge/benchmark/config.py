@@ -44,7 +44,7 @@ class BenchConfig:
         vram_budget: VRAM for PowerInfer, such as `24GiB`.
         seed: passed to PowerInfer; decoding is greedy.
         model: the checkpoint, for transformers' own perplexity.
-        hardware: what to estimate for, see `powerinfer_bridge.estimate`.
+        hardware: what to estimate for, see `powerinfer_bridge.estimate.run`.
         out: directory for results and the journal.
         resume: go on with an interrupted benchmark in `out`.
         force: replace what `out` holds.

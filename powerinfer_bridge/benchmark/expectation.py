@@ -35,7 +35,7 @@ def expect(
     """
     if config.hardware is None:
         return None, None
-    from powerinfer_bridge.estimate import EstimateConfig, estimate
+    from powerinfer_bridge.estimate.run import EstimateConfig, estimate
 
     settings = EstimateConfig(
         file=config.file,

@@ -82,8 +82,8 @@ def _baseline_lines(result: Mapping[str, Any], base: Mapping[str, Any] | None) -
     return [
         f"vs dense: {base['title']}, {base['element_type']}, {base['threads']} threads, "
         f"-ngl {base['n_gpu_layers'] or 0}",
-        f"predicted against it: {ratio['ratio']:.2f} times, quartiles {low:.2f} to {high:.2f}, "
-        f"rounds: {base['decode']['rounds']}",
+        f"predicted against it: {ratio['ratio']:.2f} times; round by round "
+        f"{low:.2f} to {high:.2f} (quartiles of {base['decode']['rounds']})",
     ]
 
 

@@ -9,6 +9,7 @@ from powerinfer_bridge.report.results import Bench, Run
 from powerinfer_bridge.report.verdict import ARM_TITLES
 
 _ALIKE = {
+    "model": "are of different models: their speeds and perplexities do not compare",
     "hardware": "were made on different machines: their speeds do not compare",
     "engine": "ran in different engines: their speeds do not compare",
     "context": "took other perplexity windows: their perplexities do not compare",
@@ -19,7 +20,7 @@ _ALIKE = {
 def comparison(runs: Sequence[Run]) -> str | None:
     """Say which of several runs decodes fastest with predictors; None if they do not compare."""
     measured = [run.bench for run in runs if run.bench is not None]
-    if any(_unlike(measured, key) for key in ("hardware", "engine")):
+    if any(_unlike(measured, key) for key in ("model", "hardware", "engine")):
         return None
     speeds = [
         (arm.decode.median, run.name)

@@ -71,6 +71,8 @@ def _load(directory: Path, name: str) -> Run:
 def _open(directory: Path, file: str) -> Value | None:
     """Open a result in a directory, or else the only one in the directories directly below."""
     here = [directory / file] if os.path.lexists(directory / file) else _below(directory, file)
+    if len(here) > 1 and file == "bench.json" and os.path.lexists(directory / "density.json"):
+        return None  # the sweep's own, one a density
     if len(here) > 1:
         raise ResultError(
             f"{directory}: {here[0].parent.name} and {here[1].parent.name} both hold {file}; "

@@ -86,7 +86,8 @@ def _where(bench: Bench) -> str:
 def _compared(faster: Ratio, outcome: str, rounds: int) -> str:
     against = _AGAINST[faster.over]
     low, high = (ratio(end) for end in faster.quartiles)
-    spread = f"{low} to {high} in the middle half of {rounds} rounds"
+    # The ratio is that of the medians; rounds have ratios of their own.
+    spread = f"round by round {low} to {high} in the middle half of {rounds}"
     if rounds == 1:
         spread = "one round, spread unknown"
     if outcome == "even":
@@ -102,5 +103,5 @@ def _quality(bench: Bench) -> str:
         return "its perplexity is that of all neurons"
     side = "above" if bench.gap > 0 else "below"
     sparse, dense = (bench.perplexity[name] for name in ("predicted", "all_neurons"))
-    figures = f"{sparse:.2f} against {dense:.2f}"
+    figures = f"{sparse:.4f} against {dense:.4f}"
     return f"its perplexity is {shown}\xa0% {side} that of all neurons ({figures})"

@@ -13,8 +13,8 @@ from cost_model.calibration import Prediction, Run, calibrate, predictions
 from cost_model.hardware import Hardware
 from cost_model.measure import UNCALIBRATED
 from cost_model.model_bytes import Activity, ModelBytes
-from powerinfer_bridge.estimate_activity import BENCH_FILE, layer_activity, number_at
-from powerinfer_bridge.estimate_file import EstimatedFile
+from powerinfer_bridge.estimate.activity import BENCH_FILE, layer_activity, number_at
+from powerinfer_bridge.estimate.file import EstimatedFile
 
 DENSITY_FILE = "density.json"
 _ARMS = ("all_neurons", "predicted", "dense_powerinfer")

@@ -19,9 +19,9 @@ from cost_model.hardware import Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
 from gguf_export.memory_plan import parse_size, vram_option
-from powerinfer_bridge.estimate_activity import ActivitySource, bench_activity, stated_activity
-from powerinfer_bridge.estimate_calibration import calibrate_hardware
-from powerinfer_bridge.estimate_file import EstimatedFile, Placement
+from powerinfer_bridge.estimate.activity import ActivitySource, bench_activity, stated_activity
+from powerinfer_bridge.estimate.calibration import calibrate_hardware
+from powerinfer_bridge.estimate.file import EstimatedFile, Placement
 
 ESTIMATE_FILE = "estimate.json"
 KIND, SCHEMA_VERSION, LABEL = "psp.estimate", 1, "estimate"

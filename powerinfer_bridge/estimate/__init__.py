@@ -1,0 +1,1 @@
+"""What bytes and bandwidths allow an exported file."""
