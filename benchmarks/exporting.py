@@ -23,11 +23,10 @@ from typing import Any
 import click
 import torch
 
-from architectures.checkpoint import Checkpoint
-from benchmarks.random_models import random_llama_7b
+from benchmarks.random_models import made_header, random_llama_7b
 from gguf_export.bundle import ExportConfig, export
 from gguf_export.reader import GGUFFile
-from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+from predictor.artifact import LayerPredictor, PredictorArtifact
 
 
 @click.command()
@@ -66,28 +65,11 @@ def main(
 
 def random_predictors(path: Path, model: Path, rank: int) -> Path:
     """Write random predictors for a model."""
-    checkpoint = Checkpoint.open(model)
-    shape = checkpoint.shape
-    header = PredictorHeader(
-        model=str(model),
-        model_fingerprint=checkpoint.fingerprint,
-        architecture=checkpoint.architecture.name,
-        activation=shape.activation,
-        n_layers=shape.n_layers,
-        d_model=shape.d_model,
-        d_ff=shape.d_ff,
-        rank=rank,
-        threshold=0.0,
-        traces_identity="",
-        recipe={"name": "random"},
-        holdout=0.1,
-        label_top_fraction=None,
-        seed=0,
-    )
+    header = made_header(model, rank, "random")
     artifact = PredictorArtifact(path, header)
-    for layer in range(shape.n_layers):
-        fc1, fc2 = torch.randn(rank, shape.d_model), torch.randn(shape.d_ff, rank)
-        counts = torch.arange(shape.d_ff)
+    for layer in range(header.n_layers):
+        fc1, fc2 = torch.randn(rank, header.d_model), torch.randn(header.d_ff, rank)
+        counts = torch.arange(header.d_ff)
         artifact.add(layer, LayerPredictor(fc1.half(), fc2.half(), counts), {"recall": 0.0})
     return path
 

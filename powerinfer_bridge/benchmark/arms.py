@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gguf_export.reader import GGUFFile
 from gguf_export.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject, element_type
@@ -104,28 +105,28 @@ def _sparse_arm(config: BenchConfig, subject: Subject, room: int, threshold: flo
 
 
 def _dense_arms(config: BenchConfig, subject: Subject, room: int) -> Iterator[Arm]:
-    if subject.powerinfer is not None and subject.dense is not None:
-        yield Arm(
-            name=DENSE_POWERINFER,
-            title="PowerInfer, dense file",
-            engine="PowerInfer",
-            file=subject.dense.path,
-            element_type=element_type(subject.dense),
-            threads=config.threads,
-            n_gpu_layers=config.n_gpu_layers,
-            run=_powerinfer_dense(subject.powerinfer, config, subject.dense.path, room),
-        )
-    if subject.llama_cpp is not None and subject.llama_cpp_file is not None:
-        yield Arm(
-            name=DENSE_LLAMA_CPP,
-            title="llama.cpp, dense file",
-            engine="llama.cpp",
-            file=subject.llama_cpp_file.path,
-            element_type=element_type(subject.llama_cpp_file),
-            threads=config.threads,
-            n_gpu_layers=config.n_gpu_layers,
-            run=_llama_cpp(config, subject),
-        )
+    real = subject.powerinfer
+    if real is not None and subject.dense is not None:
+        run = _powerinfer_dense(real, config, subject.dense.path, room)
+        yield _dense_arm(DENSE_POWERINFER, "PowerInfer", subject.dense, config, run)
+    if subject.llama_cpp_file is not None:
+        run = _llama_cpp(config, subject)
+        yield _dense_arm(DENSE_LLAMA_CPP, "llama.cpp", subject.llama_cpp_file, config, run)
+
+
+def _dense_arm(
+    name: str, engine: str, file: GGUFFile, config: BenchConfig, run: Callable[[str], RunSample]
+) -> Arm:
+    return Arm(
+        name=name,
+        title=f"{engine}, dense file",
+        engine=engine,
+        file=file.path,
+        element_type=element_type(file),
+        threads=config.threads,
+        n_gpu_layers=config.n_gpu_layers,
+        run=run,
+    )
 
 
 def _embedded(engine: Engine, count: int, threshold: float | None) -> Callable[[str], RunSample]:
