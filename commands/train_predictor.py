@@ -36,6 +36,12 @@ from commands.printing import echo, note, print_json
 )
 @bound_options
 @click.option(
+    "--hardware",
+    metavar="NAME|FILE.yaml",
+    help="With --rank auto: choose ranks for a model larger than the VRAM of this hardware (see "
+    "psp estimate), where predictors' bytes cost less.  [default: every byte costs the same]",
+)
+@click.option(
     "--report", type=PATH, metavar="DIR", help="Also write metrics, curves and plots to DIR."
 )
 @click.option(
@@ -72,15 +78,24 @@ from commands.printing import echo, note, print_json
 @resume_option
 @force_option
 @json_option
-def train_predictor(as_json: bool, threads: int, report: Path | None, **options: Any) -> None:
+def train_predictor(
+    as_json: bool, threads: int, report: Path | None, hardware: str | None, **options: Any
+) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
+    from cost_model.hardware import load_hardware
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
     from predictor.training.config import TrainConfig
     from predictor.training.run import train_predictors
 
+    if hardware is not None:
+        if options["rank"] != "auto":
+            raise click.UsageError("--hardware goes with --rank auto")
+        machine = load_hardware(hardware, threads)
+        options["predictor_weight"] = machine.predictor_weight
+        note(f"a predictor's byte costs {machine.predictor_weight:.2g} of a neuron's on {hardware}")
     config = TrainConfig(**options)
     artifact = train_predictors(config, note)
     if report is not None:

@@ -144,6 +144,16 @@ class Hardware:
         devices = {"cpu": self.cpu} | ({"gpu": self.gpu} if self.gpu else {})
         return {name: device.seconds(rows=2 / 3, columns=1 / 3) for name, device in devices.items()}
 
+    @property
+    def predictor_weight(self) -> float:
+        """What a predictor's byte costs relative to one of a neuron, for models beyond the VRAM.
+
+        PowerInfer puts predictors into VRAM before any neuron, and it is the neurons left to the
+        CPU that a token waits for (`cost_model.roofline`). Without a GPU the CPU reads both.
+        """
+        place = self.gpu or self.cpu
+        return place.seconds(matrix=1.0) / self.byte_seconds()["cpu"]
+
 
 def _positive(key: str, value: float) -> None:
     if not 0 < value < math.inf:

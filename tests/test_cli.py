@@ -30,20 +30,6 @@ FFN_METRICS = {
     "ffn_bytes_ratio",
 }
 SMALL_BENCH = ("--ctx", 64, "--chunks", 2, "-n", 4, "--repeats", 1, "--threads", 1)
-FAKE_MAIN = """
-import os, sys
-if '--help' in sys.argv:
-    sys.exit(print('--vram-budget'))
-ms = 600 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 300
-print('The text')
-print(f'llama_print_timings:        eval time = {ms}.00 ms /    15 runs', file=sys.stderr)
-"""
-FAKE_PERPLEXITY = """
-import os, sys
-if '--help' in sys.argv:
-    sys.exit(print('--vram-budget'))
-print('Final estimate: PPL =', 12 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 12.6)
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -56,17 +42,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "held out.txt"
     path.write_text(TEXT * 2, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def powerinfer(tmp_path: Path) -> Path:
-    """A build whose programs answer at once."""
-    directory = tmp_path / "power infer"
-    directory.mkdir()
-    for name, body in (("main", FAKE_MAIN), ("perplexity", FAKE_PERPLEXITY)):
-        (directory / name).write_text(f"#!{sys.executable}\n{body}")
-        (directory / name).chmod(0o755)
-    return directory
 
 
 def strict_json(text: str) -> dict[str, Any]:
@@ -178,6 +153,10 @@ USAGE_ERRORS = [
     (["train-predictor", "--rank", "32,"], "'--rank': '32,' is no rank"),
     (["train-predictor", "--max-ppl-gap", "x%"], "'--max-ppl-gap': 'x%' is not a number"),
     (["train-predictor", "--ffn-bytes", "150%"], "'--ffn-bytes': 1.5 is not in the range"),
+    (
+        ["train-predictor", "--traces", "t", "--out", "o", "--rank", "32", "--hardware", "h200"],
+        "--hardware goes with --rank auto",
+    ),
     (["train-predictor", "--recipe", "best"], "'--recipe': 'best' is not one of 'psp', 'svd', "),
     (["train-predictor", "--holdout", "1"], "'--holdout': 1.0 is not in the range"),
     (["train-predictor", "--holdout", "nan"], "'--holdout': nan is not"),
@@ -377,29 +356,3 @@ def test_force_replaces_what_is_there(
     command = ("export-gguf", "--model", model_dir, "--predictors", exact_dir, "--out", out)
     succeeded(psp(*command, "--force"))
     assert out.read_bytes()[:4] == b"PWRI"
-
-
-@pytest.mark.parametrize("by", ["option", "variable"])
-def test_bench_runs_powerinfer_where_one_is_named(
-    psp: Psp,
-    exact_bundle: Bundle,
-    text_file: Path,
-    powerinfer: Path,
-    by: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    command = ["bench-powerinfer", exact_bundle.model_file, "--data", text_file, *SMALL_BENCH]
-    if by == "option":
-        command += ["--powerinfer-bin", powerinfer]
-    else:
-        monkeypatch.setenv("PSP_POWERINFER_BIN", str(powerinfer))
-    found = strict_json(succeeded(psp(*command, "--json")))
-    assert found["engine"] == "PowerInfer"
-    speeds = {arm["name"]: arm["decode"]["tokens_per_second"] for arm in found["arms"]}
-    assert speeds == {"all_neurons": 25.0, "predicted": 50.0}
-    assert (found["tokens_per_second"], found["speedup"]) == (50.0, 2.0)
-    assert (found["ppl_sparse"], found["ppl_dense"]) == (12.6, 12.0)
-    assert found["ppl_gap"] == pytest.approx(0.05)
-    table = succeeded(psp(*command))
-    assert "engine: PowerInfer; sparsity and recall by the embedded engine" in table
-    assert "perplexity gap +5.000 %" in table

@@ -196,6 +196,10 @@ def test_what_a_byte_of_a_neuron_costs() -> None:
     costs = machine(gpu=10 * GB).byte_seconds()
     assert costs["cpu"] == pytest.approx((2 / 3 / 0.5 + 1 / 3 / 0.25) / GB)
     assert costs["gpu"] == pytest.approx(costs["cpu"] / 10)
+    # Predictors are dense products: in VRAM if there is any, else beside the neurons.
+    product, gpu = machine().cpu.seconds(matrix=1), machine(gpu=10 * GB)
+    assert machine().predictor_weight == pytest.approx(product / costs["cpu"])
+    assert gpu.predictor_weight == pytest.approx(product / 10 / costs["cpu"])
 
 
 shares = st.floats(0, 1)

@@ -198,6 +198,9 @@ def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
         assert best_ranks(scouts, lambda rank: rank / 640, 2, test) == {0: 64, 1: 32}
     dear = best_ranks(scouts, lambda rank: rank / 32, 2, within_gap(1e-9))
     assert dear == {0: 32, 1: 32}
+    # In VRAM, where it costs a tenth, the same rank pays again.
+    in_vram = best_ranks(scouts, lambda rank: rank / 32, 2, within_gap(1e-9), 0.05)
+    assert in_vram == {0: 64, 1: 32}
 
 
 def test_a_measured_growth_that_contradicts_the_expected_one_counts(

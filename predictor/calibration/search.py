@@ -209,6 +209,7 @@ def best_ranks(
     cost: Callable[[int], float],
     d_ff: int,
     enough: Callable[[float, float], bool],
+    weight: float = 1.0,
 ) -> dict[int, int]:
     """Choose the rank of each layer.
 
@@ -218,6 +219,7 @@ def best_ranks(
         d_ff: neurons of a layer.
         enough: tells, of a mean FFN bytes ratio and an error summed over layers, whether the price
             may still rise.
+        weight: what a predictor's byte costs relative to one of a neuron, in the choice alone.
 
     Returns:
         Layer number to rank.
@@ -229,7 +231,8 @@ def best_ranks(
         for layer, ranks in scouts.items():
             options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in (1, -1)]
             chosen[layer] = min(
-                options, key=lambda o: o[1].error + price * d_ff * (cost(o[0]) + o[1].density)
+                options,
+                key=lambda o: o[1].error + price * d_ff * (weight * cost(o[0]) + o[1].density),
             )
         return chosen
 

@@ -34,6 +34,8 @@ class TrainConfig:
             0.001 if no bound is given; else without a bound every threshold is 0.
         ffn_bytes: largest mean FFN bytes ratio, instead.
         predictor_type: element type that will be exported, which decides what a rank costs.
+        predictor_weight: what a predictor's byte costs relative to one of a neuron, where ranks are
+            chosen; see `cost_model.devices.Hardware.predictor_weight`.
         model: checkpoint to measure the gap with; None takes the one that traces were made of.
         data: text to measure it on, in full; None takes the traces' own held-out documents.
         eval_tokens: tokens to measure it on, at most.
@@ -58,6 +60,7 @@ class TrainConfig:
     max_ppl_gap: float | None = None
     ffn_bytes: float | None = None
     predictor_type: str = "f16"
+    predictor_weight: float = 1.0
     model: str | None = None
     data: str | None = None
     eval_tokens: int = 16384
@@ -83,6 +86,10 @@ class TrainConfig:
             raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")
         if self.max_ppl_gap is not None and self.ffn_bytes is not None:
             raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds; pass one of them")
+        if not 0 < self.predictor_weight < float("inf"):
+            raise PredictorError(
+                f"predictor weight {self.predictor_weight:g}: expected a number above 0"
+            )
         ElementCost(self.predictor_type)
         recipe_named(self.recipe)
 

@@ -22,7 +22,7 @@ _CURVE_ROWS = 8192
 
 
 def choose_ranks(training: LayerTraining, layers: Sequence[int]) -> dict[int, int]:
-    """Choose ranks that keep the run's bound in the fewest bytes.
+    """Choose ranks that keep the run's bound in the fewest bytes, a predictor's weighted.
 
     A scout sees part of the training rows once; its curves are taken on rows that it did not see.
     How much better a larger rank is shows long before training ends, and only that decides.
@@ -50,12 +50,12 @@ def choose_ranks(training: LayerTraining, layers: Sequence[int]) -> dict[int, in
         d_ff=header.d_ff,
         ffn_matrices=header.ffn_matrices,
     )
-    gap = bound.max_ppl_gap
-    if gap is None:
+    if bound.max_ppl_gap is None:
         assert bound.ffn_bytes is not None
-        return best_ranks(curves, cost, header.d_ff, within_bytes(bound.ffn_bytes))
-    share = len(layers) / header.n_layers
-    return best_ranks(curves, cost, header.d_ff, within_gap(gap * share))
+        enough = within_bytes(bound.ffn_bytes)
+    else:
+        enough = within_gap(bound.max_ppl_gap * len(layers) / header.n_layers)
+    return best_ranks(curves, cost, header.d_ff, enough, training.config.predictor_weight)
 
 
 def _scout(

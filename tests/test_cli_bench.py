@@ -1,0 +1,69 @@
+"""The command line of the benchmark: where it finds PowerInfer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from conftest import TEXT
+
+from gguf_export.bundle import Bundle
+
+SMALL_BENCH = ("--ctx", 64, "--chunks", 2, "-n", 4, "--repeats", 1, "--threads", 1)
+FAKE_MAIN = """
+import os, sys
+if '--help' in sys.argv:
+    sys.exit(print('--vram-budget'))
+ms = 600 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 300
+print('The text')
+print(f'llama_print_timings:        eval time = {ms}.00 ms /    15 runs', file=sys.stderr)
+"""
+FAKE_PERPLEXITY = """
+import os, sys
+if '--help' in sys.argv:
+    sys.exit(print('--vram-budget'))
+print('Final estimate: PPL =', 12 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 12.6)
+"""
+
+
+@pytest.fixture
+def powerinfer(tmp_path: Path) -> Path:
+    """A build whose programs answer at once."""
+    directory = tmp_path / "power infer"
+    directory.mkdir()
+    for name, body in (("main", FAKE_MAIN), ("perplexity", FAKE_PERPLEXITY)):
+        (directory / name).write_text(f"#!{sys.executable}\n{body}")
+        (directory / name).chmod(0o755)
+    return directory
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_bench_runs_powerinfer_where_one_is_named(
+    psp: Callable[..., Result],
+    exact_bundle: Bundle,
+    powerinfer: Path,
+    tmp_path: Path,
+    by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text_file = tmp_path / "held out.txt"
+    text_file.write_text(TEXT * 2, encoding="utf-8")
+    command = ["bench-powerinfer", exact_bundle.model_file, "--data", text_file, *SMALL_BENCH]
+    if by == "option":
+        command += ["--powerinfer-bin", powerinfer]
+    else:
+        monkeypatch.setenv("PSP_POWERINFER_BIN", str(powerinfer))
+    found = json.loads(psp(*command, "--json").stdout)
+    assert found["engine"] == "PowerInfer"
+    speeds = {arm["name"]: arm["decode"]["tokens_per_second"] for arm in found["arms"]}
+    assert speeds == {"all_neurons": 25.0, "predicted": 50.0}
+    assert (found["tokens_per_second"], found["speedup"]) == (50.0, 2.0)
+    assert (found["ppl_sparse"], found["ppl_dense"]) == (12.6, 12.0)
+    assert found["ppl_gap"] == pytest.approx(0.05)
+    table = psp(*command).stdout
+    assert "engine: PowerInfer; sparsity and recall by the embedded engine" in table
+    assert "perplexity gap +5.000 %" in table
