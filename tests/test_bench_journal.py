@@ -192,16 +192,22 @@ def test_a_benchmark_that_is_interrupted_says_how_to_go_on_and_leaves_no_orphan(
     options = {"--powerinfer-bin": config.powerinfer_bin, "--data": config.data, "--ctx": 64}
     options |= {"--chunks": 2, "-n": 4, "--repeats": 3, "--threads": 1, "--out": config.out}
     words = [str(word) for pair in options.items() for word in pair]
-    code = "from cli import main; main()"
+    # A job in the background may have been given a SIGINT that is ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from cli import main; main()"
     command = [sys.executable, "-c", code, "bench-powerinfer", str(config.file), *words]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
-    end = time.monotonic() + 120
-    while len(programs.calls("predicted", "all")) < 5 and time.monotonic() < end:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
+    try:
+        end = time.monotonic() + 120
+        while len(programs.calls("predicted", "all")) < 5 and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
     assert process.returncode == 1
     assert stdout == ""
     assert f"kept in {config.out}/samples.jsonl; the same with --resume goes on" in stderr

@@ -32,7 +32,11 @@ FOREVER = SLEEPER + "time.sleep(600)"
 ALONE = FOREVER.replace("600)']", "0)']").replace("child.pid", "os.getpid()")
 """What a program started itself outlives a SIGKILL of psp: nobody is left to end it."""
 PSP = """
-import sys
+import signal, sys
+# A job in the background, or under nohup, may have been given signals that are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from powerinfer_bridge.programs import launch
 from powerinfer_bridge.programs.process import run_program
 run_program(sys.argv[1:], timeout=300)
@@ -217,6 +221,7 @@ def test_no_orphan_is_left_when_psp_is_ended(tmp_path: Path, number: signal.Sign
         wait_for(all_dead(pids))
     finally:
         psp.kill()
+        psp.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a program with its parent")
@@ -240,6 +245,7 @@ def test_handlers_are_as_before_and_foreign_ones_left_alone(tmp_path: Path) -> N
 
     program = write_program(tmp_path / "p", "import time\ntime.sleep(0.5)")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    term = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         run_program([str(program)], timeout=30, heartbeat=look)
         during = seen[0]
@@ -250,6 +256,7 @@ def test_handlers_are_as_before_and_foreign_ones_left_alone(tmp_path: Path) -> N
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGTERM, term)
 
 
 def test_a_program_can_be_run_in_another_thread(tmp_path: Path) -> None:
