@@ -274,3 +274,11 @@ def powerinfer_bin() -> Path:
     if not POWERINFER_BIN:
         pytest.skip("set PSP_POWERINFER_BIN to a PowerInfer build's bin directory to run this")
     return Path(POWERINFER_BIN)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_bin() -> Path:
+    """Directory of real llama.cpp programs, or a visible skip."""
+    if not LLAMA_CPP_BIN:
+        pytest.skip("set PSP_LLAMA_CPP_BIN to a llama.cpp build's bin directory to run this")
+    return Path(LLAMA_CPP_BIN)

@@ -10,7 +10,6 @@ from typing import Any
 
 import cuda_lines as cuda
 import pytest
-from conftest import LLAMA_CPP_BIN as BINARIES
 from conftest import refused
 from stand_ins import RECORDED, TIMINGS, build, in_one_line, recorded_output, write_program
 
@@ -302,11 +301,9 @@ def dense_bundle(
 
 
 @pytest.fixture
-def real(request: pytest.FixtureRequest, tmp_path: Path) -> LlamaCpp:
+def real(request: pytest.FixtureRequest, llama_cpp_bin: Path, tmp_path: Path) -> LlamaCpp:
     """A build that has one of the real programs only, or a visible skip."""
-    if not BINARIES:
-        pytest.skip("set PSP_LLAMA_CPP_BIN to a llama.cpp build's bin directory to run this")
-    program = Path(BINARIES).resolve() / request.param
+    program = llama_cpp_bin.resolve() / request.param
     if not program.exists():
         pytest.skip(f"this llama.cpp build has no {request.param}")
     (tmp_path / "bin").mkdir()
