@@ -143,6 +143,14 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out text."""
+    path = tmp_path_factory.mktemp("text") / "held out.txt"
+    path.write_text(TEXT * 2, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
 def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of uneven length, of about 4,000 tokens in all, under `body`."""
     path = tmp_path_factory.mktemp("data") / "long.jsonl"

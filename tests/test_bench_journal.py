@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from bench_programs import FakePrograms
 from click.testing import Result
-from conftest import TEXT, refused
+from conftest import refused
 
 from common.errors import EngineError, OutputError
 from gguf_export.bundle import Bundle
@@ -36,13 +36,6 @@ def reopen(
     force: bool = False,
 ) -> Journal:
     return open_journal(out, identity, resume=resume, force=force)
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "held-out.txt"
-    path.write_text(TEXT * 2, encoding="utf-8")
-    return path
 
 
 @pytest.fixture

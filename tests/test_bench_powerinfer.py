@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from bench_programs import FakePrograms
 from click.testing import Result
-from conftest import TEXT, refused
+from conftest import refused
 
 from common.errors import CheckpointError, EngineError, FormatError, PspError
 from gguf_export.bundle import Bundle, ExportConfig, export
@@ -28,13 +28,6 @@ def dense(model_dir: Path, exact_dir: Path, tmp_path_factory: pytest.TempPathFac
     out = tmp_path_factory.mktemp("dense") / "m.powerinfer.gguf"
     export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out, dense=True))
     return out.with_name("m.dense.gguf")
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    path = tmp_path / "held-out.txt"
-    path.write_text(TEXT * 2, encoding="utf-8")
-    return path
 
 
 @pytest.fixture

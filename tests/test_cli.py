@@ -37,13 +37,6 @@ def _no_powerinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PSP_POWERINFER_BIN", raising=False)
 
 
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "held out.txt"
-    path.write_text(TEXT * 2, encoding="utf-8")
-    return path
-
-
 def strict_json(text: str) -> dict[str, Any]:
     """Parse exactly one JSON document, without the NaN and Infinity that JSON does not have."""
 

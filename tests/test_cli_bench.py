@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import TEXT
 
 from gguf_export.bundle import Bundle
 
@@ -46,12 +45,10 @@ def test_bench_runs_powerinfer_where_one_is_named(
     psp: Callable[..., Result],
     exact_bundle: Bundle,
     powerinfer: Path,
-    tmp_path: Path,
+    text_file: Path,
     by: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text_file = tmp_path / "held out.txt"
-    text_file.write_text(TEXT * 2, encoding="utf-8")
     command = ["bench-powerinfer", exact_bundle.model_file, "--data", text_file, *SMALL_BENCH]
     if by == "option":
         command += ["--powerinfer-bin", powerinfer]

@@ -88,7 +88,7 @@ def _sparse_arm(config: BenchConfig, subject: Subject, room: int, threshold: flo
     """Return the sparse file in PowerInfer, or else in the embedded engine."""
     real = subject.powerinfer
     engine = EMBEDDED if real is None else "PowerInfer"
-    predicted = threshold is None
+    predicted, budget = threshold is None, config.vram_budget_bytes
     return Arm(
         name=PREDICTED if predicted else ALL_NEURONS,
         title=f"{engine}, {'predicted neurons' if predicted else 'all neurons'}",
@@ -96,18 +96,20 @@ def _sparse_arm(config: BenchConfig, subject: Subject, room: int, threshold: flo
         file=config.file,
         element_type=element_type(subject.file),
         threads=torch.get_num_threads() if real is None else config.threads,
-        vram_budget_bytes=config.vram_budget_bytes,
+        vram_budget_bytes=budget,
         threshold=threshold,
         run=_embedded(subject.engine, config.generate, threshold)
         if real is None
-        else _powerinfer(real, config, config.file, room, threshold),
+        else _powerinfer(real, config, config.file, room, threshold=threshold, vram_budget=budget),
     )
 
 
 def _dense_arms(config: BenchConfig, subject: Subject, room: int) -> Iterator[Arm]:
     real = subject.powerinfer
     if real is not None and subject.dense is not None:
-        run = _powerinfer_dense(real, config, subject.dense.path, room)
+        # A build without CUDA does not know the option.
+        layers = config.n_gpu_layers or None
+        run = _powerinfer(real, config, subject.dense.path, room, n_gpu_layers=layers)
         yield _dense_arm(DENSE_POWERINFER, "PowerInfer", subject.dense, config, run)
     if subject.llama_cpp_file is not None:
         run = _llama_cpp(config, subject)
@@ -150,8 +152,10 @@ def _embedded(engine: Engine, count: int, threshold: float | None) -> Callable[[
 
 
 def _powerinfer(
-    real: PowerInfer, config: BenchConfig, file: Path, room: int, threshold: float | None
+    real: PowerInfer, config: BenchConfig, file: Path, room: int, **own: Any
 ) -> Callable[[str], RunSample]:
+    """Return runs of PowerInfer; `own` is what the arm has for itself."""
+
     def run(prompt: str) -> RunSample:
         return real.generate(
             file,
@@ -159,27 +163,8 @@ def _powerinfer(
             config.generate,
             threads=config.threads,
             context=room,
-            threshold=threshold,
-            vram_budget=config.vram_budget_bytes,
             seed=config.seed,
-        )
-
-    return run
-
-
-def _powerinfer_dense(
-    real: PowerInfer, config: BenchConfig, file: Path, room: int
-) -> Callable[[str], RunSample]:
-    def run(prompt: str) -> RunSample:
-        return real.generate(
-            file,
-            prompt,
-            config.generate,
-            threads=config.threads,
-            context=room,
-            # A build without CUDA does not know the option.
-            n_gpu_layers=config.n_gpu_layers or None,
-            seed=config.seed,
+            **own,
         )
 
     return run
