@@ -44,6 +44,9 @@ _OUTPUT = ("output_norm", "output")
 _ON_CPU = ("token_embd", "position_embd")
 _NAME = re.compile(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)")
 
+KEPT_FREE = 256 << 20
+"""VRAM that PowerInfer leaves free if it is given no budget (llama.cpp:llama_set_vram_budget)."""
+
 BUCKET_BYTES = 4
 """Bytes that a neuron takes in VRAM beside its rows: its number in `gpu_bucket`, an int32
 (llama.cpp:llama_gpu_split_loader::load_gpu_idx_for_model). PowerInfer does not count it."""

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.document import SAMPLE, SCHEMA, check_document, read_bench
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.shape import ANYTHING, NULL, Exactly, problems
+from powerinfer_bridge.report.page import ReportConfig, write_page
 
 Document = dict[str, Any]
 
@@ -50,6 +52,20 @@ def test_the_document_has_exactly_the_schema_s_keys(document: Document) -> None:
     assert document["created"].endswith("Z")
     assert len(document["layers"]) == 2
     assert [layer["rank"] for layer in document["layers"]] == [128, 128]
+
+
+def test_the_page_shows_what_the_benchmark_wrote(
+    written: Path, document: Document, tmp_path: Path
+) -> None:
+    """The page has a reader of its own, which must know the keys that are really written."""
+    page = tmp_path / "page.html"
+    write_page(ReportConfig(directories=(written,), out=page))
+    shown = unescape(page.read_text(encoding="utf-8"))
+    assert document["model"] in shown
+    for key in ("ppl_sparse", "ppl_dense"):
+        assert f"{document[key]:.4f}" in shown
+    for warning in document["warnings"]:
+        assert warning["text"] in shown
 
 
 def test_the_document_agrees_with_itself(document: Document) -> None:

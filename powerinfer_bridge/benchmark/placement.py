@@ -14,6 +14,7 @@ from gguf_export.gpu_index import read_gpu_index
 from gguf_export.gpu_split import captured_share, groups_of, split_bytes
 from gguf_export.memory_plan import (
     BUCKET_BYTES,
+    KEPT_FREE,
     MemoryPlan,
     MemorySettings,
     plan_memory,
@@ -32,9 +33,6 @@ _KINDS = (
     ("ffn_neurons", r"blk\.\d+\.ffn_.*"),
 )
 PLACED_KINDS = (*(kind for kind, _ in _KINDS[:5]), "kv_cache", "ffn_neurons")
-_KEPT_FREE = 256 << 20
-"""What PowerInfer leaves of the free VRAM if it is given no budget (llama.cpp:
-llama_set_vram_budget)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +117,7 @@ def vram_budget(config: BenchConfig, subject: Subject, machine: Machine) -> int 
     if config.vram_budget_bytes is not None:
         return vram_option(config.vram_budget_bytes)[1]
     if facts.cuda and machine.gpus:
-        return max(0, machine.gpus[0].free_bytes - _KEPT_FREE)
+        return max(0, machine.gpus[0].free_bytes - KEPT_FREE)
     return None
 
 

@@ -13,13 +13,10 @@ import torch
 from common.errors import FormatError
 from gguf_export.gpu_index import index_path, read_gpu_index
 from gguf_export.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
-from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from gguf_export.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
 from powerinfer_bridge.contract import Subject
 from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, size, warning
 from powerinfer_bridge.doctor.gpu import Gpu
-
-_KEPT_FREE = 256 << 20
-"""VRAM that PowerInfer leaves alone if it is given no budget (llama.cpp:llama_set_vram_budget)."""
 
 _LOSS = 0.001
 """Share of all activations that an index may lack of the best one of its size: equal counts may be
@@ -91,7 +88,7 @@ def read_facts(
     d_ff, layers = subject.hyper.d_ff, len(subject.layers)
     groups = groups_of(subject.file.tensors["blk.0.ffn_down_t.weight"].kind)
     chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
-    plan = _plan(subject, max(0, memory - _KEPT_FREE))
+    plan = _plan(subject, max(0, memory - KEPT_FREE))
     share = best = None
     if counts is not None:
         share = captured_share(counts, chosen)
@@ -135,7 +132,7 @@ def absent(
 
 def remake(file: Path, memory: int = 0, *, force: bool = False) -> str:
     """Return the command that makes an index."""
-    tenths = max(0, memory - _KEPT_FREE) * 10 // 1024**3
+    tenths = max(0, memory - KEPT_FREE) * 10 // 1024**3
     budget = f"{tenths / 10:g}GiB" if tenths else "SIZE"
     return f"psp gpu-split {quote(str(file))} --vram-budget {budget}{' --force' if force else ''}"
 

@@ -18,17 +18,13 @@ from common.version import tool_version
 from cost_model.hardware import Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
-from gguf_export.memory_plan import parse_size, vram_option
+from gguf_export.memory_plan import KEPT_FREE, parse_size, vram_option
 from powerinfer_bridge.estimate.activity import ActivitySource, bench_activity, stated_activity
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
 from powerinfer_bridge.estimate.file import EstimatedFile, Placement
 
 ESTIMATE_FILE = "estimate.json"
 KIND, SCHEMA_VERSION, LABEL = "psp.estimate", 1, "estimate"
-
-RESERVED = 256 << 20
-"""VRAM that PowerInfer keeps free if it is given no budget (llama.cpp:llama_set_vram_budget); the
-same is assumed for a dense engine's compute buffers."""
 
 _STEPS = 8
 _GOOD_ENOUGH = 0.99
@@ -150,7 +146,8 @@ def _activity(config: EstimateConfig, n_layers: int) -> ActivitySource:
 
 def _document(setting: _Setting) -> dict[str, Any]:
     config, file, hardware = setting.config, setting.file, setting.hardware
-    card = max(0, hardware.gpu.memory - RESERVED) if hardware.gpu else 0
+    # A dense engine's compute buffers are assumed to take as much as PowerInfer leaves free.
+    card = max(0, hardware.gpu.memory - KEPT_FREE) if hardware.gpu else 0
     budget = card if config.vram_budget is None else _asked_budget(config.vram_budget, hardware)
     placement = setting.placement(budget)
     layers = setting.activity.layers
