@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +57,9 @@ def pack(windows: Iterable[Sequence[int]], path: Path, context: int, most: int) 
     Returns:
         (n, context) int32, mapped; n may be 0.
     """
-    count = 0
     with atomic_path(path) as part, part.open("wb") as file:
-        if most:
-            for window in windows:
-                file.write(np.asarray(window, np.int32).tobytes())
-                count += 1
-                if count == most:
-                    break
+        for window in islice(windows, most):
+            file.write(np.asarray(window, np.int32).tobytes())
     return open_windows(path, context)
 
 
@@ -74,13 +70,12 @@ def open_windows(path: Path, context: int) -> Windows:
     return np.memmap(path, np.int32, "r").reshape(-1, context)
 
 
-def need_windows(windows: Windows, least: int, source: str) -> None:
+def need_windows(found: int, least: int, context: int, source: str) -> None:
     """Refuse text that gives too few windows.
 
     Raises:
         DataError: naming the source and how much it gives.
     """
-    found, context = windows.shape
     if found < least:
         raise DataError(
             f"{source}: gives {found} windows of {context} tokens, needed are {least}; pass more "

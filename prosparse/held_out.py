@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from architectures.checkpoint import Checkpoint
-from architectures.tokenizer import Tokenizer, load_tokenizer
+from architectures.tokenizer import load_tokenizer
+from architectures.windows import document_windows
 from common.documents import read_documents
 from common.errors import DataError
 
@@ -31,7 +32,8 @@ def held_out_windows(
     """
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
     longest = min(context, checkpoint.shape.context_length)
-    windows = list(_first(_cut(read_documents(data, field), tokenizer, longest), tokens))
+    cut = document_windows(read_documents(data, field), tokenizer, longest)
+    windows = list(_first((window for _, window in cut), tokens))
     found = sum(map(len, windows))
     if found < LEAST_TOKENS:
         raise DataError(
@@ -39,14 +41,6 @@ def held_out_windows(
             "text or raise --tokens"
         )
     return windows
-
-
-def _cut(documents: Iterable[str], tokenizer: Tokenizer, context: int) -> Iterator[list[int]]:
-    bos = tokenizer.bos_id()
-    for document in documents:
-        ids = tokenizer.encode(document)
-        for start in range(0, len(ids), context - 1):
-            yield [bos, *ids[start : start + context - 1]]
 
 
 def _first(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:

@@ -38,11 +38,17 @@ class Watch:
 
     def term(self) -> torch.Tensor:
         """Return the term summed over layers."""
-        return torch.stack([term for term in self.terms if term is not None]).sum()
+        return _stacked(self.terms).sum()
 
     def shares(self) -> torch.Tensor:
         """Return (layers,) float32 shares of active neurons."""
-        return torch.stack([share for share in self.active if share is not None])
+        return _stacked(self.active)
+
+
+def _stacked(layers: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    seen = [value for value in layers if value is not None]
+    assert len(seen) == len(layers), "a layer was not run"
+    return torch.stack(seen)
 
 
 class L1Regulariser:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from architectures.checkpoint import Checkpoint
-from common.files import write_bytes
+from common.errors import OutputError
+from common.files import read_json, write_bytes, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -36,15 +37,15 @@ def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
     part = out / "training" / "model.part"
     shutil.rmtree(part, ignore_errors=True)
     trainer.model.config.use_cache = True  # off in training
-    trainer.model.config.architectures = [type(trainer.model).__name__]
     trainer.model.save_pretrained(part, state_dict=state)
     copy_tokenizer(checkpoint.path, out)
-    # Whoever finds a config.json finds all of the model.
-    config = (part / "config.json").read_bytes()
+    config = read_json(part / "config.json", OutputError, "start again")
     for file in sorted(part.iterdir()):
         if file.name != "config.json":
             file.replace(out / file.name)
-    write_bytes(out / "config.json", config)
+    # Whoever finds a config.json finds all of the model. Its dtype is still that of training.
+    name = str(checkpoint.dtype).removeprefix("torch.")
+    write_json(out / "config.json", config | {"dtype": name})
     shutil.rmtree(part)
 
 

@@ -130,8 +130,13 @@ class SparsifyConfig:
         """JSON lines, see `prosparse.journal`."""
         return self.training / "log.jsonl"
 
-    def document(self) -> dict[str, Any]:
+    def step_windows(self, processes: int) -> int:
+        """Return how many windows a step takes over all processes."""
+        return self.batch * self.accumulate * processes
+
+    def document(self, processes: int) -> dict[str, Any]:
         """Return what decides the weights, to compare with when resuming."""
         facts = {key: value for key, value in vars(self).items() if key not in _INDIFFERENT}
         facts |= {"betas": list(self.betas), "schedule": self.schedule.document()}
+        facts["processes"] = processes
         return {"settings": facts, "tool_version": tool_version()}

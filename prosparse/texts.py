@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.documents import read_documents
@@ -14,31 +18,41 @@ _SPREAD = 4
 documents, and a model trained on those alone knows the others less well."""
 
 
-def pack_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
-    """Write the windows of every text; once there is a checkpoint they stay as they are.
+def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+    """Refuse what cannot be trained on before anything is written.
+
+    Only as much text is read as one step takes.
 
     Raises:
-        PspError: the context is too long for the model, or a text is unreadable.
+        PspError: the context is too long for the model, or a text is unreadable or too short.
     """
-    begun = newest_checkpoint(config.training) is not None
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
     if config.context > checkpoint.shape.context_length:
         raise SettingsError(
             f"context is {config.context}, the model has {checkpoint.shape.context_length} "
             "positions; lower --context"
         )
-    step = config.batch * config.accumulate * processes
-    most = _SPREAD * config.schedule.steps * step
-    wanted = {
-        "train": (config.data, most + (0 if config.eval_data else config.eval_windows)),
-        "sft": (config.sft_data, most),
-        "eval": (config.eval_data, config.eval_windows),
-    }
-    for name, (source, count) in wanted.items():
-        path = config.training / f"{name}.windows"
-        if source is not None and not (begun and path.exists()):
-            documents = read_documents(source, config.field)
-            pack(cut_stream(documents, tokenizer, config.context), path, config.context, count)
+    step, windows = config.step_windows(processes), _windows_of(config, checkpoint)
+    for name, source in _sources(config).items():
+        most = {"train": step + config.eval_windows, "sft": step, "eval": 1}[name]
+        found = sum(1 for _ in islice(windows(source), most))
+        need_windows(found, _least(config, name, found, step), config.context, source)
+
+
+def pack_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+    """Write the windows of every text; once there is a checkpoint they stay as they are.
+
+    Raises:
+        PspError: a text is unreadable.
+    """
+    begun = newest_checkpoint(config.training) is not None
+    trained = _SPREAD * config.schedule.steps * config.step_windows(processes)
+    held = 0 if config.eval_data else config.eval_windows
+    most = {"train": trained + held, "sft": trained, "eval": config.eval_windows}
+    windows = _windows_of(config, checkpoint)
+    for name, source in _sources(config).items():
+        path = _packed(config, name)
+        if not (begun and path.exists()):
+            pack(windows(source), path, config.context, most[name])
 
 
 def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, WindowSet, float]:
@@ -47,25 +61,48 @@ def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, Wind
     Raises:
         DataError: a text gives fewer windows than one step takes, or than are held out.
     """
-    step = config.batch * config.accumulate * processes
-    train, held = _windows(config, "train"), None
-    if config.eval_data:
-        held = _windows(config, "eval")
-        need_windows(held, 1, config.eval_data)
-    else:
-        count = min(config.eval_windows, len(train) // 10)
-        need_windows(train, step + max(count, 1), config.data)
-        held, train = train[: max(count, 1)], train[max(count, 1) :]
-    need_windows(train, step, config.data)
+    step = config.step_windows(processes)
+    packed: dict[str, Windows] = {}
+    for name, source in _sources(config).items():
+        packed[name] = open_windows(_packed(config, name), config.context)
+        found = len(packed[name])
+        need_windows(found, _least(config, name, found, step), config.context, source)
+    train = packed["train"]
+    held = packed["eval"] if config.eval_data else train[: _held_back(config, len(train))]
+    train = train if config.eval_data else train[len(held) :]
     first = config.schedule.start_of("sft") if config.sft_data else config.schedule.steps
     parts = [(train, first * step)]
     if config.sft_data:
-        sft = _windows(config, "sft")
-        need_windows(sft, step, config.sft_data)
-        parts.append((sft, (config.schedule.steps - first) * step))
+        parts.append((packed["sft"], (config.schedule.steps - first) * step))
     passes = first * step / len(train)
     return WindowSet(parts, config.seed), WindowSet([(held, len(held))], None), passes
 
 
-def _windows(config: SparsifyConfig, name: str) -> Windows:
-    return open_windows(config.training / f"{name}.windows", config.context)
+def _sources(config: SparsifyConfig) -> dict[str, str]:
+    """Return name to source of every text of its own."""
+    sources = {"train": config.data, "sft": config.sft_data, "eval": config.eval_data}
+    return {name: source for name, source in sources.items() if source is not None}
+
+
+def _windows_of(
+    config: SparsifyConfig, checkpoint: Checkpoint
+) -> Callable[[str], Iterator[list[int]]]:
+    """Return what cuts a source into windows."""
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    return lambda source: cut_stream(
+        read_documents(source, config.field), tokenizer, config.context
+    )
+
+
+def _packed(config: SparsifyConfig, name: str) -> Path:
+    return config.training / f"{name}.windows"
+
+
+def _held_back(config: SparsifyConfig, found: int) -> int:
+    """Return how many of the first windows of the text to train on are held out."""
+    return 0 if config.eval_data else max(1, min(config.eval_windows, found // 10))
+
+
+def _least(config: SparsifyConfig, name: str, found: int, step: int) -> int:
+    """Return how many windows a text must give, of which `found` are known."""
+    return {"train": step + _held_back(config, found), "sft": step, "eval": 1}[name]

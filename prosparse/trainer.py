@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class SparsityTrainer(Trainer):  # type: ignore[misc]
     def __init__(self, *, schedule: Schedule, regulariser: L1Regulariser, **options: Any) -> None:
         """Take over what `transformers.Trainer` takes."""
         super().__init__(**options)
+        _keep_outputs(getattr(self.accelerator.state, "fsdp_plugin", None))
         self.schedule = schedule
         self.regulariser = regulariser
         # The loss comes back normalised over the whole accumulated batch, see `compute_loss`.
@@ -106,6 +108,13 @@ class SparsityTrainer(Trainer):  # type: ignore[misc]
         sparsity = [1 - share for share in means[_SUMS:]]
         logs["sparsity"] = sum(sparsity) / len(sparsity)
         logs |= {f"sparsity_layer_{layer}": value for layer, value in enumerate(sparsity)}
+
+
+def _keep_outputs(plugin: Any) -> None:
+    """Let FSDP2 return what the model computes; accelerate has it round even losses to bfloat16."""
+    policy: Any = getattr(plugin, "mixed_precision_policy", None)
+    if hasattr(policy, "output_dtype"):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
 
 class KeepGood(TrainerCallback):  # type: ignore[misc]

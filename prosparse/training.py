@@ -17,8 +17,7 @@ from torch import nn
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
-from common.documents import read_documents
-from common.errors import OutputError
+from common.errors import OutputError, PspError
 from common.files import read_json, refuse_existing, remove_output, write_json
 from prosparse.activation import open_as, set_activation
 from prosparse.checkpoints import drop_unfinished, newest_checkpoint, remove_checkpoints
@@ -27,7 +26,7 @@ from prosparse.journal_file import last_evaluation, read_log
 from prosparse.regulariser import L1Regulariser
 from prosparse.saving import save_model
 from prosparse.settings import SettingsError, SparsifyConfig
-from prosparse.texts import pack_texts, window_sets
+from prosparse.texts import check_texts, pack_texts, window_sets
 
 if TYPE_CHECKING:
     from prosparse.trainer import SparsityTrainer
@@ -36,6 +35,8 @@ Report = Callable[[str], None]
 _MARKER = "training/sparsify.json"
 _KEPT = 2
 """Checkpoints kept: the newest may be the one that a kill left unfinished."""
+_PATIENCE = 86_400
+"""Seconds that processes wait for the first one, which may pack text for hours."""
 
 
 def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict[str, Any]:
@@ -62,14 +63,27 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
             "set CUDA_VISIBLE_DEVICES to one"
         )
     transformers.utils.logging.disable_progress_bar()
-    with arguments.main_process_first():
-        if arguments.process_index == 0:
-            _claim(config)
-            if not config.finished:
-                pack_texts(config, checkpoint, arguments.world_size)
+    _first_process(arguments, lambda: _prepare(config, checkpoint, arguments.world_size))
     if not config.finished:
         _train(config, checkpoint, arguments, report)
     return _result(config)
+
+
+def _first_process(arguments: Any, work: Callable[[], None]) -> None:
+    """Let the first process work while the others wait; what it refuses they all refuse.
+
+    Otherwise the others would go on without the files that it did not write.
+    """
+    refusal: list[PspError | None] = [None]
+    if arguments.process_index == 0:
+        try:
+            work()
+        except PspError as error:
+            refusal[0] = error
+    if arguments.world_size > 1:
+        torch.distributed.broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise refusal[0]
 
 
 def is_main_process() -> bool:
@@ -120,26 +134,29 @@ def training_arguments(config: SparsifyConfig) -> Any:
         report_to=["tensorboard"],
         disable_tqdm=True,
         use_cpu=config.device == "cpu",
+        ddp_timeout=_PATIENCE,
         seed=config.seed,
     )
 
 
-def _claim(config: SparsifyConfig) -> None:
-    """Start the output, or make sure that it was started with the same settings."""
+def _prepare(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+    """Start the output, or make sure that it was started with the same settings; pack the text."""
     marker = config.out / _MARKER
     if config.resume and marker.exists():
         found = read_json(marker, OutputError, "use --force to start over")
-        if found.get("settings") != config.document()["settings"]:
+        if found.get("settings") != config.document(processes)["settings"]:
             raise OutputError(
-                f"{marker}: the run was begun with other settings; repeat those, or use --force "
-                "to start over"
+                f"{marker}: the run was begun with other settings or another number of processes "
+                f"than {processes}; repeat those, or use --force to start over"
             )
-        return
-    refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)
-    # Nothing that cannot run costs an existing output.
-    next(read_documents(config.data, config.field))
-    remove_output(config.out)
-    write_json(marker, config.document())
+    else:
+        refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)
+        # Nothing that cannot run costs an existing output.
+        check_texts(config, checkpoint, processes)
+        remove_output(config.out)
+        write_json(marker, config.document(processes))
+    if not config.finished:
+        pack_texts(config, checkpoint, processes)
 
 
 def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, report: Report) -> None:
@@ -154,10 +171,12 @@ def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, repor
     begun = newest_checkpoint(config.training)
     if begun is None:
         arguments.eval_on_start = True
-    else:
+    elif arguments.process_index == 0:
         report(f"going on from {begun}")
     trainer.train(resume_from_checkpoint=str(begun) if begun else None)
-    if last_evaluation(read_log(config.log)).get("step") != config.schedule.steps:
+    # The log is no judge: the first process may still be writing it, and all must decide alike.
+    evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
+    if config.schedule.steps not in evaluated:
         trainer.evaluate()
     save_model(trainer, checkpoint, config.out)
     if arguments.process_index == 0:

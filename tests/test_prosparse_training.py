@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
-from common.errors import CheckpointError, DataError, OutputError
+from common.errors import CheckpointError, DataError, OutputError, PspError
 from prosparse.checkpoints import MARK, drop_unfinished, newest_checkpoint
-from prosparse.data import WindowSet, cut_stream, pack
+from prosparse.data import WindowSet
 from prosparse.journal_file import last_evaluation, read_log
 from prosparse.schedule import Schedule, Stage
 from prosparse.settings import SettingsError, SparsifyConfig
@@ -80,6 +80,7 @@ def test_the_result_is_a_sparse_checkpoint(config: SparsifyConfig) -> None:
     assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
     assert checkpoint.config["eos_token_id"] == 2
     assert checkpoint.dtype == torch.float16  # the original's
+    assert checkpoint.config["dtype"] == "float16"
     assert (config.out / "tokenizer.model").is_file()
     assert result["steps"] == 24
     assert not list(config.training.glob("checkpoint-*"))
@@ -178,41 +179,6 @@ def test_sft_has_its_own_text(config: SparsifyConfig, tmp_path: Path) -> None:
         replace(config, sft_data=str(other))
 
 
-def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:
-    class Letters:
-        def encode(self, text: str) -> list[int]:
-            return [ord(letter) for letter in text]
-
-        def decode(self, ids: list[int]) -> str:
-            return "".join(map(chr, ids))
-
-        def bos_id(self) -> int:
-            return 1
-
-    windows = pack(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w", 4, 99)
-    text = ["".join(map(chr, window[1:])) for window in windows]
-    assert windows[:, 0].tolist() == [1, 1, 1, 1]
-    assert text == ["abc", "d\x01e", "f\x01g", "hij"]
-    assert len(pack(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 4, 2)) == 2
-
-
-def test_every_epoch_has_every_window_once(tmp_path: Path) -> None:
-    windows = pack([[n] * 4 for n in range(10)], tmp_path / "w", 4, 10)
-    order = [
-        int(item["input_ids"][0])
-        for item in map(WindowSet([(windows, 30)], 3).__getitem__, range(30))
-    ]
-    epochs = [order[:10], order[10:20], order[20:]]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    again = WindowSet([(windows, 30)], 3)
-    assert [int(again[index]["input_ids"][0]) for index in (29, 0, 11)] == [
-        order[29],
-        order[0],
-        order[11],
-    ]
-
-
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -272,6 +238,12 @@ def test_other_settings_do_not_resume(config: SparsifyConfig) -> None:
     assert same(before, weights(config))
     with refused(OutputError, "other settings", "--force"):
         sparsify(replace(config, resume=True, seed=1))
+    marker = config.training / "sparsify.json"
+    begun = marker.read_text()
+    marker.write_text(begun.replace('"processes": 1', '"processes": 2'))
+    with refused(OutputError, "another number of processes than 1"):
+        sparsify(replace(config, resume=True))
+    marker.write_text(begun)
     with refused(OutputError, "--force"):
         sparsify(config)
     sparsify(replace(config, force=True, seed=1))
@@ -308,13 +280,44 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert not (config.training / "checkpoint-8").exists()
 
 
-def test_too_little_text(config: SparsifyConfig, tmp_path: Path) -> None:
-    short = tmp_path / "short.txt"
-    short.write_text("A few words.")
-    with refused(DataError, "short.txt", "windows of 32 tokens", "--batch"):
-        sparsify(replace(config, data=str(short)))
-    with refused(SettingsError, "context is 256", "128"):
-        sparsify(replace(config, context=256, force=True))
+@pytest.mark.parametrize(
+    ("changes", "kind", "parts"),
+    [
+        ({"data": "short.txt"}, DataError, ("short.txt", "gives 1 windows of 8 tokens", "are 5")),
+        ({"eval_data": "empty.txt"}, DataError, ("empty.txt", "holds no text")),
+        ({"sft_data": "short.txt"}, DataError, ("short.txt", "windows of 8", "needed are 4")),
+        ({"batch": 10_000}, DataError, ("text.jsonl", "needed are 10004", "--batch")),
+        ({"context": 256}, SettingsError, ("context is 256", "128", "--context")),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_what_cannot_be_trained_on_costs_no_output(
+    config: SparsifyConfig,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[PspError],
+    parts: tuple[str, ...],
+    there: bool,
+) -> None:
+    schedule = stages(("progressive", 1, 6), ("sft", 0.5, 12))
+    config = replace(config, schedule=schedule, context=8, force=there)
+    (tmp_path / "short.txt").write_text("A word.")
+    (tmp_path / "empty.txt").write_text(" \n")
+    texts = {key: str(tmp_path / text) for key, text in changes.items() if key.endswith("data")}
+    before: dict[str, bytes] = {}
+    if there:
+        config.training.mkdir(parents=True)
+        for name in ("config.json", "training/sparsify.json", "training/log.jsonl"):
+            (config.out / name).write_text(name)
+        before = contents(config.out)
+    with refused(kind, *parts):
+        sparsify(replace(config, **changes | texts))
+    assert config.out.exists() == there
+    assert contents(config.out) == before
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(

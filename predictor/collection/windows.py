@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from architectures.tokenizer import Tokenizer
+from architectures.windows import document_windows
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,8 @@ def cut_windows(documents: Iterable[str], tokenizer: Tokenizer, context: int) ->
         tokenizer: the model's tokenizer.
         context: longest window in tokens, BOS included; at least 2.
     """
-    bos = tokenizer.bos_id()
-    for number, document in enumerate(documents):
-        tokens = tokenizer.encode(document)
-        for start in range(0, len(tokens), context - 1):
-            yield Window(number, [bos, *tokens[start : start + context - 1]])
+    for number, tokens in document_windows(documents, tokenizer, context):
+        yield Window(number, tokens)
 
 
 def cut_shards(windows: Iterable[Window], rows: int, tokens: int) -> Iterator[list[Window]]:

@@ -1,0 +1,42 @@
+"""Text as windows: what a window holds, and in which order training sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prosparse.data import WindowSet, cut_stream, pack
+
+
+def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:
+    class Letters:
+        def encode(self, text: str) -> list[int]:
+            return [ord(letter) for letter in text]
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+        def bos_id(self) -> int:
+            return 1
+
+    windows = pack(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w", 4, 99)
+    text = ["".join(map(chr, window[1:])) for window in windows]
+    assert windows[:, 0].tolist() == [1, 1, 1, 1]
+    assert text == ["abc", "d\x01e", "f\x01g", "hij"]
+    assert len(pack(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 4, 2)) == 2
+
+
+def test_every_epoch_has_every_window_once(tmp_path: Path) -> None:
+    windows = pack([[n] * 4 for n in range(10)], tmp_path / "w", 4, 10)
+    order = [
+        int(item["input_ids"][0])
+        for item in map(WindowSet([(windows, 30)], 3).__getitem__, range(30))
+    ]
+    epochs = [order[:10], order[10:20], order[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    again = WindowSet([(windows, 30)], 3)
+    assert [int(again[index]["input_ids"][0]) for index in (29, 0, 11)] == [
+        order[29],
+        order[0],
+        order[11],
+    ]
