@@ -8,7 +8,7 @@ quickstart: $(READY)
 	$(BIN)/psp quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
