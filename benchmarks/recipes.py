@@ -45,6 +45,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dejavu-rank-32": {"recipe": "dejavu", "rank": 32},
     "psp-rank-32": {"recipe": "psp", "rank": 32},
     "psp-rank-32-as-dejavu": {"recipe": "psp", "rank": 32, "bytes_of": "dejavu-rank-32"},
+    "svd-rank-32-as-dejavu": {"recipe": "svd", "rank": 32, "bytes_of": "dejavu-rank-32"},
     "dejavu-rank-32-bytes": {"recipe": "dejavu", "rank": 32, "ffn_bytes": 0.09},
     "psp-rank-32-bytes": {"recipe": "psp", "rank": 32, "ffn_bytes": 0.09},
 }

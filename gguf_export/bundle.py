@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -142,6 +143,7 @@ def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     ranks = check_fit(checkpoint, predictors)
     types = config.types
     check_rows(checkpoint.shape, types)
+    check_precision(predictors, types)
     vocab_size = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, vocab_size, checkpoint.config)
     if config.split and not predictors.counted:
@@ -354,6 +356,19 @@ def check_rows(shape: ModelShape, types: FileTypes) -> None:
             raise ExportError(
                 f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs; choose f16"
             )
+
+
+def check_precision(predictors: PredictorSource, types: FileTypes) -> None:
+    """Refuse to round predictors whose units differ from a constant by little.
+
+    Raises:
+        ExportError: a coarse type for predictors that were trained for float16.
+    """
+    if types.predictors != "f16" and json.loads(predictors.recipe).get("start") == "constant":
+        raise ExportError(
+            f"{predictors.path}: was trained for float16, {types.predictors} would spoil it; pass "
+            f"--predictor-type f16, or train with --predictor-type {types.predictors}"
+        )
 
 
 def _write_tensor_file(path: Path, content: object) -> None:

@@ -7,47 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
+from planted import (
+    D_FF,
+    D_MODEL,
+    HOLDOUT,
+    TRAIN,
+    importance_loss,
+    normal,
+    planted_layer,
+    rows_from,
+    seeded,
+)
 
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor, decide, to_half
-from predictor.traces.bits import active_places, pack_active
-from predictor.traces.importance import decode_importance, pack_codes
+from predictor.traces.importance import decode_importance
 from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.rows import LabelledRows, normalise_rms
 from predictor.traces.store import LayerRows
 from predictor.training.fit import evaluate, train_layer
-from predictor.training.initialise import random_start, second_moment, svd_start
+from predictor.training.initialise import moments_of, pairs_start, random_start
 from predictor.training.recipes import DEJAVU, PSP, Recipe
 
-D_MODEL, D_FF, RANK = 64, 96, 32
-TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=seeded(seed))
-
-
-def rows_from(
-    active: torch.Tensor, importance: torch.Tensor, inputs: torch.Tensor, bits: int = 8
-) -> LayerRows:
-    """Store rows as a collection does."""
-    packed, per_row = pack_active(active), active.sum(1)
-    row, _ = active_places(packed)
-    scale, codes = row_importance(importance[active], row, len(active), bits)
-    return LayerRows(
-        inputs=inputs.half(),
-        active=packed,
-        counts=active.sum(0),
-        importance_bits=bits,
-        scale=scale,
-        starts=torch.cumsum(per_row, 0) - per_row,
-        importance=torch.from_numpy(pack_codes(codes.numpy(), bits)),
-    )
+RANK = 32
 
 
 def unweighted(d_ff: int, d_model: int = 8) -> LayerWeights:
@@ -57,9 +39,9 @@ def unweighted(d_ff: int, d_model: int = 8) -> LayerWeights:
 # --- the start -----------------------------------------------------------------------------------
 
 
-def test_the_full_svd_start_has_the_sign_of_every_gate() -> None:
+def test_full_pairs_have_the_sign_of_every_gate() -> None:
     gate, inputs = normal(D_FF, D_MODEL), normal(500, D_MODEL, seed=1)
-    predictor = svd_start(gate, second_moment([inputs]), 2 * D_MODEL)
+    predictor = pairs_start(gate, moments_of([inputs]), 2 * D_MODEL)
     assert predictor.fc1.shape == (2 * D_MODEL, D_MODEL)
     assert predictor.fc2.shape == (D_FF, 2 * D_MODEL)
     exact = inputs.double() @ gate.double().T
@@ -68,10 +50,11 @@ def test_the_full_svd_start_has_the_sign_of_every_gate() -> None:
     assert torch.equal(decide(predictor, inputs, 0.0)[clear], (exact > 0)[clear])
 
 
-def test_the_truncated_svd_start_is_optimal() -> None:
+def test_truncated_pairs_are_optimal() -> None:
     """No linear map of its rank has a smaller E‖(W − A)x‖², with every gate of unit power."""
     mixing = normal(D_MODEL, D_MODEL) * torch.logspace(0, -1, D_MODEL)
-    moment = second_moment([normal(4000, D_MODEL, seed=1) @ mixing.T])
+    moments = moments_of([normal(4000, D_MODEL, seed=1) @ mixing.T])
+    moment = moments.second
     gate, k = normal(D_FF, D_MODEL, seed=2), RANK // 2
     gate = gate / (gate @ moment * gate).sum(1, keepdim=True).sqrt()
     factor = torch.linalg.cholesky(moment.double())
@@ -81,7 +64,7 @@ def test_the_truncated_svd_start_is_optimal() -> None:
 
     # A neuron's scale must not matter: its sign does not depend on it.
     scales = torch.logspace(-2, 2, D_FF)[:, None]
-    predictor = svd_start(gate * scales, moment, RANK)
+    predictor = pairs_start(gate * scales, moments, RANK)
     fc1, fc2 = predictor.fc1.detach(), predictor.fc2.detach()
     assert torch.equal(fc1, torch.cat([fc1[:k], -fc1[:k]]))
     assert torch.equal(fc2, torch.cat([fc2[:, :k], -fc2[:, :k]], dim=1))
@@ -220,17 +203,7 @@ def test_normalised_inputs_have_unit_root_mean_square(
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[LayerRows, LayerWeights]:
-    """Return a layer whose gate has rank 8 beneath noise and is closed on the average input."""
-    mean = normal(D_MODEL, seed=1)
-    mean = mean / mean.norm()
-    gate = normal(D_FF, 8, seed=2) @ normal(8, D_MODEL, seed=3) / 8**0.5
-    gate = gate + normal(D_FF, D_MODEL, seed=4)
-    gate = gate - torch.outer(gate @ mean + D_MODEL**0.5, mean)
-    inputs = (normal(3000, D_MODEL, seed=5) + 1.2 * mean).half()
-    opened = inputs.float() @ gate.T
-    norms = torch.rand(D_FF, generator=seeded(7)) + 0.5
-    importance = (opened * normal(3000, D_FF, seed=6)).abs() * norms
-    return rows_from(opened > 0, importance, inputs), LayerWeights(gate, norms)
+    return planted_layer(mean=1.2)
 
 
 def trained(
@@ -245,22 +218,6 @@ def trained(
     return rows, train_layer(recipe, rows, rank=RANK, **chosen)
 
 
-def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:
-    """Return the held-out loss of the psp recipe at the best scale of the logits."""
-    active = rows.active(HOLDOUT)
-    power = rows.importance(HOLDOUT) ** PSP.importance_power
-    positive = (power * active.sum() / power.sum()).clamp_max(PSP.importance_cap)
-    negative = PSP.negative_weight * active.float().mean() + PSP.negative_floor
-    weight = torch.where(active, positive, negative)
-    with torch.no_grad():
-        logits = predictor(rows.inputs(HOLDOUT))
-    losses = [
-        binary_cross_entropy_with_logits(logits * 2.0**power, active.float(), weight=weight)
-        for power in range(-8, 8)
-    ]
-    return float(min(losses))
-
-
 def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
     counts = evaluate(predictor, rows, HOLDOUT)
     metrics = counts.metrics(rank=RANK, d_model=D_MODEL, d_ff=D_FF)
@@ -268,8 +225,8 @@ def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
 
 
 def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
-    rows, predictor = trained(replace(PSP, batch=128, epochs=8), planted)
-    start = svd_start(planted[1].gate, second_moment([rows.inputs(TRAIN)]), RANK)
+    rows, predictor = trained(replace(PSP, batch=128), planted)
+    start = pairs_start(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
     assert importance_loss(predictor, rows) < 0.95 * importance_loss(start, rows)
 
 
@@ -327,7 +284,7 @@ def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
     planted: tuple[LayerRows, LayerWeights],
 ) -> None:
     rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
-    start = svd_start(planted[1].gate, second_moment([rows.inputs(TRAIN)]), RANK)
+    start = pairs_start(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
     inputs = rows.inputs(HOLDOUT)
     torch.testing.assert_close(predictor(inputs), start(inputs), atol=1e-3, rtol=1e-3)
 

@@ -29,6 +29,11 @@ class ElementCost:
             )
 
     @property
+    def fine(self) -> bool:
+        """Whether small differences of large numbers survive, as offsets by a constant need."""
+        return self.name == "f16"
+
+    @property
     def width(self) -> float:
         """Bytes of a weight relative to one of the FFN in float16."""
         return _TYPES[self.name][0]

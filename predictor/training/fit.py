@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -13,13 +12,14 @@ from predictor.module import Predictor, decide
 from predictor.traces.rows import LabelledRows
 from predictor.training.batches import batches
 from predictor.training.gradient import set_gradients
-from predictor.training.initialise import random_start, second_moment, svd_start
 from predictor.training.recipes import Recipe
+from predictor.training.start import Start, begin
 
 _EVALUATION_ROWS = 2048
-_MOMENT_ROWS = 32768
 _TUNED_WIDTH = 512
 _TUNED_RANK = 128
+_WHITENED = 0.25
+"""Of the rate, for fc1 where it takes whitened inputs."""
 
 
 def train_layer(
@@ -50,60 +50,49 @@ def train_layer(
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
     """
-    predictor = _start(recipe, rows, rank, train, generator, device).to(device)
-    rates = _rates(recipe, predictor)
+    start = begin(recipe, rows, rank, train, generator, torch.device(device))
+    recipe, predictor = start.recipe, start.predictor
+    rates = _rates(start)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
         weight_decay=recipe.weight_decay,
         fused=True,
     )
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
-    step, best, best_recall, bad = 0, predictor, -1.0, 0
+    step, best, best_recall, bad = 0, start.plain(), -1.0, 0
     for _ in range(recipe.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
         for batch in batches(recipe, rows, torch.device(device), order):
             if recipe.cosine:
                 for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            set_gradients(predictor, batch, dtype)
+            set_gradients(predictor, batch, dtype, start.coordinates)
             optimiser.step()
             step += 1
             on_step()
+        trained = start.plain()
         if not recipe.best_recall:
+            best = trained
             continue
-        counts = evaluate(predictor, rows, holdout)
+        counts = evaluate(trained, rows, holdout)
         recall = counts.hits / max(counts.active, 1)
         if recall > best_recall:
-            best, best_recall, bad = copy.deepcopy(predictor), recall, 0
+            best, best_recall, bad = trained, recall, 0
         else:
             bad += 1
         if recall >= recipe.stop_recall or bad >= recipe.patience:
             break
-    return best.cpu()
+    return best
 
 
-def _start(
-    recipe: Recipe,
-    rows: LabelledRows,
-    rank: int,
-    train: torch.Tensor,
-    generator: torch.Generator,
-    device: str,
-) -> Predictor:
-    d_ff, d_model = rows.weights.gate.shape
-    if not recipe.svd_start:
-        return random_start(rank, d_model, d_ff, generator)
-    sample = train[torch.randperm(len(train), generator=generator)[:_MOMENT_ROWS]]
-    parts = (rows.inputs(part).to(device) for part in torch.split(sample, _EVALUATION_ROWS))
-    return svd_start(rows.weights.gate.to(device), second_moment(parts), rank)
-
-
-def _rates(recipe: Recipe, predictor: Predictor) -> list[tuple[torch.nn.Parameter, float]]:
-    rank, d_model = predictor.fc1.shape
+def _rates(start: Start) -> list[tuple[torch.nn.Parameter, float]]:
+    recipe, predictor = start.recipe, start.predictor
+    rank, d_model = predictor.fc2.shape[1], predictor.fc1.shape[1]
     if not recipe.scale_rate:
         return [(matrix, recipe.learning_rate) for matrix in (predictor.fc1, predictor.fc2)]
+    share = _WHITENED if start.coordinates else 1.0
     return [
-        (predictor.fc1, recipe.learning_rate * min(1.0, _TUNED_WIDTH / d_model)),
+        (predictor.fc1, share * recipe.learning_rate * min(1.0, _TUNED_WIDTH / d_model)),
         (predictor.fc2, recipe.learning_rate * min(1.0, _TUNED_RANK / rank)),
     ]
 

@@ -1,14 +1,19 @@
-"""Where training starts: at random, or at the best linear approximation of the gate."""
+"""Where training starts: at random, or at the best low-rank approximation of the gate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from predictor.module import Predictor
+from predictor.training.coordinates import Coordinates, Moments, Whitening
 
-_DAMPING = 1e-4
+_OFFSETS = (0.5, 8.0)
+"""Of units, in standard deviations."""
+
+_LEAST_CONSTANT = 0.05
+_NEURONS = 1024
 
 
 def random_start(rank: int, d_model: int, d_ff: int, generator: torch.Generator) -> Predictor:
@@ -21,16 +26,17 @@ def random_start(rank: int, d_model: int, d_ff: int, generator: torch.Generator)
     return Predictor(uniform(rank, d_model), uniform(d_ff, rank))
 
 
-def second_moment(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return E[x xᵀ], (d_model, d_model) float32, of rows that come in parts (n, d_model)."""
-    total, rows = torch.zeros(()), 0
+def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
+    """Return the moments of rows that come in parts (n, d_model)."""
+    second, first, rows = torch.zeros(()), torch.zeros(()), 0
     for part in parts:
-        total, rows = total + part.T @ part, rows + len(part)
-    return total / rows
+        second, first = second + part.T @ part, first + part.sum(0)
+        rows += len(part)
+    return Moments(second / rows, first / rows)
 
 
-def svd_start(gate: torch.Tensor, moment: torch.Tensor, rank: int) -> Predictor:
-    """Return the activation-whitened truncated SVD of the gate as a predictor.
+def pairs_start(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
+    """Return the activation-whitened truncated SVD of the gate as pairs of units.
 
     With S Sᵀ = E[x xᵀ] and W the gate matrix, its rows scaled so that every neuron's gate has unit
     second moment, the rank-k matrix A that minimises E‖(W − A)x‖² is the truncated SVD of W·S times
@@ -38,19 +44,82 @@ def svd_start(gate: torch.Tensor, moment: torch.Tensor, rank: int) -> Predictor:
     2k ReLU units: `[V; −V]` and `[U, −U]`, because relu(a) − relu(−a) = a.
 
     Args:
-        gate: (d_ff, d_model) float32, gate matrix times the norm's weight, on the moment's device.
-        moment: (d_model, d_model) float32, second moment of the normalised inputs.
+        gate: (d_ff, d_model) float32, gate matrix times the norm's weight, on the moments' device.
+        moments: of the normalised inputs.
         rank: ReLU units, even.
     """
-    d_model = len(moment)
-    damped = moment + _DAMPING * moment.diagonal().mean() * torch.eye(d_model, device=moment.device)
-    factor = torch.linalg.cholesky(damped.double())
-    whitened = gate.double() @ factor
-    whitened = whitened / torch.linalg.vector_norm(whitened, dim=1, keepdim=True).clamp_min(1e-30)
-    # The right singular vectors come from the small Gram matrix: d_ff may be far larger than d.
-    _, vectors = torch.linalg.eigh(whitened.T @ whitened)
-    right = vectors[:, -(rank // 2) :]
-    left = whitened @ right
+    factor = torch.linalg.cholesky(moments.damped)
+    left, right = _truncated(gate.double() @ factor, rank // 2)
     down = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False)
     u, v = left.float(), down.float()
     return Predictor(torch.cat([v, -v]), torch.cat([u, -u], dim=1))
+
+
+@torch.no_grad()
+def constant_start(
+    gate: torch.Tensor, whitening: Whitening, rank: int, x: torch.Tensor
+) -> tuple[Predictor, Coordinates]:
+    """Return the truncated SVD of the gate with a unit for the constant, in its coordinates.
+
+    The same approximation as `pairs_start`'s, of rank `rank` − 1 and of what is not constant. Every
+    unit is signed for its smaller side to be the closed one, and its offset keeps it open on all
+    of `x`, or up to 8 standard deviations. Biases are 0.
+
+    Args:
+        gate: (d_ff, d_model) float32, see `pairs_start`.
+        whitening: of the normalised inputs.
+        rank: ReLU units, at most d_model + 1.
+        x: (n, d_model) float32, normalised inputs.
+    """
+    left, right = _truncated(gate.double() @ whitening.factor, rank - 1)
+    fc1, fc2, basis = right.T.float(), left.float(), whitening.basis
+    inputs = x @ basis
+    relative = (inputs[:, :-1] @ fc1.T) / inputs[:, -1:].clamp_min(_LEAST_CONSTANT)
+    low, high = -relative.amin(0), relative.amax(0)
+    signs = torch.where(low <= high, 1.0, -1.0)
+    offsets = torch.minimum(low, high).clamp(*_OFFSETS)
+    start = Predictor(
+        torch.cat([fc1 * signs[:, None], offsets[:, None]], dim=1),
+        torch.cat([fc2 * signs, torch.zeros(len(fc2), 1, device=fc2.device)], dim=1),
+    )
+    return start, Coordinates(basis, offsets)
+
+
+@torch.no_grad()
+def matching_biases(
+    hidden: torch.Tensor, fc2: torch.Tensor, active: torch.Tensor, factors: Sequence[float]
+) -> torch.Tensor:
+    """Return biases with which neurons are predicted in proportion to how often they are active.
+
+    Args:
+        hidden: (n, units + 1) float32, the last column s.
+        fc2: (d_ff, units + 1) float32; its biases are not looked at.
+        active: (n, d_ff) bool, on any device.
+        factors: how many times as often.
+
+    Returns:
+        (factors, d_ff) float32.
+    """
+    biases, rows = [], len(hidden)
+    relative = hidden[:, :-1] / hidden[:, -1:].clamp_min(_LEAST_CONSTANT)
+    counts = active.sum(0).to(fc2.device)
+    wanted = torch.stack([(counts * factor).long().clamp_max(rows) for factor in factors])
+    for matrix, many in zip(
+        torch.split(fc2[:, :-1], _NEURONS), torch.split(wanted, _NEURONS, dim=1), strict=True
+    ):
+        logits = (relative @ matrix.T).sort(0).values
+        # Past the last row on either side, none or all are predicted.
+        logits = torch.cat([2 * logits[:1] - logits[1:2], logits, 2 * logits[-1:] - logits[-2:-1]])
+        edges = (logits[:-1] + logits[1:]) / 2
+        biases.append(-edges.gather(0, rows - many))
+    return torch.cat(biases, dim=1)
+
+
+def _truncated(whitened: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return U·Σ (d_ff, k) and V (d_model, k) of the matrix with rows of unit norm."""
+    norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True).clamp_min(1e-30)
+    whitened = whitened / norms
+    # The right singular vectors come from the small Gram matrix: d_ff may be far larger than d.
+    _, vectors = torch.linalg.eigh(whitened.T @ whitened)
+    right = vectors[:, -k:]
+    return whitened @ right, right

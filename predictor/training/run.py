@@ -44,7 +44,7 @@ def train_predictors(
     check_device(config.device)
     store = TraceStore.open(config.traces)
     store.require_complete()
-    recipe = recipe_named(config.recipe)
+    recipe = _recipe_for(config)
     config = _settled(config, store)
     _check_ranks(config, store, recipe)
     _check_importance(config, store, recipe)
@@ -96,6 +96,11 @@ def _train_missing(training: LayerTraining, artifact: PredictorArtifact, layers:
         bar.update(total - bar.n)  # a recipe may stop early
 
 
+def _recipe_for(config: TrainConfig) -> Recipe:
+    recipe = recipe_named(config.recipe)
+    return recipe if ElementCost(config.predictor_type).fine else recipe.with_pairs()
+
+
 def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
     recorded = store.header.layers
     if config.layers is None:
@@ -124,7 +129,7 @@ def _check_ranks(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None
             "each or a single one"
         )
     for rank in config.fixed_ranks:
-        if recipe.svd_start and rank // 2 > d_model:
+        if recipe.start != "random" and rank // 2 > d_model:
             raise PredictorError(
                 f"rank {rank} exceeds twice d_model ({2 * d_model}), which is "
                 "exact already; lower --rank"
