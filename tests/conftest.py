@@ -24,9 +24,8 @@ from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeade
 from predictor.collection.collect import CollectConfig, collect
 from predictor.traces.store import TraceStore
 
-# Only the tests that ask for the real programs may use them.
-POWERINFER_BIN = os.environ.pop("PSP_POWERINFER_BIN", None)
-LLAMA_CPP_BIN = os.environ.pop("PSP_LLAMA_CPP_BIN", None)
+POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
+LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 SHARD_ROWS = (1024, 1024)
@@ -56,6 +55,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _fixed_threads() -> None:
     """One thread: tiny matrices gain nothing from more, and bytes depend on the number."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_programs() -> None:
+    """Only the tests that ask for the real programs may use them.
+
+    Not on import: xdist's workers inherit the environment of a process that imported this too.
+    """
+    for name in ("PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"):
+        os.environ.pop(name, None)
 
 
 @contextmanager
