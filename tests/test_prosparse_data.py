@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from letters import BOS, Letters
+
 from prosparse.data import WindowSet, cut_stream, pack
 
 
 def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:
-    class Letters:
-        def encode(self, text: str) -> list[int]:
-            return [ord(letter) for letter in text]
-
-        def decode(self, ids: list[int]) -> str:
-            return "".join(map(chr, ids))
-
-        def bos_id(self) -> int:
-            return 1
-
     windows = pack(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w", 4, 99)
     text = ["".join(map(chr, window[1:])) for window in windows]
-    assert windows[:, 0].tolist() == [1, 1, 1, 1]
-    assert text == ["abc", "d\x01e", "f\x01g", "hij"]
+    assert windows[:, 0].tolist() == [BOS] * 4
+    assert text == ["abc", "d\x07e", "f\x07g", "hij"]
     assert len(pack(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 4, 2)) == 2
 
 

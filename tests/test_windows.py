@@ -16,6 +16,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
+from letters import BOS, Letters
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import DataError, TraceError
@@ -32,21 +33,6 @@ from predictor.collection.windows import (
 from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, write_manifest
 from predictor.traces.store import TraceStore
-
-BOS = 7
-
-
-class Letters:
-    """A tokenizer whose tokens are code points."""
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(map(chr, ids))
-
-    def bos_id(self) -> int:
-        return BOS
 
 
 def lengths_of(windows: list[Window]) -> list[int]:
