@@ -84,10 +84,14 @@ def test_rows_across_shards_are_those_of_one_piece(
             LabelledRows(sharded, weights, **options),
             LabelledRows(whole, weights, **options),
         )
-        for name in ("inputs", "active", "labels", "importance", "relative_importance"):
+        for name in ("inputs", "active", "labels", "importance"):
             found, expected = getattr(ours, name)(index), getattr(plain, name)(index)
             assert found.shape == expected.shape
             assert torch.equal(found, expected), name
+        for found, expected in zip(
+            ours.contributions(index), plain.contributions(index), strict=True
+        ):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -147,7 +151,7 @@ def mapped_ranges(path: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-def test_importance_relative_to_the_stream_is_of_raw_inputs(
+def test_contributions_are_relative_to_raw_inputs(
     stores: dict[int, TraceStore], normalise: bool
 ) -> None:
     store, index = stores[8], torch.randperm(ROWS, generator=seeded(3))[:300]
@@ -159,17 +163,20 @@ def test_importance_relative_to_the_stream_is_of_raw_inputs(
     assert float(squares.std() / squares.mean()) > 0.01
     torch.testing.assert_close(rows.residual_squares(index).double(), squares, rtol=1e-5, atol=0)
     expected = rows.importance(index).double().square() / squares[:, None]
-    found = rows.relative_importance(index)
+    places, found = rows.contributions(index)
+    assert torch.equal(places, rows.active(index).flatten().nonzero()[:, 0])
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.double(), expected.flatten()[places], rtol=1e-5, atol=0)
 
 
-def test_a_row_of_zeros_has_finite_relative_importance(stores: dict[int, TraceStore]) -> None:
+def test_a_row_of_zeros_has_finite_contributions(stores: dict[int, TraceStore]) -> None:
     piece = stores[8].layer(0).pieces[0]
     still = replace(piece, inputs=torch.zeros_like(piece.inputs))
     weights = LayerWeights(torch.zeros(D_FF, D_MODEL), torch.ones(D_FF))
     rows = LabelledRows(still, weights, normalise=True)
-    assert torch.isfinite(rows.relative_importance(torch.arange(50))).all()
+    contributions = rows.contributions(torch.arange(50))[1]
+    assert len(contributions) > 0
+    assert torch.isfinite(contributions).all()
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def test_inputs_that_are_no_numbers_are_refused_where_they_are_used(
     others = torch.tensor([n for n in range(ROWS) if n != row])
     assert torch.isfinite(rows.inputs(others)).all()
     bad = torch.tensor([ROWS - 1, 5, row, row - 1])
-    for use in (rows.inputs, rows.raw, rows.residual_squares, rows.relative_importance):
+    for use in (rows.inputs, rows.raw, rows.residual_squares, rows.contributions):
         with refused(TraceError, str(file), "NaN or inf", "psp traces check", "collect"):
             use(bad)
 

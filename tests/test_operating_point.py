@@ -14,12 +14,15 @@ from predictor.calibration.search import (
     Priced,
     at_price,
     best_ranks,
-    highest_price,
+    fewest_bytes,
+    least_error,
+    price_bracket,
     price_for_bytes,
     price_for_gap,
     within_bytes,
     within_gap,
 )
+from predictor.calibration.threshold_grid import factors, reached
 from predictor.module import Predictor, logits_of, to_half
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -49,7 +52,7 @@ def test_curves_are_what_counting_at_each_threshold_gives(
     positive = logits.clamp_min(0).sum(0) / (logits > 0).sum(0)
     torch.testing.assert_close(scale, positive)
     squares = rows.importance(index).square() / rows.raw(index).square().sum(1, keepdim=True)
-    expected = {0: -(2**1.75), 10: -(2**-0.75), 23: -(2**-4), 24: 2**-7, 40: 2**-3, 63: 2**2.75}
+    expected = {0: -3.5, 10: -0.625, 23: -(2**-4), 24: 2**-7, 41: 1.25 / 8, 63: 7.0}
     assert len(curves.thresholds) == 64
     for step, factor in expected.items():
         threshold = curves.thresholds[step]
@@ -70,6 +73,19 @@ def test_curves_are_what_counting_at_each_threshold_gives(
     assert told.decisions == counted.decisions
     assert told.predicted == pytest.approx(counted.predicted, rel=1e-3)
     assert told.hits == pytest.approx(counted.hits, rel=1e-3)
+
+
+def test_a_value_reaches_the_thresholds_that_are_not_above_it() -> None:
+    thresholds = factors()
+    assert torch.equal(thresholds, thresholds.sort().values)
+    edges = torch.cat([thresholds, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30])])
+    ends = torch.tensor([float("-inf"), float("inf")])
+    near = [torch.nextafter(edges, end.expand_as(edges)) for end in ends]
+    values = torch.cat(
+        [edges, *near, torch.randn(1000, generator=torch.Generator().manual_seed(0))]
+    )
+    expected = (thresholds <= values[:, None]).sum(1)
+    assert torch.equal(reached(values), expected.int())
 
 
 def hand_made() -> Curves:
@@ -99,16 +115,39 @@ def test_a_price_weighs_missed_output_against_computed_neurons() -> None:
     assert hand_made().at(100.0, -1).steps.tolist() == [0, 0]
 
 
-def test_all_thresholds_of_a_model_have_the_sign_that_costs_less() -> None:
-    """Below zero both layers miss nothing, which pays only where neurons cost next to nothing."""
+def test_all_thresholds_of_a_model_have_one_sign() -> None:
     curves, costs = {0: hand_made(), 1: hand_made()}, {0: 0.0, 1: 0.0}
-    # What is missed above zero, 1e-5, is worth 0.7 computed neurons at a price of 1.4e-5.
-    cheap, dear = (at_price(curves, costs, price) for price in (1e-5, 2e-5))
-    assert [cheap.sign, cheap.error, cheap.ffn_bytes_ratio] == pytest.approx([-1, 0.0, 0.85])
-    assert [dear.sign, dear.ffn_bytes_ratio] == pytest.approx([1, 0.5])
-    for priced in (cheap, dear):
+    below, above = (at_price(curves, costs, 1e-5, sign) for sign in (-1, 1))
+    assert [below.error, below.ffn_bytes_ratio] == pytest.approx([0.0, 0.85])
+    assert [above.error, above.ffn_bytes_ratio] == pytest.approx([2e-5, 0.5])
+    for priced in (below, above):
         for point in priced.points.values():
             assert ((point.thresholds > 0) == (priced.sign > 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("ffn_bytes", "sign", "reached"),
+    [(0.9, -1, 0.85), (0.84, 1, 0.5), (0.5, 1, 0.5), (0.31, 1, 0.3), (0.01, 1, 0.05)],
+)
+def test_bytes_are_spent_with_the_sign_that_misses_less(
+    ffn_bytes: float, sign: int, reached: float
+) -> None:
+    """The last is out of reach, and what comes nearest is returned."""
+    found = least_error({0: hand_made()}, {0: 0.0}, ffn_bytes)
+    assert found.sign == sign
+    assert found.ffn_bytes_ratio == pytest.approx(reached)
+
+
+@pytest.mark.parametrize(
+    ("error", "sign", "reached"),
+    [(0.0, -1, 0.85), (9e-6, -1, 0.85), (1.1e-5, 1, 0.5), (0.12, 1, 0.3), (9.0, 1, 0.05)],
+)
+def test_an_error_is_kept_with_the_sign_that_takes_fewer_bytes(
+    error: float, sign: int, reached: float
+) -> None:
+    found = fewest_bytes({0: hand_made()}, {0: 0.0}, error)
+    assert found.error <= error
+    assert [found.sign, found.ffn_bytes_ratio] == pytest.approx([sign, reached])
 
 
 def test_higher_prices_compute_less_and_miss_more(layer: tuple[LabelledRows, Predictor]) -> None:
@@ -116,7 +155,7 @@ def test_higher_prices_compute_less_and_miss_more(layer: tuple[LabelledRows, Pre
     index = torch.arange(2000)
     curves = trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))
     prices = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2, 1.0)
-    points = [at_price({0: curves}, {0: 0.0}, price).points[0] for price in prices]
+    points = [at_price({0: curves}, {0: 0.0}, price, 1).points[0] for price in prices]
     densities = [point.density for point in points]
     errors = [point.error for point in points]
     assert densities == sorted(densities, reverse=True)
@@ -157,36 +196,39 @@ def test_the_search_ends_just_within_the_bound(
 
     def measure(priced: Priced) -> Quality:
         calls.append(priced.error)
-        return quality(excess * (2000 * reach) ** (1 - power) * priced.error**power)
+        return quality(excess * reach ** (1 - power) * priced.error**power)
 
-    reach = at_price(curves, {0: 0.1}, 1e-12).error
-    bound = 0.3 * 2000 * reach
-    price, points = price_for_gap(curves, {0: 0.1}, bound, measure)
+    reach = at_price(curves, {0: 0.1}, 1e-3, 1).error
+    bound = 0.3 * reach
+    found, points = price_for_gap(curves, {0: 0.1}, bound, measure)
     chosen = [point for point in points if point.chosen]
-    assert [point.price for point in chosen] == [price]
+    assert [point.price for point in chosen] == [found.price]
     divergence = chosen[0].kl_divergence
     assert divergence is not None
     assert 0.7 * bound < divergence <= bound
     assert len(calls) == len(points) <= 5
-    density = at_price(curves, {0: 0.1}, price).points[0].density
-    assert chosen[0].ffn_bytes_ratio == pytest.approx(0.1 + density)
+    density = found.points[0].density
+    assert chosen[0].ffn_bytes_ratio == found.ffn_bytes_ratio == pytest.approx(0.1 + density)
     with refused(PredictorError, "--max-ppl-gap", "out of reach", "raise --rank"):
-        price_for_gap(curves, {0: 0.1}, 0.1 * reach, measure)
+        price_for_gap(curves, {0: 0.1}, bound, lambda priced: quality(10 * bound))
 
 
 def test_bytes_are_met_from_below(layer: tuple[LabelledRows, Predictor]) -> None:
     rows, predictor = layer
     index = torch.arange(2000)
     curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
-    price, points = price_for_bytes(curves, {0: 0.05}, 0.25)
-    assert 0.24 < at_price(curves, {0: 0.05}, price).ffn_bytes_ratio <= 0.25
-    assert points[0].ffn_bytes_ratio <= 0.25
+    found, points = price_for_bytes(curves, {0: 0.05}, 0.25)
+    assert 0.24 < found.ffn_bytes_ratio <= 0.25
+    assert points[0].ffn_bytes_ratio == found.ffn_bytes_ratio
     with refused(PredictorError, "--ffn-bytes", "out of reach", "lower --rank"):
         price_for_bytes(curves, {0: 0.05}, 0.04)
 
 
-def test_the_highest_fitting_price_is_found() -> None:
-    assert highest_price(lambda price: price < 3e-5) == pytest.approx(3e-5, rel=1e-4)
+def test_prices_are_bracketed_where_a_condition_ends() -> None:
+    last, first = price_bracket(lambda price: price < 3e-5)
+    assert last < 3e-5 <= first < last * (1 + 1e-9)
+    assert price_bracket(lambda price: False)[0] == pytest.approx(1e-12)
+    assert price_bracket(lambda price: True)[1] == pytest.approx(1e3)
 
 
 def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
@@ -209,7 +251,7 @@ def test_a_measured_growth_that_contradicts_the_expected_one_counts(
     rows, predictor = layer
     index = torch.arange(2000)
     curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
-    bound = 0.3 * 20 * at_price(curves, {0: 0.1}, 1e-12).error
+    bound = 0.3 * at_price(curves, {0: 0.1}, 1e-3, 1).error
 
     def search(excess: float) -> float:
         def measure(priced: Priced) -> Quality:
@@ -221,7 +263,7 @@ def test_a_measured_growth_that_contradicts_the_expected_one_counts(
                 standard_error=0.1 * bound,
             )
 
-        return price_for_gap(curves, {0: 0.1}, bound, measure)[0]
+        return price_for_gap(curves, {0: 0.1}, bound, measure)[0].price
 
     # One standard error above is scatter, five are not.
     assert search(1.0) == search(0.0)

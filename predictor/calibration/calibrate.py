@@ -17,7 +17,7 @@ from predictor.calibration.operating_point import (
     trace_curves,
 )
 from predictor.calibration.predicted_model import PredictedModel, Quality
-from predictor.calibration.search import Priced, at_price, price_for_bytes, price_for_gap
+from predictor.calibration.search import Priced, price_for_bytes, price_for_gap
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 
@@ -119,7 +119,7 @@ def calibrate(
     sizes = {"d_model": header.d_model, "d_ff": header.d_ff, "ffn_matrices": ffn_matrices}
     costs = {n: element.relative(artifact.rank(n), **sizes) for n in layers}
     if bound.ffn_bytes is not None:
-        price, points = price_for_bytes(curves, costs, bound.ffn_bytes)
+        chosen, points = price_for_bytes(curves, costs, bound.ffn_bytes)
     else:
         assert bound.max_ppl_gap is not None
         model = open_model()
@@ -127,8 +127,7 @@ def calibrate(
         def measure(priced: Priced) -> Quality:
             return model.quality(folded(artifact, priced.points), float(priced.sign))
 
-        price, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
-    chosen = at_price(curves, costs, price)
+        chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
     for n, point in chosen.points.items():
         counts = layers[n].holdout.counts(point.steps, layers[n].active)
         rank = element.stored_rank(artifact.rank(n))

@@ -16,13 +16,9 @@ import torch
 
 from common.decisions import DecisionCounts
 from predictor.artifact import fold_rows
+from predictor.calibration.threshold_grid import factors, reached
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
-
-_STEP = 0.25
-_BELOW, _ABOVE = (-4.0, 2.0), (-7.0, 3.0)
-"""Octaves from and to which thresholds below and above zero reach, in units of the neuron's mean
-positive logit: next to all neurons are computed at one end, next to none at the other."""
 
 _SHARED = 0.5
 """Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
@@ -113,39 +109,28 @@ def trace_curves(
         index: (n,) int64, the rows to measure on.
         scale: (d_ff,) float32, see `mean_positive`.
     """
-    d_ff, factors = len(scale), _factors()
-    tables = torch.zeros(3, (len(factors) + 1) * d_ff, dtype=torch.float64)
-    neuron = torch.arange(d_ff)
+    d_ff, thresholds = len(scale), factors()[:, None] * scale
+    tables = torch.zeros(3, (len(thresholds) + 1) * d_ff, dtype=torch.float64)
+    neuron = torch.arange(d_ff, dtype=torch.int32)
     for part in torch.split(index, _ROWS):
-        # How many thresholds a logit reaches.
-        reached = torch.bucketize(logits_of(predictor, rows.raw(part)) / scale, factors, right=True)
-        place = (reached * d_ff + neuron).flatten()
-        for table, weight in zip(
-            tables,
-            (None, rows.active(part).flatten().double(), _contributions(rows, part)),
-            strict=True,
+        steps = reached(logits_of(predictor, rows.raw(part)) / scale)
+        bins = steps.mul_(d_ff).add_(neuron).flatten()
+        places, contributions = rows.contributions(part)
+        active = bins[places]
+        for table, found, weights in zip(
+            tables, (bins, active, active), (None, None, contributions.double()), strict=True
         ):
-            table += torch.bincount(place, weight, minlength=len(table))
-    shares = (tables / len(index)).view(3, len(factors) + 1, d_ff)
+            table += torch.bincount(found, weights, minlength=len(table))
+    shares = (tables / len(index)).view(3, -1, d_ff)
     below = shares.cumsum(1)[:, :-1]
     total = shares.sum(1)
     return Curves(
-        thresholds=factors[:, None] * scale,
+        thresholds=thresholds,
         computed=(total[0] - below[0]).float(),
         hits=(total[1] - below[1]).float(),
         missed=below[2].float(),
         rows=len(index),
     )
-
-
-def _factors() -> torch.Tensor:
-    """Return thresholds in units of a neuron's scale, rising from below zero to above it."""
-    below, above = (torch.exp2(torch.arange(*ends, _STEP)) for ends in (_BELOW, _ABOVE))
-    return torch.cat([-below.flip(0), above])
-
-
-def _contributions(rows: LabelledRows, part: torch.Tensor) -> torch.Tensor:
-    return rows.relative_importance(part).flatten().double()
 
 
 def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from common.errors import PredictorError
 from predictor.calibration.operating_point import Curves, OperatingPoint
@@ -12,6 +13,7 @@ from predictor.calibration.predicted_model import Quality
 
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40
+_SIGNS = (1, -1)
 _MEASUREMENTS = 5
 _CLOSE = 0.9
 """A measured divergence of this share of the bound is near enough."""
@@ -53,77 +55,105 @@ class Point:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Priced:
     """All layers at one price.
 
     Attributes:
+        price: of a computed neuron.
         points: layer number to operating point.
         sign: of all thresholds, 1 or -1.
         ffn_bytes_ratio: mean over layers.
         error: sum over layers.
     """
 
+    price: float
     points: Mapping[int, OperatingPoint]
     sign: int
     ffn_bytes_ratio: float
     error: float
 
 
-def at_price(curves: Mapping[int, Curves], costs: Mapping[int, float], price: float) -> Priced:
-    """Put all layers at one price, with thresholds of the sign that costs less.
+def at_price(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], price: float, sign: int
+) -> Priced:
+    """Put all layers at one price.
 
     Args:
         curves: of each layer.
         costs: bytes of each layer's predictor relative to its FFN.
         price: of a computed neuron.
+        sign: of all thresholds, 1 or -1.
     """
-    cheapest = None
-    for sign in (1, -1):
-        points = {layer: curve.at(price, sign) for layer, curve in curves.items()}
-        error = sum(point.error for point in points.values())
-        computed = sum(point.density * len(point.steps) for point in points.values())
-        if cheapest is None or error + price * computed < cheapest[0]:
-            ratios = [point.density + costs[layer] for layer, point in points.items()]
-            priced = Priced(points, sign, sum(ratios) / len(ratios), error)
-            cheapest = error + price * computed, priced
-    assert cheapest is not None
-    return cheapest[1]
+    points = {layer: curve.at(price, sign) for layer, curve in curves.items()}
+    ratios = [point.density + costs[layer] for layer, point in points.items()]
+    return Priced(
+        price=price,
+        points=points,
+        sign=sign,
+        ffn_bytes_ratio=sum(ratios) / len(ratios),
+        error=sum(point.error for point in points.values()),
+    )
 
 
-def highest_price(fits: Callable[[float], bool]) -> float:
-    """Return the highest price that fits, or the lowest of all; `fits` turns false once."""
+def price_bracket(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Return the prices between which `holds` turns false once, hardly apart.
+
+    If it always holds the second is the highest price there is, if it never does the first is the
+    lowest.
+    """
     low, high = math.log(_LOWEST_PRICE), math.log(_HIGHEST_PRICE)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(math.exp(middle)) else (low, middle)
-    return math.exp(low)
+        low, high = (middle, high) if holds(math.exp(middle)) else (low, middle)
+    return math.exp(low), math.exp(high)
 
 
-def _error_within(
-    curves: Mapping[int, Curves], costs: Mapping[int, float], error: float
-) -> Callable[[float], bool]:
-    return lambda price: at_price(curves, costs, price).error <= error
+def _crossing(
+    curves: Mapping[int, Curves],
+    costs: Mapping[int, float],
+    sign: int,
+    holds: Callable[[Priced], bool],
+) -> tuple[Priced, Priced]:
+    """Return the operating points on both sides of the price at which `holds` turns false."""
+    option = partial(at_price, curves, costs, sign=sign)
+    last, first = price_bracket(lambda price: holds(option(price)))
+    return option(last), option(first)
+
+
+def fewest_bytes(curves: Mapping[int, Curves], costs: Mapping[int, float], error: float) -> Priced:
+    """Return what keeps an error in the fewest bytes, or else comes nearest to it."""
+    found = [_crossing(curves, costs, s, lambda priced: priced.error <= error)[0] for s in _SIGNS]
+    return min(found, key=lambda priced: (max(priced.error, error), priced.ffn_bytes_ratio))
+
+
+def least_error(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], ffn_bytes: float
+) -> Priced:
+    """Return what misses least within a mean FFN bytes ratio, or else comes nearest to it."""
+    found = [
+        _crossing(curves, costs, s, lambda priced: priced.ffn_bytes_ratio > ffn_bytes)[1]
+        for s in _SIGNS
+    ]
+    return min(found, key=lambda priced: (max(priced.ffn_bytes_ratio, ffn_bytes), priced.error))
 
 
 def price_for_bytes(
     curves: Mapping[int, Curves], costs: Mapping[int, float], bound: float
-) -> tuple[float, list[Point]]:
-    """Return the lowest price at which the mean FFN bytes ratio is within the bound.
+) -> tuple[Priced, list[Point]]:
+    """Return the operating point that misses least at a mean FFN bytes ratio within the bound.
 
     Raises:
         PredictorError: the predictors alone take more.
     """
-    price = highest_price(lambda p: at_price(curves, costs, p).ffn_bytes_ratio > bound)
-    price *= 1.0 + 1e-9  # the other side of the last bisection
-    while (ratio := at_price(curves, costs, price).ffn_bytes_ratio) > bound:
-        if price > _HIGHEST_PRICE:
-            raise PredictorError(
-                f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
-                f"is {ratio:.4f}; lower --rank or allow more"
-            )
-        price *= 1.01
-    return price, [Point(price=price, ffn_bytes_ratio=ratio, chosen=True)]
+    priced = least_error(curves, costs, bound)
+    if priced.ffn_bytes_ratio > bound:
+        raise PredictorError(
+            f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
+            f"is {priced.ffn_bytes_ratio:.4f}; lower --rank or allow more"
+        )
+    ratio = priced.ffn_bytes_ratio
+    return priced, [Point(price=priced.price, ffn_bytes_ratio=ratio, chosen=True)]
 
 
 def price_for_gap(
@@ -131,8 +161,8 @@ def price_for_gap(
     costs: Mapping[int, float],
     bound: float,
     measure: Callable[[Priced], Quality],
-) -> tuple[float, list[Point]]:
-    """Return the highest price found that keeps the growth of perplexity within the bound.
+) -> tuple[Priced, list[Point]]:
+    """Return the operating point of fewest bytes that was found within a growth of perplexity.
 
     The expected growth, the divergence, must be within it, and the measured one must not contradict
     that by more than two standard errors: alone it scatters too much to be searched by. The growth
@@ -151,17 +181,16 @@ def price_for_gap(
     allowed = math.log1p(bound)
     aim = (0.5 + 0.5 * _CLOSE) * allowed
     error = allowed / _TYPICAL
-    tried: dict[float, Point] = {}
+    tried: dict[tuple[float, int], Point] = {}
     seen: list[tuple[float, float]] = []
-    best: float | None = None
+    best: Priced | None = None
     for _ in range(_MEASUREMENTS):
-        price = highest_price(_error_within(curves, costs, error))
-        if price in tried:
+        priced = fewest_bytes(curves, costs, error)
+        if (priced.price, priced.sign) in tried:
             break
-        priced = at_price(curves, costs, price)
         quality = measure(priced)
-        tried[price] = Point(
-            price=price,
+        tried[priced.price, priced.sign] = Point(
+            price=priced.price,
             ffn_bytes_ratio=priced.ffn_bytes_ratio,
             ppl_dense=quality.ppl_dense,
             ppl_sparse=quality.ppl_sparse,
@@ -171,21 +200,21 @@ def price_for_gap(
         )
         least = math.log1p(quality.ppl_gap) - _ERRORS * quality.standard_error
         growth = max(quality.kl_divergence, least, 1e-12)
-        if growth <= allowed and (best is None or price > best):
-            best = price
+        if growth <= allowed and (best is None or priced.ffn_bytes_ratio < best.ffn_bytes_ratio):
+            best = priced
         if _CLOSE * allowed <= growth <= allowed:
             break
         seen.append((max(priced.error, 1e-30), growth))
         error = error_for(seen, aim)
-    points = sorted(tried.values(), key=lambda point: point.price)
     if best is None:
-        nearest = points[0]
+        nearest = max(tried.values(), key=lambda point: point.ffn_bytes_ratio)
         raise PredictorError(
             f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {nearest.ppl_gap:.3g} "
             f"and a divergence of {nearest.kl_divergence:.3g} at FFN bytes "
             f"{nearest.ffn_bytes_ratio:.4f}; raise --rank or allow more"
         )
-    return best, [Point(**{**vars(p), "chosen": p.price == best}) for p in points]
+    tried[best.price, best.sign] = replace(tried[best.price, best.sign], chosen=True)
+    return best, sorted(tried.values(), key=lambda point: point.ffn_bytes_ratio)
 
 
 def error_for(seen: Sequence[tuple[float, float]], growth: float) -> float:
@@ -229,7 +258,7 @@ def best_ranks(
         """Let every layer take what costs least, whatever the others' sign."""
         chosen = {}
         for layer, ranks in scouts.items():
-            options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in (1, -1)]
+            options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in _SIGNS]
             chosen[layer] = min(
                 options,
                 key=lambda o: o[1].error + price * d_ff * (weight * cost(o[0]) + o[1].density),
@@ -241,7 +270,7 @@ def best_ranks(
         ratio = sum(cost(rank) + point.density for rank, point in chosen) / len(chosen)
         return enough(ratio, sum(point.error for _, point in chosen))
 
-    return {layer: rank for layer, (rank, _) in choose(highest_price(fits)).items()}
+    return {layer: rank for layer, (rank, _) in choose(price_bracket(fits)[0]).items()}
 
 
 def within_gap(bound: float) -> Callable[[float, float], bool]:

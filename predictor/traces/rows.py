@@ -117,14 +117,20 @@ class LabelledRows:
         relative = decode_importance(codes, self.rows.importance_bits)
         return places, relative * self.rows.scale_at(index)[row]
 
-    def relative_importance(self, index: torch.Tensor) -> torch.Tensor:
-        """Return (n, d_ff) float32 importance² / ‖x‖².
+    def contributions(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what each active neuron adds to the residual stream.
 
-        What each neuron adds to the residual stream, squared, relative to the stream's own square,
-        whatever `normalise` says.
+        Args:
+            index: (n,) int64, the chosen rows.
+
+        Returns:
+            Places of active neurons in (n, d_ff), uncut, flattened, (k,) int64 in order, and at
+            each importance² / ‖x‖², (k,) float32: what is added, squared, relative to the stream's
+            own square, whatever `normalise` says.
 
         Raises:
             TraceError: some inputs are NaN or infinite.
         """
+        places, importance = self._active(index, importance=True)
         squares = self.residual_squares(index).clamp_min(_TINY)
-        return self.importance(index).square_().div_(squares[:, None])
+        return places, importance.square_().div_(squares[places // self.d_ff])

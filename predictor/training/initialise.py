@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from predictor.module import Predictor
@@ -102,17 +103,19 @@ def matching_biases(
     """
     biases, rows = [], len(hidden)
     relative = hidden[:, :-1] / hidden[:, -1:].clamp_min(_LEAST_CONSTANT)
-    counts = active.sum(0).to(fc2.device)
+    counts = active.sum(0).cpu()
     wanted = torch.stack([(counts * factor).long().clamp_max(rows) for factor in factors])
     for matrix, many in zip(
         torch.split(fc2[:, :-1], _NEURONS), torch.split(wanted, _NEURONS, dim=1), strict=True
     ):
-        logits = (relative @ matrix.T).sort(0).values
+        # NumPy sorts many times as fast as torch does on a CPU.
+        logits = torch.from_numpy(np.sort((matrix @ relative.T).cpu().numpy()))
         # Past the last row on either side, none or all are predicted.
-        logits = torch.cat([2 * logits[:1] - logits[1:2], logits, 2 * logits[-1:] - logits[-2:-1]])
-        edges = (logits[:-1] + logits[1:]) / 2
-        biases.append(-edges.gather(0, rows - many))
-    return torch.cat(biases, dim=1)
+        before, after = 2 * logits[:, :1] - logits[:, 1:2], 2 * logits[:, -1:] - logits[:, -2:-1]
+        logits = torch.cat([before, logits, after], dim=1)
+        edges = (logits[:, :-1] + logits[:, 1:]) / 2
+        biases.append(-edges.gather(1, (rows - many).T))
+    return torch.cat(biases).T.to(fc2.device)
 
 
 def _truncated(whitened: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from predictor.training.recipes import Recipe
 
 _MOMENT_ROWS = 32768
 _START_ROWS = 8192
-_SETTLE_ROWS = 1024
+_SETTLE_ROWS = 512
 _PART = 2048
 _FACTORS = (1.0, 1.5, 2.0, 3.0)
 _SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
