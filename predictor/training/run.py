@@ -15,7 +15,6 @@ from predictor.artifact import PredictorArtifact, PredictorHeader
 from predictor.calibration.calibrate import calibrate
 from predictor.calibration.element_cost import ElementCost
 from predictor.module import RANK_MULTIPLE
-from predictor.traces.importance import RANKING_BITS
 from predictor.traces.store import TraceStore
 from predictor.training.config import AUTO, TrainConfig
 from predictor.training.evaluation_text import held_out_model
@@ -23,6 +22,12 @@ from predictor.training.layer_result import LayerResult, LayerTraining
 from predictor.training.parallel import each_layer
 from predictor.training.ranks import choose_ranks
 from predictor.training.recipes import DEJAVU, Recipe, recipe_named
+from predictor.training.requirements import (
+    check_activity,
+    check_importance,
+    check_ranks,
+    chosen_layers,
+)
 
 
 def train_predictors(
@@ -46,10 +51,11 @@ def train_predictors(
     store.require_complete()
     recipe = _recipe_for(config)
     config = _settled(config, store)
-    _check_ranks(config, store, recipe)
-    _check_importance(config, store, recipe)
-    layers = _chosen_layers(config, store)
+    layers = chosen_layers(config, store)
     held = store.holdout(config.holdout, config.seed)
+    check_ranks(config, store, recipe, int((~held).sum()))
+    check_importance(config, store, recipe)
+    check_activity(store, layers)
     training = LayerTraining(
         config=config,
         store=store,
@@ -101,39 +107,12 @@ def _recipe_for(config: TrainConfig) -> Recipe:
     return recipe if ElementCost(config.predictor_type).fine else recipe.with_pairs()
 
 
-def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
-    recorded = store.header.layers
-    if config.layers is None:
-        return recorded
-    if unknown := [layer for layer in config.layers if layer not in recorded]:
-        raise PredictorError(
-            f"--layers: {store.path} has no layer {unknown[0]}; it holds "
-            f"{len(recorded)} layers from {recorded[0]} to {recorded[-1]}"
-        )
-    return list(config.layers)
-
-
 def _settled(config: TrainConfig, store: TraceStore) -> TrainConfig:
     """Give the published recipe its published rank, a quarter of d_model, and threshold 0."""
     if config.recipe != DEJAVU.name or config.rank != AUTO:
         return config
     quarter = store.header.d_model // 4
     return replace(config, rank=max(RANK_MULTIPLE, quarter - quarter % RANK_MULTIPLE))
-
-
-def _check_ranks(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None:
-    n_layers, d_model = store.header.n_layers, store.header.d_model
-    if isinstance(config.rank, tuple) and len(config.rank) != n_layers:
-        raise PredictorError(
-            f"--rank names {len(config.rank)} ranks, the model has {n_layers} layers; pass one for "
-            "each or a single one"
-        )
-    for rank in config.fixed_ranks:
-        if recipe.start != "random" and rank // 2 > d_model:
-            raise PredictorError(
-                f"rank {rank} exceeds twice d_model ({2 * d_model}), which is "
-                "exact already; lower --rank"
-            )
 
 
 def _set_ranks(training: LayerTraining, artifact: PredictorArtifact) -> None:
@@ -147,20 +126,6 @@ def _set_ranks(training: LayerTraining, artifact: PredictorArtifact) -> None:
         artifact.ranks |= choose_ranks(training, missing)
     if artifact.ranks != before:
         artifact.write_header()
-
-
-def _check_importance(config: TrainConfig, store: TraceStore, recipe: Recipe) -> None:
-    bits = store.header.importance_bits
-    if recipe.importance and not bits:
-        raise PredictorError(
-            f"{store.path}: holds no importance, by which recipe {recipe.name} weighs; collect "
-            "with --importance-bits 2, or pass --recipe dejavu"
-        )
-    if config.label_top_fraction is not None and bits < RANKING_BITS:
-        raise PredictorError(
-            f"{store.path}: its importance of {bits} bits cannot rank neurons; collect with "
-            f"--importance-bits {RANKING_BITS}, or leave out --label-top-fraction"
-        )
 
 
 def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> PredictorArtifact:

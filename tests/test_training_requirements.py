@@ -1,0 +1,70 @@
+"""Traces that training cannot work with are refused before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refused
+from safetensors.torch import load_file, save_file
+
+from common.errors import PredictorError
+from predictor.collection.collect import CollectConfig, collect
+from predictor.traces.store import TraceStore
+from predictor.training.config import TrainConfig
+from predictor.training.run import train_predictors
+
+
+def settings(traces: Path, out: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"traces": traces, "out": out, "rank": 32}
+    return TrainConfig(**(values | changes))
+
+
+def with_layer_1(store: TraceStore, copy: Path, active: int) -> Path:
+    """Copy a store whose layer 1 has all of its neurons always active, or none ever."""
+    shutil.copytree(store.path, copy)
+    for file in (copy / "layer-01").glob("shard-*.safetensors"):
+        tensors = load_file(file)
+        rows = len(tensors["inputs"])
+        tensors["counts"] = torch.full_like(tensors["counts"], active * rows)
+        save_file(tensors, file)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("active", "parts"),
+    [(0, ("no neuron", "layer 1", "other text")), (1, ("always active", "layer 1", "sparsify"))],
+    ids=["never", "always"],
+)
+def test_a_layer_without_two_kinds_of_labels_is_refused(
+    ranked_traces: TraceStore, tmp_path: Path, active: int, parts: tuple[str, ...]
+) -> None:
+    traces, out = with_layer_1(ranked_traces, tmp_path / "traces", active), tmp_path / "out"
+    with refused(PredictorError, str(traces), *parts):
+        train_predictors(settings(traces, out))
+    assert not out.exists()
+    assert list(train_predictors(settings(traces, out, layers=(0,))).layers) == [0]
+
+
+def test_rows_that_are_fewer_than_a_rank_are_refused(
+    ranked_traces: TraceStore, tmp_path: Path
+) -> None:
+    path, out = ranked_traces.path, tmp_path / "out"
+    train = int((~ranked_traces.holdout(0.97, 0)).sum())
+    assert 32 <= train < 256
+    with refused(PredictorError, str(path), f"{train} rows", "rank 256", "--tokens", "--rank"):
+        train_predictors(settings(path, out, rank=(32, 256), recipe="dejavu", holdout=0.97))
+    assert not out.exists()
+    assert train_predictors(settings(path, out, holdout=0.97)).complete
+
+
+def test_thresholds_need_importance(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    bare, out = tmp_path / "bare", tmp_path / "out"
+    sizes: dict[str, Any] = {"tokens": 300, "context": 64, "importance_bits": 0}
+    collect(CollectConfig(model=str(model_dir), data=str(data_file), out=bare, **sizes))
+    with refused(PredictorError, str(bare), "no importance", "thresholds", "--importance-bits 2"):
+        train_predictors(settings(bare, out, recipe="dejavu", ffn_bytes=0.5))
+    assert not out.exists()
