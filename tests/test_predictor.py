@@ -260,8 +260,8 @@ def test_the_published_recipe_stops_by_recall(
 ) -> None:
     steps: list[int] = []
     recipe = replace(DEJAVU, **({"epochs": 7, "batch": 500} | changes))
-    trained(recipe, planted, on_step=lambda: steps.append(1))
-    assert len(steps) == epochs * 5
+    trained(recipe, planted, on_step=steps.append)
+    assert steps == [7 * 5] * (epochs * 5)
 
 
 def test_the_published_recipe_keeps_the_first_epoch_of_the_best_recall(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import refused
 from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
 
 from common.errors import CheckpointError, PredictorError
 from common.overlap import made_ahead
@@ -137,6 +139,22 @@ def test_products_in_bfloat16_train_as_well(ranked_traces: TraceStore, tmp_path:
     for layer in range(2):
         for key in ("activation_recall", "predicted_sparsity"):
             assert rounded.layers[layer][key] == pytest.approx(exact.layers[layer][key], abs=0.02)
+
+
+def test_the_bar_ends_full_where_layers_take_more_steps(
+    ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Any] = []
+
+    def shown(**values: Any) -> Any:
+        bars.append(tqdm(**(values | {"disable": False, "file": io.StringIO()})))
+        return bars[-1]
+
+    monkeypatch.setattr("predictor.training.run.tqdm", shown)
+    monkeypatch.setattr("predictor.training.coordinates._STEADY", 0.0)
+    train_predictors(settings(ranked_traces, tmp_path / "p", jobs=2))
+    batches = -(-int((~ranked_traces.holdout(0.1, 0)).sum()) // PSP.batch)
+    assert [bars[0].n, bars[0].total] == [2 * 4 * PSP.epochs * batches] * 2
 
 
 def test_a_layer_that_is_not_there_is_refused(ranked_traces: TraceStore, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def train_layer(
     generator: torch.Generator,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[int], object] = lambda steps: None,
 ) -> Predictor:
     """Train a predictor at threshold 0.
 
@@ -45,7 +45,7 @@ def train_layer(
         generator: source of the start and of the order of rows.
         device: torch device to train on.
         dtype: type of matrix products; weights and optimiser are float32.
-        on_step: called after every step.
+        on_step: called after every step with the number of steps in all, which the start decides.
 
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
@@ -69,7 +69,7 @@ def train_layer(
             set_gradients(predictor, batch, dtype, start.coordinates)
             optimiser.step()
             step += 1
-            on_step()
+            on_step(steps)
         trained = start.plain()
         if not recipe.best_recall:
             best = trained

@@ -63,7 +63,7 @@ class LayerTraining:
             top=0 if share is None else max(1, int(share * self.store.header.d_ff)),
         )
 
-    def __call__(self, layer: int, rank: int, on_step: Callable[[], object]) -> LayerResult:
+    def __call__(self, layer: int, rank: int, on_step: Callable[[int], object]) -> LayerResult:
         """Train and measure a layer.
 
         Raises:
@@ -73,7 +73,7 @@ class LayerTraining:
         with _enough_memory(layer):
             return self._train(layer, rank, on_step)
 
-    def _train(self, layer: int, rank: int, on_step: Callable[[], object]) -> LayerResult:
+    def _train(self, layer: int, rank: int, on_step: Callable[[int], object]) -> LayerResult:
         config, rows, seed = self.config, self.rows(layer), self.config.seed * 1000 + layer
         trained = train_layer(
             self.recipe,

@@ -82,7 +82,7 @@ def _scout(
             generator=generator,
             device=config.device,
             dtype=config.dtype,
-            on_step=go_on,
+            on_step=lambda steps: go_on(),
         )
         predictor = to_half(trained)
         curves[rank] = trace_curves(predictor, rows, unseen, mean_positive(predictor, rows, unseen))

@@ -83,13 +83,15 @@ def _train_missing(training: LayerTraining, artifact: PredictorArtifact, layers:
     steps = math.ceil(len(training.train) / recipe.batch) * recipe.epochs
     missing = [layer for layer in layers if layer not in artifact.layers]
     jobs = min(training.config.jobs_for(header.d_model, header.d_ff), max(len(missing), 1))
-    total = len(layers) * steps
-    with tqdm(total=total, unit="step", desc="train-predictor", disable=None) as bar:
+    expected = dict.fromkeys(missing, steps)
+    with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
         bar.update((len(layers) - len(missing)) * steps)
 
         def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
-            def on_step() -> None:
+            def on_step(steps: int) -> None:
                 go_on()
+                bar.total += steps - expected[layer]
+                expected[layer] = steps
                 bar.update()
 
             return training(layer, artifact.rank(layer), on_step)
@@ -99,7 +101,7 @@ def _train_missing(training: LayerTraining, artifact: PredictorArtifact, layers:
                 artifact.add_curves(layer, result.curves.tensors())
             artifact.add(layer, result.predictor, result.metrics)
             bar.set_postfix(layers=f"{len(layers) - len(missing) + done}/{len(layers)}")
-        bar.update(total - bar.n)  # a recipe may stop early
+        bar.update(bar.total - bar.n)  # a recipe may stop early
 
 
 def _recipe_for(config: TrainConfig) -> Recipe:
