@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "psp-as-dejavu": {"recipe": "psp", "rank": 128, "bytes_of": "dejavu"},
     "psp-1-as-dejavu": {"recipe": "psp", "rank": 128, "bytes_of": "dejavu", "epochs": 1},
     "svd-as-dejavu": {"recipe": "svd", "rank": 128, "bytes_of": "dejavu"},
+    "svd-auto-as-dejavu": {"recipe": "svd", "rank": "auto", "bytes_of": "dejavu"},
     "psp-1-rank-128": {"recipe": "psp", "rank": 128, "epochs": 1},
     "svd-rank-128": {"recipe": "svd", "rank": 128},
     "dejavu-rank-32": {"recipe": "dejavu", "rank": 32},

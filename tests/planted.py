@@ -12,6 +12,8 @@ from predictor.traces.importance import pack_codes
 from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import LayerRows
+from predictor.training.coordinates import Moments
+from predictor.training.initialise import directions_of, pairs_start
 from predictor.training.recipes import PSP
 
 D_MODEL, D_FF = 64, 96
@@ -60,6 +62,11 @@ def planted_layer(mean: float) -> tuple[LayerRows, LayerWeights]:
     norms = torch.rand(D_FF, generator=seeded(7)) + 0.5
     importance = (opened * normal(3000, D_FF, seed=6)).abs() * norms
     return rows_from(opened > 0, importance, inputs), LayerWeights(gate, norms)
+
+
+def pairs(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
+    """Return the start of a gate in pairs of units."""
+    return pairs_start(directions_of(gate, moments.factor), moments.factor, rank)
 
 
 def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refused
-from planted import D_FF, D_MODEL, HOLDOUT, TRAIN, importance_loss, normal, planted_layer, seeded
+from planted import (
+    D_FF,
+    D_MODEL,
+    HOLDOUT,
+    TRAIN,
+    importance_loss,
+    normal,
+    pairs,
+    planted_layer,
+    seeded,
+)
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.errors import ExportError
@@ -23,13 +33,13 @@ from predictor.training.fit import train_layer
 from predictor.training.gradient import loss_of, set_gradients
 from predictor.training.initialise import (
     constant_start,
+    directions_of,
     matching_biases,
     moments_of,
-    pairs_start,
 )
 from predictor.training.recipes import PSP
 from predictor.training.run import train_predictors
-from predictor.training.start import begin
+from predictor.training.start import Starter
 
 CPU = torch.device("cpu")
 
@@ -45,6 +55,12 @@ def whitening(x: torch.Tensor) -> Whitening:
     found = whitening_of(moments_of([x[:1000], x[1000:]]))
     assert found is not None
     return found
+
+
+def start_of(
+    gate: torch.Tensor, white: Whitening, rank: int, x: torch.Tensor
+) -> tuple[Predictor, Coordinates]:
+    return constant_start(directions_of(gate, white.factor), white.basis, rank, x)
 
 
 def test_whitened_inputs_have_unit_covariance_beside_a_constant() -> None:
@@ -78,7 +94,7 @@ def biased(
 def test_a_full_start_has_the_sign_of_every_gate() -> None:
     x, gate = stream(), normal(D_FF, D_MODEL)
     exact = x.double() @ gate.double().T
-    start, coordinates = constant_start(gate, whitening(x), D_MODEL + 1, x)
+    start, coordinates = start_of(gate, whitening(x), D_MODEL + 1, x)
     biased(start, coordinates, x, exact > 0)
     predictor = coordinates.plain(start)
     assert predictor.fc1.shape == (D_MODEL + 1, D_MODEL)
@@ -98,24 +114,23 @@ def test_a_truncated_start_is_the_best_map_of_its_rank() -> None:
     white = whitening(x)
     scaled = gate.double() @ white.factor
     scaled = scaled / scaled.norm(dim=1, keepdim=True)
-    start, coordinates = constant_start(gate, white, rank, x)
+    start, coordinates = start_of(gate, white, rank, x)
     logits = logits_in(start, coordinates, x).detach().double()
     exact = coordinates.inputs(x)[:, :-1].double() @ scaled.T
     least = float(torch.linalg.svdvals(scaled)[rank - 1 :].square().sum())
     error = float((logits - exact).square().sum(1).mean())
     assert error <= 1.02 * least
     biased(start, coordinates, x, x @ gate.T > 0)
-    pairs = pairs_start(gate, moments_of([x]), rank)
     better = [
         float((decide(p, x, 0.0) == (x @ gate.T > 0)).float().mean())
-        for p in (pairs, coordinates.plain(start))
+        for p in (pairs(gate, moments_of([x]), rank), coordinates.plain(start))
     ]
     assert 1 - better[1] < 0.5 * (1 - better[0])
 
 
 def test_units_are_open_on_all_rows_and_signed_for_the_smaller_offset() -> None:
     x, gate = stream(), normal(D_FF, D_MODEL)
-    start, coordinates = constant_start(gate, whitening(x), 32, x)
+    start, coordinates = start_of(gate, whitening(x), 32, x)
     inputs = coordinates.inputs(x)
     relative = inputs[:, :-1] @ start.fc1.detach()[:, :-1].T / inputs[:, -1:]
     offsets = start.fc1.detach()[:, -1]
@@ -209,14 +224,13 @@ def test_training_falls_back_to_pairs_with_more_epochs(
 ) -> None:
     monkeypatch.setattr("predictor.training.coordinates._STEADY", 0.0)
     train = torch.arange(2000)
-    start = begin(PSP, rows, 32, train, seeded(0), CPU)
+    start = Starter(PSP, rows, train, seeded(0), CPU).at(32)
     assert start.coordinates is None
     assert start.recipe == replace(PSP, start="pairs", epochs=4 * PSP.epochs)
     steps: list[int] = []
     train_layer(
-        replace(PSP, batch=500),
+        Starter(replace(PSP, batch=500), rows, train, seeded(0), CPU).at(32),
         rows,
-        rank=32,
         train=train,
         holdout=train[:0],
         generator=seeded(0),
@@ -228,9 +242,9 @@ def test_training_falls_back_to_pairs_with_more_epochs(
 def test_training_around_a_constant_beats_its_start_which_beats_pairs(rows: LabelledRows) -> None:
     def loss(epochs: int, kind: str) -> float:
         recipe = replace(PSP, epochs=epochs, start=kind, batch=128)
-        predictor = train_layer(
-            recipe, rows, rank=32, train=TRAIN, holdout=HOLDOUT, generator=seeded()
-        )
+        generator = seeded()
+        start = Starter(recipe, rows, TRAIN, generator, CPU).at(32)
+        predictor = train_layer(start, rows, train=TRAIN, holdout=HOLDOUT, generator=generator)
         return importance_loss(predictor, rows)
 
     untrained = loss(0, "constant")

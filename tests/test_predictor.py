@@ -14,6 +14,7 @@ from planted import (
     TRAIN,
     importance_loss,
     normal,
+    pairs,
     planted_layer,
     rows_from,
     seeded,
@@ -26,8 +27,9 @@ from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.rows import LabelledRows, normalise_rms
 from predictor.traces.store import LayerRows
 from predictor.training.fit import evaluate, train_layer
-from predictor.training.initialise import moments_of, pairs_start, random_start
+from predictor.training.initialise import moments_of, random_start
 from predictor.training.recipes import DEJAVU, PSP, Recipe
+from predictor.training.start import Starter
 
 RANK = 32
 
@@ -41,7 +43,7 @@ def unweighted(d_ff: int, d_model: int = 8) -> LayerWeights:
 
 def test_full_pairs_have_the_sign_of_every_gate() -> None:
     gate, inputs = normal(D_FF, D_MODEL), normal(500, D_MODEL, seed=1)
-    predictor = pairs_start(gate, moments_of([inputs]), 2 * D_MODEL)
+    predictor = pairs(gate, moments_of([inputs]), 2 * D_MODEL)
     assert predictor.fc1.shape == (2 * D_MODEL, D_MODEL)
     assert predictor.fc2.shape == (D_FF, 2 * D_MODEL)
     exact = inputs.double() @ gate.double().T
@@ -64,7 +66,7 @@ def test_truncated_pairs_are_optimal() -> None:
 
     # A neuron's scale must not matter: its sign does not depend on it.
     scales = torch.logspace(-2, 2, D_FF)[:, None]
-    predictor = pairs_start(gate * scales, moments, RANK)
+    predictor = pairs(gate * scales, moments, RANK)
     fc1, fc2 = predictor.fc1.detach(), predictor.fc2.detach()
     assert torch.equal(fc1, torch.cat([fc1[:k], -fc1[:k]]))
     assert torch.equal(fc2, torch.cat([fc2[:, :k], -fc2[:, :k]], dim=1))
@@ -210,12 +212,10 @@ def trained(
     recipe: Recipe, planted: tuple[LayerRows, LayerWeights], seed: int = 0, **options: Any
 ) -> tuple[LabelledRows, Predictor]:
     rows = LabelledRows(*planted, normalise=recipe.normalise)
-    chosen: dict[str, Any] = {
-        "train": TRAIN,
-        "holdout": HOLDOUT,
-        "generator": seeded(seed),
-    } | options
-    return rows, train_layer(recipe, rows, rank=RANK, **chosen)
+    generator = seeded(seed)
+    start = Starter(recipe, rows, TRAIN, generator, torch.device("cpu")).at(RANK)
+    chosen: dict[str, Any] = {"holdout": HOLDOUT, "generator": generator} | options
+    return rows, train_layer(start, rows, train=TRAIN, **chosen)
 
 
 def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
@@ -226,7 +226,7 @@ def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
 
 def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
     rows, predictor = trained(replace(PSP, batch=128), planted)
-    start = pairs_start(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
+    start = pairs(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
     assert importance_loss(predictor, rows) < 0.95 * importance_loss(start, rows)
 
 
@@ -284,7 +284,7 @@ def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
     planted: tuple[LayerRows, LayerWeights],
 ) -> None:
     rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
-    start = pairs_start(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
+    start = pairs(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
     inputs = rows.inputs(HOLDOUT)
     torch.testing.assert_close(predictor(inputs), start(inputs), atol=1e-3, rtol=1e-3)
 

@@ -38,6 +38,12 @@ class Moments:
         """E[x xᵀ] in float64, with a small multiple of the identity added."""
         return _damped(self.second, 1e-4)
 
+    @property
+    def factor(self) -> torch.Tensor:
+        """(d_model, d_model) float64, lower triangular S with S Sᵀ = `damped`."""
+        factor: torch.Tensor = torch.linalg.cholesky(self.damped)
+        return factor
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -76,9 +82,11 @@ def whitening_of(moments: Moments) -> Whitening | None:
     if strength <= 1 / (1 + _STEADY**2):  # E[s²] = 1/strength
         return None
     direction = direction / strength
-    taken = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-    taken -= torch.outer(mean, direction)
-    covariance = taken @ moments.second.double() @ taken.T
+    # (I − μmᵀ) E[x xᵀ] (I − mμᵀ), multiplied out.
+    second = moments.second.double()
+    along = second @ direction
+    crossed = torch.outer(along, mean)
+    covariance = second - crossed - crossed.T + (direction @ along) * torch.outer(mean, mean)
     factor = torch.linalg.cholesky(_damped(covariance, _DAMPING))
     return Whitening(direction, mean, factor)
 

@@ -12,8 +12,7 @@ from predictor.module import Predictor, decide
 from predictor.traces.rows import LabelledRows
 from predictor.training.batches import batches
 from predictor.training.gradient import set_gradients
-from predictor.training.recipes import Recipe
-from predictor.training.start import Start, begin
+from predictor.training.start import Start
 
 _EVALUATION_ROWS = 2048
 _TUNED_WIDTH = 512
@@ -23,35 +22,31 @@ _WHITENED = 0.25
 
 
 def train_layer(
-    recipe: Recipe,
+    start: Start,
     rows: LabelledRows,
     *,
-    rank: int,
     train: torch.Tensor,
     holdout: torch.Tensor,
     generator: torch.Generator,
-    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int], object] = lambda steps: None,
 ) -> Predictor:
-    """Train a predictor at threshold 0.
+    """Train a predictor at threshold 0, where its start is.
 
     Args:
-        recipe: settings.
+        start: with the recipe to train by; it is trained in place.
         rows: the layer's trace rows.
-        rank: hidden units.
         train: (n,) int64, rows to train on.
         holdout: (m,) int64, rows that choose the epoch where the recipe asks for that.
-        generator: source of the start and of the order of rows.
-        device: torch device to train on.
+        generator: source of the order of rows.
         dtype: type of matrix products; weights and optimiser are float32.
-        on_step: called after every step with the number of steps in all, which the start decides.
+        on_step: called after every step with the number of steps in all.
 
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
     """
-    start = begin(recipe, rows, rank, train, generator, torch.device(device))
     recipe, predictor = start.recipe, start.predictor
+    device = predictor.fc1.device
     rates = _rates(start)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
@@ -62,7 +57,7 @@ def train_layer(
     step, best, best_recall, bad = 0, start.plain(), -1.0, 0
     for _ in range(recipe.epochs):
         order = train[torch.randperm(len(train), generator=generator)]
-        for batch in batches(recipe, rows, torch.device(device), order):
+        for batch in batches(recipe, rows, device, order):
             if recipe.cosine:
                 for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from predictor.module import Predictor
-from predictor.training.coordinates import Coordinates, Moments, Whitening
+from predictor.training.coordinates import Coordinates, Moments
 
 _OFFSETS = (0.5, 8.0)
 """Of units, in standard deviations."""
@@ -36,7 +37,38 @@ def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
     return Moments(second / rows, first / rows)
 
 
-def pairs_start(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
+@dataclass(frozen=True)
+class Directions:
+    """The singular value decomposition of a whitened gate, as far as starts of any rank need it.
+
+    Attributes:
+        scaled: (d_ff, d_model) float64, the gate times the whitening factor, rows of norm 1.
+        right: (d_model, d_model) float64, right singular vectors as columns, the first ones last.
+    """
+
+    scaled: torch.Tensor
+    right: torch.Tensor
+
+    def truncated(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return U·Σ, (d_ff, k), and V, (d_model, k), both float64."""
+        right = self.right[:, -k:]
+        return self.scaled @ right, right
+
+
+def directions_of(gate: torch.Tensor, factor: torch.Tensor) -> Directions:
+    """Decompose a gate.
+
+    Args:
+        gate: (d_ff, d_model) float32, gate matrix times the norm's weight.
+        factor: (d_model, d_model) float64, Cholesky factor of the inputs' moments, on its device.
+    """
+    scaled = gate.double() @ factor
+    scaled /= torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1e-30)
+    # Vectors come from the small Gram matrix: d_ff may be far larger than d_model.
+    return Directions(scaled, torch.linalg.eigh(scaled.T @ scaled).eigenvectors)
+
+
+def pairs_start(directions: Directions, factor: torch.Tensor, rank: int) -> Predictor:
     """Return the activation-whitened truncated SVD of the gate as pairs of units.
 
     With S Sᵀ = E[x xᵀ] and W the gate matrix, its rows scaled so that every neuron's gate has unit
@@ -45,12 +77,11 @@ def pairs_start(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
     2k ReLU units: `[V; −V]` and `[U, −U]`, because relu(a) − relu(−a) = a.
 
     Args:
-        gate: (d_ff, d_model) float32, gate matrix times the norm's weight, on the moments' device.
-        moments: of the normalised inputs.
+        directions: of the gate and S.
+        factor: S, see `Moments.factor`.
         rank: ReLU units, even.
     """
-    factor = torch.linalg.cholesky(moments.damped)
-    left, right = _truncated(gate.double() @ factor, rank // 2)
+    left, right = directions.truncated(rank // 2)
     down = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False)
     u, v = left.float(), down.float()
     return Predictor(torch.cat([v, -v]), torch.cat([u, -u], dim=1))
@@ -58,7 +89,7 @@ def pairs_start(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
 
 @torch.no_grad()
 def constant_start(
-    gate: torch.Tensor, whitening: Whitening, rank: int, x: torch.Tensor
+    directions: Directions, basis: torch.Tensor, rank: int, x: torch.Tensor
 ) -> tuple[Predictor, Coordinates]:
     """Return the truncated SVD of the gate with a unit for the constant, in its coordinates.
 
@@ -67,13 +98,13 @@ def constant_start(
     of `x`, or up to 8 standard deviations. Biases are 0.
 
     Args:
-        gate: (d_ff, d_model) float32, see `pairs_start`.
-        whitening: of the normalised inputs.
+        directions: of the gate and the whitening's factor.
+        basis: the whitening's.
         rank: ReLU units, at most d_model + 1.
         x: (n, d_model) float32, normalised inputs.
     """
-    left, right = _truncated(gate.double() @ whitening.factor, rank - 1)
-    fc1, fc2, basis = right.T.float(), left.float(), whitening.basis
+    left, right = directions.truncated(rank - 1)
+    fc1, fc2 = right.T.float(), left.float()
     inputs = x @ basis
     relative = (inputs[:, :-1] @ fc1.T) / inputs[:, -1:].clamp_min(_LEAST_CONSTANT)
     low, high = -relative.amin(0), relative.amax(0)
@@ -116,13 +147,3 @@ def matching_biases(
         edges = (logits[:, :-1] + logits[:, 1:]) / 2
         biases.append(-edges.gather(1, (rows - many).T))
     return torch.cat(biases).T.to(fc2.device)
-
-
-def _truncated(whitened: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return U·Σ (d_ff, k) and V (d_model, k) of the matrix with rows of unit norm."""
-    norms = torch.linalg.vector_norm(whitened, dim=1, keepdim=True).clamp_min(1e-30)
-    whitened = whitened / norms
-    # The right singular vectors come from the small Gram matrix: d_ff may be far larger than d.
-    _, vectors = torch.linalg.eigh(whitened.T @ whitened)
-    right = vectors[:, -k:]
-    return whitened @ right, right

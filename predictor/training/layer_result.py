@@ -18,6 +18,7 @@ from predictor.traces.store import TraceStore
 from predictor.training.config import TrainConfig
 from predictor.training.fit import evaluate, train_layer
 from predictor.training.recipes import Recipe
+from predictor.training.start import Starter
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,13 @@ class LayerTraining:
 
     def _train(self, layer: int, rank: int, on_step: Callable[[int], object]) -> LayerResult:
         config, rows, seed = self.config, self.rows(layer), self.config.seed * 1000 + layer
+        generator, device = torch.Generator().manual_seed(seed), torch.device(config.device)
         trained = train_layer(
-            self.recipe,
+            Starter(self.recipe, rows, self.train, generator, device).at(rank),
             rows,
-            rank=rank,
             train=self.train,
             holdout=self.holdout,
-            generator=torch.Generator().manual_seed(seed),
-            device=config.device,
+            generator=generator,
             dtype=config.dtype,
             on_step=on_step,
         )

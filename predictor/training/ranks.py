@@ -16,6 +16,7 @@ from predictor.module import RANK_MULTIPLE, to_half
 from predictor.training.fit import train_layer
 from predictor.training.layer_result import LayerTraining
 from predictor.training.parallel import each_layer
+from predictor.training.start import Starter
 
 _SCOUT_ROWS = 32768
 _CURVE_ROWS = 8192
@@ -72,15 +73,14 @@ def _scout(
     train = training.train
     order = train[torch.randperm(len(train), generator=generator)]
     seen, unseen, curves = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:], {}
+    starter = Starter(scout, rows, seen, generator, torch.device(config.device))
     for rank in ranks:
         trained = train_layer(
-            scout,
+            starter.at(rank),
             rows,
-            rank=rank,
             train=seen,
             holdout=unseen,
             generator=generator,
-            device=config.device,
             dtype=config.dtype,
             on_step=lambda steps: go_on(),
         )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.batches import Batch, read_batches
-from predictor.training.coordinates import Coordinates, whitening_of
+from predictor.training.coordinates import Coordinates, Moments, whitening_of
 from predictor.training.gradient import loss_of
 from predictor.training.initialise import (
+    Directions,
     constant_start,
+    directions_of,
     matching_biases,
     moments_of,
     pairs_start,
@@ -52,47 +55,75 @@ class Start:
         return Predictor(fc1.clone(), fc2.clone())
 
 
-def begin(
-    recipe: Recipe,
-    rows: LabelledRows,
-    rank: int,
-    train: torch.Tensor,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Start:
-    """Return the start that a recipe asks for.
+class Starter:
+    """Makes the starts of a layer, of any rank; what they share is computed once."""
 
-    Args:
-        recipe: settings.
-        rows: the layer's trace rows.
-        rank: hidden units.
-        train: (n,) int64, rows to train on.
-        generator: source of a random start and of the rows that others are made of.
-        device: torch device to train on.
-    """
-    gate = rows.weights.gate
-    if recipe.start == "random":
-        return Start(recipe, random_start(rank, gate.shape[1], len(gate), generator).to(device))
-    sample = train[torch.randperm(len(train), generator=generator)[:_MOMENT_ROWS]]
-    moments = moments_of(rows.inputs(part).to(device) for part in torch.split(sample, _PART))
-    gate = gate.to(device)
-    whitening = None
-    if recipe.start == "constant" and rank <= len(moments.mean) + 1:
-        whitening = whitening_of(moments)
-    if whitening is None:
-        recipe = recipe.with_pairs()
-        return Start(recipe, pairs_start(gate, moments, rank))
-    seen = sample[:_START_ROWS]
-    x = rows.inputs(seen).to(device)
-    predictor, coordinates = constant_start(gate, whitening, rank, x)
-    _settle(
-        predictor,
-        coordinates,
-        x,
-        rows.active(seen),
-        read_batches(recipe, rows, device, seen[:_SETTLE_ROWS]),
-    )
-    return Start(recipe, predictor, coordinates)
+    def __init__(
+        self,
+        recipe: Recipe,
+        rows: LabelledRows,
+        train: torch.Tensor,
+        generator: torch.Generator,
+        device: torch.device,
+    ) -> None:
+        """Name what starts are made of.
+
+        Args:
+            recipe: settings.
+            rows: the layer's trace rows.
+            train: (n,) int64, rows to train on.
+            generator: source of a random start and of the rows that others are made of.
+            device: torch device to train on.
+        """
+        self._recipe, self._rows, self._train = recipe, rows, train
+        self._generator, self._device = generator, device
+
+    def at(self, rank: int) -> Start:
+        """Return the start of a rank."""
+        gate = self._rows.weights.gate
+        if self._recipe.start == "random":
+            drawn = random_start(rank, gate.shape[1], len(gate), self._generator)
+            return Start(self._recipe, drawn.to(self._device))
+        constant = self._recipe.start == "constant" and rank <= gate.shape[1] + 1
+        if not constant or self._whitened is None:
+            factor, directions = self._paired
+            return Start(self._recipe.with_pairs(), pairs_start(directions, factor, rank))
+        seen = self._sample[:_START_ROWS]
+        x = self._rows.inputs(seen).to(self._device)
+        basis, directions = self._whitened
+        predictor, coordinates = constant_start(directions, basis, rank, x)
+        _settle(
+            predictor,
+            coordinates,
+            x,
+            self._rows.active(seen),
+            read_batches(self._recipe, self._rows, self._device, seen[:_SETTLE_ROWS]),
+        )
+        return Start(self._recipe, predictor, coordinates)
+
+    @cached_property
+    def _sample(self) -> torch.Tensor:
+        order = torch.randperm(len(self._train), generator=self._generator)
+        return self._train[order[:_MOMENT_ROWS]]
+
+    @cached_property
+    def _moments(self) -> Moments:
+        parts = torch.split(self._sample, _PART)
+        return moments_of(self._rows.inputs(part).to(self._device) for part in parts)
+
+    @cached_property
+    def _whitened(self) -> tuple[torch.Tensor, Directions] | None:
+        """The whitening's basis and the gate in it; None if inputs are constant in no direction."""
+        whitening = whitening_of(self._moments)
+        if whitening is None:
+            return None
+        gate = self._rows.weights.gate.to(self._device)
+        return whitening.basis, directions_of(gate, whitening.factor)
+
+    @cached_property
+    def _paired(self) -> tuple[torch.Tensor, Directions]:
+        factor = self._moments.factor
+        return factor, directions_of(self._rows.weights.gate.to(self._device), factor)
 
 
 @torch.no_grad()
