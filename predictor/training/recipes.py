@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from common.errors import PredictorError
+from predictor.module import RANK_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,12 @@ SVD = replace(PSP, name="svd", epochs=0)
 2603.14110)."""
 
 RECIPES = {recipe.name: recipe for recipe in (PSP, SVD, DEJAVU)}
+
+
+def published_rank(d_model: int) -> int:
+    """Return the rank of `DEJAVU`: a quarter of d_model, cut to one that PowerInfer can run."""
+    quarter = d_model // 4
+    return max(RANK_MULTIPLE, quarter - quarter % RANK_MULTIPLE)
 
 
 def recipe_named(name: str) -> Recipe:

@@ -14,14 +14,13 @@ from common.files import refuse_existing, remove_output
 from predictor.artifact import PredictorArtifact, PredictorHeader
 from predictor.calibration.calibrate import calibrate
 from predictor.calibration.element_cost import ElementCost
-from predictor.module import RANK_MULTIPLE
 from predictor.traces.store import TraceStore
 from predictor.training.config import AUTO, TrainConfig
 from predictor.training.evaluation_text import held_out_model
 from predictor.training.layer_result import LayerResult, LayerTraining
 from predictor.training.parallel import each_layer
 from predictor.training.ranks import choose_ranks
-from predictor.training.recipes import DEJAVU, Recipe, recipe_named
+from predictor.training.recipes import DEJAVU, Recipe, published_rank, recipe_named
 from predictor.training.requirements import (
     check_activity,
     check_importance,
@@ -113,8 +112,7 @@ def _settled(config: TrainConfig, store: TraceStore) -> TrainConfig:
     """Give the published recipe its published rank, a quarter of d_model, and threshold 0."""
     if config.recipe != DEJAVU.name or config.rank != AUTO:
         return config
-    quarter = store.header.d_model // 4
-    return replace(config, rank=max(RANK_MULTIPLE, quarter - quarter % RANK_MULTIPLE))
+    return replace(config, rank=published_rank(store.header.d_model))
 
 
 def _set_ranks(training: LayerTraining, artifact: PredictorArtifact) -> None:

@@ -1,0 +1,170 @@
+"""A small OPT, trained sparse on text of one's own: another family for `benchmarks/recipes.py`.
+
+OPT differs from the gated LLaMA of most measurements in all that matters to a predictor: its FFN
+has no gate, biases shift every neuron, and inputs come from a LayerNorm. Prints one JSON line.
+
+    python benchmarks/opt_model.py --text FILE.jsonl --out DIR
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import tokenizers
+import torch
+from tqdm import tqdm
+
+from common.documents import read_documents
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+BOS = 2
+POSITIONS = 2048
+"""All that PowerInfer's OPT can have."""
+
+BATCH, WARMUP, DECAY = 8, 0.05, 0.1
+
+
+@click.command()
+@click.option("--text", required=True, help="Documents to train on, .jsonl or .txt.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--d-model", default=384, show_default=True)
+@click.option("--d-ff", default=1536, show_default=True)
+@click.option("--layers", default=4, show_default=True)
+@click.option("--vocab", default=4096, show_default=True)
+@click.option("--context", default=256, show_default=True)
+@click.option("--steps", default=1100, show_default=True)
+@click.option("--rate", default=2e-3, show_default=True, help="Peak learning rate.")
+@click.option("--l1", default=0.2, show_default=True, help="Weight of FFN activations' mean.")
+@click.option("--seed", default=0, show_default=True)
+def main(
+    text: str,
+    out: Path,
+    d_model: int,
+    d_ff: int,
+    layers: int,
+    vocab: int,
+    context: int,
+    steps: int,
+    rate: float,
+    l1: float,
+    seed: int,
+) -> None:
+    """Train a tokenizer and a model."""
+    documents = list(read_documents(text))
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(documents, vocab)
+    model = build_model(tokenizer.get_vocab_size(), d_model, d_ff, layers)
+    encoded = tokenizer.encode_batch(documents)
+    ids = torch.tensor([token for document in encoded for token in [BOS, *document.ids]])
+    start = time.perf_counter()
+    last = train(model, ids, context=context, steps=steps, rate=rate, l1=l1)
+    model.half().save_pretrained(out)
+    write_tokenizer(tokenizer, out)
+    row = {
+        "tokens": len(ids),
+        "seen": steps * BATCH * context,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        **last,
+        "seconds": time.perf_counter() - start,
+        "threads": torch.get_num_threads(),
+    }
+    click.echo(json.dumps(row))
+
+
+def train_tokenizer(documents: list[str], vocab: int) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE with OPT's special tokens."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    return bpe
+
+
+def write_tokenizer(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
+    """Write `vocab.json` and `merges.txt`, the files that OPT has."""
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (out / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (out / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    settings = {"add_bos_token": True, "bos_token": "</s>"}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def build_model(vocab: int, d_model: int, d_ff: int, layers: int) -> OPTForCausalLM:
+    """Return a random OPT with ReLU and norms before attention and FFN."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=vocab,
+        hidden_size=d_model,
+        ffn_dim=d_ff,
+        num_hidden_layers=layers,
+        num_attention_heads=d_model // 64,
+        max_position_embeddings=POSITIONS,
+        word_embed_proj_dim=d_model,
+        dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=BOS,
+        eos_token_id=BOS,
+        pad_token_id=1,
+    )
+    return OPTForCausalLM(config)
+
+
+def train(
+    model: OPTForCausalLM, ids: torch.Tensor, *, context: int, steps: int, rate: float, l1: float
+) -> dict[str, float]:
+    """Train in place; return the last hundred steps' mean loss and share of active neurons."""
+    activations: list[torch.Tensor] = []
+    for layer in model.model.decoder.layers:
+        layer.activation_fn.register_forward_hook(
+            lambda module, args, output: activations.append(output)
+        )
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
+    )
+    history: list[tuple[float, float]] = []
+    for step, window in enumerate(tqdm(windows(ids, context, steps), total=steps)):
+        progress = step / steps
+        risen = min(1.0, progress / WARMUP)
+        optimiser.param_groups[0]["lr"] = (
+            rate * risen * (0.55 + 0.45 * math.cos(math.pi * progress))
+        )
+        activations.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss: Any = model(input_ids=window, labels=window).loss
+        sparse = torch.stack([values.float().mean() for values in activations]).mean()
+        (loss + l1 * min(1.0, 2 * progress) * sparse).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        active = torch.stack([(values > 0).float().mean() for values in activations]).mean()
+        history.append((float(loss), float(active)))
+    losses, shares = zip(*history[-100:], strict=True)
+    return {"loss": sum(losses) / len(losses), "density": sum(shares) / len(shares)}
+
+
+def windows(ids: torch.Tensor, context: int, steps: int) -> Iterator[torch.Tensor]:
+    """Yield random windows that start with BOS, (BATCH, context) int64."""
+    for _ in range(steps):
+        firsts = torch.randint(len(ids) - context, (BATCH,))
+        window = torch.stack([ids[first : first + context] for first in firsts.tolist()])
+        window[:, 0] = BOS
+        yield window
+
+
+if __name__ == "__main__":
+    main()
