@@ -56,7 +56,7 @@ def check_ranks(config: TrainConfig, store: TraceStore, recipe: Recipe, train: i
     if train < largest:
         raise PredictorError(
             f"{store.path}: {train} rows to train on are too few for rank {largest}; collect more "
-            "--tokens, or lower --rank"
+            "--tokens, or pass a lower --rank"
         )
 
 
