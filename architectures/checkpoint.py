@@ -40,7 +40,7 @@ def locate(model: str) -> Path:
     if os.path.isdir(path):
         return path
     if not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{model}: no such directory; pass a checkpoint's directory")
+        raise CheckpointError(f"{model}: no such directory", "pass a checkpoint's directory")
     from huggingface_hub import snapshot_download
 
     try:
@@ -53,8 +53,8 @@ def locate(model: str) -> Path:
         # The client raises many kinds: no network, unknown repository, gated repository.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{model}: neither a directory nor fetched from the hub ({reason}); "
-            "check the name, the network and your access"
+            f"{model}: neither a directory nor fetched from the hub ({reason})",
+            "check the name, the network and your access",
         ) from error
 
 
@@ -108,7 +108,7 @@ class Checkpoint:
         for stored in (name, name.removeprefix(f"{self.architecture.base}.")):
             if stored in self.files.shards:
                 return stored
-        raise CheckpointError(f"{self.path}: tensor {name} is missing; {_FETCH_AGAIN}")
+        raise CheckpointError(f"{self.path}: tensor {name} is missing", _FETCH_AGAIN)
 
     def check_tensors(self) -> None:
         """Refuse files that do not hold every tensor of the family, in its shape and a float type.
@@ -123,13 +123,14 @@ class Checkpoint:
                 where = f"{self.files.shards[name]}: tensor {name}"
                 if dtype not in _DTYPES:
                     raise CheckpointError(
-                        f"{where} has dtype {dtype}; quantised checkpoints cannot be used, pass "
-                        "the float16, bfloat16 or float32 original"
+                        f"{where} has dtype {dtype}",
+                        "quantised checkpoints cannot be used, pass "
+                        "the float16, bfloat16 or float32 original",
                     )
                 if found != rule.shape(self.shape):
                     raise CheckpointError(
-                        f"{where} has shape {found}, config.json implies "
-                        f"{rule.shape(self.shape)}; {_FETCH_AGAIN}"
+                        f"{where} has shape {found}, config.json implies {rule.shape(self.shape)}",
+                        _FETCH_AGAIN,
                     )
 
     def read(self, rule: TensorRule, layer: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ MEND = "mend the checkpoint's config"
 
 def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
     """Raise the one-line error for a config value that cannot be used."""
-    raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}; {remedy}")
+    raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}", remedy)
 
 
 def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

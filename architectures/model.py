@@ -157,7 +157,7 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot run on device {device!r} ({reason}); check --device"
+            f"cannot run on device {device!r} ({reason})", "check --device"
         ) from error
 
 
@@ -167,5 +167,5 @@ def _enough_memory(device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"{device}: out of memory; lower --batch or --context, or pass --weights streamed"
+            f"{device}: out of memory", "lower --batch or --context, or pass --weights streamed"
         ) from error

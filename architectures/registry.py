@@ -47,6 +47,6 @@ def resolve(config: Mapping[str, Any]) -> Architecture:
             return architecture
     supported = {name: None for family in ARCHITECTURES for name in family.hf_classes}
     raise CheckpointError(
-        f"config.json: architectures is {declared!r}, which psp does not support; "
-        f"supported: {', '.join(supported)}"
+        f"config.json: architectures is {declared!r}, which psp does not support",
+        f"supported: {', '.join(supported)}",
     )

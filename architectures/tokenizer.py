@@ -77,15 +77,15 @@ def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePie
     file = path / "tokenizer.model"
     if not file.is_file():
         raise CheckpointError(
-            f"{file}: not found; psp needs the model's SentencePiece tokenizer.model"
+            f"{file}: not found", "psp needs the model's SentencePiece tokenizer.model"
         )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: not a SentencePiece model; {_FETCH_AGAIN}") from error
+        raise CheckpointError(f"{file}: not a SentencePiece model", _FETCH_AGAIN) from error
     if tokenizer.bos_id() < 0:
         raise CheckpointError(
-            f"{file}: has no BOS piece, which PowerInfer needs; use another tokenizer.model"
+            f"{file}: has no BOS piece, which PowerInfer needs", "use another tokenizer.model"
         )
     _check_rows(file, "pieces", tokenizer.vocab_size(), vocab_size)
     return tokenizer
@@ -105,7 +105,7 @@ def chat_template_of(path: Path) -> str | None:
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); {_FETCH_AGAIN}") from error
+            raise CheckpointError(f"{file}: cannot be read ({error})", _FETCH_AGAIN) from error
     template = _read_optional(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -113,7 +113,8 @@ def chat_template_of(path: Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise CheckpointError(
             f"{path / 'tokenizer_config.json'}: chat_template is neither text nor a list with a "
-            "'default' one; name the format with --chat-template"
+            "'default' one",
+            "name the format with --chat-template",
         )
     return template
 
@@ -177,7 +178,7 @@ def _damage_refused(file: Path) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of the Rust code is no Exception
         raise CheckpointError(
-            f"{file}: cannot be used as a tokenizer ({error}); {_FETCH_AGAIN}"
+            f"{file}: cannot be used as a tokenizer ({error})", _FETCH_AGAIN
         ) from error
 
 
@@ -195,7 +196,8 @@ def _read_rust(path: Path) -> tuple[Path, tokenizers.Tokenizer]:
         return vocab, _read_byte_level(vocab, merges)
     raise CheckpointError(
         f"{path / 'tokenizer.model'}: not found, nor tokenizer.json, nor vocab.json with "
-        "merges.txt; add the model's SentencePiece tokenizer.model or one of the others"
+        "merges.txt",
+        "add the model's SentencePiece tokenizer.model or one of the others",
     )
 
 
@@ -217,8 +219,8 @@ def _read_byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
 def _check_rows(file: Path, unit: str, count: int, vocab_size: int) -> None:
     if count > vocab_size:
         raise CheckpointError(
-            f"{file}: has {count} {unit}, the model {vocab_size} rows; "
-            f"use the model's own {file.name}"
+            f"{file}: has {count} {unit}, the model {vocab_size} rows",
+            f"use the model's own {file.name}",
         )
 
 
@@ -234,8 +236,8 @@ def _bos_id(
     if found is None:
         raise CheckpointError(
             f"{path / 'config.json'}: no usable bos_token_id, nor one in generation_config.json, "
-            "nor a bos_token of the vocabulary in tokenizer_config.json; "
-            "add the model's bos_token_id to config.json"
+            "nor a bos_token of the vocabulary in tokenizer_config.json",
+            "add the model's bos_token_id to config.json",
         )
     return found
 

@@ -180,8 +180,8 @@ def begin(config: DensityConfig) -> dict[str, Any]:
     found = read_json(file, OutputError, "choose another --out")
     if differing := _differing(head, found):
         raise OutputError(
-            f"{file} was measured with another {' and '.join(differing)}; go on as it began, or "
-            "choose another --out"
+            f"{file} was measured with another {' and '.join(differing)}",
+            "go on as it began, or choose another --out",
         )
     return found
 

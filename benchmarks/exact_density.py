@@ -57,28 +57,29 @@ class FixtureShape:
         """Refuse what cannot be built, or what PowerInfer could not run if it were."""
         for key, size in (("d_model", self.d_model), ("rank", self.rank)):
             if size <= 0 or size % BLOCK:
-                raise ExportError(f"{key} {size} is no multiple of {BLOCK}; choose one")
+                raise ExportError(f"{key} {size} is no multiple of {BLOCK}", "choose one")
         if self.rank > self.d_model:
             raise ExportError(
-                f"rank {self.rank} would mark more than half of d_model {self.d_model}; "
-                "choose a rank of at most d_model"
+                f"rank {self.rank} would mark more than half of d_model {self.d_model}",
+                "choose a rank of at most d_model",
             )
         if self.n_heads < 1 or self.d_model % (2 * self.n_heads):
             raise ExportError(
-                f"d_model {self.d_model} does not make {self.n_heads} heads of an even size; "
-                "choose another number of heads"
+                f"d_model {self.d_model} does not make {self.n_heads} heads of an even size",
+                "choose another number of heads",
             )
         if self.n_layers < 1:
-            raise ExportError(f"layers {self.n_layers} is no model; choose 1 or more")
+            raise ExportError(f"layers {self.n_layers} is no model", "choose 1 or more")
         if self.d_ff < SMALLEST_D_FF:
             raise ExportError(
-                f"d_ff {self.d_ff} is below {SMALLEST_D_FF}; PowerInfer computes smaller FFNs "
-                "wrongly, choose more"
+                f"d_ff {self.d_ff} is below {SMALLEST_D_FF}",
+                "PowerInfer computes smaller FFNs wrongly, choose more",
             )
         if not (0 < self.density <= 1 and self.predicted):
             raise ExportError(
                 f"density {self.density:g} is outside ({0.5 / self.d_ff:.2g}, 1], which at d_ff "
-                f"{self.d_ff} is no neuron or more than all; choose one in between"
+                f"{self.d_ff} is no neuron or more than all",
+                "choose one in between",
             )
 
     @property

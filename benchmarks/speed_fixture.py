@@ -147,7 +147,7 @@ def read_tokenizer(path: Path) -> tuple[int, torch.Tensor]:
         pieces = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path}: no SentencePiece model; pass a LLaMA checkpoint's tokenizer.model"
+            f"{path}: no SentencePiece model", "pass a LLaMA checkpoint's tokenizer.model"
         ) from error
     size = pieces.vocab_size()
     kinds = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
@@ -196,7 +196,8 @@ def make_and_check(config: FixtureConfig) -> dict[str, Any]:
     if found != {shape.predicted}:
         raise EngineError(
             f"{bundle.model_file}: tokens predict {sorted(found)} neurons, expected "
-            f"{shape.predicted}; this is a bug, or another program changed the file"
+            f"{shape.predicted}",
+            "this is a bug, or another program changed the file",
         )
     files = [bundle.model_file, *([bundle.dense_file] if config.dense else [])]
     return {

@@ -102,7 +102,8 @@ def _require_gated(checkpoint: Checkpoint) -> None:
     if checkpoint.architecture.ffn_matrices != 3:
         raise CheckpointError(
             f"{checkpoint.path}/config.json: {checkpoint.architecture.name} has no gated FFN, "
-            "which the operators need; pass a LLaMA-like model with ReLU or FATReLU"
+            "which the operators need",
+            "pass a LLaMA-like model with ReLU or FATReLU",
         )
 
 

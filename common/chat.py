@@ -33,16 +33,16 @@ def render(value: object, template: str, where: str) -> str:
         DataError: an unknown template, a conversation without a template, or another shape.
     """
     if template not in TEMPLATES:
-        raise DataError(f"{template}: unknown chat template; pick one of {', '.join(TEMPLATES)}")
+        raise DataError(f"{template}: unknown chat template", f"pick one of {', '.join(TEMPLATES)}")
     if isinstance(value, str):
         return value if template == "none" else _minicpm([("user", value)])
     if not isinstance(value, list):
         kind = type(value).__name__
-        raise DataError(f"{where}: holds {kind}, neither text nor messages; mend the row")
+        raise DataError(f"{where}: holds {kind}, neither text nor messages", "mend the row")
     if template == "none":
         raise DataError(
-            f"{where}: holds a list, which is read as messages only with a chat template; "
-            f"pass --chat-template {'|'.join(TEMPLATES[1:])}"
+            f"{where}: holds a list, which is read as messages only with a chat template",
+            f"pass --chat-template {'|'.join(TEMPLATES[1:])}",
         )
     return _minicpm([_turn(turn, f"{where}, message {n}") for n, turn in enumerate(value)])
 
@@ -73,14 +73,14 @@ def _minicpm(turns: Iterable[tuple[str, str]]) -> str:
 def _turn(message: object, where: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         kind = type(message).__name__
-        raise DataError(f"{where}: is {kind}, not an object with role and content; mend the row")
+        raise DataError(f"{where}: is {kind}, not an object with role and content", "mend the row")
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
         shown = repr(role)[:40] if "role" in message else "missing"
         raise DataError(
-            f"{where}: role is {shown}, expected one of {', '.join(_ROLES)}; mend the row"
+            f"{where}: role is {shown}, expected one of {', '.join(_ROLES)}", "mend the row"
         )
     if not isinstance(content, str):
         kind = type(content).__name__ if "content" in message else "missing"
-        raise DataError(f"{where}: content is {kind}, expected text; mend the row")
+        raise DataError(f"{where}: content is {kind}, expected text", "mend the row")
     return role, content

@@ -45,7 +45,7 @@ def read_documents(source: str, field: str = "text", template: str = "none") -> 
             empty = False
             yield document
     if empty:
-        raise DataError(f"{source}: holds no text; pass a source with at least one document")
+        raise DataError(f"{source}: holds no text", "pass a source with at least one document")
 
 
 def read_text(source: str, field: str = "text") -> str:
@@ -66,11 +66,11 @@ def _open(source: str, field: str) -> Iterator[tuple[str, object]]:
     readers = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DataError(
-            f"{source}: unknown kind of data; "
-            f"expected {', '.join(f'FILE{suffix}' for suffix in readers)} or hf:NAME"
+            f"{source}: unknown kind of data",
+            f"expected {', '.join(f'FILE{suffix}' for suffix in readers)} or hf:NAME",
         )
     if not os.path.isfile(path):
-        raise DataError(f"{source}: no such file; check --data")
+        raise DataError(f"{source}: no such file", "check --data")
     return readers[path.suffix](path, field)
 
 
@@ -78,7 +78,7 @@ def _whole(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a surrogate pair; mend the text") from error
+        raise DataError(f"{where}: holds half a surrogate pair", "mend the text") from error
     return text
 
 
@@ -91,10 +91,10 @@ def _lines(path: Path) -> Iterator[str]:
                 number += 1
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: not UTF-8 after line {number} ({error.reason}); convert the file to UTF-8"
+            f"{path}: not UTF-8 after line {number} ({error.reason})", "convert the file to UTF-8"
         ) from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check --data") from error
+        raise DataError(f"{path}: {error.strerror or error}", "check --data") from error
 
 
 def _text(path: Path, field: str) -> Iterator[tuple[str, object]]:
@@ -133,7 +133,7 @@ def _parse(text: str, where: str, remedy: str) -> object:
     try:
         value: object = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}); {remedy}") from error
+        raise DataError(f"{where}: not valid JSON ({error})", remedy) from error
     return value
 
 
@@ -145,7 +145,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, object]]:
     except Exception as error:
         # A damaged file shows itself in many kinds, in any of the library's layers.
         raise DataError(
-            f"{path}: not a readable Parquet file ({_reason(error)}); fetch or write it again"
+            f"{path}: not a readable Parquet file ({_reason(error)})", "fetch or write it again"
         ) from error
 
 
@@ -173,8 +173,8 @@ def _field(row: object, field: str, where: str) -> tuple[str, object]:
     value = row[field]
     if not isinstance(value, str | list):
         raise DataError(
-            f"{where}: no text under '{field}' but {type(value).__name__}; "
-            "mend the row, or name another field with --field"
+            f"{where}: no text under '{field}' but {type(value).__name__}",
+            "mend the row, or name another field with --field",
         )
     return f"{where} field '{field}'", value
 
@@ -182,7 +182,7 @@ def _field(row: object, field: str, where: str) -> tuple[str, object]:
 def _missing(names: Iterable[object], field: str, where: str) -> DataError:
     found = ", ".join(sorted(map(str, names)))
     shown = found if len(found) <= _SHOWN else found[:_SHOWN] + "…"
-    return DataError(f"{where}: no text under '{field}' (found: {shown}); name it with --field")
+    return DataError(f"{where}: no text under '{field}' (found: {shown})", "name it with --field")
 
 
 def _dataset(source: str, field: str) -> Iterator[tuple[str, object]]:
@@ -200,7 +200,7 @@ def _dataset(source: str, field: str) -> Iterator[tuple[str, object]]:
     except Exception as error:
         # The library raises many kinds: no network, no such name, no such config or split.
         raise DataError(
-            f"{source}: cannot be loaded ({_reason(error)}); check name and network"
+            f"{source}: cannot be loaded ({_reason(error)})", "check name and network"
         ) from error
 
 

@@ -10,14 +10,25 @@ _HEAD, _TAIL = 600, 300
 
 
 class PspError(Exception):
-    """Something outside the program is wrong and the user can mend it."""
+    """Something outside the program is wrong and the user can mend it.
 
-    def __init__(self, message: str) -> None:
+    Attributes:
+        problem: what is wrong with which thing, one line.
+        remedy: what the user can do about it; None where the problem says it.
+    """
+
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
         """Keep the message on one line of bearable length, whatever a hostile file's names hold."""
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        self.problem = _one_line(problem)
+        self.remedy = None if remedy is None else _one_line(remedy)
+        line = "; ".join(part for part in (self.problem, self.remedy) if part is not None)
         if len(line) > _HEAD + _TAIL:
             line = f"{line[:_HEAD]} … {line[-_TAIL:]}"
         super().__init__(line)
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class DataError(PspError):

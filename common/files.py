@@ -99,7 +99,7 @@ def _cleared(path: Path, part: Path) -> Iterator[None]:
 def write_error(path: Path, error: OSError) -> OutputError:
     """Say in one line what the system refused and what to do about it."""
     remedy = _REMEDIES.get(error.errno or 0, "check the path and try again")
-    return OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}")
+    return OutputError(f"cannot write {path}: {error.strerror or error}", remedy)
 
 
 def _sync(path: Path) -> None:
@@ -131,11 +131,11 @@ def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except OSError as problem:
-        raise error(f"{path}: {problem.strerror or problem}; {remedy}") from problem
+        raise error(f"{path}: {problem.strerror or problem}", remedy) from problem
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid JSON ({problem}); {remedy}") from problem
+        raise error(f"{path}: not valid JSON ({problem})", remedy) from problem
     if not isinstance(document, dict):
-        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; {remedy}")
+        raise error(f"{path}: expected a JSON object, found {type(document).__name__}", remedy)
     return document
 
 
@@ -163,9 +163,9 @@ def refuse_existing(
         return
     if not force:
         resume = "--resume to go on with it, " if resumable else ""
-        raise OutputError(f"{path} exists; pass {resume}--force to replace it or another --out")
+        raise OutputError(f"{path} exists", f"pass {resume}--force to replace it or another --out")
     if marker and path.is_dir() and not (path / marker).exists():
-        raise OutputError(f"{path} was not made by this command; choose another --out")
+        raise OutputError(f"{path} was not made by this command", "choose another --out")
 
 
 def remove_output(path: Path) -> None:

@@ -77,7 +77,9 @@ def calibrate(device: Device, runs: Sequence[Run]) -> Device:
         HardwareError: too few runs.
     """
     if len(runs) < FEWEST:
-        raise HardwareError(f"{len(runs)} measured runs, expected at least {FEWEST}; measure more")
+        raise HardwareError(
+            f"{len(runs)} measured runs, expected at least {FEWEST}", "measure more"
+        )
     matrix, rows, columns, layer = _solve(_unknowns(device), runs).tolist()
     bandwidth = device.bandwidth
     return replace(

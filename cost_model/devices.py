@@ -131,7 +131,7 @@ class Hardware:
     def __post_init__(self) -> None:
         """Refuse a GPU without a link and the reverse."""
         if (self.gpu is None) != (self.link is None):
-            raise HardwareError("expected both gpu and link, or neither; add the missing one")
+            raise HardwareError("expected both gpu and link, or neither", "add the missing one")
         if self.threads is not None and self.threads < 1:
             raise HardwareError(f"threads is {self.threads}, expected at least 1")
 

@@ -100,16 +100,16 @@ def _read(path: Path) -> Any:
 
     try:
         if not path.is_file():
-            raise HardwareError(f"{path}: no such file; check --hardware")
+            raise HardwareError(f"{path}: no such file", "check --hardware")
         if path.stat().st_size > _LARGEST_FILE:
             raise HardwareError(f"{path}: more than 1 MiB, expected a short YAML file")
         return yaml.safe_load(path.read_bytes())
     except OSError as error:
-        raise HardwareError(f"{path}: {error.strerror or error}; check --hardware") from error
+        raise HardwareError(f"{path}: {error.strerror or error}", "check --hardware") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Besides its own errors the parser lets through those of impossible dates and encodings.
         reason = " ".join(str(error).split())[:200]
-        raise HardwareError(f"{path}: not valid YAML ({reason}); mend the file") from error
+        raise HardwareError(f"{path}: not valid YAML ({reason})", "mend the file") from error
 
 
 def _hardware(entry: Any, name: str, where: str) -> Hardware:
@@ -130,7 +130,7 @@ def _hardware(entry: Any, name: str, where: str) -> Hardware:
         )
     except HardwareError as error:
         known = str(error).startswith(where)
-        raise error if known else HardwareError(f"{where}: {error}") from error
+        raise error if known else HardwareError(f"{where}: {error.problem}", error.remedy) from error
 
 
 def _device(entry: Any, where: str) -> Device:
@@ -170,7 +170,7 @@ def _mapping(entry: Any, where: str, *keys: str | tuple[str, ...]) -> Mapping[st
             raise HardwareError(f"{where}: key {_show(key)} is unknown, expected {known}")
     for key in required:
         if key not in entry:
-            raise HardwareError(f"{where}: key {key} is missing; add it")
+            raise HardwareError(f"{where}: key {key} is missing", "add it")
     return entry
 
 

@@ -54,7 +54,8 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
     if array_bytes > memory // 4:
         raise HardwareError(
             f"--hardware this: reading {array_bytes:,} bytes needs four times as much memory, "
-            f"found {memory:,}; pass a preset or a YAML file"
+            f"found {memory:,}",
+            "pass a preset or a YAML file",
         )
     streamed, gathered = cpu_bandwidths(threads, array_bytes)
     share = gathered / streamed

@@ -64,13 +64,15 @@ class TokenizerFiles:
             if not _is_id(number) or not isinstance(content, str) or not content:
                 raise CheckpointError(
                     f"{self._path / name}: added token {content!r} with id {number!r} is no text "
-                    f"with a number; {_REMEDY}"
+                    "with a number",
+                    _REMEDY,
                 )
             before = found.get(number, AddedToken(content, False))
             if before.content != content:
                 raise CheckpointError(
                     f"{self._path / name}: id {number} is {content!r} here and {before.content!r} "
-                    "in another tokenizer file; keep the model's own files only"
+                    "in another tokenizer file",
+                    "keep the model's own files only",
                 )
             is_special = before.special or flag is True or content in special
             found[number] = AddedToken(content, is_special)

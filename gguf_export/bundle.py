@@ -149,7 +149,8 @@ def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     if config.split and not predictors.counted:
         raise ExportError(
             f"{predictors.path}: comes without activation statistics, by which --vram-budget "
-            "chooses neurons; leave that out, or train predictors with psp train-predictor"
+            "chooses neurons",
+            "leave that out, or train predictors with psp train-predictor",
         )
     notes = (dense_note(checkpoint),) if config.dense else ()
     bundle = replace(Bundle.beside(config.out), warnings=(*vocabulary.warnings, *notes))
@@ -270,8 +271,8 @@ def _check_directory(bundle: Bundle) -> None:
     others = {path.name for path in directory.glob(f"*{SUFFIX}")} - {bundle.model_file.name}
     if others and bundle.activation_directory.exists():
         raise ExportError(
-            f"{bundle.activation_directory}: belongs to {sorted(others)[0]}; "
-            "give every model a directory of its own"
+            f"{bundle.activation_directory}: belongs to {sorted(others)[0]}",
+            "give every model a directory of its own",
         )
 
 
@@ -285,20 +286,21 @@ def _check_family(checkpoint: Checkpoint, dense: bool) -> None:
     family, shape = checkpoint.architecture, checkpoint.shape
     if family.context_length not in (None, shape.context_length):
         raise ExportError(
-            f"{checkpoint.path}: context of {shape.context_length} tokens; PowerInfer's "
-            f"{family.gguf_name} graph has exactly {family.context_length} positions"
+            f"{checkpoint.path}: context of {shape.context_length} tokens",
+            f"PowerInfer's {family.gguf_name} graph has exactly {family.context_length} positions",
         )
     for rule in family.tensors:
         if rule.target is None and not shape.tied_embeddings:
             raise ExportError(
                 f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
-                f"only head in PowerInfer's {family.gguf_name} graph; tie_word_embeddings must be "
-                "true"
+                f"only head in PowerInfer's {family.gguf_name} graph",
+                "tie_word_embeddings must be true",
             )
     if dense and family.dense_note is None:
         raise ExportError(
             f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
-            "reads a tensor that its loader never makes; leave --dense out"
+            "reads a tensor that its loader never makes",
+            "leave --dense out",
         )
 
 
@@ -316,24 +318,26 @@ def check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]:
     if predictors.n_layers != shape.n_layers:
         raise PredictorError(
             f"{predictors.path}: predictors have {predictors.n_layers} layers, the model has "
-            f"{shape.n_layers}; pass predictors of this model"
+            f"{shape.n_layers}",
+            "pass predictors of this model",
         )
     ranks = read_ranks(predictors, shape.d_model, shape.d_ff)
     if predictors.model is not None and predictors.model[1] != checkpoint.fingerprint:
         raise PredictorError(
             f"{predictors.path}: predictors were trained for {predictors.model[0]}, whose weights "
-            f"or sizes differ from {checkpoint.path}; pass that model or collect and train for "
-            "this one"
+            f"or sizes differ from {checkpoint.path}",
+            "pass that model or collect and train for this one",
         )
     if shape.d_ff < SMALLEST_D_FF:
         raise ExportError(
-            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}; PowerInfer computes smaller FFNs wrongly"
+            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}",
+            "PowerInfer computes smaller FFNs wrongly",
         )
     if shape.d_model != shape.n_heads * shape.head_dim:
-        raise ExportError("heads times head size differ from d_model; PowerInfer cannot run it")
+        raise ExportError("heads times head size differ from d_model", "PowerInfer cannot run it")
     for key, size in (("d_model", shape.d_model), *(("rank", rank) for rank in ranks)):
         if size % BLOCK or not size:
-            raise ExportError(f"{key} {size} is no multiple of {BLOCK}; PowerInfer cannot run it")
+            raise ExportError(f"{key} {size} is no multiple of {BLOCK}", "PowerInfer cannot run it")
     return ranks
 
 
@@ -354,7 +358,7 @@ def check_rows(shape: ModelShape, types: FileTypes) -> None:
         size, block = getattr(shape, key), row_block(OUTTYPES[name])
         if name == "q4_0" and size % block:
             raise ExportError(
-                f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs; choose f16"
+                f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs", "choose f16"
             )
 
 
@@ -366,8 +370,8 @@ def check_precision(predictors: PredictorSource, types: FileTypes) -> None:
     """
     if types.predictors != "f16" and json.loads(predictors.recipe).get("start") == "constant":
         raise ExportError(
-            f"{predictors.path}: was trained for float16, {types.predictors} would spoil it; pass "
-            f"--predictor-type f16, or train with --predictor-type {types.predictors}"
+            f"{predictors.path}: was trained for float16, {types.predictors} would spoil it",
+            f"pass --predictor-type f16, or train with --predictor-type {types.predictors}",
         )
 
 

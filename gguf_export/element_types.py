@@ -64,8 +64,8 @@ class FileTypes:
             if value not in OUTTYPES:
                 raise ExportError(
                     f"--{option} {value}: PowerInfer's sparse operators read FFN weights as F16 or "
-                    "Q4_0 whatever the file says and compute nonsense from others; choose f16 or "
-                    "q4_0"
+                    "Q4_0 whatever the file says and compute nonsense from others",
+                    "choose f16 or q4_0",
                 )
 
     def of(self, name: str, shape: tuple[int, ...], head: str = HEAD) -> GGMLQuantizationType:

@@ -87,7 +87,7 @@ def _check(layer: int, mask: torch.Tensor, groups: Groups) -> None:
     assert mask.dim() == 1
     number = int(mask.sum())
     if not groups.allow(number, len(mask)):
-        raise ExportError(f"{_refusal(layer, number, len(mask), groups)}; choose them in groups")
+        raise ExportError(f"{_refusal(layer, number, len(mask), groups)}", "choose them in groups")
 
 
 def _refusal(layer: int, number: int, neurons: int, groups: Groups) -> str:

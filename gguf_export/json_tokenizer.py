@@ -55,8 +55,9 @@ class JsonTokenizer:
     def refusal(self, reason: str) -> ExportError:
         """Return the error for what a file for PowerInfer cannot hold."""
         return ExportError(
-            f"{self.file}: {reason}, which PowerInfer cannot do; use a model with the tokenizer "
-            "of LLaMA or GPT-2, or change the file if texts come out the same"
+            f"{self.file}: {reason}, which PowerInfer cannot do",
+            "use a model with the tokenizer "
+            "of LLaMA or GPT-2, or change the file if texts come out the same",
         )
 
     def check(self) -> None:

@@ -205,7 +205,7 @@ def _sort(tensors: Iterable[SizedTensor]) -> tuple[list[SizedTensor], dict[int, 
             ranked.append(((3, 0, _OUTPUT.index(stem), bias), tensor))
         elif layer is not None or stem not in _ON_CPU:
             raise ExportError(
-                f"tensor {tensor.name}: PowerInfer has no place for it; export the file again"
+                f"tensor {tensor.name}: PowerInfer has no place for it", "export the file again"
             )
     return [tensor for _, tensor in sorted(ranked, key=lambda item: item[0])], rows
 
@@ -218,5 +218,5 @@ def _neuron_bytes(rows: dict[int, dict[str, int]], n_layers: int) -> Iterator[in
     for layer in range(n_layers):
         found = rows.get(layer, {})
         if not {"ffn_up", "ffn_down_t"} <= found.keys():
-            raise ExportError(f"layer {layer} has no FFN matrices; export the file again")
+            raise ExportError(f"layer {layer} has no FFN matrices", "export the file again")
         yield sum(found.values()) + BUCKET_BYTES

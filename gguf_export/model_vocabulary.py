@@ -50,7 +50,7 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, Any] = {})
         vocabulary = read_sentencepiece(file, pieces, files, vocab_size)
     problem = next(vocabulary_problems(vocabulary), None)
     if problem is not None:
-        raise ExportError(f"{file}: {problem}; PowerInfer needs it, use another tokenizer")
+        raise ExportError(f"{file}: {problem}", "PowerInfer needs it, use another tokenizer")
     return _measured(vocabulary, tokenizer)
 
 

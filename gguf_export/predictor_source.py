@@ -91,7 +91,8 @@ def _from_directory(path: Path) -> PredictorSource:
     if not plain or not abs(threshold) <= _LARGEST:
         raise PredictorError(
             f"{path}/config.json: sparse_threshold is {repr(threshold)[:40]}, expected a number "
-            f"that fits float32; {_FETCH}"
+            "that fits float32",
+            _FETCH,
         )
     n_layers = 0
     while n_layers < _MOST_LAYERS and (path / f"model_{n_layers}.pt").is_file():
@@ -103,7 +104,7 @@ def _from_directory(path: Path) -> PredictorSource:
         file = path / f"model_{number}.pt"
         content = read_tensor_file(file)
         if not isinstance(content, dict):
-            raise PredictorError(f"{file}: expected fc1.weight and fc2.weight; {_FETCH}")
+            raise PredictorError(f"{file}: expected fc1.weight and fc2.weight", _FETCH)
         fc1, fc2 = (_half(file, name, content.get(name)) for name in ("fc1.weight", "fc2.weight"))
         return LayerPredictor(fc1, fc2, layer_statistics(path.parent, number) if counted else None)
 
@@ -125,8 +126,8 @@ def _from_checkpoint(path: Path) -> PredictorSource:
         n_layers += 1
     if not n_layers:
         raise PredictorError(
-            f"{path}: a checkpoint without predictors in it; pass a directory made by "
-            "'psp train-predictor'"
+            f"{path}: a checkpoint without predictors in it",
+            "pass a directory made by 'psp train-predictor'",
         )
 
     def layer(number: int) -> LayerPredictor:
@@ -150,7 +151,7 @@ def _from_file(path: Path) -> PredictorSource:
     while FC1.format(layer=n_layers) in file.tensors:
         n_layers += 1
     if not n_layers:
-        raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight); pass another file")
+        raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight)", "pass another file")
     threshold = 0.0
     if THRESHOLD_KEY in file.values:
         threshold = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
@@ -176,10 +177,10 @@ def _from_file(path: Path) -> PredictorSource:
 
 def _half(file: Path, name: str, value: object) -> torch.Tensor:
     if not is_plain(value) or value.dim() != 2 or not value.is_floating_point():
-        raise PredictorError(f"{file}: {name} is missing or no matrix; {_FETCH}")
+        raise PredictorError(f"{file}: {name} is missing or no matrix", _FETCH)
     half = value.half()
     if not torch.isfinite(half).all():
-        raise PredictorError(f"{file}: {name} does not fit float16; {_FETCH}")
+        raise PredictorError(f"{file}: {name} does not fit float16", _FETCH)
     return half
 
 
@@ -198,8 +199,8 @@ def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int
         if shapes != ((rank, d_model), (d_ff, rank), d_ff):
             raise PredictorError(
                 f"{predictors.path}: layer {number} has fc1 {tuple(layer.fc1.shape)} and fc2 "
-                f"{tuple(layer.fc2.shape)}, the model needs (rank, {d_model}) and ({d_ff}, rank); "
-                "pass predictors of this model"
+                f"{tuple(layer.fc2.shape)}, the model needs (rank, {d_model}) and ({d_ff}, rank)",
+                "pass predictors of this model",
             )
         ranks.append(rank)
     return ranks

@@ -84,12 +84,14 @@ class GGUFFile:
         self.path = path
         # Opening a pipe would wait for a writer.
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise FormatError(f"{path}: is no plain file; pass a file made by 'psp export-gguf'")
+            raise FormatError(f"{path}: is no plain file", "pass a file made by 'psp export-gguf'")
         try:
             self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "is empty"
-            raise FormatError(f"{path}: {reason}; pass a file made by 'psp export-gguf'") from error
+            raise FormatError(
+                f"{path}: {reason}", "pass a file made by 'psp export-gguf'"
+            ) from error
         self._at = 0
         magic = self._take(4, "magic").tobytes()
         if magic not in (DENSE_MAGIC, SPARSE_MAGIC):
@@ -113,7 +115,7 @@ class GGUFFile:
     def error(self, problem: str) -> FormatError:
         """Return the error for a file that breaks PowerInfer's contract."""
         return FormatError(
-            f"{self.path}: {problem}; the file is damaged or foreign, export the file again"
+            f"{self.path}: {problem}", "the file is damaged or foreign, export the file again"
         )
 
     def _take(self, size: int, what: str) -> npt.NDArray[np.uint8]:
@@ -252,7 +254,8 @@ class GGUFFile:
         if info.kind not in READABLE:
             raise FormatError(
                 f"{self.path}: tensor {name} has type {info.kind.name}, which PowerInfer's sparse "
-                "operators do not run; export with f16 or q4_0"
+                "operators do not run",
+                "export with f16 or q4_0",
             )
         data, shape = self._bytes[info.start : info.start + info.size], info.shape
         if rows is not None:

@@ -45,8 +45,8 @@ def read_sentencepiece(
     traits = _Traits.of(tokenizer.serialized_model_proto())
     if traits.model_type != _BPE:
         raise ExportError(
-            f"{file}: is no BPE model, the only kind whose pieces PowerInfer finds; "
-            "use a model with a BPE tokenizer"
+            f"{file}: is no BPE model, the only kind whose pieces PowerInfer finds",
+            "use a model with a BPE tokenizer",
         )
     size = tokenizer.vocab_size()
     found = {
@@ -95,7 +95,8 @@ def place_added(
         if held != text and kind not in _REPLACEABLE:
             raise CheckpointError(
                 f"{file}: id {number} is token {held.decode('utf-8', 'replace')!r}, an added token "
-                f"calls it {token.content!r}; use the model's own tokenizer files"
+                f"calls it {token.content!r}",
+                "use the model's own tokenizer files",
             )
         if held != text or kind in (TokenType.NORMAL, TokenType.USER_DEFINED):
             found[number] = text, token.type

@@ -42,10 +42,10 @@ class SplitConfig:
         """Refuse a budget that lacks its unit."""
         if parse_size(self.vram_budget) < _SMALLEST_BUDGET:
             raise ExportError(
-                f"--vram-budget {self.vram_budget} is less than 1 MiB; add a unit, such as 24GiB"
+                f"--vram-budget {self.vram_budget} is less than 1 MiB", "add a unit, such as 24GiB"
             )
         if self.kv_type not in _KV_TYPES:
-            raise ExportError(f"kv type {self.kv_type!r} is unknown; choose f16 or f32")
+            raise ExportError(f"kv type {self.kv_type!r} is unknown", "choose f16 or f32")
 
 
 def split(config: SplitConfig) -> dict[str, Any]:
@@ -60,7 +60,9 @@ def split(config: SplitConfig) -> dict[str, Any]:
     """
     file = GGUFFile(config.file)
     if not file.sparse:
-        raise FormatError(f"{config.file}: a dense file has no GPU split; pass a *.powerinfer.gguf")
+        raise FormatError(
+            f"{config.file}: a dense file has no GPU split", "pass a *.powerinfer.gguf"
+        )
     kind = file.value("general.architecture", GGUFValueType.STRING)
 
     def size(key: str) -> int:
@@ -91,7 +93,7 @@ def split(config: SplitConfig) -> dict[str, Any]:
     used = split_bytes(chosen, plan.bytes_per_neuron)
     target = index_path(config.file)
     if not config.force and os.path.lexists(target):
-        raise ExportError(f"{target} exists; pass --force to replace it")
+        raise ExportError(f"{target} exists", "pass --force to replace it")
     write_gpu_index(target, chosen, used, groups)
     read_gpu_index(target, n_layers, size("feed_forward_length"), groups)  # verifies it
     return {

@@ -30,7 +30,7 @@ def layer_statistics(directory: Path, layer: int) -> torch.Tensor:
     if not (
         is_plain(counts) and counts.dim() == 1 and bool(((counts >= 0) & (counts < 2**62)).all())
     ):
-        raise PredictorError(f"{file}: expected a vector of counts; fetch it again or remove it")
+        raise PredictorError(f"{file}: expected a vector of counts", "fetch it again or remove it")
     return counts.long()
 
 
@@ -42,14 +42,14 @@ def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Ten
     """
     if not has_statistics(directory, n_layers):
         raise PredictorError(
-            f"{directory}/activation: holds no statistics of {n_layers} layers; export with "
-            "predictors from psp train-predictor"
+            f"{directory}/activation: holds no statistics of {n_layers} layers",
+            "export with predictors from psp train-predictor",
         )
     counts = [layer_statistics(directory, layer) for layer in range(n_layers)]
     for layer, found in enumerate(counts):
         if len(found) != d_ff:
             file = _statistics(directory, layer)
             raise PredictorError(
-                f"{file}: {len(found)} counts, the model has {d_ff} neurons; export again"
+                f"{file}: {len(found)} counts, the model has {d_ff} neurons", "export again"
             )
     return counts

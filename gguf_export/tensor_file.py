@@ -26,14 +26,14 @@ def read_tensor_file(file: Path) -> Any:
     try:
         zipped = zipfile.is_zipfile(file)
         if zipped and any(part.compress_size < part.file_size for part in _parts(file)):
-            raise PredictorError(f"{file}: is compressed, as torch.save writes none; {_FETCH}")
+            raise PredictorError(f"{file}: is compressed, as torch.save writes none", _FETCH)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except PredictorError:
         raise
     except Exception as error:
         # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PredictorError(f"{file}: cannot be read ({reason}); {_FETCH}") from error
+        raise PredictorError(f"{file}: cannot be read ({reason})", _FETCH) from error
 
 
 def _parts(file: Path) -> list[zipfile.ZipInfo]:

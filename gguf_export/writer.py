@@ -127,7 +127,8 @@ def _encode(tensor: PlannedTensor, piece: torch.Tensor) -> npt.NDArray[np.generi
         largest = float(piece.float().abs().max())
         raise ExportError(
             f"tensor {tensor.name}: largest magnitude {largest:g} does not fit float16, the "
-            "type PowerInfer computes in; the checkpoint cannot be exported"
+            "type PowerInfer computes in",
+            "the checkpoint cannot be exported",
         )
     # A copy even where nothing changes: it takes the waiting for a mapped file off the writer.
     return encode(half.clone(memory_format=torch.contiguous_format).numpy(), tensor.kind)

@@ -88,7 +88,7 @@ def check_model(
 
 def _fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
     if file.value(_MODEL_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
-        raise FormatError(f"{_MODEL_KEY} is another model's; pass the --model it was made from")
+        raise FormatError(f"{_MODEL_KEY} is another model's", "pass the --model it was made from")
     return "the file was made from this model"
 
 
@@ -105,12 +105,12 @@ def _sizes(subject: Subject, checkpoint: Checkpoint) -> str:
     pairs += [(key, getattr(hyper, key), getattr(shape, key)) for key in sizes]
     for name, found, expected in pairs:
         if found != expected:
-            raise FormatError(f"{name} is {found}, the model has {expected}; export it again")
+            raise FormatError(f"{name} is {found}, the model has {expected}", "export it again")
     names = ["rope_theta", "activation_threshold", *(["norm_eps"] if hyper.graph.norm_key else [])]
     for name in names:
         found, expected = getattr(hyper, name), getattr(shape, name)
         if not math.isclose(found, expected, rel_tol=1e-6):  # float32 in the file
-            raise FormatError(f"{name} is {found:g}, the model has {expected:g}; export it again")
+            raise FormatError(f"{name} is {found:g}, the model has {expected:g}", "export it again")
     return f"sizes and constants of {checkpoint.architecture.name}"
 
 
@@ -129,7 +129,7 @@ def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
         expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape)
         expected = expected.float() if expected.dim() == 1 else expected.half()
         if not _stored(expected.contiguous().numpy(), found, file.tensors[name].kind):
-            raise FormatError(f"tensor {name} differs from the model's; export it again")
+            raise FormatError(f"tensor {name} differs from the model's", "export it again")
         file.forget()
     return f"{len(targets)} equal the model's to the bit, rounded to their types"
 
@@ -185,9 +185,9 @@ def _same_ids(subject: Subject, checkpoint: Checkpoint, text: str) -> str:
         raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
         if getattr(vocabulary.vocabulary, name) != getattr(expected, name):
-            raise FormatError(f"tokenizer: {name} differ from the model's; export it again")
+            raise FormatError(f"tokenizer: {name} differ from the model's", "export it again")
     if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
-        raise FormatError("tokenizer: scores differ from the model's; export it again")
+        raise FormatError("tokenizer: scores differ from the model's", "export it again")
     count = 0
     for part in (text, _MIXED):
         ours, theirs = vocabulary.encode(part), tokenizer.encode(part)
@@ -220,7 +220,7 @@ class _Comparison:
         """Tokens of a window."""
         context = min(self.settings.context, self.subject.hyper.context_length)
         if context < _LEAST_CONTEXT:
-            raise EngineError(f"windows of {context} tokens tell nothing; pass at least 8")
+            raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
         return context
 
     @cached_property
@@ -247,7 +247,7 @@ class _Comparison:
         self.figures["logit_spread"] = _json_number(spread)
         self.figures[f"logit_difference_{name}"] = _json_number(largest)
         if not math.isfinite(largest + spread):
-            raise EngineError(f"{name} logits are not all finite; the weights are unusable")
+            raise EngineError(f"{name} logits are not all finite", "the weights are unusable")
         return largest, spread
 
     def dense(self) -> str:
@@ -258,7 +258,7 @@ class _Comparison:
         if any(info.kind not in _EXACT for info in self.subject.file.tensors.values()):
             return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
         if not largest <= LOGIT_TOLERANCE * spread:
-            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}; export the file again")
+            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", "export the file again")
         return f"{line}, {len(self.ids)} tokens; at most {LOGIT_TOLERANCE:.0%} of it"
 
     def sparse(self) -> str:
@@ -281,9 +281,9 @@ class _Comparison:
         bound = self.settings.max_ppl_gap
         line = f"{gap:+.3%} ({ppl['dense']:.4f} dense, {ppl['sparse']:.4f} sparse)"
         if not math.isfinite(gap):
-            raise EngineError(f"{line}: no finite number; the weights are unusable")
+            raise EngineError(f"{line}: no finite number", "the weights are unusable")
         if bound is not None and not gap <= bound:
-            raise EngineError(f"{line}: above {bound:.3%}; train better predictors or allow more")
+            raise EngineError(f"{line}: above {bound:.3%}", "train better predictors or allow more")
         return line + (", not judged" if bound is None else f", at most {bound:.3%}")
 
     def _perplexity(self, name: str, threshold: float) -> float:

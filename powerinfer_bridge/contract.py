@@ -37,29 +37,52 @@ _PIECE = 1 << 20
 _DETAIL = 400
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a check went.
+
+    Attributes:
+        ok: whether it holds.
+        detail: its finding, or what is wrong.
+        remedy: what to do where it does not hold; None where the check did not run or names none.
+    """
+
+    ok: bool
+    detail: str
+    remedy: str | None = None
+
+    @property
+    def line(self) -> str:
+        """Detail and remedy in one."""
+        return self.detail if self.remedy is None else f"{self.detail}; {self.remedy}"
+
+
 @dataclass
 class Report:
     """Results of the checks so far, in order, and the figures that they measured."""
 
     path: Path
-    checks: dict[str, tuple[bool, str]] = field(default_factory=dict)
+    checks: dict[str, Outcome] = field(default_factory=dict)
     figures: dict[str, float | None] = field(default_factory=dict)
 
     def check(self, name: str, run: Callable[[], str], *needs: str) -> None:
         """Run a check, which returns its finding or raises; it is not run if a need failed."""
-        unmet = [need for need in needs if not self.checks[need][0]]
+        unmet = [need for need in needs if not self.checks[need].ok]
         if unmet:
-            self.checks[name] = False, f"not checked, because '{unmet[0]}' failed"
+            self.checks[name] = Outcome(False, f"not checked, because '{unmet[0]}' failed")
             return
         try:
-            self.checks[name] = True, printable(run(), _DETAIL)
+            self.checks[name] = Outcome(True, printable(run(), _DETAIL))
         except PspError as error:
-            problem = str(error).removeprefix(f"{self.path}: ")
-            self.checks[name] = False, printable(problem, _DETAIL)
+            problem = error.problem.removeprefix(f"{self.path}: ")
+            self.checks[name] = Outcome(False, printable(problem, _DETAIL), error.remedy)
 
     def document(self) -> dict[str, Any]:
         """Return the results, ready for JSON."""
-        checks = [{"name": n, "ok": ok, "detail": text} for n, (ok, text) in self.checks.items()]
+        checks = [
+            {"name": name, "ok": outcome.ok, "detail": outcome.line}
+            for name, outcome in self.checks.items()
+        ]
         return {
             "file": str(self.path),
             "ok": all(check["ok"] for check in checks),
@@ -150,8 +173,8 @@ def _layout(file: GGUFFile) -> str:
 def _magic(file: GGUFFile) -> str:
     if not file.sparse:
         raise FormatError(
-            f"{file.path}: magic is GGUF, PowerInfer runs the file densely; pass the "
-            "*.powerinfer.gguf"
+            f"{file.path}: magic is GGUF, PowerInfer runs the file densely",
+            "pass the *.powerinfer.gguf",
         )
     return "PWRI, run sparsely"
 

@@ -54,7 +54,7 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
     """
     if not file.sparse:
         raise FormatError(
-            f"{file.path}: magic is GGUF, a dense file; pass a *.powerinfer.gguf (magic PWRI)"
+            f"{file.path}: magic is GGUF, a dense file", "pass a *.powerinfer.gguf (magic PWRI)"
         )
     kind = file.value("general.architecture", GGUFValueType.STRING)
     if kind not in GRAPHS:

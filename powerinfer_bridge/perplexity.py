@@ -33,8 +33,8 @@ def perplexity_windows(
     """
     if len(tokens) < 2 * context:
         raise DataError(
-            f"text has {len(tokens)} tokens, perplexity with --ctx {context} needs {2 * context}; "
-            "pass more text or a smaller --ctx"
+            f"text has {len(tokens)} tokens, perplexity with --ctx {context} needs {2 * context}",
+            "pass more text or a smaller --ctx",
         )
     count = len(tokens) // context
     for number in range(count if chunks is None else min(count, chunks)):

@@ -81,8 +81,8 @@ class ExportCheck:
             if not check["ok"]:
                 raise ExportError(
                     f"{self.target}: the written file failed verification at '{check['name']}' "
-                    f"({check['detail']}) and was not kept; report this, or look into the file "
-                    "with --no-verify and 'psp verify'"
+                    f"({check['detail']}) and was not kept",
+                    "report this, or look into the file with --no-verify and 'psp verify'",
                 )
         self.document = {**found, "file": str(self.target)}
 

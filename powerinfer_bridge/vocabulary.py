@@ -84,7 +84,8 @@ class FileVocabulary:
         except UnicodeDecodeError as error:
             raise DataError(
                 f"the text is no UTF-8 ({error.reason}), at which PowerInfer stops with this "
-                "model's tokenizer; convert it"
+                "model's tokenizer",
+                "convert it",
             ) from error
 
     @cached_property
@@ -153,7 +154,7 @@ def _to_bytes(text: str) -> bytes:
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
-        raise DataError("the text holds half of a surrogate pair; mend its encoding") from error
+        raise DataError("the text holds half of a surrogate pair", "mend its encoding") from error
 
 
 def _read(file: GGUFFile) -> Vocabulary:

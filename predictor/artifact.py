@@ -125,8 +125,8 @@ class PredictorArtifact:
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise PredictorError(
-                f"{path}: predictor schema version is {version!r}, this psp reads "
-                f"{SCHEMA_VERSION}; {_AGAIN}"
+                f"{path}: predictor schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
+                _AGAIN,
             )
         try:
             layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
@@ -134,7 +134,7 @@ class PredictorArtifact:
             search = list(document["search"])
             return cls(path, PredictorHeader(**document["header"]), layers, ranks, search)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PredictorError(f"{path}/predictors.json: damaged ({error}); {_AGAIN}") from error
+            raise PredictorError(f"{path}/predictors.json: damaged ({error})", _AGAIN) from error
 
     @property
     def complete(self) -> bool:
@@ -155,12 +155,13 @@ class PredictorArtifact:
         if missing := self.missing:
             raise PredictorError(
                 f"{self.path}: {len(missing)} of {self.header.n_layers} layers are missing, the "
-                f"first is {missing[0]}; finish with 'psp train-predictor ... --resume'"
+                f"first is {missing[0]}",
+                "finish with 'psp train-predictor ... --resume'",
             )
         if self.header.own_thresholds and not self.search:
             raise PredictorError(
-                f"{self.path}: thresholds have not been chosen; finish with 'psp train-predictor "
-                "... --resume' and a bound that can be kept"
+                f"{self.path}: thresholds have not been chosen",
+                "finish with 'psp train-predictor ... --resume' and a bound that can be kept",
             )
 
     def _file(self, layer: int) -> Path:
@@ -243,14 +244,14 @@ class PredictorArtifact:
             found = tuple(tensors[name].shape) if name in tensors else None
             if found != shape:
                 raise PredictorError(
-                    f"{file}: {name} has shape {found}, predictors.json implies {shape}; {_AGAIN}"
+                    f"{file}: {name} has shape {found}, predictors.json implies {shape}", _AGAIN
                 )
         if "thresholds" in expected:
             thresholds = tensors["thresholds"]
             if not bool((thresholds * header.threshold > 0).all()):
                 raise PredictorError(
-                    f"{file}: thresholds do not all have the sign of {header.threshold:g}; choose "
-                    "them again with 'psp train-predictor ... --resume'"
+                    f"{file}: thresholds do not all have the sign of {header.threshold:g}",
+                    "choose them again with 'psp train-predictor ... --resume'",
                 )
             tensors["fc2"] = fold_rows(tensors["fc2"], thresholds)
         return LayerPredictor(*(tensors[name] for name in ("fc1", "fc2", "activation_counts")))
@@ -263,7 +264,7 @@ class PredictorArtifact:
         """
         rank = self.ranks.get(layer, self.header.rank)
         if not isinstance(rank, int):
-            raise PredictorError(f"{self.path}/predictors.json: no rank of layer {layer}; {_AGAIN}")
+            raise PredictorError(f"{self.path}/predictors.json: no rank of layer {layer}", _AGAIN)
         return rank
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
@@ -271,4 +272,4 @@ class PredictorArtifact:
             tensors: dict[str, torch.Tensor] = load_file(file)
             return tensors
         except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error
+            raise PredictorError(f"{file}: missing or damaged ({error})", _AGAIN) from error

@@ -39,13 +39,14 @@ def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
     family = resolve(config)
     if family.ffn_matrices != 3:
         raise CheckpointError(
-            f"{path / 'config.json'}: family {family.name} has no gated FFN; psp sparsify makes "
-            "gated models sparse (LLaMA, Mistral, MiniCPM, ProSparse)"
+            f"{path / 'config.json'}: family {family.name} has no gated FFN",
+            "psp sparsify makes gated models sparse (LLaMA, Mistral, MiniCPM, ProSparse)",
         )
     if len(family.activation_taps) != 1 or found.get("hidden_act") not in SUBSTITUTABLE:
         raise CheckpointError(
             f"{path / 'config.json'}: hidden_act is {found.get('hidden_act')!r} in family "
-            f"{family.name}, expected one of {', '.join(SUBSTITUTABLE)}; pass such a model"
+            f"{family.name}, expected one of {', '.join(SUBSTITUTABLE)}",
+            "pass such a model",
         )
     checkpoint = Checkpoint(path, config, family, family.read_shape(config))
     checkpoint.check_tensors()

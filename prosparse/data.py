@@ -78,8 +78,8 @@ def need_windows(found: int, least: int, context: int, source: str) -> None:
     """
     if found < least:
         raise DataError(
-            f"{source}: gives {found} windows of {context} tokens, needed are {least}; pass more "
-            "text, or lower --context or --batch"
+            f"{source}: gives {found} windows of {context} tokens, needed are {least}",
+            "pass more text, or lower --context or --batch",
         )
 
 

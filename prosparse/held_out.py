@@ -37,8 +37,8 @@ def held_out_windows(
     found = sum(map(len, windows))
     if found < LEAST_TOKENS:
         raise DataError(
-            f"{data}: gives {found} tokens, a perplexity needs at least {LEAST_TOKENS}; pass more "
-            "text or raise --tokens"
+            f"{data}: gives {found} tokens, a perplexity needs at least {LEAST_TOKENS}",
+            "pass more text or raise --tokens",
         )
     return windows
 

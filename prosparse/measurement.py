@@ -139,8 +139,8 @@ class ExchangeableModel:
         losses = torch.tensor([self._loss(window) for window in bar], dtype=torch.float64)
         if not torch.isfinite(losses).all():
             raise CheckpointError(
-                f"{self.checkpoint.path}: with {setting.name} the loss is no finite number; check "
-                "the weights, or pass --device cpu, which computes in float32"
+                f"{self.checkpoint.path}: with {setting.name} the loss is no finite number",
+                "check the weights, or pass --device cpu, which computes in float32",
             )
         share = self._active / (sum(map(len, self._windows)) * self.checkpoint.shape.d_ff)
         return Measurement(setting=setting, sparsity=tuple((1 - share).tolist()), losses=losses)

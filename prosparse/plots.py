@@ -42,9 +42,9 @@ def draw_training(out: Path, runs: Mapping[str, Log]) -> list[Path]:
     """
     for name, log in runs.items():
         if not log:
-            raise DataError(f"{name}: its log has no lines; train at least one logged step")
+            raise DataError(f"{name}: its log has no lines", "train at least one logged step")
     if not runs:
-        raise DataError("no training log to plot; pass at least one")
+        raise DataError("no training log to plot", "pass at least one")
     with style():
         figure = training_figure(runs)
         files = [out / "training.png", out / "training.svg"]

@@ -57,24 +57,25 @@ class Schedule:
             ScheduleError: naming the stage and the key.
         """
         if not self.stages:
-            raise ScheduleError(f"the schedule has no stages; {_SHAPE}")
+            raise ScheduleError("the schedule has no stages", _SHAPE)
         start, last = 0, 0.0
         for number, stage in enumerate(self.stages):
             where = f"schedule: stage {number}"
             if stage.kind not in KINDS:
                 known = ", ".join(KINDS)
-                raise ScheduleError(f"{where}: kind {stage.kind!r} is unknown; use {known}")
+                raise ScheduleError(f"{where}: kind {stage.kind!r} is unknown", f"use {known}")
             if not (math.isfinite(stage.factor) and stage.factor >= 0):
                 raise ScheduleError(f"{where}: lambda is {stage.factor}, expected 0 or more")
             if stage.until_step <= start:
                 raise ScheduleError(
                     f"{where}: until_step is {stage.until_step}, expected more than {start}, where "
-                    "the stage begins; list cumulative steps in rising order"
+                    "the stage begins",
+                    "list cumulative steps in rising order",
                 )
             if stage.kind == "progressive" and stage.factor < last:
                 raise ScheduleError(
-                    f"{where}: lambda falls from {last} to {stage.factor} in a progressive stage; "
-                    "raise it, or call the stage decay or sft"
+                    f"{where}: lambda falls from {last} to {stage.factor} in a progressive stage",
+                    "raise it, or call the stage decay or sft",
                 )
             start, last = stage.until_step, stage.factor
 
@@ -133,7 +134,8 @@ class Schedule:
         if any(end <= start for start, end in zip([0, *ends], ends, strict=False)):
             raise ScheduleError(
                 f"--scale {scale} leaves a stage of the schedule without a step (they would end at "
-                f"{', '.join(map(str, ends))}); use a larger one or a schedule with fewer stages"
+                f"{', '.join(map(str, ends))})",
+                "use a larger one or a schedule with fewer stages",
             )
         stages = zip(self.stages, ends, strict=True)
         return Schedule(tuple(replace(stage, until_step=end) for stage, end in stages))
@@ -194,7 +196,7 @@ def find_schedule(name: str) -> Schedule:
         return PRESETS[name]
     if not Path(name).suffix:
         known = ", ".join(PRESETS)
-        raise ScheduleError(f"schedule {name!r} is unknown; use {known}, or a FILE.yaml")
+        raise ScheduleError(f"schedule {name!r} is unknown", f"use {known}, or a FILE.yaml")
     return read_schedule(Path(name))
 
 
@@ -209,12 +211,12 @@ def read_schedule(path: Path) -> Schedule:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path}: cannot be read ({error}); check --schedule") from error
+        raise ScheduleError(f"{path}: cannot be read ({error})", "check --schedule") from error
     except yaml.YAMLError as error:
-        raise ScheduleError(f"{path}: not valid YAML ({error}); {_SHAPE}") from error
+        raise ScheduleError(f"{path}: not valid YAML ({error})", _SHAPE) from error
     rows = document.get("stages") if isinstance(document, dict) else None
     if not isinstance(rows, list):
-        raise ScheduleError(f"{path}: holds no stages; {_SHAPE}")
+        raise ScheduleError(f"{path}: holds no stages", _SHAPE)
     return Schedule(tuple(_stage(row, f"{path}: stage {n}") for n, row in enumerate(rows)))
 
 

@@ -101,7 +101,7 @@ class SparsifyConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise SettingsError(
-                    f"{name} {value!r} is unknown; choose from {', '.join(choices)}"
+                    f"{name} {value!r} is unknown", f"choose from {', '.join(choices)}"
                 )
         least = {"context": 2, "batch": 1, "accumulate": 1, "eval_windows": 1}
         least |= {"save_every": 1, "log_every": 1, "eval_every": 1}
@@ -111,9 +111,11 @@ class SparsifyConfig:
         if not 0 < self.learning_rate < 1:
             raise SettingsError(f"learning rate is {self.learning_rate}, expected between 0 and 1")
         if self.rate == "decay" and self.schedule.start_of("decay") == self.schedule.steps:
-            raise SettingsError("rate decay needs a schedule with a decay stage; use cosine")
+            raise SettingsError("rate decay needs a schedule with a decay stage", "use cosine")
         if self.sft_data and self.schedule.start_of("sft") == self.schedule.steps:
-            raise SettingsError("SFT data needs a schedule with an sft stage; add one or leave it")
+            raise SettingsError(
+                "SFT data needs a schedule with an sft stage", "add one or leave it"
+            )
 
     @property
     def training(self) -> Path:

@@ -36,7 +36,9 @@ def check_out(out: Path, checkpoint: Checkpoint, force: bool) -> None:
         OutputError: it exists and may not be replaced, or is the model itself.
     """
     if out.resolve() == checkpoint.path.resolve():
-        raise OutputError(f"{out} is the model itself, which stays as it is; choose another --out")
+        raise OutputError(
+            f"{out} is the model itself, which stays as it is", "choose another --out"
+        )
     refuse_existing(out, force=force, marker=MARKER)
 
 

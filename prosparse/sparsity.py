@@ -56,8 +56,8 @@ class SparsityConfig:
         for threshold in self.thresholds:
             if not 0 <= threshold < math.inf:
                 raise SparsityError(
-                    f"--thresholds: {threshold:g} is no threshold of FATReLU; pass finite numbers "
-                    "of 0 (ReLU) or more"
+                    f"--thresholds: {threshold:g} is no threshold of FATReLU",
+                    "pass finite numbers of 0 (ReLU) or more",
                 )
 
 
@@ -147,7 +147,8 @@ def refuse_fatrelu(checkpoint: Checkpoint) -> None:
     raise SparsityError(
         f"{checkpoint.path}: FATReLU needs an FFN with one gated activation, family "
         f"{checkpoint.architecture.name} computes {checkpoint.shape.activation} "
-        "without one; measure it without thresholds"
+        "without one",
+        "measure it without thresholds",
     )
 
 

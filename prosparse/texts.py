@@ -29,7 +29,8 @@ def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) 
     if config.context > checkpoint.shape.context_length:
         raise SettingsError(
             f"context is {config.context}, the model has {checkpoint.shape.context_length} "
-            "positions; lower --context"
+            "positions",
+            "lower --context",
         )
     step, windows = config.step_windows(processes), _windows_of(config, checkpoint)
     for name, source in _sources(config).items():

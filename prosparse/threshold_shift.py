@@ -56,8 +56,8 @@ class ShiftConfig(SparsityConfig):
         super().__post_init__()
         if not 0 < self.max_ppl_gap < math.inf:
             raise SparsityError(
-                f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0; "
-                "1% allows perplexity to grow by a hundredth"
+                f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0",
+                "1% allows perplexity to grow by a hundredth",
             )
 
 
@@ -138,8 +138,8 @@ def largest_within(
     if best is None:
         raise SparsityError(
             f"--max-ppl-gap {bound:g} is out of reach: {least.setting.name}, which turns off "
-            f"{1 / _STEPS:.1%} of the active neurons, costs {gap(least):.4%} already; allow more, "
-            "or run more text with --tokens"
+            f"{1 / _STEPS:.1%} of the active neurons, costs {gap(least):.4%} already",
+            "allow more, or run more text with --tokens",
         )
     return best
 
@@ -151,7 +151,8 @@ def _open_sparse(model: str) -> Opened:
     if opened.own.activation not in ("relu", "fatrelu"):
         raise SparsityError(
             f"{opened.checkpoint.path / 'config.json'}: hidden_act is {opened.own.activation!r}, "
-            "a threshold is searched for 'relu' or 'fatrelu'; train with psp sparsify first"
+            "a threshold is searched for 'relu' or 'fatrelu'",
+            "train with psp sparsify first",
         )
     return opened
 

@@ -83,7 +83,8 @@ class SparsityTrainer(Trainer):  # type: ignore[misc]
         left = f"the last good checkpoint is {kept}" if kept else "there is no checkpoint yet"
         return SparsifyError(
             f"{reason} at step {step}, in stage {number} ({self.schedule.stages[number].kind}, "
-            f"lambda {self.schedule.factor(step):g}); {left}; lower the learning rate or lambda"
+            f"lambda {self.schedule.factor(step):g}); {left}",
+            "lower the learning rate or lambda",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -59,8 +59,8 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         raise SettingsError(
-            f"{arguments.n_gpu} GPUs are visible to one process; start with accelerate launch, or "
-            "set CUDA_VISIBLE_DEVICES to one"
+            f"{arguments.n_gpu} GPUs are visible to one process",
+            "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one",
         )
     transformers.utils.logging.disable_progress_bar()
     _first_process(arguments, lambda: _prepare(config, checkpoint, arguments.world_size))
@@ -147,7 +147,8 @@ def _prepare(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> 
         if found.get("settings") != config.document(processes)["settings"]:
             raise OutputError(
                 f"{marker}: the run was begun with other settings or another number of processes "
-                f"than {processes}; repeat those, or use --force to start over"
+                f"than {processes}",
+                "repeat those, or use --force to start over",
             )
     else:
         refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)

@@ -44,7 +44,9 @@ def library_files() -> list[Path]:
         and _SMALLEST <= path.stat().st_size <= _LARGEST
     ]
     if len(files) < 50:
-        raise DataError(f"{root}: only {len(files)} source files; install Python with its library")
+        raise DataError(
+            f"{root}: only {len(files)} source files", "install Python with its library"
+        )
     return files
 
 

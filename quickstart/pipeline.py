@@ -141,12 +141,12 @@ def _claim(config: QuickstartConfig, paths: Paths) -> None:
         found = read_json(marker, OutputError, "choose another --out").get("settings")
         if found != settings:
             raise OutputError(
-                f"{config.out}: holds a quickstart with {found}, not {dict(settings)}; "
-                "choose another --out or remove it"
+                f"{config.out}: holds a quickstart with {found}, not {dict(settings)}",
+                "choose another --out or remove it",
             )
         return
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
-        raise OutputError(f"{config.out}: exists and is no quickstart; choose another --out")
+        raise OutputError(f"{config.out}: exists and is no quickstart", "choose another --out")
     write_json(marker, {"settings": settings, "tool_version": tool_version()})
 
 

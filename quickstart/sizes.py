@@ -95,5 +95,5 @@ def size_named(name: str) -> Size:
         PspError: unknown name.
     """
     if name not in SIZES:
-        raise PspError(f"size {name!r} is unknown; choose from {', '.join(SIZES)}")
+        raise PspError(f"size {name!r} is unknown", f"choose from {', '.join(SIZES)}")
     return SIZES[name]

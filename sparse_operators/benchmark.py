@@ -137,7 +137,8 @@ def _weights(config: OperatorBenchConfig, slots: int, generator: torch.Generator
         gigabytes = slots * config.matrix_bytes / 1e9
         raise EngineError(
             f"{config.device}: no memory for {slots} matrices of {shape}, {gigabytes:.1f} GB in "
-            "all; choose a smaller --shape"
+            "all",
+            "choose a smaller --shape",
         ) from error
     return weights.copy_(one)
 

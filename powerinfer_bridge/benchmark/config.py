@@ -82,7 +82,7 @@ class BenchConfig:
                 "nothing to measure: need at least 2 tokens, 1 repeat, 1 chunk and a context of 8"
             )
         if not self.prompt and self.prompts is None:
-            raise EngineError("the prompt is empty; pass some text to continue")
+            raise EngineError("the prompt is empty", "pass some text to continue")
         for wrong, problem in self._contradictions():
             if wrong:
                 raise EngineError(problem)

@@ -133,18 +133,18 @@ def check_document(document: dict[str, Any], source: str) -> None:
         OutputError: of another kind or version, or the first thing that does not fit.
     """
     if document.get("kind") != KIND:
-        raise OutputError(f"{source}: is no benchmark (kind {KIND!r}); {_REMEDY}")
+        raise OutputError(f"{source}: is no benchmark (kind {KIND!r})", _REMEDY)
     if document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version")
         raise OutputError(
-            f"{source}: schema_version is {found!r}, expected {SCHEMA_VERSION}; {_REMEDY}"
+            f"{source}: schema_version is {found!r}, expected {SCHEMA_VERSION}", _REMEDY
         )
     problem = next(problems(document, SCHEMA), None)
     if problem is not None:
-        raise OutputError(f"{source}: {problem}; {_REMEDY}")
+        raise OutputError(f"{source}: {problem}", _REMEDY)
     names = {arm["name"] for arm in document["arms"]}
     if len(names) != len(document["arms"]) or not {"predicted", "all_neurons"} <= names:
-        raise OutputError(f"{source}: arms are {sorted(names)}; {_REMEDY}")
+        raise OutputError(f"{source}: arms are {sorted(names)}", _REMEDY)
 
 
 def read_bench(path: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def hash_file(path: Path) -> tuple[int, str]:
                 bar.update(len(piece))
     except OSError as error:
         raise DataError(
-            f"{path}: {error.strerror or error}; check that the file can be read"
+            f"{path}: {error.strerror or error}", "check that the file can be read"
         ) from error
     return size, state.hexdigest()
 

@@ -69,7 +69,7 @@ class Journal:
                 self.quality[entry["quality"]["name"]] = entry["quality"]["value"]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(
-                f"{self._file}: line {number} is damaged; pass --force to measure anew"
+                f"{self._file}: line {number} is damaged", "pass --force to measure anew"
             ) from error
 
 
@@ -142,15 +142,15 @@ def _same(file: Path, first: bytes, identity: Mapping[str, Any]) -> None:
     except ValueError:
         head = None
     if not isinstance(head, dict) or head.get("kind") != KIND:
-        raise OutputError(f"{file}: is no benchmark's journal; choose another --out")
+        raise OutputError(f"{file}: is no benchmark's journal", "choose another --out")
     if head.get("schema_version") != SCHEMA_VERSION:
-        raise OutputError(f"{file}: is of another version of psp; pass --force to measure anew")
+        raise OutputError(f"{file}: is of another version of psp", "pass --force to measure anew")
     begun, now = _flat(head.get("identity")), _flat(json.loads(_line(identity)))
     for key in [*begun, *now]:
         if begun.get(key) != now.get(key):
             raise OutputError(
-                f"{file}: was begun with {key} {begun.get(key)}, now it is {now.get(key)}; "
-                "go back to that, pass --force to measure anew, or choose another --out"
+                f"{file}: was begun with {key} {begun.get(key)}, now it is {now.get(key)}",
+                "go back to that, pass --force to measure anew, or choose another --out",
             )
 
 

@@ -24,17 +24,17 @@ def read_prompts(config: BenchConfig) -> list[str]:
     if config.prompts is None:
         found = [config.prompt]
     elif not os.path.isfile(config.prompts):
-        raise DataError(f"{config.prompts}: no such file; check --prompts")
+        raise DataError(f"{config.prompts}: no such file", "check --prompts")
     elif config.prompts.suffix == ".txt":
         found = _lines(config.prompts)
     else:
         found = list(read_documents(str(config.prompts), config.field))
     if not found:
-        raise DataError(f"{config.prompts}: holds no prompt; write one a line")
+        raise DataError(f"{config.prompts}: holds no prompt", "write one a line")
     for number, prompt in enumerate(found, 1):
         if "\0" in prompt:  # an argument of a program ends there
             raise DataError(
-                f"{config.prompts or '--prompt'}: prompt {number} holds a NUL; remove it"
+                f"{config.prompts or '--prompt'}: prompt {number} holds a NUL", "remove it"
             )
     return found
 
@@ -43,9 +43,11 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error.reason}); convert the file to UTF-8") from error
+        raise DataError(
+            f"{path}: not UTF-8 ({error.reason})", "convert the file to UTF-8"
+        ) from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check --prompts") from error
+        raise DataError(f"{path}: {error.strerror or error}", "check --prompts") from error
     lines = text.replace("\r\n", "\n").split("\n")  # splitlines() knows too many ends of line
     return [line for line in lines if line.strip()]
 
@@ -62,7 +64,7 @@ def room_for(
     needed = longest + generate
     if needed > context_length:
         raise DataError(
-            f"prompt and -n need {needed} tokens, the model's context is {context_length}; "
-            "lower -n or shorten the prompt"
+            f"prompt and -n need {needed} tokens, the model's context is {context_length}",
+            "lower -n or shorten the prompt",
         )
     return needed

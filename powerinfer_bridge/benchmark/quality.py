@@ -39,8 +39,8 @@ def check_model(config: BenchConfig, file: GGUFFile) -> None:
         return
     if file.value(_MODEL_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
         raise CheckpointError(
-            f"{config.model}: is not the model that {config.file} was made from; pass that as "
-            "--model"
+            f"{config.model}: is not the model that {config.file} was made from",
+            "pass that as --model",
         )
 
 
@@ -169,7 +169,7 @@ class QualityRun:
     def _finite(self, value: float, kind: str) -> float:
         if not math.isfinite(value):
             raise EngineError(
-                f"{self.config.file}: perplexity with {kind} neurons is {value}; the model is "
-                "damaged, see 'psp verify'"
+                f"{self.config.file}: perplexity with {kind} neurons is {value}",
+                "the model is damaged, see 'psp verify'",
             )
         return value

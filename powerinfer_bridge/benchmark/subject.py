@@ -90,7 +90,8 @@ def open_subject(config: BenchConfig) -> Subject:
     if facts is not None and facts.cuda and config.threads < 2:
         raise EngineError(
             "--threads 1: PowerInfer with CUDA needs one thread for the GPU beside those of the "
-            "CPU and stops with an assertion; pass at least 2"
+            "CPU and stops with an assertion",
+            "pass at least 2",
         )
     needs_dense = real is not None and config.dense_gguf is not None
     return Subject(
@@ -120,8 +121,8 @@ def _dense(path: Path | None) -> GGUFFile:
     file = GGUFFile(path)
     if file.sparse:
         raise FormatError(
-            f"{path}: is a sparse file (magic PWRI); pass a dense one, such as "
-            "'psp export-gguf --dense' writes"
+            f"{path}: is a sparse file (magic PWRI)",
+            "pass a dense one, such as 'psp export-gguf --dense' writes",
         )
     return file
 

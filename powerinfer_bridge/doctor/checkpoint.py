@@ -51,7 +51,7 @@ def read_checkpoint(directory: Path, file: Path | None) -> CheckpointFacts:
         CheckpointError: no such directory, an unsupported family, or damaged.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; pass a checkpoint's directory")
+        raise CheckpointError(f"{directory}: no such directory", "pass a checkpoint's directory")
     found = Checkpoint.open(directory)
     return CheckpointFacts(
         family=found.architecture.name,

@@ -62,11 +62,9 @@ def problem(check: str, found: str, remedy: str) -> Finding:
 
 
 def from_error(check: str, error: PspError) -> Finding:
-    """Return the problem that an error tells; its line ends in `; ` and the remedy."""
-    found, _, remedy = str(error).rpartition("; ")
-    if not found:
-        return problem(check, remedy, "see the documentation of the command that needs it")
-    return problem(check, found, remedy)
+    """Return the problem that an error tells."""
+    remedy = error.remedy or "see the documentation of the command that needs it"
+    return problem(check, error.problem, remedy)
 
 
 def guarded(check: str, run: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

@@ -63,7 +63,7 @@ def read_gpus(root: Path = Path("/"), program: str | None = None) -> GpuFacts:
     try:
         run = run_program(command, timeout=_SECONDS)
     except EngineError as error:
-        return GpuFacts(gpus=_from_files(root), failure=str(error).rpartition("; ")[0])
+        return GpuFacts(gpus=_from_files(root), failure=error.problem)
     if run.code:
         said = " ".join((run.stdout or run.stderr).split()) or f"ended with code {run.code}"
         return GpuFacts(gpus=_from_files(root), failure=f"{program}: {said}")

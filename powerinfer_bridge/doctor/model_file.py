@@ -13,7 +13,7 @@ from common.errors import FormatError, PspError
 from gguf_export.reader import GGUFFile
 from gguf_export.schema import SMALLEST_D_FF
 from powerinfer_bridge.contract import Report, Subject, check_structure
-from powerinfer_bridge.doctor.finding import Finding, Status, from_error, ok, problem, size
+from powerinfer_bridge.doctor.finding import Finding, from_error, ok, problem, size
 from powerinfer_bridge.inspection import printable
 
 
@@ -48,7 +48,7 @@ def file_findings(path: Path) -> Iterator[Finding]:
     bad = list(_broken(report))
     yield from bad
     if not bad:
-        hyper, types = subject.hyper, report.checks["types"][1]
+        hyper, types = subject.hyper, report.checks["types"].detail
         yield ok(
             "file",
             f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "
@@ -69,13 +69,7 @@ def _small_ffn(file: GGUFFile) -> int | None:
 
 def _broken(report: Report) -> Iterator[Finding]:
     """Yield a problem for each check that failed, not for those that could not run."""
-    for name, (held, detail) in report.checks.items():
-        if not held and not detail.startswith("not checked"):
-            found, _, remedy = detail.rpartition("; ")
-            remedy = remedy if found else f"look into it with psp verify {quote(str(report.path))}"
-            yield Finding(
-                check=f"file: {name}",
-                status=Status.PROBLEM,
-                found=found or detail,
-                remedy=remedy,
-            )
+    look = f"look into it with psp verify {quote(str(report.path))}"
+    for name, outcome in report.checks.items():
+        if not outcome.ok and not outcome.detail.startswith("not checked"):
+            yield problem(f"file: {name}", outcome.detail, outcome.remedy or look)

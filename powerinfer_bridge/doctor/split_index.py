@@ -71,8 +71,7 @@ def check_index(
     try:
         facts = read_facts(subject, path, counts, memory)
     except FormatError as error:
-        found = str(error).rpartition("; ")[0]
-        yield problem("GPU index", found, remake(subject.path, memory, force=True))
+        yield problem("GPU index", error.problem, remake(subject.path, memory, force=True))
         return
     yield from index_findings(facts, subject.path)
 

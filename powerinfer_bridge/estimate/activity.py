@@ -56,8 +56,8 @@ def stated_activity(
         assumptions.append("no active neuron is missed, so that with all neurons down reads as few")
     if active < both:
         raise EngineError(
-            f"--active {active:g} is less than density · precision = {both:g}; raise it or lower "
-            "--precision"
+            f"--active {active:g} is less than density · precision = {both:g}",
+            "raise it or lower --precision",
         )
     activity = Activity(predicted=density, both=both, active=active)
     return ActivitySource((activity,) * n_layers, f"--density {density:g}", tuple(assumptions))
@@ -91,20 +91,20 @@ def layer_activity(file: Path, document: Mapping[str, Any], n_layers: int) -> tu
     layers = document.get("layers")
     if not isinstance(layers, list) or len(layers) != n_layers:
         found = len(layers) if isinstance(layers, list) else "no"
-        raise EngineError(f"{file}: {found} layers, the model has {n_layers}; {_REMEDY}")
+        raise EngineError(f"{file}: {found} layers, the model has {n_layers}", _REMEDY)
     return tuple(_activity(file, number, layer) for number, layer in enumerate(layers))
 
 
 def _activity(file: Path, number: int, layer: Any) -> Activity:
     if not isinstance(layer, dict):
-        raise EngineError(f"{file}: layers[{number}] is no object; {_REMEDY}")
+        raise EngineError(f"{file}: layers[{number}] is no object", _REMEDY)
 
     def share(key: str) -> float:
         value = layer.get(key)
         found = float(value) if _plain(value) else -1.0
         if not 0 <= found <= 1:
             where, shown = f"{file}: layers[{number}].{key}", f"{value!r:.40}"
-            raise EngineError(f"{where} is {shown}, expected a share from 0 to 1; {_REMEDY}")
+            raise EngineError(f"{where} is {shown}, expected a share from 0 to 1", _REMEDY)
         return found
 
     predicted = 1 - share("predicted_sparsity")

@@ -50,11 +50,12 @@ def calibrate_hardware(
         counts = ", ".join(map(str, sorted(threads)))
         raise EngineError(
             f"--calibrate: runs with {counts} threads, hardware {hardware.name} with "
-            f"{hardware.threads or 'any number'}; one calibration is for one --threads"
+            f"{hardware.threads or 'any number'}",
+            "one calibration is for one --threads",
         )
     runs = [run for _, run in found]
     if not runs:
-        raise EngineError(f"--calibrate: no run of PowerInfer on the CPU alone; {_REMEDY}")
+        raise EngineError("--calibrate: no run of PowerInfer on the CPU alone", _REMEDY)
     fitted = replace(
         hardware,
         cpu=calibrate(hardware.cpu, runs),
@@ -96,7 +97,7 @@ def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int | None, Run]]
     names = (BENCH_FILE, DENSITY_FILE)
     files = [source / name for name in names if (source / name).is_file()]
     if source.is_dir() and not files:
-        raise EngineError(f"{source}: holds neither {' nor '.join(names)}; {_REMEDY}")
+        raise EngineError(f"{source}: holds neither {' nor '.join(names)}", _REMEDY)
     for path in files or [source]:
         document = read_json(path, EngineError, _REMEDY)
         if document.get("kind") == "psp.density":
@@ -104,14 +105,14 @@ def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int | None, Run]]
         elif document.get("kind") == "psp.bench":
             yield from _bench_runs(path, document, file)
         else:
-            raise EngineError(f"{path}: kind is {document.get('kind')!r:.40}; {_REMEDY}")
+            raise EngineError(f"{path}: kind is {document.get('kind')!r:.40}", _REMEDY)
 
 
 def _bench_runs(
     path: Path, document: Mapping[str, Any], file: EstimatedFile
 ) -> Iterator[tuple[int | None, Run]]:
     if document.get("engine") != "PowerInfer":
-        raise EngineError(f"{path}: engine is {document.get('engine')!r:.40}; {_REMEDY}")
+        raise EngineError(f"{path}: engine is {document.get('engine')!r:.40}", _REMEDY)
     model = _measured_file(path, document, file).bytes
     activities = layer_activity(path, document, len(model.layers))
     arms = document.get("arms")
@@ -140,8 +141,8 @@ def _measured_file(path: Path, document: Mapping[str, Any], file: EstimatedFile)
             return EstimatedFile(candidate)
     if _placed_bytes(document, "ffn_neurons") != sum(layer.ffn for layer in file.bytes.layers):
         raise EngineError(
-            f"{path}: its file {name!r:.200} is gone and has not the shape of {file.path}; run "
-            "where the file is, or estimate a file of its shape"
+            f"{path}: its file {name!r:.200} is gone and has not the shape of {file.path}",
+            "run where the file is, or estimate a file of its shape",
         )
     return file
 
@@ -182,13 +183,13 @@ def _density_runs(
         found = number_at(document, "shape", key)
         if found != mine:
             raise EngineError(
-                f"{path}: {key} is {found}, {file.path} has {mine}; estimate a file of its shape"
+                f"{path}: {key} is {found}, {file.path} has {mine}", "estimate a file of its shape"
             )
     points, generated = document.get("points"), number_at(document, "settings", "generate")
     for point in points if isinstance(points, list) else []:
         density = number_at(point, "density")
         if density is None or density > 1:
-            raise EngineError(f"{path}: a point has no density from 0 to 1; {_REMEDY}")
+            raise EngineError(f"{path}: a point has no density from 0 to 1", _REMEDY)
         both = min(density, number_at(point, "active") or min(density, 0.5))
         activities = [Activity(predicted=density, both=both, active=both)] * hyper.n_layers
         for arm, name in _DENSITY_ARMS.items():

@@ -70,11 +70,11 @@ class EstimateConfig:
         """Refuse what contradicts itself."""
         if (self.density is None) == (self.bench is None):
             raise EngineError(
-                "how many neurons are computed is not known; pass either --density, or --bench "
-                "with results of psp bench-powerinfer"
+                "how many neurons are computed is not known",
+                "pass either --density, or --bench with results of psp bench-powerinfer",
             )
         if self.bench is not None and (self.precision is not None or self.active is not None):
-            raise EngineError("--precision and --active go with --density; --bench measured them")
+            raise EngineError("--precision and --active go with --density", "--bench measured them")
         for name in ("density", "precision", "active"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
@@ -196,12 +196,12 @@ def _document(setting: _Setting) -> dict[str, Any]:
 
 def _asked_budget(text: str, hardware: Hardware) -> int:
     if not hardware.gpu:
-        raise EngineError(f"--vram-budget: hardware {hardware.name} has no GPU; leave it out")
+        raise EngineError(f"--vram-budget: hardware {hardware.name} has no GPU", "leave it out")
     budget = parse_size(text)
     if budget > hardware.gpu.memory:
         raise EngineError(
-            f"--vram-budget {text} is more than the {hardware.gpu.memory} bytes of "
-            f"{hardware.name}; lower it"
+            f"--vram-budget {text} is more than the {hardware.gpu.memory} bytes of {hardware.name}",
+            "lower it",
         )
     return budget
 

@@ -63,7 +63,7 @@ def require_success(run: Finished) -> None:
     """
     if run.code:
         said, remedy = _cause(run)
-        raise EngineError(f"{run.command[0]}: {_ending(run.code)}{said}; {remedy}")
+        raise EngineError(f"{run.command[0]}: {_ending(run.code)}{said}", remedy)
 
 
 def _cause(run: Finished) -> tuple[str, str]:

@@ -38,7 +38,7 @@ def require_executable(program: Path, remedy: str) -> None:
     """
     if program.is_file() and os.access(program, os.X_OK):
         return
-    raise EngineError(f"{program}: no executable program{_other(program)}; {remedy}")
+    raise EngineError(f"{program}: no executable program{_other(program)}", remedy)
 
 
 def require_dense(model: Path) -> None:
@@ -55,12 +55,12 @@ def require_dense(model: Path) -> None:
             magic = file.read(4)
     except OSError as error:
         raise EngineError(
-            f"{model}: cannot be read ({error.strerror or error}); expected a dense GGUF file"
+            f"{model}: cannot be read ({error.strerror or error})", "expected a dense GGUF file"
         ) from error
     if magic == b"PWRI":
         raise EngineError(
-            f"{model}: a sparse file, which llama.cpp cannot read; give it the dense one (psp "
-            "export-gguf --dense)"
+            f"{model}: a sparse file, which llama.cpp cannot read",
+            "give it the dense one (psp export-gguf --dense)",
         )
 
 

@@ -72,8 +72,8 @@ class LlamaCpp:
         seen = run_program([str(main), "--help"], timeout=self._timeout)
         if "--vram-budget" in seen.stdout:
             raise EngineError(
-                f"{self._program}: of a PowerInfer, not of a llama.cpp; point --powerinfer-bin at "
-                "it and --llama-cpp-bin at a llama.cpp build"
+                f"{self._program}: of a PowerInfer, not of a llama.cpp",
+                "point --powerinfer-bin at it and --llama-cpp-bin at a llama.cpp build",
             )
 
     def bench(
@@ -92,7 +92,7 @@ class LlamaCpp:
             EngineError: a sparse file; the program failed, hung or measured nothing.
         """
         if count < 2:
-            raise EngineError(f"{count} tokens: nothing would be timed; decode at least 2")
+            raise EngineError(f"{count} tokens: nothing would be timed", "decode at least 2")
         require_dense(model)
         options = ["-m", str(model.resolve()), "-t", str(threads), "-ngl", str(n_gpu_layers)]
         if self._program.name == "llama-bench":

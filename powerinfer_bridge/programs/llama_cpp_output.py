@@ -67,7 +67,8 @@ def parse_bench(stdout: str, n_gpu_layers: int) -> Measured:
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise EngineError(
             f"llama-bench printed no JSON of a decoding run ({type(error).__name__}); expected "
-            "llama.cpp's own since 2023; run it by hand with -o json to see what it prints"
+            "llama.cpp's own since 2023",
+            "run it by hand with -o json to see what it prints",
         ) from error
     return Measured(
         load_seconds=None,
@@ -126,7 +127,7 @@ def parse_timings(output: str, count: int) -> Measured:
             device=device,
         )
     if rates is None or float(rates[2]) <= 0:
-        raise EngineError("llama.cpp printed no decoding time; run it by hand to see why")
+        raise EngineError("llama.cpp printed no decoding time", "run it by hand to see why")
     decode = Phase(seconds=count / float(rates[2]), tokens=count)
     return Measured(
         load_seconds=None, prompt=None, decode=decode, device=device, notes=(NO_COUNTS,)

@@ -31,8 +31,8 @@ class LlamaCppPython:
         """
         if importlib.util.find_spec("llama_cpp") is None:
             raise EngineError(
-                "package llama_cpp: not installed; pip install llama-cpp-python, or point "
-                "--llama-cpp-bin at a llama.cpp build"
+                "package llama_cpp: not installed",
+                "pip install llama-cpp-python, or point --llama-cpp-bin at a llama.cpp build",
             )
         self._timeout, self._heartbeat = timeout, heartbeat
 
@@ -59,7 +59,7 @@ class LlamaCppPython:
             EngineError: the package failed, hung or measured nothing.
         """
         if count < 2:
-            raise EngineError(f"{count} tokens: nothing would be timed; decode at least 2")
+            raise EngineError(f"{count} tokens: nothing would be timed", "decode at least 2")
         require_dense(model)
         settings = {"model": str(model.resolve()), "prompt_tokens": prompt_tokens, "count": count}
         settings |= {"threads": threads, "n_gpu_layers": n_gpu_layers}
@@ -91,5 +91,5 @@ class LlamaCppPython:
             return run, {**found}
         except (ValueError, IndexError, TypeError) as error:
             raise EngineError(
-                "package llama_cpp: printed no figures; reinstall llama-cpp-python"
+                "package llama_cpp: printed no figures", "reinstall llama-cpp-python"
             ) from error

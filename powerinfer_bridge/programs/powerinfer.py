@@ -68,8 +68,8 @@ class PowerInfer:
             # The option that PowerInfer added; an old llama.cpp has programs of the same names.
             if "--vram-budget" not in text.stdout:
                 raise EngineError(
-                    f"{text.command[0]}: no PowerInfer, perhaps an old llama.cpp; point "
-                    "--llama-cpp-bin at that and --powerinfer-bin at a PowerInfer build"
+                    f"{text.command[0]}: no PowerInfer, perhaps an old llama.cpp",
+                    "point --llama-cpp-bin at that and --powerinfer-bin at a PowerInfer build",
                 )
         # Both name themselves before they look for the file.
         options = ["-n", "1", "--vram-budget", "0", "--disable-gpu-index"]
@@ -123,7 +123,7 @@ class PowerInfer:
             EngineError: the program failed, hung or printed no timings.
         """
         if count < 2:
-            raise EngineError(f"{count} tokens: nothing would be timed; generate at least 2")
+            raise EngineError(f"{count} tokens: nothing would be timed", "generate at least 2")
         options = [*_model(model), "--prompt", prompt, "-n", str(count), "-c", str(context)]
         options += ["--threads", str(threads), "--seed", str(seed)]
         options += ["--temp", "0", "--repeat-penalty", "1.0"]

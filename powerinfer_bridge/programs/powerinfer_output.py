@@ -72,12 +72,13 @@ def parse_timings(output: str) -> Timings:
     """
     found = {match["phase"]: match for match in _PHASE.finditer(output)}
     if "eval" not in found:
-        raise EngineError("PowerInfer printed no decoding time; run its main by hand to see why")
+        raise EngineError("PowerInfer printed no decoding time", "run its main by hand to see why")
     decode = _phase(found["eval"])
     if decode is None:
         raise EngineError(
             f"PowerInfer decoded nothing ({found['eval']['ms']} ms for {found['eval']['count']} "
-            "tokens); run its main by hand to see why"
+            "tokens)",
+            "run its main by hand to see why",
         )
     load = _LOAD.search(output)
     seconds = float(load[1]) / 1000 if load else -1.0
@@ -103,11 +104,11 @@ def parse_perplexity(output: str) -> float:
     """
     match = _PERPLEXITY.search(output)
     if match is None:
-        raise EngineError("PowerInfer's perplexity printed no final estimate; give it more text")
+        raise EngineError("PowerInfer's perplexity printed no final estimate", "give it more text")
     value = float(match[1])
     if not 0 < value < float("inf"):
         raise EngineError(
-            f"PowerInfer's perplexity is {match[1]}: it computed wrongly; export the file again"
+            f"PowerInfer's perplexity is {match[1]}: it computed wrongly", "export the file again"
         )
     return value
 

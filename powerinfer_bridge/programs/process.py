@@ -105,7 +105,7 @@ def run_program(
 
 def _cannot_start(command: Sequence[str], reason: str) -> EngineError:
     return EngineError(
-        f"{command[0]}: cannot be started ({reason}); expected a program built for this machine"
+        f"{command[0]}: cannot be started ({reason})", "expected a program built for this machine"
     )
 
 
@@ -183,12 +183,13 @@ class _Watch:
         if len(self.stdout) + len(self.stderr) > OUTPUT_LIMIT:
             size = OUTPUT_LIMIT // 1024**2
             raise EngineError(
-                f"{self._name}: printed more than {size} MiB; run it by hand to see what it prints"
+                f"{self._name}: printed more than {size} MiB",
+                "run it by hand to see what it prints",
             )
         if elapsed > self._timeout and self._process.poll() is None:
             raise EngineError(
-                f"{self._name}: no end after {self._timeout:g} s{last_words(self.stderr)}; "
-                "run it by hand to see why"
+                f"{self._name}: no end after {self._timeout:g} s{last_words(self.stderr)}",
+                "run it by hand to see why",
             )
         if self._heartbeat is not None and elapsed >= self._next_beat:
             self._next_beat = elapsed + _TICK

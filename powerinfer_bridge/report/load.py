@@ -32,7 +32,7 @@ def load_runs(directories: Sequence[Path]) -> list[Run]:
     paths = [Path(os.path.abspath(directory)) for directory in directories]
     for path in paths:
         if paths.count(path) > 1:
-            raise ResultError(f"{path}: given twice; name every run once")
+            raise ResultError(f"{path}: given twice", "name every run once")
     names = _names(paths)
     return [_load(given, name) for given, name in zip(directories, names, strict=True)]
 
@@ -54,8 +54,8 @@ def _load(directory: Path, name: str) -> Run:
     found = {file: value for file in MAKERS if (value := _open(directory, file)) is not None}
     if not found:
         raise ResultError(
-            f"{directory}: holds none of {', '.join(MAKERS)}, nor does a directory in it; "
-            f"make one with '{MAKERS['bench.json']}'"
+            f"{directory}: holds none of {', '.join(MAKERS)}, nor does a directory in it",
+            f"make one with '{MAKERS['bench.json']}'",
         )
     bench, report, estimate, density = (found.get(file) for file in MAKERS)
     return Run(
@@ -75,8 +75,8 @@ def _open(directory: Path, file: str) -> Value | None:
         return None  # the sweep's own, one a density
     if len(here) > 1:
         raise ResultError(
-            f"{directory}: {here[0].parent.name} and {here[1].parent.name} both hold {file}; "
-            "pass those directories one by one"
+            f"{directory}: {here[0].parent.name} and {here[1].parent.name} both hold {file}",
+            "pass those directories one by one",
         )
     remedy = f"make it anew with '{MAKERS[file]}'"
     return open_result(here[0], _KINDS.get(file), remedy) if here else None
@@ -86,4 +86,4 @@ def _below(directory: Path, file: str) -> list[Path]:
     try:
         return sorted(path for path in directory.glob(f"*/{file}") if path.is_file())
     except OSError as error:
-        raise ResultError(f"{directory}: {error.strerror or error}; check the path") from error
+        raise ResultError(f"{directory}: {error.strerror or error}", "check the path") from error

@@ -31,7 +31,7 @@ class ReportConfig:
     def __post_init__(self) -> None:
         """Refuse a page of nothing."""
         if not self.directories:
-            raise ResultError(f"no directory; name one that '{MAKERS['bench.json']}' made")
+            raise ResultError("no directory", f"name one that '{MAKERS['bench.json']}' made")
 
 
 def write_page(config: ReportConfig) -> list[Run]:

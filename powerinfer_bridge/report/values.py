@@ -35,9 +35,7 @@ class Value:
     def wrong(self, expected: str) -> ResultError:
         """Return the error that something else was expected here."""
         shown = f"found {self.found!r:.80}"
-        return ResultError(
-            f"{self.path}: '{self.key}': expected {expected}, {shown}; {self.remedy}"
-        )
+        return ResultError(f"{self.path}: '{self.key}': expected {expected}, {shown}", self.remedy)
 
     def __getitem__(self, name: str) -> Value:
         """Return the value under a name.
@@ -49,7 +47,7 @@ class Value:
             raise self.wrong("an object")
         key = f"{self.key}.{name}" if self.key else name
         if name not in self.found:
-            raise ResultError(f"{self.path}: no '{key}'; {self.remedy}")
+            raise ResultError(f"{self.path}: no '{key}'", self.remedy)
         return self._inside(self.found[name], key)
 
     def get(self, name: str) -> Value | None:

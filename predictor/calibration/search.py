@@ -150,7 +150,8 @@ def price_for_bytes(
     if priced.ffn_bytes_ratio > bound:
         raise PredictorError(
             f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
-            f"is {priced.ffn_bytes_ratio:.4f}; lower --rank or allow more"
+            f"is {priced.ffn_bytes_ratio:.4f}",
+            "lower --rank or allow more",
         )
     ratio = priced.ffn_bytes_ratio
     return priced, [Point(price=priced.price, ffn_bytes_ratio=ratio, chosen=True)]
@@ -211,7 +212,8 @@ def price_for_gap(
         raise PredictorError(
             f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {nearest.ppl_gap:.3g} "
             f"and a divergence of {nearest.kl_divergence:.3g} at FFN bytes "
-            f"{nearest.ffn_bytes_ratio:.4f}; raise --rank or allow more"
+            f"{nearest.ffn_bytes_ratio:.4f}",
+            "raise --rank or allow more",
         )
     tried[best.price, best.sign] = replace(tried[best.price, best.sign], chosen=True)
     return best, sorted(tried.values(), key=lambda point: point.ffn_bytes_ratio)

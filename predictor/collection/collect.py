@@ -90,7 +90,7 @@ class CollectConfig:
         ):
             if value not in choices:
                 listed = ", ".join(map(str, choices))
-                raise TraceError(f"{name} {value!r} is unknown; choose from {listed}")
+                raise TraceError(f"{name} {value!r} is unknown", f"choose from {listed}")
 
 
 def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceStore:
@@ -166,7 +166,8 @@ def record(
             if begun and begun != (digest, segments):
                 raise TraceError(
                     f"{store.path}: {header.data} or the tokenizer has changed since the store "
-                    "was begun; restore it, or use --force to start over"
+                    "was begun",
+                    "restore it, or use --force to start over",
                 )
             if committed is not None:
                 bar.update(committed.rows)
@@ -176,7 +177,9 @@ def record(
                     recorder.run(batch, lambda layer, rows: writers[layer].append(rows))
                     bar.update(sum(len(window.tokens) for window in batch))
     if not store.rows:
-        raise DataError(f"{header.data}: gives no tokens; pass a source with at least one document")
+        raise DataError(
+            f"{header.data}: gives no tokens", "pass a source with at least one document"
+        )
     store.finish()
 
 
@@ -190,7 +193,7 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
     layers = list(range(shape.n_layers)) if config.layers is None else list(config.layers)
     if not layers or layers[0] < 0 or layers[-1] >= shape.n_layers:
         raise TraceError(
-            f"--layers: the model has layers 0 to {shape.n_layers - 1}; choose among those"
+            f"--layers: the model has layers 0 to {shape.n_layers - 1}", "choose among those"
         )
     on_cpu = torch.device(config.device).type == "cpu"
     compute = torch.float32 if on_cpu else checkpoint.dtype
@@ -230,7 +233,8 @@ def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | Non
             if getattr(store.header, key) != value:
                 raise TraceError(
                     f"{config.out}: was collected with {key} {getattr(store.header, key)!r}, not "
-                    f"{value!r}; use the same settings, or --force to start over"
+                    f"{value!r}",
+                    "use the same settings, or --force to start over",
                 )
         return store
     refuse_existing(config.out, force=config.force, marker="manifest.json", resumable=True)
@@ -243,15 +247,15 @@ def _check_disk(
     needed = most_bytes(header, header.tokens - (store.rows if store else 0))
     place = next(path for path in (config.out, *config.out.absolute().parents) if exists(path))
     if not isdir(place):
-        raise OutputError(f"{config.out}: {place} is no directory; choose another --out")
+        raise OutputError(f"{config.out}: {place} is no directory", "choose another --out")
     free = shutil.disk_usage(place).free
     if store is None and isdir(config.out) and not islink(config.out):
         free += sum(file.lstat().st_size for file in config.out.rglob("*"))
     report(f"disk: needs at most {_size(needed)}, {_size(free)} free")
     if needed > free:
         raise OutputError(
-            f"{config.out}: the traces need up to {_size(needed)}, {_size(free)} are free; collect "
-            "fewer --tokens, or some --layers at a time, or choose another --out"
+            f"{config.out}: the traces need up to {_size(needed)}, {_size(free)} are free",
+            "collect fewer --tokens, or some --layers at a time, or choose another --out",
         )
 
 

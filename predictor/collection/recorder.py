@@ -85,8 +85,8 @@ class Recorder:
                 bad = int((~torch.isfinite(stored)).sum())
                 raise TraceError(
                     f"layer {layer}: {bad} of {stored.numel()} residual values of a batch do not "
-                    f"fit {self._dtype} (largest {float(inputs.abs().max()):g}); use --dtype "
-                    "bfloat16, or check the model if that is in use already"
+                    f"fit {self._dtype} (largest {float(inputs.abs().max()):g})",
+                    "use --dtype bfloat16, or check the model if that is in use already",
                 )
             self._inputs, self._active = stored.cpu(), None
 
@@ -104,8 +104,8 @@ class Recorder:
             counts, scale, codes = measure_active(packed, product, norms, self._bits)
             if not torch.isfinite(scale).all():
                 raise TraceError(
-                    f"layer {layer}: the FFN's activations overflow {product.dtype}; check the "
-                    "model, or run it on --device cpu, which computes in float32"
+                    f"layer {layer}: the FFN's activations overflow {product.dtype}",
+                    "check the model, or run it on --device cpu, which computes in float32",
                 )
             self._sink(layer, BatchRows(self._inputs, packed, counts, scale, codes))
 

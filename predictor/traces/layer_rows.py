@@ -104,8 +104,9 @@ class StoredRows(ABC):
         for piece, places, _ in self.split(index):
             if not torch.isfinite(inputs[places]).all():
                 raise TraceError(
-                    f"{piece.file or 'traces'}: inputs hold NaN or inf; "
-                    "find what else is damaged with 'psp traces check', or collect the traces again"
+                    f"{piece.file or 'traces'}: inputs hold NaN or inf",
+                    "find what else is damaged with 'psp traces check', or collect the traces "
+                    "again",
                 )
 
 

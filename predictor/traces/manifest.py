@@ -114,8 +114,8 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise TraceError(
-            f"{path}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}; "
-            f"{_AGAIN}"
+            f"{path}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
+            f"{_AGAIN}",
         )
     try:
         header, progress = TraceHeader(**manifest["header"]), manifest["progress"]
@@ -124,7 +124,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
         weights = [_text(digest) for digest in _list(progress["weights"])]
         return header, Progress(shards, weights, progress["complete"] is True)
     except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{path}/manifest.json: damaged ({error}); {_AGAIN}") from error
+        raise TraceError(f"{path}/manifest.json: damaged ({error})", _AGAIN) from error
 
 
 _MOST = 1 << 40

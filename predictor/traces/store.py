@@ -76,8 +76,8 @@ class TraceStore:
         """
         if not self.progress.complete:
             raise TraceError(
-                f"{self.path}: collection was interrupted after {self.rows} rows; "
-                "finish it with 'psp collect ... --resume'"
+                f"{self.path}: collection was interrupted after {self.rows} rows",
+                "finish it with 'psp collect ... --resume'",
             )
 
     @property
@@ -176,13 +176,13 @@ class TraceStore:
         try:
             tensors: Mapping[str, torch.Tensor] = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise TraceError(f"{file}: missing or damaged ({error}); {_AGAIN}") from error
+            raise TraceError(f"{file}: missing or damaged ({error})", _AGAIN) from error
         d_ff, d_model = self.header.d_ff, self.header.d_model
         for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
             found = tuple(tensors[name].shape) if name in tensors else None
             if found != shape:
                 raise TraceError(
-                    f"{file}: {name} has shape {found}, the manifest implies {shape}; {_AGAIN}"
+                    f"{file}: {name} has shape {found}, the manifest implies {shape}", _AGAIN
                 )
         return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
@@ -194,9 +194,9 @@ class TraceStore:
                 the manifest.
         """
         if layer not in self.header.layers:
-            raise TraceError(f"{self.path}: layer {layer} was not collected; see --layers")
+            raise TraceError(f"{self.path}: layer {layer} was not collected", "see --layers")
         if not self.progress.shards:
-            raise TraceError(f"{self.path}: holds no rows yet; go on with 'psp collect --resume'")
+            raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
         shards = enumerate(self.progress.shards)
         return ShardedRows([self._mapped(layer, number, shard.rows) for number, shard in shards])
 
@@ -207,7 +207,7 @@ class TraceStore:
         if bits:
             per_row = count_active(parts["active"])
             if per_row.sum() != parts["counts"].sum():
-                raise TraceError(f"{file}: counts differ from the active bits; {_AGAIN}")
+                raise TraceError(f"{file}: counts differ from the active bits", _AGAIN)
             starts = torch.cumsum(per_row, 0) - per_row
         return LayerRows(importance_bits=bits, starts=starts, file=file, **parts)
 
@@ -232,15 +232,15 @@ class TraceStore:
             self.weights(layer)
             file = self._layer_file(layer, "weights")
             if xxhash.xxh3_128_hexdigest(file.read_bytes()) != digest:
-                raise TraceError(f"{file}: checksum differs from the manifest's; {_AGAIN}")
+                raise TraceError(f"{file}: checksum differs from the manifest's", _AGAIN)
         if self.progress.shards and len(weights) != len(self.header.layers):
-            raise TraceError(f"{self.path}/manifest.json: weights of layers are missing; {_AGAIN}")
+            raise TraceError(f"{self.path}/manifest.json: weights of layers are missing", _AGAIN)
         for number, shard in enumerate(self.progress.shards):
             layout = self._layout(shard.rows)
             digests = [check_shard(self._shard_file(n, number), layout) for n in self.header.layers]
             if _joined(digests) != shard.sha256:
                 raise TraceError(
-                    f"{self.path}: shard {number} is whole but not the manifest's; {_AGAIN}"
+                    f"{self.path}: shard {number} is whole but not the manifest's", _AGAIN
                 )
 
     def holdout(self, share: float, seed: int) -> torch.Tensor:
@@ -260,7 +260,8 @@ class TraceStore:
         if len({document for document, _ in segments}) < 2:
             raise TraceError(
                 f"{self.path}: holds {self.documents} document, a holdout by document needs at "
-                "least 2; collect from more documents or more --tokens"
+                "least 2",
+                "collect from more documents or more --tokens",
             )
         return hold_out(segments, share, seed)
 

@@ -79,13 +79,13 @@ class TrainConfig:
         for rank in self.fixed_ranks:
             if rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
                 raise PredictorError(
-                    f"rank {rank} cannot run in PowerInfer; "
-                    f"use a positive multiple of {RANK_MULTIPLE}"
+                    f"rank {rank} cannot run in PowerInfer",
+                    f"use a positive multiple of {RANK_MULTIPLE}",
                 )
         if isinstance(self.rank, str) and self.rank != AUTO:
             raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")
         if self.max_ppl_gap is not None and self.ffn_bytes is not None:
-            raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds; pass one of them")
+            raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds", "pass one of them")
         if not 0 < self.predictor_weight < float("inf"):
             raise PredictorError(
                 f"predictor weight {self.predictor_weight:g}: expected a number above 0"

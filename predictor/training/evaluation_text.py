@@ -32,14 +32,15 @@ def held_out_model(
     if checkpoint.fingerprint != store.header.model_fingerprint:
         raise PredictorError(
             f"{checkpoint.path}: its weights or sizes differ from the model that {store.path} was "
-            "made of; pass that one as --model"
+            "made of",
+            "pass that one as --model",
         )
     windows = list(_cut(_windows(config, store, checkpoint), config.eval_tokens))
     tokens = sum(len(window.tokens) for window in windows)
     if tokens < _LEAST_TOKENS:
         raise PredictorError(
-            f"{tokens} tokens of held-out text are too few to measure a perplexity gap; collect "
-            "from more text, raise --holdout, or pass --data"
+            f"{tokens} tokens of held-out text are too few to measure a perplexity gap",
+            "collect from more text, raise --holdout, or pass --data",
         )
     note(f"measuring the perplexity gap on {tokens} held-out tokens")
     return PredictedModel(checkpoint, windows, config.device)

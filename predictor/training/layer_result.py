@@ -88,8 +88,8 @@ class LayerTraining:
         )
         if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
             raise PredictorError(
-                f"layer {layer}: training diverged; check the traces of this layer, or try "
-                "--recipe psp"
+                f"layer {layer}: training diverged",
+                "check the traces of this layer, or try --recipe psp",
             )
         final, header = to_half(trained), self.store.header
         element, curves = ElementCost(config.predictor_type), None
@@ -121,5 +121,5 @@ def _enough_memory(layer: int) -> Iterator[None]:
         if not memory and "allocate memory" not in str(error):
             raise
         raise PredictorError(
-            f"layer {layer}: out of memory; lower --jobs or --rank, then go on with --resume"
+            f"layer {layer}: out of memory", "lower --jobs or --rank, then go on with --resume"
         ) from error

@@ -127,5 +127,5 @@ def recipe_named(name: str) -> Recipe:
         PredictorError: unknown name.
     """
     if name not in RECIPES:
-        raise PredictorError(f"recipe {name!r} is unknown; choose from {', '.join(RECIPES)}")
+        raise PredictorError(f"recipe {name!r} is unknown", f"choose from {', '.join(RECIPES)}")
     return RECIPES[name]

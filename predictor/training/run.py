@@ -151,8 +151,8 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
         for key, value in vars(header).items():
             if key != "threshold" and getattr(artifact.header, key) != value:
                 raise PredictorError(
-                    f"{config.out}: was trained with another {key}; use the same settings and "
-                    "traces, or --force to start over"
+                    f"{config.out}: was trained with another {key}",
+                    "use the same settings and traces, or --force to start over",
                 )
         return artifact
     refuse_existing(config.out, force=config.force, marker="predictors.json", resumable=True)
