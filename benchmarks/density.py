@@ -25,7 +25,7 @@ from common.files import read_json, remove_output, sha256, write_error, write_js
 from common.plot_style import style
 from common.table import table
 from common.version import tool_version
-from gguf_export.element_types import OUTTYPES
+from gguf_export.pwri.element_types import OUTTYPES
 
 _ARMS = {
     "predicted": "predicted",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from common.errors import ExportError
-from gguf_export.schema import BLOCK, SMALLEST_D_FF
+from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF
 
 _BRANCH = 0.5
 """Size of what all attentions, and all FFNs, add up to relative to the embedding: the residual

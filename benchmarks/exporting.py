@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.random_models import made_header, random_llama_7b
 from gguf_export.bundle import ExportConfig, export
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.reader import GGUFFile
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 

@@ -25,9 +25,9 @@ from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.decisions import DecisionCounts, mean_metrics
 from gguf_export.bundle import ExportConfig, export
-from gguf_export.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.perplexity import engine_perplexity
+from gguf_export.pwri.schema import DENSE_THRESHOLD
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 from predictor.calibration.predicted_model import PredictedModel
 from predictor.collection.collect import CollectConfig, collect
 from predictor.collection.windows import cut_windows

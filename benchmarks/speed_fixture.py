@@ -34,7 +34,7 @@ from benchmarks.random_models import made_header, reglu_settings
 from common.errors import CheckpointError, EngineError, PspError
 from common.files import refuse_existing, write_error, write_json
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.element_types import OUTTYPES
+from gguf_export.pwri.element_types import OUTTYPES
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -168,7 +168,7 @@ def write_predictors(path: Path, model: Path, shape: FixtureShape) -> Path:
 
 def predicted_neurons(file: Path, count: int = _CHECKED_TOKENS) -> set[int]:
     """Return how many neurons the tokens of a text predict, one token and layer at a time."""
-    from powerinfer_bridge.engine import Engine, KVCache
+    from powerinfer_bridge.engine.engine import Engine, KVCache
     from powerinfer_bridge.sample_text import sample_text
 
     engine = Engine(file)

@@ -15,7 +15,7 @@ from commands.printing import echo, print_json
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
     """Print keys, tensors, types, predictor ranks and bytes by kind."""
-    from powerinfer_bridge.inspection import inspect_file, inspection_table
+    from gguf_export.pwri.inspection import inspect_file, inspection_table
 
     document = inspect_file(file)
     if as_json:

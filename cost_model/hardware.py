@@ -130,7 +130,9 @@ def _hardware(entry: Any, name: str, where: str) -> Hardware:
         )
     except HardwareError as error:
         known = str(error).startswith(where)
-        raise error if known else HardwareError(f"{where}: {error.problem}", error.remedy) from error
+        raise (
+            error if known else HardwareError(f"{where}: {error.problem}", error.remedy)
+        ) from error
 
 
 def _device(entry: Any, where: str) -> Device:

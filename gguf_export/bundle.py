@@ -26,18 +26,18 @@ from common.files import (
     write_json,
 )
 from common.version import tool_version
-from gguf_export.element_types import OUTTYPES, FileTypes, row_block
-from gguf_export.gpu_index import index_path
-from gguf_export.model_vocabulary import read_vocabulary
 from gguf_export.predictor_source import PredictorSource, open_predictors, read_ranks
-from gguf_export.schema import (
+from gguf_export.pwri.element_types import OUTTYPES, FileTypes, row_block
+from gguf_export.pwri.gpu_index import index_path
+from gguf_export.pwri.schema import (
     ACTIVATION_THRESHOLD_KEY,
     BLOCK,
     SMALLEST_D_FF,
     THRESHOLD_KEY,
 )
 from gguf_export.tensors import PlannedTensor, plan_model, plan_predictors
-from gguf_export.vocabulary import Vocabulary
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import write_file
 
 SUFFIX = ".powerinfer.gguf"

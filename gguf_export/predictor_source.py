@@ -15,9 +15,9 @@ from gguf import GGUFValueType
 from architectures.tensor_files import TensorFiles
 from common.errors import PredictorError
 from common.files import read_json
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import FC1, FC2, THRESHOLD_KEY
-from gguf_export.statistics import has_statistics, layer_statistics
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import FC1, FC2, THRESHOLD_KEY
+from gguf_export.pwri.statistics import has_statistics, layer_statistics
 from gguf_export.tensor_file import is_plain, read_tensor_file
 from predictor.artifact import LayerPredictor, PredictorArtifact
 

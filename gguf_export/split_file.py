@@ -10,11 +10,11 @@ from typing import Any
 from gguf import GGUFValueType
 
 from common.errors import ExportError, FormatError
-from gguf_export.gpu_index import index_path, read_gpu_index, write_gpu_index
-from gguf_export.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
-from gguf_export.memory_plan import MemorySettings, parse_size, plan_memory, vram_option
-from gguf_export.reader import GGUFFile
-from gguf_export.statistics import read_statistics
+from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
+from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
+from gguf_export.pwri.memory_plan import MemorySettings, parse_size, plan_memory, vram_option
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.statistics import read_statistics
 
 _SMALLEST_BUDGET = 1 << 20
 _KV_TYPES = ("f16", "f32")

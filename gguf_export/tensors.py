@@ -12,9 +12,9 @@ from torch.nn.functional import pad
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule, Transform
-from gguf_export.element_types import EMBEDDING, HEAD, FileTypes, data_size
 from gguf_export.predictor_source import PredictorSource
-from gguf_export.schema import DENSE_DOWN, DOWN, FC1, FC2
+from gguf_export.pwri.element_types import EMBEDDING, HEAD, FileTypes, data_size
+from gguf_export.pwri.schema import DENSE_DOWN, DOWN, FC1, FC2
 
 
 @dataclass(frozen=True)

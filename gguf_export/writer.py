@@ -17,11 +17,11 @@ from tqdm import tqdm
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
 from common.overlap import flushed_meanwhile, made_ahead
-from gguf_export.element_types import FileTypes, encode
 from gguf_export.model_keys import add_model_keys
-from gguf_export.schema import SPARSE_MAGIC
+from gguf_export.pwri.element_types import FileTypes, encode
+from gguf_export.pwri.schema import SPARSE_MAGIC
 from gguf_export.tensors import PlannedTensor
-from gguf_export.vocabulary import Vocabulary, add_vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
 
 _PIECE = 1 << 20
 """Numbers that are converted at once."""

@@ -20,17 +20,17 @@ from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
 from architectures.tokenizer import RustTokenizer, load_tokenizer
 from common.errors import EngineError, FormatError
-from gguf_export.byte_level_encoder import spell
-from gguf_export.element_types import WRITABLE, decode, encode
-from gguf_export.mixed_texts import share_differing
-from gguf_export.model_vocabulary import read_vocabulary
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import DENSE_THRESHOLD
-from gguf_export.vocabulary import BYTE_LEVEL
-from gguf_export.word_splitter import split_words
+from gguf_export.pwri.element_types import WRITABLE, decode, encode
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import DENSE_THRESHOLD
+from gguf_export.tokens.byte_level_encoder import spell
+from gguf_export.tokens.mixed_texts import share_differing
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.vocabulary import BYTE_LEVEL
+from gguf_export.tokens.word_splitter import split_words
 from powerinfer_bridge.contract import RUNNABLE, Report, Subject
-from powerinfer_bridge.engine import KVCache
-from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.engine.engine import KVCache
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.sample_text import sample_text
 
 LOGIT_TOLERANCE = 0.05

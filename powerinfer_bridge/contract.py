@@ -18,17 +18,17 @@ from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
 from common.errors import FormatError, PspError
-from gguf_export.element_types import runnable
-from gguf_export.gpu_index import index_path, read_gpu_index
-from gguf_export.gpu_split import F16_GROUPS, groups_of
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import BLOCK, THRESHOLD_KEY
-from gguf_export.vocabulary import PIECES
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.hyperparameters import Hyperparameters, read_hyperparameters
-from powerinfer_bridge.inspection import printable
-from powerinfer_bridge.vocabulary import FileVocabulary
-from powerinfer_bridge.weights import expected_shapes
+from gguf_export.pwri.element_types import runnable
+from gguf_export.pwri.gpu_index import index_path, read_gpu_index
+from gguf_export.pwri.gpu_split import F16_GROUPS, groups_of
+from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
+from gguf_export.pwri.inspection import printable
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
+from gguf_export.tokens.file_vocabulary import FileVocabulary
+from gguf_export.tokens.vocabulary import PIECES
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.weights import expected_shapes
 
 RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
 """What must hold before the embedded engine can run the file."""

@@ -11,9 +11,9 @@ from typing import Any
 from architectures.checkpoint import Checkpoint
 from common.errors import ExportError
 from common.table import fact_table
+from gguf_export.pwri.inspection import printable
 from powerinfer_bridge.comparison import CompareSettings, check_model
 from powerinfer_bridge.contract import Report, Subject, check_structure
-from powerinfer_bridge.inspection import printable
 
 _SMALL_BYTES = 64 << 20
 """Files up to this size are also run when they are exported: seconds, not minutes."""

@@ -8,7 +8,7 @@ import pytest
 from conftest import TEXT, make_export
 from test_export_families import NAMES, write_model
 
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.run import bench
 

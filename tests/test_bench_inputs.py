@@ -18,7 +18,7 @@ from powerinfer_bridge.benchmark import inputs
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.inputs import hash_file
 from powerinfer_bridge.benchmark.prompts import read_prompts, room_for
-from powerinfer_bridge.engine import Engine
+from powerinfer_bridge.engine.engine import Engine
 
 FILE, DIRECTORY = Path("m.powerinfer.gguf"), Path("bin")
 

@@ -12,8 +12,8 @@ from conftest import refused
 
 from common.errors import PredictorError
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_index import index_path
-from gguf_export.memory_plan import BUCKET_BYTES
+from gguf_export.pwri.gpu_index import index_path
+from gguf_export.pwri.memory_plan import BUCKET_BYTES
 from gguf_export.split_file import SplitConfig, split
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.machine import Gpu, Machine

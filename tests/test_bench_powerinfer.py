@@ -14,7 +14,7 @@ from conftest import refused
 
 from common.errors import CheckpointError, EngineError, FormatError, PspError
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.schema import DENSE_THRESHOLD
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.document import read_bench
 from powerinfer_bridge.benchmark.run import bench

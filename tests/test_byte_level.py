@@ -19,15 +19,15 @@ from tokenizers import Tokenizer
 
 from common.errors import DataError, FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.byte_level_encoder import BYTE_TOKENS
-from gguf_export.mixed_texts import MIXED_TEXTS
-from gguf_export.model_vocabulary import read_vocabulary
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.generate import generate
-from powerinfer_bridge.perplexity import engine_perplexity
+from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS
+from gguf_export.tokens.file_vocabulary import FileVocabulary
+from gguf_export.tokens.mixed_texts import MIXED_TEXTS
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
-from powerinfer_bridge.vocabulary import FileVocabulary
 
 ROWS = 640
 CONFIG = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}

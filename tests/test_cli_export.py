@@ -15,7 +15,7 @@ from gguf import GGUFValueType
 
 from gguf_export import bundle as exporting
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.reader import GGUFFile
 from gguf_export.writer import write_file
 from powerinfer_bridge import verification
 

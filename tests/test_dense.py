@@ -13,8 +13,8 @@ from gguf import GGUFValueType
 
 from common.errors import FormatError, OutputError
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.engine import Engine
+from gguf_export.pwri.reader import GGUFFile
+from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 
 TRANSPOSED = "blk.{layer}.ffn_down_t.weight"

@@ -20,16 +20,16 @@ from gguf import GGMLQuantizationType as Kind
 from architectures.tokenizer import load_tokenizer
 from common.errors import ExportError
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.element_types import FileTypes, decode, encode, runnable
-from gguf_export.gpu_index import index_path, read_gpu_index
-from gguf_export.gpu_split import Q4_0_GROUPS
-from gguf_export.memory_plan import MemorySettings, plan_memory
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import DENSE_THRESHOLD
+from gguf_export.pwri.element_types import FileTypes, decode, encode, runnable
+from gguf_export.pwri.gpu_index import index_path, read_gpu_index
+from gguf_export.pwri.gpu_split import Q4_0_GROUPS
+from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.split_file import SplitConfig, split
-from powerinfer_bridge.arithmetic import rounded, to_q8_0, to_q8_k
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.engine.arithmetic import rounded, to_q8_0, to_q8_k
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 

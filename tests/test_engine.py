@@ -12,10 +12,10 @@ from conftest import TEXT, ModelMaker, write_predictors
 from architectures.tokenizer import load_tokenizer
 from common.errors import EngineError
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.generate import generate
-from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
+from gguf_export.pwri.schema import DENSE_THRESHOLD
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 
 # Two float16 roundings of relative size 2^-11 a matrix product, a few dozen products deep.
 LOGIT_TOLERANCE = 2e-2

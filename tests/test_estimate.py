@@ -16,7 +16,7 @@ from common.errors import EngineError, OutputError, PspError
 from cost_model.model_bytes import LayerPlace, Place, on_cpu
 from cost_model.roofline import PARTS
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.estimate.file import EstimatedFile
 from powerinfer_bridge.estimate.run import EstimateConfig, estimate
 from powerinfer_bridge.estimate.table import estimate_table

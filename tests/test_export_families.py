@@ -15,15 +15,15 @@ from families import BY_NAME, VARIANTS, Variant, Written, write
 
 from architectures.registry import ARCHITECTURES
 from architectures.tokenizer import load_tokenizer
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 
 NAMES = [variant.name for variant in VARIANTS]
-# PowerInfer runs no smaller FFN, see gguf_export.schema.SMALLEST_D_FF.
+# PowerInfer runs no smaller FFN, see gguf_export.pwri.schema.SMALLEST_D_FF.
 D_FF = 1012
 # Two float16 roundings of relative size 2^-11 a matrix product, a few dozen products deep.
 LOGIT_TOLERANCE = 1.5e-2

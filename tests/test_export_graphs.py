@@ -18,12 +18,12 @@ from test_export_families import LOGIT_TOLERANCE, runnable, tokens_of, write_mod
 from architectures.falcon import FALCON_40B
 from common.errors import EngineError, ExportError
 from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.memory_plan import BUCKET_BYTES, MemorySettings, plan_memory
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.memory_plan import BUCKET_BYTES, MemorySettings, plan_memory
+from gguf_export.pwri.reader import GGUFFile
 from gguf_export.tensors import group_qkv
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.generate import generate
-from powerinfer_bridge.perplexity import engine_perplexity
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verification import verify
 

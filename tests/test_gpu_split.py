@@ -12,9 +12,15 @@ from gguf import GGMLQuantizationType
 
 from common.errors import ExportError
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_split import Q4_0_GROUPS, Groups, captured_share, choose_neurons, split_bytes
-from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.gpu_split import (
+    Q4_0_GROUPS,
+    Groups,
+    captured_share,
+    choose_neurons,
+    split_bytes,
+)
+from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.reader import GGUFFile
 from gguf_export.tensors import PlannedTensor
 
 GIB = 1024**3

@@ -14,8 +14,8 @@ from gguf import GGUFWriter
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.inspection import inspect_file, inspection_table
+from gguf_export.pwri.inspection import inspect_file, inspection_table
+from gguf_export.pwri.reader import GGUFFile
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from tokenizers.processors import TemplateProcessing
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import CheckpointError, ExportError
-from gguf_export.byte_level_encoder import spell
-from gguf_export.mixed_texts import MIXED_TEXTS, share_differing
-from gguf_export.model_vocabulary import read_vocabulary, text_encoder
-from gguf_export.vocabulary import Vocabulary
+from gguf_export.tokens.byte_level_encoder import spell
+from gguf_export.tokens.mixed_texts import MIXED_TEXTS, share_differing
+from gguf_export.tokens.model_vocabulary import read_vocabulary, text_encoder
+from gguf_export.tokens.vocabulary import Vocabulary
 
 TEXTS = (TEXT, *TEXT.splitlines(), *MIXED_TEXTS)
 CHATML = {"<|im_end|>": 320, "<|im_start|>": 321, "<plain>": 324}

@@ -9,8 +9,8 @@ import torch
 
 from common.errors import DataError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 
 BOS = 1
 

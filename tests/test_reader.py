@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile, TensorInfo, Value
+from gguf_export.pwri.reader import GGUFFile, TensorInfo, Value
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 TENSOR_F32, TENSOR_F16, TENSOR_Q4_0, TENSOR_Q4_1, TENSOR_I32 = 0, 1, 2, 3, 26

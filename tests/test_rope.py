@@ -19,10 +19,10 @@ from architectures.checkpoint import Checkpoint
 from architectures.rope import RopeScaling, read_rope, rope_parameters
 from common.errors import CheckpointError
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.attention import Rotary
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.hyperparameters import read_hyperparameters
+from gguf_export.pwri.hyperparameters import read_hyperparameters
+from gguf_export.pwri.reader import GGUFFile
+from powerinfer_bridge.engine.attention import Rotary
+from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.verification import verify
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}

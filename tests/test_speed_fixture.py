@@ -20,10 +20,10 @@ from benchmarks.speed_fixture import FixtureConfig, make_and_check, make_fixture
 from common.decisions import DecisionCounts
 from common.errors import CheckpointError, EngineError, ExportError, OutputError
 from gguf_export.bundle import Bundle
-from gguf_export.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.generate import generate
-from powerinfer_bridge.perplexity import engine_perplexity
+from gguf_export.pwri.schema import DENSE_THRESHOLD
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.perplexity import engine_perplexity
 
 DENSITIES = {0.05: 51, 0.5: 512, 0.75: 768, 1.0: 1024}
 """Of 1024 neurons; 0.05 is none of their shares."""

@@ -14,8 +14,8 @@ from conftest import make_export, refused
 
 from common.errors import ExportError, FormatError, OutputError, PredictorError
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_index import index_path, read_gpu_index
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.gpu_index import index_path, read_gpu_index
+from gguf_export.pwri.reader import GGUFFile
 from gguf_export.split_file import SplitConfig, split
 
 LAYERS, D_FF = 2, 1012

@@ -16,7 +16,7 @@ from gguf import GGUFValueType, TokenType
 from test_weights import Change, Content, add, drop, put, value
 
 from gguf_export.bundle import Bundle
-from gguf_export.gpu_index import index_path, write_gpu_index
+from gguf_export.pwri.gpu_index import index_path, write_gpu_index
 from powerinfer_bridge.verification import verification_table, verify
 
 STRUCTURE = [

@@ -16,9 +16,9 @@ from tokenizer_kinds import real_prompt_ids
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.mixed_texts import MIXED_TEXTS
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.vocabulary import FileVocabulary
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.tokens.file_vocabulary import FileVocabulary
+from gguf_export.tokens.mixed_texts import MIXED_TEXTS
 
 CORPUS = [
     TEXT,

@@ -16,9 +16,9 @@ from gguf import GGUFValueType, GGUFWriter
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.engine import Engine, KVCache
-from powerinfer_bridge.generate import generate
+from gguf_export.pwri.reader import GGUFFile
+from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.generate import generate
 
 Change = Callable[["Content"], object]
 ALLOWED_BYTES = 16 << 20
@@ -306,7 +306,7 @@ def test_a_file_larger_than_memory_gives_the_same_logits(
 ) -> None:
     resident = Engine(exact_bundle.model_file)
     assert resident.weights.resident
-    monkeypatch.setattr("powerinfer_bridge.weights._RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("powerinfer_bridge.engine.weights._RESIDENT_SHARE", 0.0)
     streamed = Engine(exact_bundle.model_file)
     assert not streamed.weights.resident
     tokens = [1, *streamed.vocabulary.encode(TEXT)][:40]

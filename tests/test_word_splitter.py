@@ -8,9 +8,16 @@ import time
 
 import pytest
 
-from gguf_export.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
-from gguf_export.mixed_texts import MIXED_TEXTS
-from gguf_export.word_splitter import _DIGIT, _LETTER, _OTHER, _WHITESPACE, _kind, split_words
+from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
+from gguf_export.tokens.mixed_texts import MIXED_TEXTS
+from gguf_export.tokens.word_splitter import (
+    _DIGIT,
+    _LETTER,
+    _OTHER,
+    _WHITESPACE,
+    _kind,
+    split_words,
+)
 
 WORDS = {
     "": [],

@@ -14,10 +14,10 @@ from conftest import TEXT
 from gguf import GGUFWriter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from gguf_export.mixed_texts import MIXED_TEXTS
-from gguf_export.reader import GGUFFile
-from gguf_export.vocabulary import Vocabulary, add_vocabulary
-from powerinfer_bridge.vocabulary import FileVocabulary
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.tokens.file_vocabulary import FileVocabulary
+from gguf_export.tokens.mixed_texts import MIXED_TEXTS
+from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
 
 CORPUS = [TEXT * 20, *MIXED_TEXTS * 5]
 LLAMA_3 = (

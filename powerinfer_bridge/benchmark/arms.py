@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import DENSE_THRESHOLD
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject, element_type
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.generate import generate
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.generate import generate
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import Phase, RunSample
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EngineError
-from gguf_export.memory_plan import parse_size
+from gguf_export.pwri.memory_plan import parse_size
 
 PYTHON = "python"
 """What `--llama-cpp-bin` is where the package llama-cpp-python shall run."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from common.errors import FormatError
-from gguf_export.gpu_index import read_gpu_index
-from gguf_export.gpu_split import captured_share, groups_of, split_bytes
-from gguf_export.memory_plan import (
+from gguf_export.pwri.gpu_index import read_gpu_index
+from gguf_export.pwri.gpu_split import captured_share, groups_of, split_bytes
+from gguf_export.pwri.memory_plan import (
     BUCKET_BYTES,
     KEPT_FREE,
     MemoryPlan,
@@ -58,7 +58,7 @@ def read_hot_neurons(subject: Subject) -> HotNeurons:
     Raises:
         PredictorError: statistics that are damaged or another model's.
     """
-    from gguf_export.statistics import read_statistics
+    from gguf_export.pwri.statistics import read_statistics
 
     hyper, directory = subject.engine.hyper, subject.file.path.parent
     counts = None

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from common.decisions import mean_metrics
 from common.errors import CheckpointError, EngineError
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import DENSE_THRESHOLD
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.journal import Journal
 from powerinfer_bridge.benchmark.subject import Subject
-from powerinfer_bridge.engine import Engine
-from powerinfer_bridge.perplexity import engine_perplexity, perplexity, perplexity_windows
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 
 _MODEL_KEY = "psp.model_fingerprint"

@@ -9,10 +9,10 @@ from gguf import GGUFValueType
 from tqdm import tqdm
 
 from common.errors import EngineError, FormatError
-from gguf_export.gpu_index import index_path
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.gpu_index import index_path
+from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.benchmark.config import PYTHON, BenchConfig
-from powerinfer_bridge.engine import Engine
+from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, FormatError
-from gguf_export.reader import GGUFFile
+from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.doctor.finding import Finding, ok, size, warning
 
 FINGERPRINT_KEY = "psp.model_fingerprint"

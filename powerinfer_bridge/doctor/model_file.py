@@ -10,11 +10,11 @@ from shlex import quote
 from gguf import GGUFValueType
 
 from common.errors import FormatError, PspError
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import SMALLEST_D_FF
+from gguf_export.pwri.inspection import printable
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import SMALLEST_D_FF
 from powerinfer_bridge.contract import Report, Subject, check_structure
 from powerinfer_bridge.doctor.finding import Finding, from_error, ok, problem, size
-from powerinfer_bridge.inspection import printable
 
 
 @dataclass

@@ -11,9 +11,9 @@ from shlex import quote
 import torch
 
 from common.errors import FormatError
-from gguf_export.gpu_index import index_path, read_gpu_index
-from gguf_export.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
-from gguf_export.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.gpu_index import index_path, read_gpu_index
+from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
+from gguf_export.pwri.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
 from powerinfer_bridge.contract import Subject
 from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, size, warning
 from powerinfer_bridge.doctor.gpu import Gpu

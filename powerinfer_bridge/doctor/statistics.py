@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.errors import PspError
-from gguf_export.statistics import read_statistics
+from gguf_export.pwri.statistics import read_statistics
 from powerinfer_bridge.doctor.finding import Finding, from_error, note, ok, warning
 
 _HOT = 0.1

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gguf_export.pwri.inspection import printable
 from powerinfer_bridge.doctor.finding import Status
-from powerinfer_bridge.inspection import printable
 
 WIDTH = 100
 _LABEL = len("PROBLEM  ")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost_model.model_bytes import LayerBytes, LayerPlace, ModelBytes, Place
-from gguf_export.gpu_split import captured_share, choose_neurons, groups_of
-from gguf_export.memory_plan import MemoryPlan, MemorySettings, plan_memory
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import FC1, FC2
-from gguf_export.statistics import read_statistics
-from powerinfer_bridge.hyperparameters import Hyperparameters, read_hyperparameters
+from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of
+from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
+from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import FC1, FC2
+from gguf_export.pwri.statistics import read_statistics
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
 """`psp estimate`: tokens per second that bytes and bandwidths allow an exported file.
 
 Everything in it is an estimate: sums of bytes over bandwidths (`cost_model.roofline`), with
-PowerInfer's own placement (`gguf_export.memory_plan`) and our choice of neurons
-(`gguf_export.gpu_split`). Nothing is run.
+PowerInfer's own placement (`gguf_export.pwri.memory_plan`) and our choice of neurons
+(`gguf_export.pwri.gpu_split`). Nothing is run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common.version import tool_version
 from cost_model.hardware import Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
-from gguf_export.memory_plan import KEPT_FREE, parse_size, vram_option
+from gguf_export.pwri.memory_plan import KEPT_FREE, parse_size, vram_option
 from powerinfer_bridge.estimate.activity import ActivitySource, bench_activity, stated_activity
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
 from powerinfer_bridge.estimate.file import EstimatedFile, Placement

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EngineError
-from gguf_export.memory_plan import vram_option
+from gguf_export.pwri.memory_plan import vram_option
 from powerinfer_bridge.programs.failures import require_success
 from powerinfer_bridge.programs.finding import build_directory, require_executable
 from powerinfer_bridge.programs.powerinfer_output import (
@@ -156,7 +156,7 @@ class PowerInfer:
         threshold: float | None = None,
         vram_budget: int | None = None,
     ) -> float:
-        """Score a text; see `powerinfer_bridge.perplexity` for the windows.
+        """Score a text; see `powerinfer_bridge.engine.perplexity` for the windows.
 
         Raises:
             EngineError: the program failed, hung or printed no estimate.

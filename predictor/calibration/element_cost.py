@@ -8,7 +8,7 @@ from common.errors import PredictorError
 
 _TYPES = {"f16": (1.0, 1), "q4_0": (18 / 64, 64)}
 """Bytes of a weight relative to float16 (Q4_0 stores 32 in 18 bytes), and what export pads ranks to
-a multiple of (see `gguf_export.element_types`)."""
+a multiple of (see `gguf_export.pwri.element_types`)."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from gguf import TokenType
 
 from architectures.tokenizer import RustTokenizer
-from gguf_export.added_tokens import TokenizerFiles
-from gguf_export.byte_level_encoder import BYTE_TOKENS
-from gguf_export.json_tokenizer import JsonTokenizer, pre_tokeniser_name
-from gguf_export.sentencepiece_vocabulary import place_added
-from gguf_export.vocabulary import BYTE_LEVEL, NONE, Vocabulary, lay_out, mark_control
+from gguf_export.tokens.added_tokens import TokenizerFiles
+from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS
+from gguf_export.tokens.json_tokenizer import JsonTokenizer, pre_tokeniser_name
+from gguf_export.tokens.sentencepiece_vocabulary import place_added
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, Vocabulary, lay_out, mark_control
 
 _ALPHABET = frozenset(BYTE_TOKENS)
 

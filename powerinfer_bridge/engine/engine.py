@@ -15,15 +15,15 @@ import torch
 
 from common.decisions import DecisionCounts
 from common.errors import EngineError
-from gguf_export.reader import GGUFFile
-from powerinfer_bridge.attention import Attention
-from powerinfer_bridge.attention import KVCache as KVCache
-from powerinfer_bridge.feed_forward import FeedForward
-from powerinfer_bridge.graph import POSITION_OFFSET, POSITION_ROWS
-from powerinfer_bridge.hyperparameters import read_hyperparameters
-from powerinfer_bridge.operators import Operators
-from powerinfer_bridge.vocabulary import FileVocabulary
-from powerinfer_bridge.weights import Weights
+from gguf_export.pwri.graph import POSITION_OFFSET, POSITION_ROWS
+from gguf_export.pwri.hyperparameters import read_hyperparameters
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.tokens.file_vocabulary import FileVocabulary
+from powerinfer_bridge.engine.attention import Attention
+from powerinfer_bridge.engine.attention import KVCache as KVCache
+from powerinfer_bridge.engine.feed_forward import FeedForward
+from powerinfer_bridge.engine.operators import Operators
+from powerinfer_bridge.engine.weights import Weights
 
 
 class Engine:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
-from gguf_export.pair_merges import merge_pairs
+from gguf_export.tokens.pair_merges import merge_pairs
 
 SPACE = "\u2581".encode()
 _LENGTHS = (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4)

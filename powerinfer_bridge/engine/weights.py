@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from gguf_export.element_types import runnable
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import DOWN
-from powerinfer_bridge.graph import POSITION_ROWS
-from powerinfer_bridge.hyperparameters import Hyperparameters
+from gguf_export.pwri.element_types import runnable
+from gguf_export.pwri.graph import POSITION_ROWS
+from gguf_export.pwri.hyperparameters import Hyperparameters
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import DOWN
 
 _RESIDENT_SHARE = 0.5
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 
 from common.errors import ExportError
-from gguf_export.schema import BLOCK
+from gguf_export.pwri.schema import BLOCK
 
 OUTTYPES = {"f16": GGMLQuantizationType.F16, "q4_0": GGMLQuantizationType.Q4_0}
 """What `--outtype` and `--predictor-type` may be."""

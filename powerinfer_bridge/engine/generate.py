@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from powerinfer_bridge.engine import Engine, KVCache
+from powerinfer_bridge.engine.engine import Engine, KVCache
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gguf_export.pair_merges import merge_pairs
-from gguf_export.word_splitter import split_words
+from gguf_export.tokens.pair_merges import merge_pairs
+from gguf_export.tokens.word_splitter import split_words
 
 
 def _byte_tokens() -> tuple[str, ...]:

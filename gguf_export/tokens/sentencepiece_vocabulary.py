@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from gguf import TokenType
 
 from common.errors import CheckpointError, ExportError
-from gguf_export.added_tokens import AddedToken, TokenizerFiles
-from gguf_export.vocabulary import NONE, PIECES, Vocabulary, lay_out
+from gguf_export.tokens.added_tokens import AddedToken, TokenizerFiles
+from gguf_export.tokens.vocabulary import NONE, PIECES, Vocabulary, lay_out
 
 if TYPE_CHECKING:
     import sentencepiece

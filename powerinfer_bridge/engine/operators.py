@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from powerinfer_bridge.arithmetic import rounded
-from powerinfer_bridge.hyperparameters import Hyperparameters
-from powerinfer_bridge.weights import Weights
+from gguf_export.pwri.hyperparameters import Hyperparameters
+from powerinfer_bridge.engine.arithmetic import rounded
+from powerinfer_bridge.engine.weights import Weights
 
 
 class Operators:

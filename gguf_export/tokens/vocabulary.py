@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from gguf import TokenType
 
-from gguf_export.byte_level_encoder import BYTE_TOKENS
+from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

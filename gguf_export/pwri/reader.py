@@ -19,8 +19,8 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from common.errors import FormatError
-from gguf_export.element_types import READABLE, data_size, decode
-from gguf_export.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
+from gguf_export.pwri.element_types import READABLE, data_size, decode
+from gguf_export.pwri.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",

@@ -13,10 +13,17 @@ from collections.abc import Iterator
 from gguf import TokenType
 
 from architectures.tokenizer import RustTokenizer
-from gguf_export.added_tokens import TokenizerFiles
-from gguf_export.json_tokenizer import JsonTokenizer
-from gguf_export.sentencepiece_vocabulary import place_added
-from gguf_export.vocabulary import BYTE_PIECES, NONE, PIECES, Vocabulary, lay_out, mark_control
+from gguf_export.tokens.added_tokens import TokenizerFiles
+from gguf_export.tokens.json_tokenizer import JsonTokenizer
+from gguf_export.tokens.sentencepiece_vocabulary import place_added
+from gguf_export.tokens.vocabulary import (
+    BYTE_PIECES,
+    NONE,
+    PIECES,
+    Vocabulary,
+    lay_out,
+    mark_control,
+)
 
 
 def read_ranked(

@@ -10,9 +10,9 @@ from gguf import GGUFValueType
 
 from architectures.rope import RopeScaling
 from common.errors import FormatError
-from gguf_export.reader import GGUFFile
-from gguf_export.schema import ACTIVATION_THRESHOLD_KEY, BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
-from powerinfer_bridge.graph import GRAPHS, Graph
+from gguf_export.pwri.graph import GRAPHS, Graph
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import ACTIVATION_THRESHOLD_KEY, BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from typing import Any
 from gguf import GGUFValueType, TokenType
 
 from common.errors import DataError
-from gguf_export.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
-from gguf_export.piece_encoder import SPACE, PieceEncoder, characters
-from gguf_export.reader import GGUFFile
-from gguf_export.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
+from gguf_export.tokens.piece_encoder import SPACE, PieceEncoder, characters
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
 
 _UNKNOWN = "\u2585".encode()
 _BYTES = {character: bytes([byte]) for byte, character in enumerate(BYTE_TOKENS)}

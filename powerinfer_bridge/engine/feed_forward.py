@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from common.decisions import DecisionCounts
-from powerinfer_bridge.arithmetic import rounded
-from powerinfer_bridge.operators import Operators
+from powerinfer_bridge.engine.arithmetic import rounded
+from powerinfer_bridge.engine.operators import Operators
 
 
 class FeedForward:

@@ -9,15 +9,15 @@ from typing import Any
 
 from architectures.tokenizer import RustTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
 from common.errors import ExportError
-from gguf_export.added_tokens import TokenizerFiles
-from gguf_export.byte_level_encoder import ByteLevelEncoder
-from gguf_export.byte_level_vocabulary import read_byte_level
-from gguf_export.json_tokenizer import JsonTokenizer
-from gguf_export.mixed_texts import share_differing
-from gguf_export.piece_encoder import PieceEncoder
-from gguf_export.ranked_vocabulary import read_ranked
-from gguf_export.sentencepiece_vocabulary import read_sentencepiece
-from gguf_export.vocabulary import BYTE_LEVEL, NONE, Vocabulary, vocabulary_problems
+from gguf_export.tokens.added_tokens import TokenizerFiles
+from gguf_export.tokens.byte_level_encoder import ByteLevelEncoder
+from gguf_export.tokens.byte_level_vocabulary import read_byte_level
+from gguf_export.tokens.json_tokenizer import JsonTokenizer
+from gguf_export.tokens.mixed_texts import share_differing
+from gguf_export.tokens.piece_encoder import PieceEncoder
+from gguf_export.tokens.ranked_vocabulary import read_ranked
+from gguf_export.tokens.sentencepiece_vocabulary import read_sentencepiece
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, Vocabulary, vocabulary_problems
 
 
 def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) -> Vocabulary:

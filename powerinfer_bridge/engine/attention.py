@@ -7,9 +7,9 @@ import math
 import torch
 
 from architectures.rope import RopeScaling, yarn_magnitude
-from powerinfer_bridge.arithmetic import to_f16
-from powerinfer_bridge.hyperparameters import Hyperparameters
-from powerinfer_bridge.operators import Operators
+from gguf_export.pwri.hyperparameters import Hyperparameters
+from powerinfer_bridge.engine.arithmetic import to_f16
+from powerinfer_bridge.engine.operators import Operators
 
 _FAST, _SLOW = 32, 1
 """Turns within the original context between which YaRN blends, where no option sets others

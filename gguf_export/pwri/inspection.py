@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
-from gguf_export.reader import GGUFFile, TensorInfo, Value
-from gguf_export.schema import DENSE_MAGIC, SPARSE_MAGIC, VERSION
+from gguf_export.pwri.reader import GGUFFile, TensorInfo, Value
+from gguf_export.pwri.schema import DENSE_MAGIC, SPARSE_MAGIC, VERSION
 
 _SHOWN_CHARACTERS = 120
 _SHOWN_ELEMENTS = 5

@@ -25,9 +25,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from common.errors import ExportError
 from common.files import atomic_path
-from gguf_export.gpu_split import F16_GROUPS, Groups
-from gguf_export.reader import GGUFFile, TensorInfo
-from gguf_export.schema import ALIGNMENT, SPARSE_MAGIC
+from gguf_export.pwri.gpu_split import F16_GROUPS, Groups
+from gguf_export.pwri.reader import GGUFFile, TensorInfo
+from gguf_export.pwri.schema import ALIGNMENT, SPARSE_MAGIC
 
 INDEX_ARCHITECTURE = "generic.gpu_index"
 CAPACITY_KEY = "split.vram_capacity"

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common.errors import DataError
-from powerinfer_bridge.engine import Engine, KVCache
+from powerinfer_bridge.engine.engine import Engine, KVCache
 
 
 def perplexity_windows(

@@ -1,0 +1,1 @@
+"""PowerInfer's file format: its constants, reading it, and what follows from what a file holds."""

@@ -1,0 +1,1 @@
+"""Vocabularies and PowerInfer's tokenizers, from a checkpoint and from a file."""

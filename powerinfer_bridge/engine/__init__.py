@@ -1,0 +1,1 @@
+"""The embedded engine: PowerInfer's graphs in torch, an oracle of its results."""
