@@ -32,7 +32,8 @@ from architectures.model import LoadedModel, load_model
 from architectures.tokenizer import load_tokenizer
 from benchmarks.random_models import random_llama_7b
 from common.documents import read_documents
-from predictor.collection.collect import CollectConfig, collect, record, trace_header
+from predictor.collection.collect import collect, record, trace_header
+from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import cut_batches, cut_shards, cut_windows, order_windows
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.store import TraceStore

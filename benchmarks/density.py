@@ -100,8 +100,8 @@ def label(density: float) -> str:
 
 def bench_fixture(config: DensityConfig, density: float) -> Mapping[str, Any]:
     """Make the fixture of a density, time PowerInfer on it, and remove it."""
-    from powerinfer_bridge.benchmark.config import BenchConfig
     from powerinfer_bridge.benchmark.run import bench
+    from powerinfer_bridge.benchmark.settings import BenchConfig
 
     place = config.out / f"fixture-{label(density)}"
     fixture = FixtureConfig(

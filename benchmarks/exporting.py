@@ -24,8 +24,9 @@ import click
 import torch
 
 from benchmarks.random_models import made_header, random_llama_7b
-from gguf_export.bundle import ExportConfig, export
+from gguf_export.bundle import export
 from gguf_export.pwri.reader import GGUFFile
+from gguf_export.settings import ExportConfig
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 

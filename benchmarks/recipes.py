@@ -24,17 +24,19 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.decisions import DecisionCounts, mean_metrics
-from gguf_export.bundle import ExportConfig, export
+from gguf_export.bundle import export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from predictor.calibration.predicted_model import PredictedModel
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import cut_windows
 from predictor.module import Predictor
-from predictor.training.config import TrainConfig
 from predictor.training.recipes import RECIPES, published_rank
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 QUARTER = "quarter"
 """A quarter of d_model, dejavu's rank."""

@@ -33,8 +33,9 @@ from benchmarks.exporting import peak_rss_bytes
 from benchmarks.random_models import made_header, reglu_settings
 from common.errors import CheckpointError, EngineError, PspError
 from common.files import refuse_existing, write_error, write_json
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.element_types import OUTTYPES
+from gguf_export.settings import ExportConfig
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

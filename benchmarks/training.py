@@ -31,9 +31,9 @@ from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.shard_file import BatchRows
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.recipes import RECIPES, recipe_named
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 DOCUMENT, SHARD_ROWS, BATCH = 1000, 4096, 512
 PLANTED_RANK, NOISE = 64, 0.3

@@ -2,67 +2,56 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.options import (
-    force_option,
-    json_option,
-    model_option,
-    out_option,
-    predictors_option,
-    types_options,
-    vram_options,
-)
-from commands.printing import echo, print_json, warn
+from commands.options import json_option, settings_options
+from commands.printing import echo, note, print_json, warn
+from gguf_export.settings import ExportConfig
+
+
+def _choose(values: dict[str, Any]) -> None:
+    """Take the predictors that were passed, by one name or the other."""
+    imported = values.pop("import_predictors_from")
+    if values["predictors"] is None and imported is None:
+        hint = "'--predictors' or '--import-predictors-from'"
+        raise click.MissingParameter(param_type="option", param_hint=hint)
+    if values["predictors"] is not None and imported is not None:
+        raise click.UsageError("Pass --predictors or --import-predictors-from, not both.")
+    values["predictors"] = values["predictors"] or imported
 
 
 @click.command("export-gguf", short_help="Write files that PowerInfer runs.")
-@model_option
-@predictors_option
-@out_option("NAME.powerinfer.gguf", "Model file; the rest of the bundle is written beside it.")
-@types_options
+@settings_options(ExportConfig, before=_choose, optional=("predictors",))
 @click.option(
-    "--dense",
-    is_flag=True,
-    help="Also write NAME.dense.gguf, to time against; for arch llama its text is wrong.",
+    "--import-predictors-from",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE.gguf",
+    help="Instead of --predictors: take those in a GGUF file, such as a published one.",
 )
-@vram_options(required=False)
 @click.option("--no-verify", is_flag=True, help="Skip the check of the written file.")
-@force_option
 @json_option
-def export_gguf(
-    as_json: bool,
-    no_verify: bool,
-    vram_budget: str | None,
-    context: int,
-    kv_type: str,
-    **options: Any,
-) -> None:
+def export_gguf(config: ExportConfig, as_json: bool, no_verify: bool) -> None:
     """Write the model with its predictors, PowerInfer's predictor directory and statistics.
 
     The file is verified before it gets its name; one that fails is not kept.
     """
     from common.table import export_table
-    from gguf_export.bundle import ExportConfig, export
-    from gguf_export.split_file import SplitConfig, split
+    from gguf_export.bundle import export
+    from gguf_export.split_file import split
     from powerinfer_bridge.verification import ExportCheck
 
-    config, split_config = ExportConfig(**options, split=vram_budget is not None), None
-    if vram_budget is not None:
-        split_config = SplitConfig(
-            file=config.out, vram_budget=vram_budget, context=context, kv_type=kv_type
-        )
     check = None if no_verify else ExportCheck(config.model, config.out)
     bundle = export(config, check)
     warn(bundle.warnings)
     if check is not None and check.hint:
-        click.echo(f"note: {check.hint}", err=True)
+        note(check.hint)
     document = {
         **bundle.document(),
         "verified": check and check.document,
-        **({} if split_config is None else split(split_config)),
+        **({} if config.split is None else split(config.split)),
     }
     if as_json:
         return print_json(document)

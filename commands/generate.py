@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.options import (
-    choice_option,
-    count_option,
-    json_option,
-    model_option,
-    threads_option,
-)
+from commands.options import json_option, settings_options
 from commands.printing import echo, print_json
+from sparse_operators.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from architectures.checkpoint import Checkpoint
@@ -24,46 +19,20 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Run a model with the sparse FFN operators.")
-@model_option
-@click.option("--prompt", default="The ", show_default=True, help="Text to continue.")
-@count_option("-n", "count", default=64, least=2, help_text="Tokens to generate.")
-@click.option(
-    "--operators/--no-operators",
-    default=True,
-    show_default=True,
-    help="Run with the operators too, or the dense model only.",
-)
-@count_option("--repeats", default=3, least=1, help_text="Timed runs of each kind.")
-@click.option("--device", default="cpu", show_default=True, help="Torch device of the model.")
-@choice_option(
-    "--dtype",
-    ["auto", "float16", "bfloat16", "float32"],
-    "Type to run in; auto: float32 on the CPU, else the checkpoint's.",
-)
-@threads_option
+@settings_options(GenerateConfig)
 @json_option
-def generate(as_json: bool, **options: Any) -> None:
+def generate(config: GenerateConfig, as_json: bool) -> None:
     """Continue a text greedily, exactly, without a predictor.
 
     The model runs in transformers, dense and with its FFNs replaced, by turns.
     """
-    document = _generate(**options)
+    document = _generate(config)
     if as_json:
         return print_json(document)
     echo(_report(document))
 
 
-def _generate(
-    *,
-    model: str,
-    prompt: str,
-    count: int,
-    operators: bool,
-    repeats: int,
-    device: str,
-    dtype: str,
-    threads: int,
-) -> dict[str, Any]:
+def _generate(config: GenerateConfig) -> dict[str, Any]:
     import torch
 
     from architectures.checkpoint import Checkpoint
@@ -71,29 +40,30 @@ def _generate(
     from architectures.tokenizer import load_tokenizer
     from sparse_operators.generation import compare
 
-    checkpoint = Checkpoint.open(model)
+    checkpoint, device = Checkpoint.open(config.model), config.device
     _require_gated(checkpoint)
     chosen = {"auto": torch.float32 if device == "cpu" else checkpoint.dtype}
-    floating = chosen[dtype] if dtype in chosen else getattr(torch, dtype)
+    floating = chosen.get(config.dtype) or getattr(torch, config.dtype)
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
-    ids = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
-    if len(ids) + count > (context := checkpoint.shape.context_length):
+    ids = [tokenizer.bos_id(), *tokenizer.encode(config.prompt)]
+    if len(ids) + config.count > (context := checkpoint.shape.context_length):
         raise click.UsageError(
-            f"{len(ids)} tokens of --prompt and {count} more exceed the model's context of "
+            f"{len(ids)} tokens of --prompt and {config.count} more exceed the model's context of "
             f"{context}; lower -n or shorten the prompt."
         )
     loaded = load_model(checkpoint, dtype=floating, device=device, weights="resident")
     result = compare(
         loaded.causal_lm,
         torch.tensor([ids], device=device),
-        count,
-        operators=_switch(checkpoint, loaded) if operators else None,
-        repeats=repeats,
+        config.count,
+        operators=_switch(checkpoint, loaded) if config.operators else None,
+        repeats=config.repeats,
     )
     for kind in {"dense", "operators"} & result.keys():
         result[kind]["text"] = tokenizer.decode(result[kind]["tokens"])
-    facts = {"model": model, "prompt": prompt, "prompt_tokens": len(ids), "device": device}
-    return {**facts, "dtype": str(floating).removeprefix("torch."), "threads": threads, **result}
+    facts = {"model": config.model, "prompt": config.prompt, "prompt_tokens": len(ids)}
+    facts |= {"device": device, "dtype": str(floating).removeprefix("torch.")}
+    return {**facts, "threads": config.threads, **result}
 
 
 def _require_gated(checkpoint: Checkpoint) -> None:

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 
-from commands.options import PATH, Fraction, json_option
+from commands.options import json_option, settings_options
 from commands.printing import echo, print_json
+from powerinfer_bridge.settings import VerifyConfig
 
 
 @click.command(short_help="Check that PowerInfer will run a file correctly.")
-@click.argument("file", type=PATH, metavar="NAME.powerinfer.gguf")
-@click.option(
-    "--model", metavar="DIR|HUB_ID", help="Compare tensors, tokens and logits with this checkpoint."
-)
-@click.option(
-    "--max-ppl-gap",
-    type=Fraction(0, min_open=True),
-    help="With --model: largest perplexity gap that passes, a fraction.",
-)
+@settings_options(VerifyConfig)
 @json_option
-def verify(as_json: bool, file: Path, **options: Any) -> None:
+def verify(config: VerifyConfig, as_json: bool) -> None:
     """Check a file against PowerInfer's contract; exit code 0 only if everything holds."""
     from powerinfer_bridge.verification import verification_table
     from powerinfer_bridge.verification import verify as run
 
-    document = run(file, **options)
+    document = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap)
     if as_json:
         print_json(document)
     else:

@@ -35,53 +35,17 @@ from gguf_export.pwri.schema import (
     SMALLEST_D_FF,
     THRESHOLD_KEY,
 )
+from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tensors import PlannedTensor, plan_model, plan_predictors
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import write_file
 
-SUFFIX = ".powerinfer.gguf"
 Check = Callable[[Path], None]
 """Looks at the model file before it gets its name; raises if it must not get it."""
 
 ACTIVATION_DIRECTORY = "activation"
 """PowerInfer looks for its statistics under this name beside the model file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Settings of an export.
-
-    Attributes:
-        model: checkpoint directory or hub id.
-        predictors: see `predictor_source.open_predictors`.
-        out: `NAME.powerinfer.gguf`.
-        outtype: element type of the model's matrices, see `element_types.FileTypes`.
-        predictor_type: the same for predictors.
-        dense: write a dense file of the same model too, to time against.
-        split: a GPU split will follow, which needs activation statistics.
-        force: replace existing outputs.
-    """
-
-    model: str
-    predictors: Path
-    out: Path
-    outtype: str = "f16"
-    predictor_type: str = "f16"
-    dense: bool = False
-    split: bool = False
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse element types that do not run, and names that make no other names."""
-        if not self.out.name.endswith(SUFFIX) or self.out.name == SUFFIX:
-            raise ExportError(f"--out {self.out}: expected a name that ends in {SUFFIX}")
-        _ = self.types  # refuses others
-
-    @property
-    def types(self) -> FileTypes:
-        """Element types of the files."""
-        return FileTypes(weights=self.outtype, predictors=self.predictor_type)
 
 
 @dataclass(frozen=True)
@@ -146,7 +110,7 @@ def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     check_precision(predictors, types)
     vocab_size = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, vocab_size, checkpoint.config)
-    if config.split and not predictors.counted:
+    if config.vram_budget is not None and not predictors.counted:
         raise ExportError(
             f"{predictors.path}: comes without activation statistics, by which --vram-budget "
             "chooses neurons",

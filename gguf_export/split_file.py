@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFValueType
 
 from common.errors import ExportError, FormatError
+from common.units import parse_size
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
-from gguf_export.pwri.memory_plan import MemorySettings, parse_size, plan_memory, vram_option
+from gguf_export.pwri.memory_plan import MemorySettings, plan_memory, vram_option
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.statistics import read_statistics
-
-_SMALLEST_BUDGET = 1 << 20
-_KV_TYPES = ("f16", "f32")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SplitConfig:
-    """Settings of a split.
-
-    Attributes:
-        file: `NAME.powerinfer.gguf`, with `activation/` beside it.
-        vram_budget: a size such as `24GiB`.
-        context: tokens of context that PowerInfer will be run with (`-c`).
-        kv_type: `f16`, or `f32` if it will be run with `--memory-f32`.
-        force: replace an existing index.
-    """
-
-    file: Path
-    vram_budget: str
-    context: int = 512
-    kv_type: str = "f16"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a budget that lacks its unit."""
-        if parse_size(self.vram_budget) < _SMALLEST_BUDGET:
-            raise ExportError(
-                f"--vram-budget {self.vram_budget} is less than 1 MiB", "add a unit, such as 24GiB"
-            )
-        if self.kv_type not in _KV_TYPES:
-            raise ExportError(f"kv type {self.kv_type!r} is unknown", "choose f16 or f32")
+from gguf_export.settings import SplitConfig
 
 
 def split(config: SplitConfig) -> dict[str, Any]:

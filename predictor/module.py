@@ -10,9 +10,6 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-RANK_MULTIPLE = 32
-"""PowerInfer's kernels need ranks that are multiples of this."""
-
 
 class Predictor(nn.Module):
     """A low-rank two-layer predictor of one FFN layer."""

@@ -16,11 +16,7 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.gated import FATReLU
 from architectures.model import load_model
-from common.errors import CheckpointError, PspError
-
-
-class SparsityError(PspError):
-    """A sparsity that cannot be measured or a bound that cannot be kept."""
+from common.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,28 @@
-"""The settings of a sparsification, checked when they are made."""
+"""Settings of `psp sparsify` and `psp sparsity`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from common.errors import PspError
+from common.settings import (
+    DATA_HELP,
+    DATA_KINDS,
+    Device,
+    Field,
+    Force,
+    ModelName,
+    Option,
+    Resume,
+    Seed,
+    check_settings,
+)
 from common.version import tool_version
-from prosparse.regulariser import NORMS
-from prosparse.schedule import Schedule
+from prosparse.schedule import CARD_1B, Schedule, find_schedule
 
-ACTIVATIONS = ("relu", "keep")
-PRECISIONS = ("float32", "bfloat16")
-RATES = ("cosine", "constant", "decay")
-DEVICES = ("auto", "cpu")
 _INDIFFERENT = ("out", "save_every", "log_every", "eval_every", "device", "force", "resume")
 
 
@@ -22,68 +30,92 @@ class SettingsError(PspError):
     """Settings that do not go together."""
 
 
+class SparsityError(PspError):
+    """A sparsity that cannot be measured or a bound that cannot be kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SparsifyConfig:
     """Settings of a sparsification.
 
     Attributes:
-        model: checkpoint directory or hub id of a gated model.
-        data: text to train on, see `common.documents`.
-        out: directory for the sparse model; its `training/` holds what the run needs and tells.
-        schedule: stages and λ.
-        field: key of the text in structured sources.
-        sft_data: text of the `sft` stage; None goes on with `data`.
-        eval_data: held-out text for perplexity; None holds back the first windows of `data`.
-        eval_windows: held-out windows, at most.
-        activation: `relu` substitutes it; `keep` trains the model as it is, to compare with.
-        norm: how the L1 term is normalised, see `prosparse.regulariser`.
-        context: length of a training window, tokens.
-        batch: windows that a device takes at once.
-        accumulate: batches before a step.
-        learning_rate: peak.
-        rate: `cosine` to a tenth, `constant`, or `decay`: constant until the first decay stage,
-            then linear to a tenth.
-        warmup: share of all steps in which the learning rate rises from 0.
+        out: its `training/` holds what the run needs and tells.
+        norm: see `prosparse.regulariser`.
         weight_decay: AdamW's.
         betas: AdamW's.
-        precision: type of the forward and backward pass; weights and optimiser stay float32.
-        checkpointing: recompute activations in the backward pass to save memory.
-        save_every: steps between checkpoints to resume from.
-        log_every: steps between lines of the log.
-        eval_every: steps between evaluations.
-        device: `auto` takes GPUs that are there, `cpu` none.
-        seed: order of the windows, and torch's.
-        force: replace an existing output.
-        resume: go on with an interrupted run.
     """
 
-    model: str
-    data: str
-    out: Path
-    schedule: Schedule
-    field: str = "text"
-    sft_data: str | None = None
-    eval_data: str | None = None
-    eval_windows: int = 32
-    activation: str = "relu"
-    norm: str = "mean"
-    context: int = 1024
-    batch: int = 8
-    accumulate: int = 1
-    learning_rate: float = 3e-5
-    rate: str = "cosine"
-    warmup: float = 0.01
+    model: ModelName
+    data: Annotated[str, Option(help=f"Text to train on.{DATA_HELP}", metavar=DATA_KINDS)]
+    field: Field = "text"
+    out: Annotated[Path, Option(help="Directory for the sparse model.", metavar="DIR")]
+    schedule: Annotated[
+        Schedule,
+        Option(
+            help="Stages and lambda: a published schedule or your own.",
+            metavar="1b|7b|13b|FILE.yaml",
+            parse=find_schedule,
+            unset="1b",
+        ),
+    ] = CARD_1B
+    sft_data: Annotated[
+        str | None,
+        Option(help="Text of the sft stage.", metavar="FILE|hf:NAME", unset="--data"),
+    ] = None
+    eval_data: Annotated[
+        str | None,
+        Option(
+            help="Held-out text for perplexity.",
+            metavar="FILE|hf:NAME",
+            unset="the beginning of --data",
+        ),
+    ] = None
+    eval_windows: Annotated[int, Option(help="Held-out windows, at most.", least=1)] = 32
+    activation: Annotated[
+        str,
+        Option(
+            help="keep: train on without substitution, to compare with.",
+            choices=("relu", "keep"),
+        ),
+    ] = "relu"
+    norm: Annotated[
+        str,
+        Option(
+            help="L1 of a token in a layer: mean over neurons, or their sum.",
+            choices=("mean", "sum"),
+        ),
+    ] = "mean"
+    context: Annotated[int, Option(help="Length of a window, tokens.", least=2)] = 1024
+    batch: Annotated[int, Option(help="Windows that a device takes at once.", least=1)] = 8
+    accumulate: Annotated[int, Option(help="Batches before a step.", least=1)] = 1
+    learning_rate: Annotated[float, Option(help="Its peak.", above=0, below=1)] = 3e-5
+    rate: Annotated[
+        str,
+        Option(
+            help="Learning rate; decay: constant, then linear from the decay stage on.",
+            choices=("cosine", "constant", "decay"),
+        ),
+    ] = "cosine"
+    warmup: Annotated[
+        float,
+        Option(help="Share of steps in which the learning rate rises from 0.", least=0, below=1),
+    ] = 0.01
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    precision: str = "float32"
-    checkpointing: bool = False
-    save_every: int = 500
-    log_every: int = 10
-    eval_every: int = 500
-    device: str = "auto"
-    seed: int = 0
-    force: bool = False
-    resume: bool = False
+    precision: Annotated[
+        str,
+        Option(help="Type of the passes; weights stay float32.", choices=("float32", "bfloat16")),
+    ] = "float32"
+    checkpointing: Annotated[bool, Option(help="Recompute activations to save memory.")] = False
+    save_every: Annotated[int, Option(help="Steps between checkpoints.", least=1)] = 500
+    log_every: Annotated[int, Option(help="Steps between lines of the log.", least=1)] = 10
+    eval_every: Annotated[int, Option(help="Steps between evaluations.", least=1)] = 500
+    device: Annotated[str, Option(help="auto: GPUs if there are any.", choices=("auto", "cpu"))] = (
+        "auto"
+    )
+    seed: Seed = 0
+    resume: Resume = False
+    force: Force = False
 
     def __post_init__(self) -> None:
         """Refuse settings that train nothing.
@@ -91,25 +123,7 @@ class SparsifyConfig:
         Raises:
             SettingsError: naming the setting.
         """
-        for name, choices in (
-            ("activation", ACTIVATIONS),
-            ("norm", NORMS),
-            ("precision", PRECISIONS),
-            ("rate", RATES),
-            ("device", DEVICES),
-        ):
-            value = getattr(self, name)
-            if value not in choices:
-                raise SettingsError(
-                    f"{name} {value!r} is unknown", f"choose from {', '.join(choices)}"
-                )
-        least = {"context": 2, "batch": 1, "accumulate": 1, "eval_windows": 1}
-        least |= {"save_every": 1, "log_every": 1, "eval_every": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise SettingsError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        if not 0 < self.learning_rate < 1:
-            raise SettingsError(f"learning rate is {self.learning_rate}, expected between 0 and 1")
+        check_settings(self, SettingsError)
         if self.rate == "decay" and self.schedule.start_of("decay") == self.schedule.steps:
             raise SettingsError("rate decay needs a schedule with a decay stage", "use cosine")
         if self.sft_data and self.schedule.start_of("sft") == self.schedule.steps:
@@ -142,3 +156,69 @@ class SparsifyConfig:
         facts |= {"betas": list(self.betas), "schedule": self.schedule.document()}
         facts["processes"] = processes
         return {"settings": facts, "tool_version": tool_version()}
+
+
+def thresholds_of(text: str) -> tuple[float, ...]:
+    """Return numbers such as `0,0.01,0.1`.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers; write 0,0.01,0.1.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Settings of a measurement, and of a search where `max_ppl_gap` is given."""
+
+    model: ModelName
+    data: Annotated[
+        str, Option(help=f"Held-out text to run the model on.{DATA_HELP}", metavar=DATA_KINDS)
+    ]
+    field: Field = "text"
+    tokens: Annotated[int, Option(help="Tokens to run, at most.", least=64)] = 16384
+    context: Annotated[int, Option(help="Longest window, tokens.", least=2)] = 512
+    thresholds: Annotated[
+        tuple[float, ...],
+        Option(
+            help="Also measure FATReLU with each of these thresholds; 0 is ReLU.",
+            metavar="T,T,...",
+            parse=thresholds_of,
+        ),
+    ] = ()
+    max_ppl_gap: Annotated[
+        float | None,
+        Option(
+            help="Search the threshold with most sparsity that lets perplexity grow by no more "
+            "than this over ReLU, such as 1%.",
+            above=0,
+        ),
+    ] = None
+    per_layer: Annotated[bool, Option(help="Search a threshold for each layer.")] = False
+    out: Annotated[
+        Path | None,
+        Option(help="Write the model with the threshold that was found.", metavar="DIR"),
+    ] = None
+    device: Device = "cpu"
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds and bounds that are none.
+
+        Raises:
+            SparsityError: naming it.
+        """
+        for threshold in self.thresholds:
+            if not 0 <= threshold < math.inf:
+                raise SparsityError(
+                    f"--thresholds: {threshold:g} is no threshold of FATReLU",
+                    "pass finite numbers of 0 (ReLU) or more",
+                )
+        if self.max_ppl_gap is not None and not 0 < self.max_ppl_gap < math.inf:
+            raise SparsityError(
+                f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0",
+                "1% allows perplexity to grow by a hundredth",
+            )

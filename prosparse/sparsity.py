@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,52 +12,10 @@ from common.errors import CheckpointError
 from common.files import read_json
 from prosparse.activation import open_as
 from prosparse.held_out import held_out_windows
-from prosparse.measurement import (
-    ExchangeableModel,
-    Measurement,
-    Setting,
-    SparsityError,
-    has_one_gate,
-    shifted,
-)
+from prosparse.measurement import ExchangeableModel, Measurement, Setting, has_one_gate, shifted
+from prosparse.settings import SparsityConfig, SparsityError
 
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparsityConfig:
-    """Settings of a measurement.
-
-    Attributes:
-        model: checkpoint directory or hub id.
-        data: text to run.
-        field: key of the text.
-        tokens: most tokens to run.
-        context: longest window.
-        thresholds: of FATReLU, each to be tried in all layers; 0 is ReLU.
-        device: torch device.
-    """
-
-    model: str
-    data: str
-    field: str = "text"
-    tokens: int = 16384
-    context: int = 512
-    thresholds: tuple[float, ...] = ()
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        """Refuse thresholds that are none.
-
-        Raises:
-            SparsityError: naming the threshold.
-        """
-        for threshold in self.thresholds:
-            if not 0 <= threshold < math.inf:
-                raise SparsityError(
-                    f"--thresholds: {threshold:g} is no threshold of FATReLU",
-                    "pass finite numbers of 0 (ReLU) or more",
-                )
 
 
 @dataclass(frozen=True)

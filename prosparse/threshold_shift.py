@@ -7,61 +7,20 @@ searched.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prosparse.gate_statistics import gate_statistics
-from prosparse.measurement import Measurement, SparsityError, has_one_gate, shifted
+from prosparse.measurement import Measurement, has_one_gate, shifted
+from prosparse.settings import SparsityConfig, SparsityError
 from prosparse.shifted_checkpoint import check_out, write_shifted
-from prosparse.sparsity import (
-    Note,
-    Opened,
-    SparsityConfig,
-    document,
-    load,
-    open_any,
-    refuse_fatrelu,
-    row,
-)
+from prosparse.sparsity import Note, Opened, document, load, open_any, refuse_fatrelu, row
 
 _STEPS = 128
 """Shares of active neurons that are tried: multiples of 1/128, seven measurements."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShiftConfig(SparsityConfig):
-    """Settings of a search.
-
-    Attributes:
-        max_ppl_gap: largest growth of perplexity over that of ReLU, a fraction above 0.
-        per_layer: a threshold for each layer instead of one for all.
-        out: directory for the model with the threshold; None writes none.
-        force: replace it if it exists.
-    """
-
-    max_ppl_gap: float
-    per_layer: bool = False
-    out: Path | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a bound that is none.
-
-        Raises:
-            SparsityError: naming it.
-        """
-        super().__post_init__()
-        if not 0 < self.max_ppl_gap < math.inf:
-            raise SparsityError(
-                f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0",
-                "1% allows perplexity to grow by a hundredth",
-            )
-
-
-def shift(config: ShiftConfig, note: Note = lambda line: None) -> dict[str, Any]:
+def shift(config: SparsityConfig, note: Note = lambda line: None) -> dict[str, Any]:
     """Search the threshold, and write the model that has it.
 
     Returns:
@@ -72,6 +31,8 @@ def shift(config: ShiftConfig, note: Note = lambda line: None) -> dict[str, Any]
         SparsityError: not a ReLU or FATReLU model with one gate, or the bound is out of reach.
         PspError: the model or the text cannot be used, or `out` may not be written.
     """
+    bound = config.max_ppl_gap
+    assert bound is not None
     opened = _open_sparse(config.model)
     if config.out is not None:
         check_out(config.out, opened.checkpoint, config.force)
@@ -86,7 +47,7 @@ def shift(config: ShiftConfig, note: Note = lambda line: None) -> dict[str, Any]
         note(_told(tried[-1], base))
         return tried[-1]
 
-    found = largest_within(measure, lambda m: m.gap(base), config.max_ppl_gap)
+    found = largest_within(measure, lambda m: m.gap(base), bound)
     asked = [model.measure(shifted((t,) * layers)) for t in sorted(set(config.thresholds)) if t]
     facts = {
         "max_ppl_gap": config.max_ppl_gap,
@@ -103,7 +64,7 @@ def shift(config: ShiftConfig, note: Note = lambda line: None) -> dict[str, Any]
     return told
 
 
-def _as_written(config: ShiftConfig) -> Measurement:
+def _as_written(config: SparsityConfig) -> Measurement:
     """Measure the model once more from its files."""
     written = open_any(str(config.out))
     model = load(written, config, lambda line: None)

@@ -10,38 +10,22 @@ from typing import Any
 from common.errors import OutputError
 from common.files import read_json, write_json
 from common.version import tool_version
-from gguf_export.bundle import Bundle, ExportConfig, export
-from powerinfer_bridge.benchmark.config import BenchConfig
+from gguf_export.bundle import Bundle, export
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.verification import ExportCheck
-from predictor.collection.collect import CollectConfig, collect
-from predictor.training.config import TrainConfig
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import train_model, write_untrained
+from quickstart.settings import QuickstartConfig
 from quickstart.sizes import Size, size_named
 
 _ROUNDS = 3
 """Of the benchmark; more would make speeds of a model this small no less meaningless."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
-    """Settings of the quickstart.
-
-    Attributes:
-        out: directory that receives everything.
-        size: `tiny` or `small`.
-        seed: seed of every step.
-        threads: CPU threads of the speed runs.
-        powerinfer_bin: directory of a PowerInfer build, or None for the embedded engine.
-    """
-
-    out: Path
-    size: str = "small"
-    seed: int = 0
-    threads: int = 2
-    powerinfer_bin: Path | None = None
 
 
 @dataclass(frozen=True)

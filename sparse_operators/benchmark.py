@@ -25,9 +25,6 @@ from sparse_operators.timing import (
     time_launches,
 )
 
-SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
-"""(d_model, d_ff) of LLaMA 2, by the names that the model card uses."""
-
 _MAX_SLOTS = 64
 _SLOTS_OF_A_TURN = 11
 """What the seven operations of a turn read; no multiple of it, so that they change slots."""

@@ -19,9 +19,11 @@ from click.testing import CliRunner, Result
 from architectures.checkpoint import Checkpoint
 from cli import main
 from common.errors import PspError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
+from gguf_export.settings import ExportConfig
 from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.store import TraceStore
 
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")

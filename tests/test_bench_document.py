@@ -18,11 +18,12 @@ from xxhash import xxh3_128
 
 from common.errors import OutputError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.document import SAMPLE, SCHEMA, check_document, read_bench
 from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.shape import ANYTHING, NULL, Exactly, problems
-from powerinfer_bridge.report.page import ReportConfig, write_page
+from powerinfer_bridge.report.page import write_page
+from powerinfer_bridge.report.settings import ReportConfig
 
 Document = dict[str, Any]
 

@@ -9,8 +9,8 @@ from conftest import TEXT, make_export
 from test_export_families import NAMES, write_model
 
 from gguf_export.pwri.reader import GGUFFile
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
 
 
 @pytest.mark.parametrize("name", NAMES)

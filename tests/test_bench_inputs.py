@@ -15,16 +15,16 @@ from xxhash import xxh3_128
 from common.errors import DataError, PspError
 from gguf_export.bundle import Bundle
 from powerinfer_bridge.benchmark import inputs
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.inputs import hash_file
 from powerinfer_bridge.benchmark.prompts import read_prompts, room_for
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.engine.engine import Engine
 
 FILE, DIRECTORY = Path("m.powerinfer.gguf"), Path("bin")
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
-    "one token": ({"generate": 1}, "at least 2 tokens"),
-    "no round": ({"repeats": 0}, "1 repeat"),
+    "one token": ({"generate": 1}, "-n is 1, expected a number of at least 2"),
+    "no round": ({"repeats": 0}, "--repeats is 0, expected a number of at least 1"),
     "no prompt": ({"prompt": ""}, "the prompt is empty"),
     "no program for the dense model": ({"dense_gguf": FILE}, "pass --powerinfer-bin or"),
     "no model for llama.cpp": ({"llama_cpp_bin": "bin"}, "pass --llama-cpp-gguf or"),
@@ -36,8 +36,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "resume nowhere": ({"resume": True}, "pass --out"),
     "force nowhere": ({"force": True}, "pass --out"),
     "both": ({"resume": True, "force": True, "out": DIRECTORY}, "pass one of them"),
-    "no time": ({"timeout": 0.0}, "--timeout 0 is too short"),
-    "nan": ({"timeout": float("nan")}, "--timeout nan is too short"),
+    "no time": ({"timeout": 0.0}, "--timeout is 0, expected a number above 0"),
+    "nan": ({"timeout": float("nan")}, "--timeout is nan, expected a number above 0"),
 }
 
 

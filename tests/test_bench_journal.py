@@ -19,10 +19,10 @@ from conftest import refused
 
 from common.errors import EngineError, OutputError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.document import read_bench
 from powerinfer_bridge.benchmark.journal import Journal, open_journal
 from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
 
 Psp = Callable[..., Result]
 IDENTITY: dict[str, Any] = {"settings": {"generate": 4}, "inputs": [{"xxh3_128": "ab"}]}

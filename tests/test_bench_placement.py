@@ -14,8 +14,8 @@ from common.errors import PredictorError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.memory_plan import BUCKET_BYTES
-from gguf_export.split_file import SplitConfig, split
-from powerinfer_bridge.benchmark.config import BenchConfig
+from gguf_export.settings import SplitConfig
+from gguf_export.split_file import split
 from powerinfer_bridge.benchmark.machine import Gpu, Machine
 from powerinfer_bridge.benchmark.placement import (
     PLACED_KINDS,
@@ -26,6 +26,7 @@ from powerinfer_bridge.benchmark.placement import (
     read_hot_neurons,
     vram_budget,
 )
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject, open_subject
 from powerinfer_bridge.programs.sample import ProgramFacts
 

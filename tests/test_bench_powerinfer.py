@@ -13,11 +13,12 @@ from click.testing import Result
 from conftest import refused
 
 from common.errors import CheckpointError, EngineError, FormatError, PspError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.benchmark.config import BenchConfig
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.benchmark.document import read_bench
 from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
 
 Psp = Callable[..., Result]
 SMALL = ("--ctx", 64, "--chunks", 2, "-n", 4, "--threads", 2)

@@ -18,9 +18,9 @@ from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.recipes import DEJAVU, RECIPES
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_ranks_and_thresholds_are_chosen_for_a_gap(
         ({"max_ppl_gap": 0.1, "ffn_bytes": 0.1}, "two bounds"),
         ({"rank": "all"}, "rank 'all'"),
         ({"rank": (32, 48)}, "rank 48 cannot run"),
-        ({"predictor_type": "q8_0"}, "predictor type 'q8_0'"),
+        ({"predictor_type": "q8_0"}, "--predictor-type is 'q8_0'"),
     ],
 )
 def test_settings_that_contradict_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -213,7 +213,7 @@ def test_training_that_diverges_is_refused_with_its_layer(
     ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hot = replace(DEJAVU, name="hot", learning_rate=1e25, epochs=1)
-    monkeypatch.setitem(RECIPES, "hot", hot)
-    config = TrainConfig(traces=ranked_traces.path, out=tmp_path / "p", rank=32, recipe="hot")
+    monkeypatch.setitem(RECIPES, "dejavu", hot)
+    config = TrainConfig(traces=ranked_traces.path, out=tmp_path / "p", rank=32, recipe="dejavu")
     with refused(PredictorError, "layer 0", "diverged", "check the traces"):
         train_predictors(config)

@@ -154,7 +154,10 @@ USAGE_ERRORS = [
     (["train-predictor", "--holdout", "1"], "'--holdout': 1.0 is not in the range"),
     (["train-predictor", "--holdout", "nan"], "'--holdout': nan is not"),
     (["train-predictor", "--label-top-fraction", "nan"], "'--label-top-fraction': nan is not"),
-    (["export-gguf", "--model", "m"], "Missing option '--predictors'"),
+    (
+        ["export-gguf", "--model", "m", "--out", "o.powerinfer.gguf"],
+        "Missing option '--predictors'",
+    ),
     (["bench-powerinfer"], "Missing argument 'NAME.powerinfer.gguf'"),
     (["bench-powerinfer", "f", "-n", "1"], "'-n': 1 is not in the range x>=2"),
     (["bench-powerinfer", "f", "--threads", "0"], "'--threads': 0 is not in the range x>=1"),

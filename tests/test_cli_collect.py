@@ -16,7 +16,8 @@ from conftest import SHARD_ROWS, TRACE_TOKENS, ModelMaker, refused
 
 from architectures.checkpoint import Checkpoint
 from common.errors import OutputError
-from predictor.collection.collect import CollectConfig, collect, most_bytes, trace_header
+from predictor.collection.collect import collect, most_bytes, trace_header
+from predictor.collection.settings import CollectConfig
 from predictor.traces.store import TraceStore
 
 Psp = Callable[..., Result]

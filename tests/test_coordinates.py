@@ -22,12 +22,12 @@ from planted import (
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from common.errors import ExportError
-from gguf_export.bundle import ExportConfig, export
+from gguf_export.bundle import export
+from gguf_export.settings import ExportConfig
 from predictor.module import Predictor, decide
 from predictor.traces.rows import LabelledRows, normalise_rms
 from predictor.traces.store import TraceStore
 from predictor.training.batches import Batch
-from predictor.training.config import TrainConfig
 from predictor.training.coordinates import Coordinates, Whitening, whitening_of
 from predictor.training.fit import train_layer
 from predictor.training.gradient import loss_of, set_gradients
@@ -39,6 +39,7 @@ from predictor.training.initialise import (
 )
 from predictor.training.recipes import PSP
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 from predictor.training.start import Starter
 
 CPU = torch.device("cpu")

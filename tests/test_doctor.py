@@ -18,7 +18,7 @@ from test_doctor_machine import CARD, told
 from cli import main
 from commands.doctor import doctor
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.doctor.examination import DoctorConfig, examine
+from powerinfer_bridge.doctor.examination import examine
 from powerinfer_bridge.doctor.finding import Finding, guarded
 from powerinfer_bridge.doctor.gpu import Gpu
 from powerinfer_bridge.doctor.programs import (
@@ -26,6 +26,7 @@ from powerinfer_bridge.doctor.programs import (
     check_powerinfer,
     program_findings,
 )
+from powerinfer_bridge.doctor.settings import DoctorConfig
 from powerinfer_bridge.doctor.table import WIDTH, doctor_table
 from powerinfer_bridge.programs.sample import ProgramFacts
 

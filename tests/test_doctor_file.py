@@ -16,7 +16,8 @@ from test_doctor_machine import CARD, told
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.split_file import SplitConfig, split
+from gguf_export.settings import SplitConfig
+from gguf_export.split_file import split
 from powerinfer_bridge.doctor.bundle import check_bundle
 from powerinfer_bridge.doctor.checkpoint import checkpoint_findings, read_checkpoint
 from powerinfer_bridge.doctor.finding import GIB, Finding, Status

@@ -188,7 +188,7 @@ def test_cards_and_their_memory() -> None:
 @pytest.mark.parametrize(
     ("error", "found", "remedy"),
     [
-        (FormatError("f: is bad; mend it"), "f: is bad", "mend it"),
+        (FormatError("f: is bad", "mend it"), "f: is bad", "mend it"),
         (PermissionError(13, "Permission denied"), "the system refused", "permissions"),
         (ImportError("libcudart.so.12:\ncannot open"), "failed: libcudart.so.12: cannot", "mend"),
     ],

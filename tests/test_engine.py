@@ -11,8 +11,9 @@ from conftest import TEXT, ModelMaker, write_predictors
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import EngineError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.engine.engine import Engine, KVCache
 from powerinfer_bridge.engine.generate import generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows

@@ -18,7 +18,8 @@ from cost_model.roofline import PARTS
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.estimate.file import EstimatedFile
-from powerinfer_bridge.estimate.run import EstimateConfig, estimate
+from powerinfer_bridge.estimate.run import estimate
+from powerinfer_bridge.estimate.settings import EstimateConfig
 from powerinfer_bridge.estimate.table import estimate_table
 
 HARDWARE = """

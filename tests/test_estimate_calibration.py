@@ -20,7 +20,8 @@ from cost_model.roofline import dense_token, sparse_token
 from gguf_export.bundle import Bundle
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
 from powerinfer_bridge.estimate.file import EstimatedFile
-from powerinfer_bridge.estimate.run import EstimateConfig, estimate
+from powerinfer_bridge.estimate.run import estimate
+from powerinfer_bridge.estimate.settings import EstimateConfig
 
 STREAMED = Hardware(
     name="streamed",

@@ -17,9 +17,10 @@ from test_export_families import LOGIT_TOLERANCE, runnable, tokens_of, write_mod
 
 from architectures.falcon import FALCON_40B
 from common.errors import EngineError, ExportError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.memory_plan import BUCKET_BYTES, MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
+from gguf_export.settings import ExportConfig
 from gguf_export.tensors import group_qkv
 from powerinfer_bridge.engine.engine import Engine, KVCache
 from powerinfer_bridge.engine.generate import generate

@@ -13,8 +13,9 @@ from conftest import make_export as run
 from conftest import refused
 
 from common.errors import ExportError, OutputError
-from gguf_export.bundle import Bundle, ExportConfig, export
-from gguf_export.split_file import SplitConfig, split
+from gguf_export.bundle import Bundle, export
+from gguf_export.settings import ExportConfig, SplitConfig
+from gguf_export.split_file import split
 
 
 def files(root: Path) -> set[str]:

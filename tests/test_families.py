@@ -18,11 +18,12 @@ from published import Layer, is_tied
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.tokenizer import load_tokenizer
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.bits import unpack_active
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 TOKENS, CONTEXT, SHARD_ROWS = 320, 40, 110
 TOLERANCE = 5e-5

@@ -24,7 +24,8 @@ from common.files import (
     write_json,
 )
 from gguf_export.bundle import Bundle
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.store import TraceStore
 
 # Python ignores SIGXFSZ, so a write past the limit fails with EFBIG as one on a full disk does with

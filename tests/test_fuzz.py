@@ -24,7 +24,8 @@ from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_ind
 from gguf_export.pwri.inspection import inspect_file, inspection_table
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.statistics import read_statistics
-from gguf_export.split_file import SplitConfig, split
+from gguf_export.settings import SplitConfig
+from gguf_export.split_file import split
 from powerinfer_bridge.verification import verification_table, verify
 
 ALLOWED_SECONDS = 5.0

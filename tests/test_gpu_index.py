@@ -10,8 +10,9 @@ import torch
 from conftest import refused
 
 from common.errors import ExportError, FormatError, OutputError
+from common.units import parse_size
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
-from gguf_export.pwri.memory_plan import parse_size, vram_option
+from gguf_export.pwri.memory_plan import vram_option
 
 UINT32, STRING, UINT64 = 4, 8, 10
 I32 = 18

@@ -14,7 +14,8 @@ from conftest import SHARD_ROWS, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import TraceError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.layer_rows import LayerRows, ShardedRows
 from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.rows import LabelledRows, normalise_rms

@@ -15,7 +15,8 @@ from conftest import refused
 from stand_ins import RECORDED, TIMINGS, build, in_one_line, recorded_output, write_program
 
 from common.errors import EngineError
-from gguf_export.bundle import Bundle, ExportConfig, export
+from gguf_export.bundle import Bundle, export
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.programs.llama_cpp_output import (
     has_cuda,

@@ -10,7 +10,8 @@ from conftest import refused
 from stand_ins import in_one_line
 
 from common.errors import EngineError
-from gguf_export.bundle import ExportConfig, export
+from gguf_export.bundle import export
+from gguf_export.settings import ExportConfig
 from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython
 
 PACKAGE = """

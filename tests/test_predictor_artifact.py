@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import OutputError, PredictorError, TraceError
 from predictor.artifact import PredictorArtifact
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor, decide
 from predictor.traces.bits import unpack_active
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 RANK = 32
 

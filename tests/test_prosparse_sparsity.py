@@ -16,8 +16,9 @@ from families import BY_NAME, Written, write
 from torch.nn.functional import cross_entropy
 
 from common.errors import CheckpointError, DataError
-from prosparse.measurement import Measurement, SparsityError, shifted
-from prosparse.sparsity import SparsityConfig, sparsity
+from prosparse.measurement import Measurement, shifted
+from prosparse.settings import SparsityConfig, SparsityError
+from prosparse.sparsity import sparsity
 
 CONTEXT, TOKENS = 40, 150
 DOCUMENTS = [TEXT, "Another one.\n" + TEXT[::-1]]

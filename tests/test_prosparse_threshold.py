@@ -17,12 +17,14 @@ from families import BY_NAME, Written, write
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.errors import OutputError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from prosparse.gate_statistics import GateStatistics, gate_statistics
-from prosparse.measurement import ExchangeableModel, Measurement, SparsityError, shifted
+from prosparse.measurement import ExchangeableModel, Measurement, shifted
+from prosparse.settings import SparsityConfig, SparsityError
 from prosparse.shifted_checkpoint import MARKER, common_threshold, write_shifted
 from prosparse.sparsity import open_any
-from prosparse.threshold_shift import ShiftConfig, largest_within, shift
+from prosparse.threshold_shift import largest_within, shift
 
 WINDOWS = [[1, *range(5, 40)], [1, *range(60, 90)]]
 
@@ -178,7 +180,7 @@ def test_a_found_threshold_is_written_and_read_by_all(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path, out = make_model(tmp_path / "model", intermediate_size=96), tmp_path / "shifted"
-    config = ShiftConfig(
+    config = SparsityConfig(
         model=str(path),
         data=str(data),
         tokens=120,
@@ -243,7 +245,7 @@ def test_one_threshold_lies_amid_those_of_the_layers() -> None:
 @pytest.mark.parametrize("bound", [0.0, -0.1, math.nan, math.inf])
 def test_what_is_no_bound_is_refused(bound: float) -> None:
     with refused(SparsityError, "--max-ppl-gap", f"{bound:g}", "above 0"):
-        ShiftConfig(model="m", data="d", max_ppl_gap=bound)
+        SparsityConfig(model="m", data="d", max_ppl_gap=bound)
 
 
 def test_models_without_a_relu_gate_are_refused(
@@ -251,10 +253,10 @@ def test_models_without_a_relu_gate_are_refused(
 ) -> None:
     silu = make_model(tmp_path / "silu", hidden_act="silu", intermediate_size=64)
     with refused(SparsityError, "hidden_act is 'silu'", "psp sparsify first"):
-        shift(ShiftConfig(model=str(silu), data=str(data), max_ppl_gap=0.01))
+        shift(SparsityConfig(model=str(silu), data=str(data), max_ppl_gap=0.01))
     opt = make("opt-125m", tmp_path / "opt", tokenizer_bytes)
     with refused(SparsityError, "FATReLU needs", "family opt"):
-        shift(ShiftConfig(model=str(opt.path), data=str(data), max_ppl_gap=0.01))
+        shift(SparsityConfig(model=str(opt.path), data=str(data), max_ppl_gap=0.01))
 
 
 def test_nothing_is_overwritten_by_mistake(
@@ -264,7 +266,7 @@ def test_nothing_is_overwritten_by_mistake(
     other = make_model(tmp_path / "other", intermediate_size=64)
 
     def attempt(out: Path, force: bool) -> None:
-        bound = ShiftConfig(
+        bound = SparsityConfig(
             model=str(path), data=str(data), max_ppl_gap=9.0, tokens=80, out=out, force=force
         )
         shift(bound)

@@ -346,9 +346,9 @@ def test_models_that_cannot_be_made_sparse(
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"norm": "l2"}, "norm 'l2'"),
+        ({"norm": "l2"}, "--norm is 'l2'"),
         ({"batch": 0}, "batch is 0"),
-        ({"learning_rate": math.nan}, "learning rate is nan"),
+        ({"learning_rate": math.nan}, "--learning-rate is nan"),
         ({"rate": "decay"}, "decay stage"),
     ],
 )

@@ -16,7 +16,8 @@ from powerinfer_bridge.engine.generate import generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from quickstart.corpus import write_corpus
-from quickstart.pipeline import Paths, QuickstartConfig, quickstart
+from quickstart.pipeline import Paths, quickstart
+from quickstart.settings import QuickstartConfig
 
 
 @pytest.fixture(scope="module")

@@ -260,11 +260,12 @@ def test_the_command_explains_what_is_wrong(psp: Psp, tmp_path: Path) -> None:
 
 
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    from powerinfer_bridge.report.page import ReportConfig, write_page
+    from powerinfer_bridge.report.page import write_page
+    from powerinfer_bridge.report.settings import ReportConfig
 
     write(tmp_path, bench=bench())
     (tmp_path / "file").touch()
     with refused(OutputError, "cannot write"):
         write_page(ReportConfig(directories=(tmp_path,), out=tmp_path / "file" / "page.html"))
     with refused(ResultError, "no directory"):
-        ReportConfig(directories=(), out=tmp_path)
+        write_page(ReportConfig(directories=(), out=tmp_path))

@@ -23,7 +23,8 @@ from click.testing import Result
 from conftest import SHARD_ROWS, TRACE_CONTEXT, TRACE_TOKENS, refused
 
 from common.errors import TraceError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.shard_file import ShardWriter
 from predictor.traces.store import TraceStore
 from predictor.traces.summary import trace_summary

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from common.errors import TraceError
-from predictor.collection.collect import CollectConfig, collect, most_bytes
+from predictor.collection.collect import collect, most_bytes
 from predictor.collection.recorder import row_importance
+from predictor.collection.settings import CollectConfig
 from predictor.traces.bits import (
     active_places,
     count_active,

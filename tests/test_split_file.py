@@ -16,7 +16,8 @@ from common.errors import ExportError, FormatError, OutputError, PredictorError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.split_file import SplitConfig, split
+from gguf_export.settings import SplitConfig
+from gguf_export.split_file import split
 
 LAYERS, D_FF = 2, 1012
 # Gate, up and down row of a neuron in float16, and its number in the bucket.
@@ -54,17 +55,12 @@ def fixed_bytes(bundle: Bundle, context: int) -> int:
     return sum(kept) + LAYERS * context * 2 * 16 * 2 * 2
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a tiny model have a tiny budget."""
-    monkeypatch.setattr("gguf_export.split_file._SMALLEST_BUDGET", 1)
-
-
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("neurons", [0, 32, 320, 1000])
 def test_the_hottest_neurons_that_fit_are_chosen(bundle: Bundle, neurons: int) -> None:
     budget = fixed_bytes(bundle, 64) + neurons * NEURON + 2000
-    document = split(SplitConfig(file=bundle.model_file, vram_budget=str(budget), context=64))
+    document = split(
+        SplitConfig(file=bundle.model_file, vram_budget=str(budget), context=64, least_budget=1)
+    )
     chosen, capacity = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
     counts = statistics(bundle)
     numbers = [int(mask.sum()) for mask in chosen]
@@ -82,10 +78,11 @@ def test_the_hottest_neurons_that_fit_are_chosen(bundle: Bundle, neurons: int) -
     assert document["activation_share_on_gpu"] == pytest.approx(hot / total)
 
 
-@pytest.mark.usefixtures("small")
 def test_a_budget_below_the_rest_of_the_model_takes_no_neuron(bundle: Bundle) -> None:
     budget = fixed_bytes(bundle, 64) // 2
-    document = split(SplitConfig(file=bundle.model_file, vram_budget=str(budget), context=64))
+    document = split(
+        SplitConfig(file=bundle.model_file, vram_budget=str(budget), context=64, least_budget=1)
+    )
     chosen, capacity = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
     assert not document["everything_but_ffn_fits"]
     assert capacity == 0
@@ -101,13 +98,13 @@ def test_a_budget_beyond_the_model_takes_all(bundle: Bundle) -> None:
     assert document["vram_budget_bytes"] == 1 << 30
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("change", [{"context": 600}, {"kv_type": "f32"}])
 def test_a_larger_cache_leaves_less_for_neurons(bundle: Bundle, change: dict[str, object]) -> None:
     budget = str(fixed_bytes(bundle, 512) + 900 * NEURON)
 
     def used(**settings: object) -> int:
         run = SplitConfig(
+            least_budget=1,
             file=bundle.model_file,
             vram_budget=budget,
             force=True,
@@ -151,7 +148,7 @@ def test_what_cannot_be_split_is_refused(bundle: Bundle, tmp_path: Path) -> None
         SplitConfig(file=bundle.model_file, vram_budget="24")
     with refused(ExportError, "'24XB'", "24GiB"):
         SplitConfig(file=bundle.model_file, vram_budget="24XB")
-    with refused(ExportError, "'q8'", "f16 or f32"):
+    with refused(ExportError, "'q8'", "f16, f32"):
         SplitConfig(file=bundle.model_file, vram_budget="1GiB", kv_type="q8")
     dense = tmp_path / "dense.gguf"
     dense.write_bytes(b"GGUF" + bundle.model_file.read_bytes()[4:])

@@ -14,7 +14,8 @@ from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError, OutputError, TraceError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.store import TraceStore
 from predictor.traces.summary import trace_summary

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from common.errors import PspError, TraceError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
 from predictor.collection.recorder import passes
+from predictor.collection.settings import CollectConfig
 from predictor.traces.bits import unpack_active
 from predictor.traces.importance import codes_at
 from predictor.traces.layer_rows import LayerRows
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 TOKENS, CONTEXT = TRACE_TOKENS, TRACE_CONTEXT
 D_FF = 1012

@@ -22,12 +22,12 @@ from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.batches import Batch, batches
-from predictor.training.config import TrainConfig
 from predictor.training.fit import train_layer
 from predictor.training.gradient import set_gradients
 from predictor.training.parallel import StoppedError, each_layer
 from predictor.training.recipes import DEJAVU, PSP, Recipe
 from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
 
 CPU = torch.device("cpu")
 

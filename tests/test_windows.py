@@ -20,7 +20,8 @@ from letters import BOS, Letters
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import DataError, TraceError
-from predictor.collection.collect import CollectConfig, collect
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import (
     Window,
     cut_batches,

@@ -19,21 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Literal, Protocol
 
 import numpy as np
 
 from common.errors import ExportError
-
-_UNITS = {
-    prefix + unit: base**power
-    for power, prefix in enumerate(("", "k", "m", "g", "t"))
-    for unit, base in (("b", 1000), ("ib", 1024))
-    if power or unit == "b"
-} | {"": 1}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([a-z]*)")
-_GIB = 1024**3
+from common.units import GIB
 
 _ATTENTION = ("attn_norm", "attn_norm_2", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
 _PREDICTOR = ("fc1", "fc2")
@@ -127,21 +118,6 @@ class MemoryPlan:
         return self.left if self.complete else 0
 
 
-def parse_size(text: str) -> int:
-    """Return a size in bytes; binary units end in iB, decimal ones in B, none means bytes.
-
-    Args:
-        text: such as `24GiB`, `24GB`, `1.5 GiB` or `25769803776`.
-
-    Raises:
-        ExportError: it is no such size.
-    """
-    match = _SIZE.fullmatch(text.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise ExportError(f"size {text!r}: expected bytes or a number with unit, such as 24GiB")
-    return int(Decimal(match[1]) * _UNITS[match[2]])
-
-
 def vram_option(budget: int) -> tuple[str, int]:
     """Return the value for PowerInfer's `--vram-budget` and the bytes that it makes of it.
 
@@ -149,10 +125,10 @@ def vram_option(budget: int) -> tuple[str, int]:
     cut to whole bytes (llama.cpp:llama_set_vram_budget); the value returned never gives more than
     `budget`.
     """
-    value = np.float32(budget / _GIB)
-    if int(float(value) * _GIB) > budget:
+    value = np.float32(budget / GIB)
+    if int(float(value) * GIB) > budget:
         value = np.nextafter(value, np.float32(0))
-    return f"{float(value):.9g}", int(float(value) * _GIB)
+    return f"{float(value):.9g}", int(float(value) * GIB)
 
 
 def plan_memory(tensors: Iterable[SizedTensor], settings: MemorySettings) -> MemoryPlan:

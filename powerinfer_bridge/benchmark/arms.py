@@ -12,7 +12,7 @@ import torch
 
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject, element_type
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.generate import generate

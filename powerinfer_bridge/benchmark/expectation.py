@@ -7,8 +7,8 @@ from typing import Any
 
 from common.errors import PspError
 from cost_model.hardware import THIS, load_hardware
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.machine import Machine
+from powerinfer_bridge.benchmark.settings import BenchConfig
 
 
 def has_gpu(config: BenchConfig, machine: Machine) -> bool:
@@ -35,7 +35,8 @@ def expect(
     """
     if config.hardware is None:
         return None, None
-    from powerinfer_bridge.estimate.run import EstimateConfig, estimate
+    from powerinfer_bridge.estimate.run import estimate
+    from powerinfer_bridge.estimate.settings import EstimateConfig
 
     settings = EstimateConfig(
         file=config.file,

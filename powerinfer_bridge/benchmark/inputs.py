@@ -9,7 +9,7 @@ from tqdm import tqdm
 from xxhash import xxh3_128
 
 from common.errors import DataError
-from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject
 
 _PIECE = 1 << 24

@@ -20,8 +20,8 @@ from gguf_export.pwri.memory_plan import (
     plan_memory,
     vram_option,
 )
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.machine import Machine
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject
 
 _KINDS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from common.documents import read_documents
 from common.errors import DataError
 from gguf_export.tokens.file_vocabulary import FileVocabulary
-from powerinfer_bridge.benchmark.config import BenchConfig
+from powerinfer_bridge.benchmark.settings import BenchConfig
 
 
 def read_prompts(config: BenchConfig) -> list[str]:

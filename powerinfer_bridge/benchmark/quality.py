@@ -14,8 +14,8 @@ from common.decisions import mean_metrics
 from common.errors import CheckpointError, EngineError
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.journal import Journal
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows

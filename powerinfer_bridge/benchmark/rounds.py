@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from powerinfer_bridge.benchmark.arms import Arm
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.journal import Journal
 from powerinfer_bridge.benchmark.sample import Sample
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Heartbeat
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from common.documents import read_text
 from common.version import tool_version
 from powerinfer_bridge.benchmark.arms import DENSE_LLAMA_CPP, DENSE_POWERINFER, make_arms
-from powerinfer_bridge.benchmark.config import BenchConfig
 from powerinfer_bridge.benchmark.document import KIND, SCHEMA, SCHEMA_VERSION
 from powerinfer_bridge.benchmark.expectation import expect, has_gpu
 from powerinfer_bridge.benchmark.inputs import describe_inputs
@@ -27,6 +26,7 @@ from powerinfer_bridge.benchmark.prompts import read_prompts, room_for
 from powerinfer_bridge.benchmark.quality import QualityRun, check_model
 from powerinfer_bridge.benchmark.results import write_results
 from powerinfer_bridge.benchmark.rounds import run_rounds
+from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.shape import problems
 from powerinfer_bridge.benchmark.subject import Subject, architecture, open_subject
 from powerinfer_bridge.benchmark.summary import summarise_speeds, summarise_texts

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from common.errors import EngineError, FormatError
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.reader import GGUFFile
-from powerinfer_bridge.benchmark.config import PYTHON, BenchConfig
+from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython

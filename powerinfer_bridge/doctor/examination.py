@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,36 +29,11 @@ from powerinfer_bridge.doctor.programs import (
     check_llama_cpp_python,
     check_powerinfer,
 )
+from powerinfer_bridge.doctor.settings import DoctorConfig
 from powerinfer_bridge.doctor.torch_build import read_torch, torch_findings
 from powerinfer_bridge.doctor.variables import variable_findings
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
-    """What to look at beside the machine; what is None is not looked at.
-
-    Attributes:
-        file: `NAME.powerinfer.gguf`.
-        model: checkpoint directory.
-        powerinfer_bin: directory of PowerInfer's programs.
-        llama_cpp_bin: directory of llama.cpp's.
-        out: directory that outputs will go to; that of the file, or the current one, if None.
-        timeout: longest that a program may take to start, seconds.
-    """
-
-    file: Path | None = None
-    model: Path | None = None
-    powerinfer_bin: Path | None = None
-    llama_cpp_bin: Path | None = None
-    out: Path | None = None
-    timeout: float = 60.0
-
-    @property
-    def outputs(self) -> Path:
-        """Where outputs will go."""
-        return self.out or (self.file.parent if self.file is not None else Path())
 
 
 def examine(config: DoctorConfig) -> dict[str, Any]:

@@ -7,82 +7,28 @@ PowerInfer's own placement (`gguf_export.pwri.memory_plan`) and our choice of ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from common.errors import EngineError
 from common.files import refuse_existing, write_json
+from common.units import parse_size
 from common.version import tool_version
 from cost_model.hardware import Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
-from gguf_export.pwri.memory_plan import KEPT_FREE, parse_size, vram_option
+from gguf_export.pwri.memory_plan import KEPT_FREE, vram_option
 from powerinfer_bridge.estimate.activity import ActivitySource, bench_activity, stated_activity
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
 from powerinfer_bridge.estimate.file import EstimatedFile, Placement
+from powerinfer_bridge.estimate.settings import EstimateConfig
 
 ESTIMATE_FILE = "estimate.json"
 KIND, SCHEMA_VERSION, LABEL = "psp.estimate", 1, "estimate"
 
 _STEPS = 8
 _GOOD_ENOUGH = 0.99
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimateConfig:
-    """What to estimate.
-
-    Attributes:
-        file: `*.powerinfer.gguf`, with `activation/` beside it if the hardware has a GPU.
-        hardware: a preset, `this`, or a YAML file.
-        density: share of neurons that the predictors let through, of every layer.
-        precision: share of those that are active; None assumes all.
-        active: share of all neurons that are active; None assumes that none is missed.
-        bench: instead of these: bench.json, its directory or its document, measured by layer.
-        context: tokens that the KV cache has room for (`-c`).
-        position: tokens in the cache when the token is decoded; None takes half of `context`.
-        vram_budget: for PowerInfer, such as `24GiB`; None takes all of the card but 256 MiB.
-        threads: CPU threads, of `this`.
-        calibrate: results of measured runs to fit the CPU to.
-        save_hardware: YAML file to write the hardware to.
-        out: directory for estimate.json.
-        force: replace existing outputs.
-    """
-
-    file: Path
-    hardware: str
-    density: float | None = None
-    precision: float | None = None
-    active: float | None = None
-    bench: Path | Mapping[str, Any] | None = None
-    context: int = 512
-    position: int | None = None
-    vram_budget: str | None = None
-    threads: int = 1
-    calibrate: Sequence[Path] = ()
-    save_hardware: Path | None = None
-    out: Path | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what contradicts itself."""
-        if (self.density is None) == (self.bench is None):
-            raise EngineError(
-                "how many neurons are computed is not known",
-                "pass either --density, or --bench with results of psp bench-powerinfer",
-            )
-        if self.bench is not None and (self.precision is not None or self.active is not None):
-            raise EngineError("--precision and --active go with --density", "--bench measured them")
-        for name in ("density", "precision", "active"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise EngineError(f"--{name} is {share:g}, expected a share from 0 to 1")
-        if self.context < 1 or self.threads < 1:
-            raise EngineError("expected a context and a number of threads of at least 1")
-        if self.position is not None and not 0 <= self.position <= self.context:
-            raise EngineError(f"--position {self.position} is outside the context {self.context}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,8 @@ from common.files import refuse_existing, write_bytes
 from powerinfer_bridge.report.formats import visible
 from powerinfer_bridge.report.load import MAKERS, load_runs
 from powerinfer_bridge.report.results import Run
+from powerinfer_bridge.report.settings import ReportConfig
 from powerinfer_bridge.report.values import ResultError
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Settings of a page.
-
-    Attributes:
-        directories: each holds results, or directories that hold them.
-        out: HTML file to write.
-        force: replace an older page.
-    """
-
-    directories: tuple[Path, ...]
-    out: Path
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse a page of nothing."""
-        if not self.directories:
-            raise ResultError("no directory", f"name one that '{MAKERS['bench.json']}' made")
 
 
 def write_page(config: ReportConfig) -> list[Run]:
@@ -43,6 +23,8 @@ def write_page(config: ReportConfig) -> list[Run]:
     Raises:
         PspError: a directory without results, a damaged result, or an output that exists.
     """
+    if not config.directories:
+        raise ResultError("no directory", f"name one that '{MAKERS['bench.json']}' made")
     refuse_existing(config.out, force=config.force)
     runs = load_runs(config.directories)
     write_bytes(config.out, render(runs).encode())

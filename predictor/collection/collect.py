@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
 from os.path import exists, isdir, islink
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import WEIGHTS, LoadedModel, check_device, load_model
+from architectures.model import LoadedModel, check_device, load_model
 from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.documents import read_documents
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from predictor.collection.recorder import Recorder
+from predictor.collection.settings import CollectConfig
 from predictor.collection.templates import choose_template
 from predictor.collection.windows import (
     cut_batches,
@@ -28,7 +27,6 @@ from predictor.collection.windows import (
     segments_of,
     text_sha256,
 )
-from predictor.traces.importance import BITS
 from predictor.traces.layer_weights import LayerWeights, read_layer_weights
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.shard_file import INPUT_DTYPES
@@ -37,60 +35,6 @@ from predictor.traces.store import TraceStore
 _SHARD_BYTES = 1 << 30
 _SHARD_ROWS = (1024, 16384)
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectConfig:
-    """Settings of a collection.
-
-    Attributes:
-        model: checkpoint directory or hub id.
-        data: text source, see `common.documents`.
-        out: store directory.
-        tokens: rows to record.
-        field: key of the text in structured sources.
-        chat_template: `auto`, or one of `common.chat.TEMPLATES`.
-        layers: blocks to record, ascending; None records all.
-        context: longest window in tokens.
-        batch: full windows run at once; more of them where windows are shorter.
-        dtype: how inputs are stored, `float16` or `bfloat16`.
-        importance_bits: bits of an active neuron's importance, see `predictor.traces.importance`.
-        weights: `auto`, `resident` or `streamed`, see `architectures.model.load_model`.
-        device: torch device of the model.
-        seed: recorded, and seeds torch.
-        force: replace an existing store.
-        resume: go on with an interrupted store.
-    """
-
-    model: str
-    data: str
-    out: Path
-    tokens: int
-    field: str = "text"
-    chat_template: str = "auto"
-    layers: tuple[int, ...] | None = None
-    context: int = 512
-    batch: int = 8
-    dtype: str = "float16"
-    importance_bits: int = 2
-    weights: str = "auto"
-    device: str = "cpu"
-    seed: int = 0
-    force: bool = False
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse settings that record nothing."""
-        if self.tokens < 1 or self.context < 2 or self.batch < 1:
-            raise TraceError("nothing to record: need 1 token, a context of 2 and a batch of 1")
-        for name, value, choices in (
-            ("dtype", self.dtype, INPUT_DTYPES),
-            ("importance_bits", self.importance_bits, BITS),
-            ("weights", self.weights, WEIGHTS),
-        ):
-            if value not in choices:
-                listed = ", ".join(map(str, choices))
-                raise TraceError(f"{name} {value!r} is unknown", f"choose from {listed}")
 
 
 def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceStore:

@@ -15,7 +15,7 @@ from predictor.traces.holdout import choose_documents
 
 if TYPE_CHECKING:
     from predictor.traces.store import TraceStore
-    from predictor.training.config import TrainConfig
+    from predictor.training.settings import TrainConfig
 
 _LEAST_TOKENS = 64
 

@@ -15,9 +15,9 @@ from predictor.calibration.element_cost import ElementCost
 from predictor.module import to_half
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.fit import evaluate, train_layer
 from predictor.training.recipes import Recipe
+from predictor.training.settings import TrainConfig
 from predictor.training.start import Starter
 
 

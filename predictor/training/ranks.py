@@ -12,10 +12,11 @@ from tqdm import tqdm
 from predictor.calibration.element_cost import ElementCost
 from predictor.calibration.operating_point import Curves, mean_positive, trace_curves
 from predictor.calibration.search import best_ranks, candidate_ranks, within_bytes, within_gap
-from predictor.module import RANK_MULTIPLE, to_half
+from predictor.module import to_half
 from predictor.training.fit import train_layer
 from predictor.training.layer_result import LayerTraining
 from predictor.training.parallel import each_layer
+from predictor.training.settings import RANK_MULTIPLE
 from predictor.training.start import Starter
 
 _SCOUT_ROWS = 32768

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from common.errors import PredictorError
-from predictor.module import RANK_MULTIPLE
+from predictor.training.settings import RANK_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)

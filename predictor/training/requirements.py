@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from common.errors import PredictorError
 from predictor.calibration.search import candidate_ranks
-from predictor.module import RANK_MULTIPLE
 from predictor.traces.importance import RANKING_BITS
 from predictor.traces.store import TraceStore
-from predictor.training.config import TrainConfig
 from predictor.training.recipes import Recipe
+from predictor.training.settings import RANK_MULTIPLE, TrainConfig
 
 
 def chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:

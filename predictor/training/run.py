@@ -15,7 +15,6 @@ from predictor.artifact import PredictorArtifact, PredictorHeader
 from predictor.calibration.calibrate import calibrate
 from predictor.calibration.element_cost import ElementCost
 from predictor.traces.store import TraceStore
-from predictor.training.config import AUTO, TrainConfig
 from predictor.training.evaluation_text import held_out_model
 from predictor.training.layer_result import LayerResult, LayerTraining
 from predictor.training.parallel import each_layer
@@ -27,6 +26,7 @@ from predictor.training.requirements import (
     check_ranks,
     chosen_layers,
 )
+from predictor.training.settings import AUTO, TrainConfig
 
 
 def train_predictors(

@@ -1,0 +1,242 @@
+"""This machine as psp may use it: memory and CPU time with a container's limits, cores, GPUs.
+
+A container limits the control groups that its processes are in. Version 2 has one tree with
+`memory.max` and `cpu.max`; version 1 a tree for each kind, with `memory.limit_in_bytes` and
+`cpu.cfs_quota_us` (Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1). A limit of a
+group holds for all groups in it, so the smallest on the way up counts.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from common.units import MIB
+
+ROOT = Path("/")
+_TREES = "sys/fs/cgroup"
+_CPU_SHARE, _GPU_SHARE = 0.6, 0.8
+_GPU_QUERY = "name,memory.total,memory.free,driver_version,compute_cap"
+_GPU_SECONDS = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Main memory, bytes.
+
+    Attributes:
+        total: of the machine.
+        available: without swapping.
+        swap: size of the swap space.
+        limit: what a container may use; None without a limit.
+    """
+
+    total: int
+    available: int
+    swap: int
+    limit: int | None
+
+    @property
+    def usable(self) -> int:
+        """What this process can have at most."""
+        return self.total if self.limit is None else min(self.total, self.limit)
+
+
+def read_memory(root: Path = ROOT) -> Memory:
+    """Ask the system; `root` is where its control groups are looked up."""
+    memory = psutil.virtual_memory()
+    return Memory(
+        total=memory.total,
+        available=memory.available,
+        swap=psutil.swap_memory().total,
+        limit=memory_limit(root),
+    )
+
+
+def weight_budget(device: str = "cpu", root: Path = ROOT) -> int:
+    """Return how many bytes of weights may stay on a device.
+
+    On the CPU 60 % of the memory that this process may use; on a GPU 80 % of what is free. The
+    rest is for activations and everything else.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return int(_CPU_SHARE * read_memory(root).usable)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Return the memory that control groups leave this process, bytes; None without a limit."""
+    limits = [
+        int(text)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        for text in _read_all(root, "memory", name)
+        if text.isdigit() and int(text) < 1 << 60  # version 1 writes a huge number for none
+    ]
+    return min(limits, default=None)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Return how many CPUs' time this process may use; None without a limit."""
+    quotas = [_share(*text.split()) for text in _read_all(root, "cpu", "cpu.max")]
+    for group in _groups(root, "cpu"):
+        parts = [_read(group / f"cpu.cfs_{part}_us") for part in ("quota", "period")]
+        quotas.append(_share(*parts) if all(parts) else None)
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def usable_threads() -> int:
+    """Return the hardware threads that are open to this process."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the processor's model."""
+    for line in _read(ROOT / "proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _share(quota: str, period: str = "100000") -> float | None:
+    if not (quota.isdigit() and period.isdigit() and int(period)):
+        return None  # `max`, or -1
+    return int(quota) / int(period)
+
+
+def _read_all(root: Path, controller: str, name: str) -> Iterator[str]:
+    for group in _groups(root, controller):
+        text = _read(group / name)
+        if text:
+            yield text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield this process's group of every tree that has the controller, and all above it.
+
+    Inside a container the names are often those of the host, with nothing there; the tree's root is
+    then the container's own group. So it is with names that lead out of a namespace (`/../..`).
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if number == "0" and not controllers:
+            trees = [root / _TREES, root / _TREES / "unified"]
+        elif controller in controllers.split(","):
+            # One may be a link to the other (`cpu` to `cpu,cpuacct`), or miss.
+            trees = [root / _TREES / controllers, root / _TREES / controller]
+        else:
+            continue
+        for tree in dict.fromkeys(trees):
+            group = tree / os.path.normpath(f"/{path.lstrip('/')}").lstrip("/")
+            while group != tree:
+                yield group
+                group = group.parent
+            yield tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One NVIDIA card.
+
+    Attributes:
+        name: its model.
+        memory: bytes in all; 0 if the driver does not tell.
+        free: of them unused at the moment.
+        driver: version of the driver; empty if unknown.
+        capability: compute capability such as `9.0`; empty if the driver does not tell.
+    """
+
+    name: str
+    memory: int
+    free: int
+    driver: str = ""
+    capability: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """The machine's cards, as their driver knows them, whatever torch was built for.
+
+    Attributes:
+        cards: what is known of each.
+        failure: why the driver's tool did not answer; None if it did, or there is none.
+    """
+
+    cards: tuple[Gpu, ...]
+    failure: str | None = None
+
+
+def read_gpus(root: Path = ROOT, program: str | None = None, timeout: float = _GPU_SECONDS) -> Gpus:
+    """Ask the driver's tool, else the driver's own files; no cards without a driver.
+
+    Args:
+        root: where the system's files are.
+        program: the tool; looked for if not given.
+        timeout: longest that it may take, seconds.
+    """
+    program = program or shutil.which("nvidia-smi")
+    if program is None:
+        return Gpus(cards=_from_files(root))
+    command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        run = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        failure = f"{program}: no end after {timeout:g} s"
+        return Gpus(cards=_from_files(root), failure=failure)
+    except (OSError, ValueError) as error:
+        failure = f"{program}: cannot be started ({error})"
+        return Gpus(cards=_from_files(root), failure=failure)
+    stdout, stderr = (text.decode("utf-8", "replace") for text in (run.stdout, run.stderr))
+    if run.returncode:
+        said = " ".join((stdout or stderr).split()) or f"ended with code {run.returncode}"
+        return Gpus(cards=_from_files(root), failure=f"{program}: {said}")
+    return Gpus(cards=parse_query(stdout))
+
+
+def parse_query(output: str) -> tuple[Gpu, ...]:
+    """Return the cards that a query of `nvidia-smi` lists, one a line, memory in MiB."""
+    rows = [[cell.strip() for cell in line.rsplit(",", 4)] for line in output.splitlines()]
+    return tuple(
+        Gpu(
+            name=row[0],
+            memory=_mebibytes(row[1]),
+            free=_mebibytes(row[2]),
+            driver=row[3],
+            capability=row[4] if row[4][:1].isdigit() else "",
+        )
+        for row in rows
+        if len(row) == 5
+    )
+
+
+def _mebibytes(cell: str) -> int:
+    return int(cell) * MIB if cell.isascii() and cell.isdigit() else 0
+
+
+def _from_files(root: Path) -> tuple[Gpu, ...]:
+    """Return the cards in /proc/driver/nvidia, whose memory is not told there."""
+    found = []
+    for path in sorted((root / "proc/driver/nvidia").glob("gpus/*/information")):
+        lines = {}
+        with suppress(OSError):  # a card that fell off the bus; it is one all the same
+            lines = dict(line.partition(":")[::2] for line in path.read_text().splitlines())
+        found.append(Gpu(name=lines.get("Model", "NVIDIA GPU").strip(), memory=0, free=0))
+    return tuple(found)

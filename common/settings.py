@@ -1,0 +1,159 @@
+"""Settings: frozen dataclasses whose fields say what a user is told of them and what they may be.
+
+A field's type is `Annotated[type, Option(...)]`; the command line makes an option of each
+(`commands.options.settings_options`) and `check_settings` holds a caller from Python to the same
+limits. Modules of settings import nothing heavy, so that `psp --help` stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import typing
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from common.errors import PspError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is known of a setting beside its type and default.
+
+    Attributes:
+        help: one or two sentences for users.
+        names: as they are typed; `--` and the field's name by default. A pair of flags is written
+            `--operators/--no-operators`.
+        metavar: stands for the value in help.
+        choices: the values that it may have.
+        least: the smallest number.
+        above: what a number must exceed.
+        most: the largest number.
+        below: what a number must stay under.
+        parse: makes the value of what was typed; raises ValueError that says what is wrong.
+        unset: what help calls the default, where the value itself would say nothing.
+        envvar: variable of the environment that gives it too.
+        repeat: may be given several times; the field is a tuple.
+        argument: is no option but an argument.
+    """
+
+    help: str = ""
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    choices: tuple[object, ...] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    parse: Callable[[str], object] | None = None
+    unset: str | None = None
+    envvar: str | None = None
+    repeat: bool = False
+    argument: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """Return what is wrong with a value, None if nothing is."""
+        if self.choices and value not in self.choices:
+            return f"is {value!r}, expected one of {', '.join(map(str, self.choices))}"
+        for limit, words, holds in (
+            (self.least, "of at least", operator.ge),
+            (self.above, "above", operator.gt),
+            (self.most, "of at most", operator.le),
+            (self.below, "below", operator.lt),
+        ):
+            if limit is not None and not holds(value, limit):  # NaN holds nothing
+                return f"is {value:g}, expected a number {words} {limit:g}"
+        return None
+
+
+@cache
+def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
+    """Return type and `Option` of each field that has one, by name, in order."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(kind):
+        inner, *notes = typing.get_args(hints[field.name]) or (None,)
+        for note in notes:
+            if isinstance(note, Option):
+                found[field.name] = inner, note
+    return found
+
+
+def check_settings(settings: Any, error: type[PspError]) -> None:
+    """Demand of every setting what its `Option` says; None and what is parsed are passed over.
+
+    Raises:
+        error: naming the first that does not hold.
+    """
+    for typed, problem in _problems(settings):
+        raise error(f"{typed} {problem}")
+
+
+def _problems(settings: Any) -> Iterator[tuple[str, str]]:
+    kind: type = type(settings)
+    for name, (_, option) in options_of(kind).items():
+        value = getattr(settings, name)
+        if value is not None and option.parse is None and not option.repeat:
+            problem = option.problem(value)
+            if problem is not None:
+                yield typed_names(name, option)[-1], problem
+
+
+def typed_names(name: str, option: Option) -> tuple[str, ...]:
+    """Return how a setting is typed."""
+    return option.names or (f"--{name.replace('_', '-')}",)
+
+
+ModelName = Annotated[str, Option(help="Hugging Face checkpoint.", metavar="DIR|HUB_ID")]
+Field = Annotated[str, Option(help="Key of the text in every kind but .txt.")]
+Seed = Annotated[int, Option(help="Makes a run repeatable.", least=0, most=2**32 - 1)]
+Force = Annotated[bool, Option(help="Replace existing outputs.")]
+Resume = Annotated[bool, Option(help="Go on with an interrupted run.")]
+Device = Annotated[str, Option(help="Torch device of the model.")]
+Threads = Annotated[int, Option(help="CPU threads.", least=1, unset="all cores")]
+PowerInferBin = Annotated[
+    Path | None,
+    Option(
+        help="Directory of PowerInfer's programs; without it the embedded engine runs.",
+        metavar="DIR",
+        envvar="PSP_POWERINFER_BIN",
+    ),
+]
+
+DATA_KINDS = "FILE|hf:NAME[:CONFIG][:SPLIT]"
+DATA_HELP = "  FILE: .txt, .jsonl, .json or .parquet."
+
+
+def fraction_of(text: str) -> float:
+    """Return a number, also in per cent.
+
+    Raises:
+        ValueError: it is none, or NaN.
+    """
+    try:
+        number = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a number.") from error
+    if number != number:
+        raise ValueError(f"{text} is not a number.")
+    return number
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """Return layer numbers such as `0-7,12`, ascending.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last if dash else first)
+        if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends):
+            raise ValueError(f"{part!r} is neither a layer nor a range; write 0-7 or 0,5,9-11.")
+        if int(ends[0]) > int(ends[1]):
+            raise ValueError(f"{part!r} ends before it begins.")
+        layers.update(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(layers))

@@ -1,0 +1,176 @@
+"""Settings of `psp bench-powerinfer`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from common.errors import EngineError
+from common.settings import (
+    DATA_HELP,
+    DATA_KINDS,
+    Field,
+    Force,
+    Option,
+    PowerInferBin,
+    Resume,
+    Seed,
+    Threads,
+    check_settings,
+)
+from common.units import parse_size
+
+PYTHON = "python"
+"""What `--llama-cpp-bin` is where the package llama-cpp-python shall run."""
+
+_NOT_MEASURED = ("out", "resume", "force")
+"""Settings that say where results go and change none."""
+
+_BESIDE = ("timeout", "hardware")
+"""Settings that change no measurement, so that an interrupted benchmark may go on with others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Settings of a benchmark."""
+
+    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    powerinfer_bin: PowerInferBin = None
+    vram_budget: Annotated[
+        str | None,
+        Option(help="VRAM for PowerInfer, such as 24GiB.", metavar="SIZE", unset="what is free"),
+    ] = None
+    dense_gguf: Annotated[
+        Path | None,
+        Option(
+            help="The dense model: measured in PowerInfer's dense mode and in llama.cpp, where "
+            "given.",
+            metavar="FILE",
+        ),
+    ] = None
+    llama_cpp_bin: Annotated[
+        str | None,
+        Option(
+            help="Directory of llama.cpp's programs, or python for the package llama-cpp-python.",
+            metavar="DIR|python",
+            envvar="PSP_LLAMA_CPP_BIN",
+        ),
+    ] = None
+    llama_cpp_gguf: Annotated[
+        Path | None,
+        Option(help="The dense model for llama.cpp.", metavar="FILE", unset="that of --dense-gguf"),
+    ] = None
+    n_gpu_layers: Annotated[
+        int,
+        Option(
+            names=("-ngl", "--n-gpu-layers"), help="Layers of dense models on the GPU.", least=0
+        ),
+    ] = 0
+    data: Annotated[
+        str | None,
+        Option(
+            help=f"Held-out text.  [default: prose shipped with Python]{DATA_HELP}",
+            metavar=DATA_KINDS,
+        ),
+    ] = None
+    field: Field = "text"
+    context: Annotated[
+        int,
+        Option(
+            names=("--ctx",),
+            help="Perplexity window, tokens; at most the model's context.",
+            least=8,
+        ),
+    ] = 512
+    chunks: Annotated[int, Option(help="Perplexity windows, at most.", least=1)] = 16
+    model: Annotated[
+        str | None,
+        Option(help="The file's checkpoint, for transformers' perplexity.", metavar="DIR|HUB_ID"),
+    ] = None
+    prompt: Annotated[str, Option(help="Text to continue.")] = "The first thing to know about"
+    prompts: Annotated[
+        Path | None,
+        Option(
+            help="Instead: several texts, one a line of a .txt file, or one a row under --field.",
+            metavar="FILE",
+        ),
+    ] = None
+    generate: Annotated[int, Option(names=("-n",), help="Tokens to generate.", least=2)] = 128
+    repeats: Annotated[int, Option(help="Rounds of every arm on every prompt.", least=1)] = 5
+    warm_up: Annotated[int, Option(help="Rounds before them that do not count.", least=0)] = 1
+    threads: Threads = 2
+    seed: Seed = 0
+    timeout: Annotated[
+        float, Option(help="Longest that a run of a program may take, seconds.", above=0)
+    ] = 3600.0
+    hardware: Annotated[
+        str | None,
+        Option(
+            help="Put the estimate of psp estimate for this hardware beside the figures.",
+            metavar="NAME|FILE.yaml|this",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None,
+        Option(help="Keep results there, each run as soon as it is done.", metavar="DIR"),
+    ] = None
+    resume: Resume = False
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that measure nothing or contradict each other."""
+        check_settings(self, EngineError)
+        if not self.prompt and self.prompts is None:
+            raise EngineError("the prompt is empty", "pass some text to continue")
+        for wrong, problem, remedy in self._contradictions():
+            if wrong:
+                raise EngineError(problem, remedy)
+
+    def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
+        dense = self.dense_gguf is not None
+        llama_cpp, real = self.llama_cpp_bin is not None, self.powerinfer_bin is not None
+        budget, programs = self.vram_budget is not None, "pass --powerinfer-bin or --llama-cpp-bin"
+        problem = f"{self.dense_gguf}: no program for --dense-gguf"
+        yield dense and not (real or llama_cpp), problem, programs
+        problem = f"{self.llama_cpp_bin}: no model for llama.cpp"
+        remedy = "pass --llama-cpp-gguf or --dense-gguf"
+        yield llama_cpp and self.llama_cpp_file is None, problem, remedy
+        problem = f"{self.llama_cpp_gguf}: no program for --llama-cpp-gguf"
+        yield self.llama_cpp_gguf is not None and not llama_cpp, problem, "pass --llama-cpp-bin"
+        problem = f"--n-gpu-layers {self.n_gpu_layers} is for dense models"
+        yield self.n_gpu_layers > 0 and not (dense or llama_cpp), problem, "pass --dense-gguf"
+        problem = f"--vram-budget {self.vram_budget} is for PowerInfer"
+        yield budget and not real, problem, "pass --powerinfer-bin"
+        problem = f"--vram-budget {self.vram_budget} is no memory"
+        yield budget and self.vram_budget_bytes == 0, problem, "pass a size such as 24GiB"
+        problem, remedy = (
+            "nothing is kept without a directory",
+            "pass --out with --resume or --force",
+        )
+        yield (self.resume or self.force) and self.out is None, problem, remedy
+        problem = "--resume goes on, --force begins anew"
+        yield self.resume and self.force, problem, "pass one of them"
+
+    @property
+    def llama_cpp_file(self) -> Path | None:
+        """The dense model for llama.cpp."""
+        return self.llama_cpp_gguf or self.dense_gguf
+
+    @property
+    def vram_budget_bytes(self) -> int | None:
+        """VRAM for PowerInfer, bytes."""
+        return None if self.vram_budget is None else parse_size(self.vram_budget)
+
+    def document(self) -> dict[str, Any]:
+        """Return the settings as a result records them, ready for JSON."""
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in asdict(self).items()
+            if key not in _NOT_MEASURED
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that must be the same for a benchmark to go on."""
+        return {key: value for key, value in self.document().items() if key not in _BESIDE}

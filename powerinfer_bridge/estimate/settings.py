@@ -1,0 +1,98 @@
+"""Settings of `psp estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from common.errors import EngineError
+from common.settings import Force, Option, Threads, check_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig:
+    """What to estimate.
+
+    Attributes:
+        bench: bench.json, its directory, or its document.
+    """
+
+    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    hardware: Annotated[
+        str,
+        Option(
+            help="A preset (docs/estimate.md lists them), this machine's memory measured now, or a "
+            "description of one's own.",
+            metavar="NAME|this|FILE.yaml",
+        ),
+    ]
+    density: Annotated[
+        float | None,
+        Option(help="Share of neurons that the predictors let through.", least=0, most=1),
+    ] = None
+    precision: Annotated[
+        float | None,
+        Option(
+            help="With --density: share of those that are active.",
+            least=0,
+            most=1,
+            unset="1, assumed",
+        ),
+    ] = None
+    active: Annotated[
+        float | None,
+        Option(
+            help="With --density: share of all neurons that are active.",
+            least=0,
+            most=1,
+            unset="density · precision, assumed",
+        ),
+    ] = None
+    bench: Annotated[
+        Path | Mapping[str, Any] | None,
+        Option(
+            help="Instead of --density: a benchmark's results, layer by layer.",
+            metavar="DIR|bench.json",
+        ),
+    ] = None
+    vram_budget: Annotated[
+        str | None, Option(help="VRAM.", metavar="SIZE", unset="the card's less 256 MiB")
+    ] = None
+    context: Annotated[
+        int, Option(names=("--ctx",), help="Tokens that the cache holds.", least=1)
+    ] = 512
+    position: Annotated[
+        int | None,
+        Option(
+            help="Tokens in the cache when the token is decoded.", least=0, unset="half of --ctx"
+        ),
+    ] = None
+    threads: Threads = 1
+    calibrate: Annotated[
+        tuple[Path, ...],
+        Option(
+            help="Fit the CPU to the runs of a bench.json or density.json; may be repeated.",
+            metavar="DIR",
+            repeat=True,
+        ),
+    ] = ()
+    save_hardware: Annotated[
+        Path | None, Option(help="Write the hardware, for --hardware.", metavar="FILE.yaml")
+    ] = None
+    out: Annotated[Path | None, Option(help="Write estimate.json there.", metavar="DIR")] = None
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        check_settings(self, EngineError)
+        if (self.density is None) == (self.bench is None):
+            raise EngineError(
+                "how many neurons are computed is not known",
+                "pass either --density, or --bench with results of psp bench-powerinfer",
+            )
+        if self.bench is not None and (self.precision is not None or self.active is not None):
+            raise EngineError("--precision and --active go with --density", "--bench measured them")
+        if self.position is not None and self.position > self.context:
+            raise EngineError(f"--position {self.position} is outside the context {self.context}")

@@ -1,0 +1,26 @@
+"""Settings of `psp verify`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from common.settings import Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """What to check."""
+
+    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    model: Annotated[
+        str | None,
+        Option(
+            help="Compare tensors, tokens and logits with this checkpoint.", metavar="DIR|HUB_ID"
+        ),
+    ] = None
+    max_ppl_gap: Annotated[
+        float | None,
+        Option(help="With --model: largest perplexity gap that passes, a fraction.", above=0),
+    ] = None

@@ -1,0 +1,76 @@
+"""Settings of `psp collect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from common.errors import TraceError
+from common.settings import (
+    DATA_HELP,
+    DATA_KINDS,
+    Device,
+    Field,
+    Force,
+    ModelName,
+    Option,
+    Resume,
+    Seed,
+    check_settings,
+    layer_numbers,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """Settings of a collection."""
+
+    model: ModelName
+    data: Annotated[str, Option(help=f"Text to run the model on.{DATA_HELP}", metavar=DATA_KINDS)]
+    field: Field = "text"
+    out: Annotated[Path, Option(help="Directory for the traces.", metavar="TRACES")]
+    tokens: Annotated[int, Option(help="Tokens to record, in all.", least=1)]
+    context: Annotated[int, Option(help="Longest window, tokens.", least=2)] = 512
+    batch: Annotated[int, Option(help="Windows run at once.", least=1)] = 8
+    dtype: Annotated[
+        str, Option(help="How predictor inputs are stored.", choices=("float16", "bfloat16"))
+    ] = "float16"
+    importance_bits: Annotated[
+        int,
+        Option(
+            help="Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
+            choices=(0, 2, 4, 8),
+        ),
+    ] = 2
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            help="Record these layers only, to go through the model in passes.",
+            metavar="0-7,12",
+            parse=layer_numbers,
+            unset="all",
+        ),
+    ] = None
+    chat_template: Annotated[
+        str,
+        Option(
+            help="Put text in a chat model's format; auto: the model's own if psp knows it.",
+            choices=("auto", "none", "minicpm"),
+        ),
+    ] = "auto"
+    weights: Annotated[
+        str,
+        Option(
+            help="Keep the model on the device, or read it block by block; auto: as it fits.",
+            choices=("auto", "resident", "streamed"),
+        ),
+    ] = "auto"
+    device: Device = "cpu"
+    seed: Seed = 0
+    resume: Resume = False
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that record nothing."""
+        check_settings(self, TraceError)

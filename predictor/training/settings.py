@@ -1,0 +1,204 @@
+"""Settings of `psp train-predictor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from common.errors import PredictorError
+from common.settings import Force, Option, Resume, Seed, check_settings, layer_numbers
+
+if TYPE_CHECKING:
+    import torch
+
+    from predictor.calibration.calibrate import Bound
+
+AUTO = "auto"
+DEFAULT_GAP = 0.001
+RANK_MULTIPLE = 32
+"""Ranks that PowerInfer's kernels can run are multiples of this."""
+
+_SMALL_LAYER = 1 << 22
+"""Entries of a gate matrix below which threads do better on a layer each than on one together."""
+
+
+def rank_of(text: str) -> int | str | tuple[int, ...]:
+    """Return `auto`, one rank, or one for each layer such as `32,64,64`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == AUTO:
+        return text
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 for part in parts):
+        raise ValueError(f"{text!r} is no rank; write auto, 32, or one for each layer.")
+    ranks = tuple(map(int, parts))
+    return ranks if len(ranks) > 1 else ranks[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training.
+
+    Attributes:
+        predictor_weight: what a predictor's byte costs relative to one of a neuron, where ranks are
+            chosen; see `cost_model.devices.Hardware.predictor_weight`.
+    """
+
+    traces: Annotated[Path, Option(help="Directory from psp collect.", metavar="TRACES")]
+    out: Annotated[Path, Option(help="Directory for the predictors.", metavar="PREDICTORS")]
+    recipe: Annotated[
+        str,
+        Option(
+            help="psp: ours. svd: without training. dejavu: the published method.",
+            choices=("psp", "svd", "dejavu"),
+        ),
+    ] = "psp"
+    rank: Annotated[
+        int | str | tuple[int, ...],
+        Option(
+            help="Hidden units, multiples of 32: chosen, one for all layers, or one for each. With "
+            "--recipe dejavu auto is a quarter of the hidden size.",
+            metavar="auto|N|N,N,...",
+            parse=rank_of,
+        ),
+    ] = AUTO
+    max_ppl_gap: Annotated[
+        float | None,
+        Option(
+            help="Skip neurons as far as perplexity grows by no more.",
+            above=0,
+            unset="0.1% if --rank is auto, else every threshold is 0",
+        ),
+    ] = None
+    ffn_bytes: Annotated[
+        float | None,
+        Option(
+            help="Instead: skip neurons until no more of the FFN's bytes is read.", above=0, most=1
+        ),
+    ] = None
+    predictor_type: Annotated[
+        str,
+        Option(
+            help="Type that will be exported, by which bytes are counted.",
+            choices=("f16", "q4_0"),
+        ),
+    ] = "f16"
+    predictor_weight: float = 1.0
+    model: Annotated[
+        str | None,
+        Option(help="To measure with.", metavar="DIR|HUB_ID", unset="the traces' own"),
+    ] = None
+    data: Annotated[
+        str | None,
+        Option(help="Text to measure on, all of it.", unset="the traces' held-out part"),
+    ] = None
+    eval_tokens: Annotated[int, Option(help="Tokens to measure on, at most.", least=64)] = 16384
+    device: Annotated[str, Option(help="Torch device to train and run on.")] = "cpu"
+    hardware: Annotated[
+        str | None,
+        Option(
+            help="With --rank auto: choose ranks for a model larger than the VRAM of this hardware "
+            "(see psp estimate), where predictors' bytes cost less.",
+            metavar="NAME|FILE.yaml",
+            unset="every byte costs the same",
+        ),
+    ] = None
+    report: Annotated[
+        Path | None,
+        Option(help="Also write metrics, curves and plots to DIR.", metavar="DIR"),
+    ] = None
+    holdout: Annotated[
+        float, Option(help="Share of rows held out, by document.", above=0, most=0.9)
+    ] = 0.1
+    label_top_fraction: Annotated[
+        float | None,
+        Option(
+            help="Train on each token's largest activations only (0.15 is the published clipping).",
+            above=0,
+            most=1,
+        ),
+    ] = None
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            help="Train these layers only; the rest later, with --resume.",
+            metavar="0-7,12",
+            parse=layer_numbers,
+            unset="all",
+        ),
+    ] = None
+    precision: Annotated[
+        str,
+        Option(
+            help="Of training's matrix products; auto: bfloat16 on a GPU.",
+            choices=("auto", "float32", "bfloat16"),
+        ),
+    ] = "auto"
+    jobs: Annotated[
+        int,
+        Option(
+            help="Layers trained at once, sharing the threads; 0: one a thread if they are small.",
+            least=0,
+        ),
+    ] = 0
+    seed: Seed = 0
+    resume: Resume = False
+    force: Force = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no model can have."""
+        check_settings(self, PredictorError)
+        for rank in self.fixed_ranks:
+            if rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
+                raise PredictorError(
+                    f"rank {rank} cannot run in PowerInfer",
+                    f"use a positive multiple of {RANK_MULTIPLE}",
+                )
+        if isinstance(self.rank, str) and self.rank != AUTO:
+            raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")
+        if self.max_ppl_gap is not None and self.ffn_bytes is not None:
+            raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds", "pass one of them")
+        if not 0 < self.predictor_weight < float("inf"):
+            raise PredictorError(
+                f"predictor weight {self.predictor_weight:g}: expected a number above 0"
+            )
+
+    @property
+    def fixed_ranks(self) -> tuple[int, ...]:
+        """Ranks that were asked for: one for all layers, one for each, or none."""
+        if isinstance(self.rank, str):
+            return ()
+        return (self.rank,) if isinstance(self.rank, int) else self.rank
+
+    @property
+    def bound(self) -> Bound | None:
+        """What thresholds must keep to."""
+        from predictor.calibration.calibrate import Bound
+
+        gap = self.max_ppl_gap
+        if gap is None and self.ffn_bytes is None:
+            if self.rank != AUTO:
+                return None
+            gap = DEFAULT_GAP
+        return Bound(max_ppl_gap=gap, ffn_bytes=self.ffn_bytes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of training's matrix products."""
+        import torch
+
+        automatic = "float32" if torch.device(self.device).type == "cpu" else "bfloat16"
+        name = automatic if self.precision == "auto" else self.precision
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+    def jobs_for(self, d_model: int, d_ff: int) -> int:
+        """Return how many layers of this size are trained at once."""
+        import torch
+
+        if self.jobs:
+            return self.jobs
+        alone = torch.device(self.device).type != "cpu" or d_model * d_ff > _SMALL_LAYER
+        return 1 if alone else torch.get_num_threads()

@@ -1,0 +1,102 @@
+"""Settings of `psp bench-operators` and `psp generate`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated
+
+from common.settings import ModelName, Option, Seed, Threads, fraction_of
+
+SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
+"""Hidden size and neurons of LLaMA-2."""
+
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """Return (d_model, d_ff) of `7b`, `13b`, or sizes such as `4096,11008`.
+
+    Raises:
+        ValueError: it is no shape.
+    """
+    if text in SHAPES:
+        return SHAPES[text]
+    if not re.fullmatch(r"0*[1-9]\d{0,6},0*[1-9]\d{0,6}", text, re.ASCII):
+        raise ValueError(f"{text!r} is no shape; write 7b, 13b, or sizes such as 4096,11008.")
+    d_model, d_ff = text.split(",")
+    return int(d_model), int(d_ff)
+
+
+def shares_of(text: str) -> tuple[float, ...]:
+    """Return numbers from 0 to 1, also in per cent, such as `0,0.5,88%`.
+
+    Raises:
+        ValueError: one is none.
+    """
+    shares = tuple(fraction_of(part.strip()) for part in text.split(","))
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"{share} is not in the range 0<=x<=1.")
+    return shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What to measure of the operators."""
+
+    shape: Annotated[
+        tuple[int, int] | None,
+        Option(help="Hidden size and neurons.", metavar="7b|13b|D,F", parse=shape_of, unset="7b"),
+    ] = None
+    sparsity: Annotated[
+        tuple[float, ...] | None,
+        Option(
+            help="Shares of inactive neurons.",
+            metavar="S,S,...",
+            parse=shares_of,
+            unset="0,0.5,0.67,0.88,0.95",
+        ),
+    ] = None
+    pattern: Annotated[
+        str,
+        Option(
+            help="How active neurons lie; TRACES: as in real tokens, from psp collect.",
+            metavar="random|clustered|TRACES",
+        ),
+    ] = "random"
+    device: Annotated[str, Option(help="cpu or a CUDA device.")] = "cpu"
+    dtype: Annotated[
+        str,
+        Option(
+            help="Of weights and inputs; auto: float32 on the CPU, else float16.", choices=DTYPES
+        ),
+    ] = "auto"
+    repeats: Annotated[int, Option(help="Timed turns, of which the median counts.", least=1)] = 25
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Settings of a continuation."""
+
+    model: ModelName
+    prompt: Annotated[str, Option(help="Text to continue.")] = "The "
+    count: Annotated[int, Option(names=("-n",), help="Tokens to generate.", least=2)] = 64
+    operators: Annotated[
+        bool,
+        Option(
+            names=("--operators/--no-operators",),
+            help="Run with the operators too, or the dense model only.",
+        ),
+    ] = True
+    repeats: Annotated[int, Option(help="Timed runs of each kind.", least=1)] = 3
+    device: Annotated[str, Option(help="Torch device of the model.")] = "cpu"
+    dtype: Annotated[
+        str,
+        Option(
+            help="Type to run in; auto: float32 on the CPU, else the checkpoint's.",
+            choices=DTYPES,
+        ),
+    ] = "auto"
+    threads: Threads = 1
