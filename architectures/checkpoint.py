@@ -17,10 +17,9 @@ import torch
 from architectures.registry import resolve
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tensor_files import TensorFiles
-from common.errors import CheckpointError
+from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
 
-_FETCH_AGAIN = "fetch the checkpoint again"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FINGERPRINT_ROWS = 8
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -51,9 +50,8 @@ def locate(model: str) -> Path:
         return path
     except Exception as error:
         # The client raises many kinds: no network, unknown repository, gated repository.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{model}: neither a directory nor fetched from the hub ({reason})",
+            f"{model}: neither a directory nor fetched from the hub ({reason(error)})",
             "check the name, the network and your access",
         ) from error
 
@@ -108,7 +106,7 @@ class Checkpoint:
         for stored in (name, name.removeprefix(f"{self.architecture.base}.")):
             if stored in self.files.shards:
                 return stored
-        raise CheckpointError(f"{self.path}: tensor {name} is missing", _FETCH_AGAIN)
+        raise CheckpointError(f"{self.path}: tensor {name} is missing", FETCH_AGAIN)
 
     def check_tensors(self) -> None:
         """Refuse files that do not hold every tensor of the family, in its shape and a float type.
@@ -130,7 +128,7 @@ class Checkpoint:
                 if found != rule.shape(self.shape):
                     raise CheckpointError(
                         f"{where} has shape {found}, config.json implies {rule.shape(self.shape)}",
-                        _FETCH_AGAIN,
+                        FETCH_AGAIN,
                     )
 
     def read(self, rule: TensorRule, layer: int = 0) -> torch.Tensor:

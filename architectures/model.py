@@ -18,7 +18,7 @@ from torch import nn
 
 from architectures.checkpoint import Checkpoint
 from architectures.memory import weight_budget
-from common.errors import CheckpointError
+from common.errors import CheckpointError, reason
 
 WEIGHTS = ("auto", "resident", "streamed")
 
@@ -155,9 +155,8 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"cannot run on device {device!r} ({reason})", "check --device"
+            f"cannot run on device {device!r} ({reason(error)})", "check --device"
         ) from error
 
 

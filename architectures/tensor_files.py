@@ -12,10 +12,9 @@ from pathlib import Path
 import safetensors
 import torch
 
-from common.errors import CheckpointError
+from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
 
-_FETCH_AGAIN = "fetch the checkpoint again"
 _KINDS = ("model.safetensors", "pytorch_model.bin")
 _DTYPES = {
     "F16": torch.float16,
@@ -48,25 +47,25 @@ class TensorFiles:
                 return self._names(self.path / kind)
         raise CheckpointError(
             f"{self.path}: holds no weights, expected {' or '.join(_KINDS)} (or their index.json)",
-            _FETCH_AGAIN,
+            FETCH_AGAIN,
         )
 
     def _indexed(self, index: Path) -> dict[str, Path]:
-        weight_map = read_json(index, CheckpointError, _FETCH_AGAIN).get("weight_map")
+        weight_map = read_json(index, CheckpointError, FETCH_AGAIN).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: no 'weight_map'", _FETCH_AGAIN)
+            raise CheckpointError(f"{index}: no 'weight_map'", FETCH_AGAIN)
         present: dict[str, Path] = {}
         for shard in sorted(set(map(str, weight_map.values()))):
             if Path(shard).name != shard:
                 raise CheckpointError(
-                    f"{index}: shard {shard!r} is no plain file name", _FETCH_AGAIN
+                    f"{index}: shard {shard!r} is no plain file name", FETCH_AGAIN
                 )
             present |= self._names(self.path / shard)
         return present
 
     def _names(self, shard: Path) -> dict[str, Path]:
         if not shard.is_file():
-            raise CheckpointError(f"{shard}: shard is missing", _FETCH_AGAIN)
+            raise CheckpointError(f"{shard}: shard is missing", FETCH_AGAIN)
         if shard.suffix != ".safetensors":
             return dict.fromkeys(self._torch_file(shard), shard)
         try:
@@ -89,7 +88,7 @@ class TensorFiles:
                 isinstance(name, str) and isinstance(value, torch.Tensor)
                 for name, value in content.items()
             ):
-                raise CheckpointError(f"{shard}: not a mapping of names to tensors", _FETCH_AGAIN)
+                raise CheckpointError(f"{shard}: not a mapping of names to tensors", FETCH_AGAIN)
             self._opened[shard] = content
         return self._opened[shard]
 
@@ -123,5 +122,4 @@ class TensorFiles:
 
 
 def _damaged(shard: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{shard}: shard is truncated or damaged ({reason})", _FETCH_AGAIN)
+    return CheckpointError(f"{shard}: shard is truncated or damaged ({reason(error)})", FETCH_AGAIN)

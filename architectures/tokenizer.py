@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from common.errors import CheckpointError
+from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
 
 if TYPE_CHECKING:
     import sentencepiece
     import tokenizers
 
-_FETCH_AGAIN = "fetch the checkpoint again"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -82,7 +81,7 @@ def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePie
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: not a SentencePiece model", _FETCH_AGAIN) from error
+        raise CheckpointError(f"{file}: not a SentencePiece model", FETCH_AGAIN) from error
     if tokenizer.bos_id() < 0:
         raise CheckpointError(
             f"{file}: has no BOS piece, which PowerInfer needs", "use another tokenizer.model"
@@ -105,7 +104,7 @@ def chat_template_of(path: Path) -> str | None:
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error})", _FETCH_AGAIN) from error
+            raise CheckpointError(f"{file}: cannot be read ({error})", FETCH_AGAIN) from error
     template = _read_optional(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -178,7 +177,7 @@ def _damage_refused(file: Path) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of the Rust code is no Exception
         raise CheckpointError(
-            f"{file}: cannot be used as a tokenizer ({error})", _FETCH_AGAIN
+            f"{file}: cannot be used as a tokenizer ({error})", FETCH_AGAIN
         ) from error
 
 
@@ -249,4 +248,4 @@ def _content(token: object) -> str | None:
 
 
 def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file, CheckpointError, _FETCH_AGAIN) if file.is_file() else {}
+    return read_json(file, CheckpointError, FETCH_AGAIN) if file.is_file() else {}

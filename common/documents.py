@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from common.chat import render
-from common.errors import DataError
+from common.errors import DataError, reason
 
 TEXT_DOCUMENT_CHARACTERS = 16384
 """A .txt file is cut at blank lines into documents of at least this many characters, so that a
@@ -145,7 +145,7 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[str, object]]:
     except Exception as error:
         # A damaged file shows itself in many kinds, in any of the library's layers.
         raise DataError(
-            f"{path}: not a readable Parquet file ({_reason(error)})", "fetch or write it again"
+            f"{path}: not a readable Parquet file ({reason(error)})", "fetch or write it again"
         ) from error
 
 
@@ -200,9 +200,5 @@ def _dataset(source: str, field: str) -> Iterator[tuple[str, object]]:
     except Exception as error:
         # The library raises many kinds: no network, no such name, no such config or split.
         raise DataError(
-            f"{source}: cannot be loaded ({_reason(error)})", "check name and network"
+            f"{source}: cannot be loaded ({reason(error)})", "check name and network"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -9,6 +9,13 @@ _HEAD, _TAIL = 600, 300
 """Characters of a long message that are kept: where it begins, and the remedy."""
 
 
+FETCH_AGAIN = "fetch the checkpoint again"
+COLLECT_AGAIN = "collect the traces again"
+TRAIN_AGAIN = "train the predictors again"
+EXPORT_AGAIN = "export the file again"
+"""Remedies that more than one place names."""
+
+
 class PspError(Exception):
     """Something outside the program is wrong and the user can mend it.
 
@@ -29,6 +36,12 @@ class PspError(Exception):
 
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error of a library says, its kind if it says nothing."""
+    said = [line for line in str(error).splitlines() if line.strip()]
+    return said[0] if said else type(error).__name__
 
 
 class DataError(PspError):

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from common.errors import PredictorError
+from common.errors import PredictorError, reason
 
 _FETCH = "fetch the predictors again"
 _DTYPES = (
@@ -32,8 +32,7 @@ def read_tensor_file(file: Path) -> Any:
         raise
     except Exception as error:
         # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PredictorError(f"{file}: cannot be read ({reason})", _FETCH) from error
+        raise PredictorError(f"{file}: cannot be read ({reason(error)})", _FETCH) from error
 
 
 def _parts(file: Path) -> list[zipfile.ZipInfo]:

@@ -19,7 +19,7 @@ from architectures.model import load_model
 from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
 from architectures.tokenizer import RustTokenizer, load_tokenizer
-from common.errors import EngineError, FormatError
+from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.pwri.element_types import WRITABLE, decode, encode
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
@@ -258,7 +258,7 @@ class _Comparison:
         if any(info.kind not in _EXACT for info in self.subject.file.tensors.values()):
             return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
         if not largest <= LOGIT_TOLERANCE * spread:
-            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", "export the file again")
+            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", EXPORT_AGAIN)
         return f"{line}, {len(self.ids)} tokens; at most {LOGIT_TOLERANCE:.0%} of it"
 
     def sparse(self) -> str:

@@ -22,12 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from common.decisions import mean_metrics
-from common.errors import PredictorError
+from common.errors import TRAIN_AGAIN, PredictorError
 from common.files import read_json, write_bytes, write_json
 from common.version import tool_version
 
 SCHEMA_VERSION = 4
-_AGAIN = "train the predictors again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ class PredictorArtifact:
         if version != SCHEMA_VERSION:
             raise PredictorError(
                 f"{path}: predictor schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
-                _AGAIN,
+                TRAIN_AGAIN,
             )
         try:
             layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
@@ -134,7 +133,9 @@ class PredictorArtifact:
             search = list(document["search"])
             return cls(path, PredictorHeader(**document["header"]), layers, ranks, search)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PredictorError(f"{path}/predictors.json: damaged ({error})", _AGAIN) from error
+            raise PredictorError(
+                f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
+            ) from error
 
     @property
     def complete(self) -> bool:
@@ -244,7 +245,8 @@ class PredictorArtifact:
             found = tuple(tensors[name].shape) if name in tensors else None
             if found != shape:
                 raise PredictorError(
-                    f"{file}: {name} has shape {found}, predictors.json implies {shape}", _AGAIN
+                    f"{file}: {name} has shape {found}, predictors.json implies {shape}",
+                    TRAIN_AGAIN,
                 )
         if "thresholds" in expected:
             thresholds = tensors["thresholds"]
@@ -264,7 +266,9 @@ class PredictorArtifact:
         """
         rank = self.ranks.get(layer, self.header.rank)
         if not isinstance(rank, int):
-            raise PredictorError(f"{self.path}/predictors.json: no rank of layer {layer}", _AGAIN)
+            raise PredictorError(
+                f"{self.path}/predictors.json: no rank of layer {layer}", TRAIN_AGAIN
+            )
         return rank
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
@@ -272,4 +276,4 @@ class PredictorArtifact:
             tensors: dict[str, torch.Tensor] = load_file(file)
             return tensors
         except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error})", _AGAIN) from error
+            raise PredictorError(f"{file}: missing or damaged ({error})", TRAIN_AGAIN) from error

@@ -23,7 +23,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from common.errors import ExportError
+from common.errors import EXPORT_AGAIN, ExportError
 from common.units import GIB
 
 _ATTENTION = ("attn_norm", "attn_norm_2", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
@@ -180,9 +180,7 @@ def _sort(tensors: Iterable[SizedTensor]) -> tuple[list[SizedTensor], dict[int, 
         elif layer is None and stem in _OUTPUT:
             ranked.append(((3, 0, _OUTPUT.index(stem), bias), tensor))
         elif layer is not None or stem not in _ON_CPU:
-            raise ExportError(
-                f"tensor {tensor.name}: PowerInfer has no place for it", "export the file again"
-            )
+            raise ExportError(f"tensor {tensor.name}: PowerInfer has no place for it", EXPORT_AGAIN)
     return [tensor for _, tensor in sorted(ranked, key=lambda item: item[0])], rows
 
 
@@ -194,5 +192,5 @@ def _neuron_bytes(rows: dict[int, dict[str, int]], n_layers: int) -> Iterator[in
     for layer in range(n_layers):
         found = rows.get(layer, {})
         if not {"ffn_up", "ffn_down_t"} <= found.keys():
-            raise ExportError(f"layer {layer} has no FFN matrices", "export the file again")
+            raise ExportError(f"layer {layer} has no FFN matrices", EXPORT_AGAIN)
         yield sum(found.values()) + BUCKET_BYTES

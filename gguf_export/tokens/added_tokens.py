@@ -9,10 +9,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from common.errors import CheckpointError
+from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
-
-_REMEDY = "fetch the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class TokenizerFiles:
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self._path / name
-        return read_json(file, CheckpointError, _REMEDY) if file.is_file() else {}
+        return read_json(file, CheckpointError, FETCH_AGAIN) if file.is_file() else {}
 
     def _added(self) -> dict[int, AddedToken]:
         """Return added tokens by id; what any file calls special is.
@@ -65,7 +63,7 @@ class TokenizerFiles:
                 raise CheckpointError(
                     f"{self._path / name}: added token {content!r} with id {number!r} is no text "
                     "with a number",
-                    _REMEDY,
+                    FETCH_AGAIN,
                 )
             before = found.get(number, AddedToken(content, False))
             if before.content != content:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import EngineError
+from common.errors import EXPORT_AGAIN, EngineError
 from powerinfer_bridge.programs.sample import Phase
 
 _NUMBER = r"-?(?:[\d.]+|nan|inf)"
@@ -108,7 +108,7 @@ def parse_perplexity(output: str) -> float:
     value = float(match[1])
     if not 0 < value < float("inf"):
         raise EngineError(
-            f"PowerInfer's perplexity is {match[1]}: it computed wrongly", "export the file again"
+            f"PowerInfer's perplexity is {match[1]}: it computed wrongly", EXPORT_AGAIN
         )
     return value
 

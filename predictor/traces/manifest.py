@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import TraceError
+from common.errors import COLLECT_AGAIN, TraceError
 from common.files import read_json, write_json
 from common.version import tool_version
 from predictor.traces.importance import BITS
 from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2
-_AGAIN = "collect the traces again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +114,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
     if version != SCHEMA_VERSION:
         raise TraceError(
             f"{path}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
-            f"{_AGAIN}",
+            f"{COLLECT_AGAIN}",
         )
     try:
         header, progress = TraceHeader(**manifest["header"]), manifest["progress"]
@@ -124,7 +123,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
         weights = [_text(digest) for digest in _list(progress["weights"])]
         return header, Progress(shards, weights, progress["complete"] is True)
     except (KeyError, TypeError, ValueError) as error:
-        raise TraceError(f"{path}/manifest.json: damaged ({error})", _AGAIN) from error
+        raise TraceError(f"{path}/manifest.json: damaged ({error})", COLLECT_AGAIN) from error
 
 
 _MOST = 1 << 40

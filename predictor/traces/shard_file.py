@@ -29,7 +29,7 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from common.errors import TraceError
+from common.errors import COLLECT_AGAIN, TraceError
 from common.files import write_error
 from predictor.traces.bits import unpack_active
 from predictor.traces.importance import pack_codes
@@ -39,7 +39,6 @@ _PREFIX = 1024
 
 _CHUNK = 1 << 20
 _CHECKED_ROWS = 1024
-_AGAIN = "collect the traces again"
 INPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CODES = {"float16": "F16", "bfloat16": "BF16"}
 _DTYPES = {
@@ -244,7 +243,7 @@ def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", _AGAIN) from error
+        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
     for name, (kind, shape, _) in layout.parts(0).items():
         if name == "importance":
             shape = (layout.importance_bytes(int(tensors["counts"].sum())),)
@@ -254,7 +253,7 @@ def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
             raise TraceError(
                 f"{path}: {name} has shape {found[0]} and dtype {found[1]}, the manifest implies "
                 f"{shape} and {_DTYPES[kind]}",
-                _AGAIN,
+                COLLECT_AGAIN,
             )
     return tensors
 
@@ -269,7 +268,7 @@ def shard_counts(path: Path) -> torch.Tensor:
         with safe_open(path, framework="pt") as file:
             counts: torch.Tensor = file.get_tensor("counts")
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", _AGAIN) from error
+        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
     return counts
 
 
@@ -287,13 +286,15 @@ def check_shard(path: Path, layout: ShardLayout) -> str:
         prefix, found = file.read(_PREFIX), _digest(file)
     # The header holds the checksum of the data; itself it can only be what the writer writes.
     if prefix != _prefix(layout, len(tensors["importance"]), found):
-        raise TraceError(f"{path}: header and data do not fit, its checksum is {found}", _AGAIN)
+        raise TraceError(
+            f"{path}: header and data do not fit, its checksum is {found}", COLLECT_AGAIN
+        )
     counted = torch.zeros(layout.d_ff, dtype=torch.int64)
     for start in range(0, layout.rows, _CHECKED_ROWS):
         rows = slice(start, start + _CHECKED_ROWS)
         counted += unpack_active(tensors["active"][rows], layout.d_ff).sum(0)
         if not torch.isfinite(tensors["inputs"][rows]).all():
-            raise TraceError(f"{path}: inputs hold NaN or inf", _AGAIN)
+            raise TraceError(f"{path}: inputs hold NaN or inf", COLLECT_AGAIN)
     if not torch.equal(counted, tensors["counts"]):
-        raise TraceError(f"{path}: counts differ from the active bits", _AGAIN)
+        raise TraceError(f"{path}: counts differ from the active bits", COLLECT_AGAIN)
     return found

@@ -25,7 +25,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from common.errors import TraceError
+from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
 from predictor.traces.bits import count_active
 from predictor.traces.holdout import hold_out
@@ -41,7 +41,6 @@ from predictor.traces.shard_file import (
 )
 
 __all__ = ["LayerRows", "TraceStore"]
-_AGAIN = "collect the traces again"
 
 
 class TraceStore:
@@ -176,13 +175,13 @@ class TraceStore:
         try:
             tensors: Mapping[str, torch.Tensor] = load_file(file)
         except (SafetensorError, OSError) as error:
-            raise TraceError(f"{file}: missing or damaged ({error})", _AGAIN) from error
+            raise TraceError(f"{file}: missing or damaged ({error})", COLLECT_AGAIN) from error
         d_ff, d_model = self.header.d_ff, self.header.d_model
         for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
             found = tuple(tensors[name].shape) if name in tensors else None
             if found != shape:
                 raise TraceError(
-                    f"{file}: {name} has shape {found}, the manifest implies {shape}", _AGAIN
+                    f"{file}: {name} has shape {found}, the manifest implies {shape}", COLLECT_AGAIN
                 )
         return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
@@ -207,7 +206,7 @@ class TraceStore:
         if bits:
             per_row = count_active(parts["active"])
             if per_row.sum() != parts["counts"].sum():
-                raise TraceError(f"{file}: counts differ from the active bits", _AGAIN)
+                raise TraceError(f"{file}: counts differ from the active bits", COLLECT_AGAIN)
             starts = torch.cumsum(per_row, 0) - per_row
         return LayerRows(importance_bits=bits, starts=starts, file=file, **parts)
 
@@ -232,15 +231,17 @@ class TraceStore:
             self.weights(layer)
             file = self._layer_file(layer, "weights")
             if xxhash.xxh3_128_hexdigest(file.read_bytes()) != digest:
-                raise TraceError(f"{file}: checksum differs from the manifest's", _AGAIN)
+                raise TraceError(f"{file}: checksum differs from the manifest's", COLLECT_AGAIN)
         if self.progress.shards and len(weights) != len(self.header.layers):
-            raise TraceError(f"{self.path}/manifest.json: weights of layers are missing", _AGAIN)
+            raise TraceError(
+                f"{self.path}/manifest.json: weights of layers are missing", COLLECT_AGAIN
+            )
         for number, shard in enumerate(self.progress.shards):
             layout = self._layout(shard.rows)
             digests = [check_shard(self._shard_file(n, number), layout) for n in self.header.layers]
             if _joined(digests) != shard.sha256:
                 raise TraceError(
-                    f"{self.path}: shard {number} is whole but not the manifest's", _AGAIN
+                    f"{self.path}: shard {number} is whole but not the manifest's", COLLECT_AGAIN
                 )
 
     def holdout(self, share: float, seed: int) -> torch.Tensor:
