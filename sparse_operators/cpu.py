@@ -16,7 +16,14 @@ from sparse_operators import cpu_bags
 from sparse_operators.reference import rounded_threshold
 
 
-def up(scores: Tensor, x: Tensor, w1: Tensor, *, threshold: float = 0.0) -> Tensor:
+def up(
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
+) -> Tensor:
     """S2: `act(scores) ⊙ (x·w1ᵀ)`, reading only rows of `w1` that some token computes.
 
     Args:
@@ -24,18 +31,19 @@ def up(scores: Tensor, x: Tensor, w1: Tensor, *, threshold: float = 0.0) -> Tens
         x: `(t, d_model)`.
         w1: `(d_ff, d_model)`, contiguous.
         threshold: 0 for ReLU, T for FATReLU.
+        deterministic: The CPU always is.
 
     Returns:
         `x1 (t, d_ff)` in the inputs' type, exactly 0 where a neuron is skipped.
     """
-    if not _has_loops(w1.dtype):
+    if not has_loops(w1.dtype):
         return cpu_bags.up(scores, x, w1, threshold=threshold)
     x1 = torch.empty(scores.shape)
     _loops().up(*map(_array, (scores, x, w1)), rounded_threshold(threshold, w1.dtype), _array(x1))
     return x1
 
 
-def down(x1: Tensor, w2t: Tensor) -> Tensor:
+def down(x1: Tensor, w2t: Tensor, *, deterministic: bool = False) -> Tensor:
     """S3: `x1·w2t`, reading only rows of `w2t` where some token's `x1` is not 0.
 
     The order of additions does not depend on the number of threads.
@@ -43,11 +51,12 @@ def down(x1: Tensor, w2t: Tensor) -> Tensor:
     Args:
         x1: `(t, d_ff)`.
         w2t: `(d_ff, d_model)`, contiguous.
+        deterministic: The CPU always is.
 
     Returns:
         `y (t, d_model)` in the inputs' type.
     """
-    if not _has_loops(w2t.dtype):
+    if not has_loops(w2t.dtype):
         return cpu_bags.down(x1, w2t)
     y = torch.empty(x1.shape[0], w2t.shape[1])
     _loops().down(_array(x1), _array(w2t), _array(y))
@@ -55,14 +64,21 @@ def down(x1: Tensor, w2t: Tensor) -> Tensor:
 
 
 def up_down(
-    scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, *, threshold: float = 0.0
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2t: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
 ) -> Tensor:
     """S2, then S3; see `up` and `down`."""
     return down(up(scores, x, w1, threshold=threshold), w2t)
 
 
 @cache
-def _has_loops(dtype: torch.dtype) -> bool:
+def has_loops(dtype: torch.dtype) -> bool:
+    """Whether the compiled loops run a type."""
     return dtype == torch.float32 and find_spec("numba") is not None
 
 

@@ -8,6 +8,8 @@ The first call for a shape compiles its kernels: make one before capturing a CUD
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,13 @@ from sparse_operators.checks import check_down, check_no_nan, check_up, check_up
 
 
 def sparse_up(
-    scores: Tensor, x: Tensor, w1: Tensor, *, threshold: float = 0.0, check: bool = True
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
+    check: bool = True,
 ) -> Tensor:
     """S2: `act(scores) ⊙ (x·w1ᵀ)`, reading only the rows of `w1` that some token activates.
 
@@ -24,6 +32,7 @@ def sparse_up(
         x: FFN input `(t, d_model)`, same type and device.
         w1: `up_proj.weight (d_ff, d_model)`, contiguous, same type and device.
         threshold: 0 for ReLU (`s > 0` computes), T for FATReLU (`s >= T` computes).
+        deterministic: As in `sparse_down`.
         check: Also look for NaN, which on CUDA waits for the device. Never done while compiling
             or capturing; shapes, types, devices and layouts are checked always.
 
@@ -34,7 +43,8 @@ def sparse_up(
         ValueError: An argument is not as described; nothing was launched.
     """
     _look_for_nan("scores", scores, check)
-    return torch.ops.psp.sparse_up(scores, x, w1, threshold)  # type: ignore[no-any-return]
+    operator = torch.ops.psp.sparse_up
+    return operator(scores, x, w1, threshold, deterministic)  # type: ignore[no-any-return]
 
 
 def sparse_down(
@@ -45,8 +55,9 @@ def sparse_down(
     Args:
         x1: `(t, d_ff)`, t = 1 to 8; float16, bfloat16 or float32.
         w2t: `down_proj.weight` transposed, `(d_ff, d_model)`, contiguous, same type and device.
-        deterministic: The same bits in every process on the same card, even where `triton_tuning`
-            has changed how the sum is cut up. Within a process they repeat in any case.
+        deterministic: The same bits in every process on the same card, even where tuning (`psp
+            bench-operators --tune`) has changed how it cuts sums up. Within a process they repeat
+            in any case.
         check: Also look for NaN, as in `sparse_up`.
 
     Returns:
@@ -94,25 +105,22 @@ def sparse_up_down(
 @torch.library.custom_op(
     "psp::sparse_up",
     mutates_args=(),
-    schema="(Tensor scores, Tensor x, Tensor w1, float threshold) -> Tensor",
+    schema="(Tensor scores, Tensor x, Tensor w1, float threshold, bool deterministic=False)"
+    " -> Tensor",
 )
-def _up(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
-    from sparse_operators import cpu
-
+def _up(
+    scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool = False
+) -> Tensor:
     check_up(scores, x, w1, threshold)
-    return cpu.up(scores.contiguous(), x.contiguous(), w1, threshold=threshold)
-
-
-@_up.register_kernel("cuda")
-def _up_cuda(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
-    from sparse_operators import triton_kernels
-
-    check_up(scores, x, w1, threshold)
-    return triton_kernels.up(scores.contiguous(), x.contiguous(), w1, threshold=threshold)
+    arguments = scores.contiguous(), x.contiguous(), w1
+    y: Tensor = _kernels(w1).up(*arguments, threshold=threshold, deterministic=deterministic)
+    return y
 
 
 @_up.register_fake
-def _up_fake(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
+def _up_fake(
+    scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool = False
+) -> Tensor:
     check_up(scores, x, w1, threshold)
     return scores.new_empty(scores.shape)
 
@@ -123,18 +131,9 @@ def _up_fake(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> Tensor:
     schema="(Tensor x1, Tensor w2t, bool deterministic) -> Tensor",
 )
 def _down(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
-    from sparse_operators import cpu
-
     check_down(x1, w2t)
-    return cpu.down(x1.contiguous(), w2t)
-
-
-@_down.register_kernel("cuda")
-def _down_cuda(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
-    from sparse_operators import triton_kernels
-
-    check_down(x1, w2t)
-    return triton_kernels.down(x1.contiguous(), w2t, deterministic=deterministic)
+    y: Tensor = _kernels(w2t).down(x1.contiguous(), w2t, deterministic=deterministic)
+    return y
 
 
 @_down.register_fake
@@ -152,27 +151,10 @@ def _down_fake(x1: Tensor, w2t: Tensor, deterministic: bool) -> Tensor:
 def _up_down(
     scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float, deterministic: bool
 ) -> Tensor:
-    from sparse_operators import cpu
-
     check_up_down(scores, x, w1, w2t, threshold)
-    return cpu.up_down(scores.contiguous(), x.contiguous(), w1, w2t, threshold=threshold)
-
-
-@_up_down.register_kernel("cuda")
-def _up_down_cuda(
-    scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float, deterministic: bool
-) -> Tensor:
-    from sparse_operators import triton_kernels
-
-    check_up_down(scores, x, w1, w2t, threshold)
-    return triton_kernels.up_down(
-        scores.contiguous(),
-        x.contiguous(),
-        w1,
-        w2t,
-        threshold=threshold,
-        deterministic=deterministic,
-    )
+    arguments = scores.contiguous(), x.contiguous(), w1, w2t
+    y: Tensor = _kernels(w1).up_down(*arguments, threshold=threshold, deterministic=deterministic)
+    return y
 
 
 @_up_down.register_fake
@@ -181,6 +163,17 @@ def _up_down_fake(
 ) -> Tensor:
     check_up_down(scores, x, w1, w2t, threshold)
     return x.new_empty(x.shape)
+
+
+def _kernels(weight: Tensor) -> Any:
+    """The module whose `up`, `down` and `up_down` run where the weight is."""
+    if weight.is_cuda:
+        from sparse_operators import cuda
+
+        return cuda
+    from sparse_operators import cpu
+
+    return cpu
 
 
 def _look_for_nan(name: str, values: Tensor, check: bool) -> None:

@@ -1,23 +1,40 @@
 """How the kernels are cut up: programs, rows at a time, columns, warps.
 
-Chosen from the shape and the card alone, never from the data, so that nothing waits for the device
-and a CUDA graph may hold the launch. `triton_tuning` can replace a choice by a measured one;
-without it the same card gives the same bits in every process, which automatic tuning could not
-promise.
+The default is chosen from the shape and the card alone, never from the data, so that nothing waits
+for the device and a CUDA graph may hold the launch. `triton_tuning` measures better choices, which
+a file of the card keeps for later processes; without it, or where a call asks for it, the same card
+gives the same bits in every process, which automatic tuning could not promise.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Literal
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
+from common.errors import EngineError
+from common.files import write_json
+from common.typed_json import Range, plain, read_document
+from common.version import tool_version
+
 Operator = Literal["up", "down", "up_down"]
+TypeName = Literal["float16", "bfloat16", "float32"]
+
+Extent = Annotated[int, Range(1, 1 << 24)]
 
 TENSOR_CORE_ROWS = 16
 """Least extent of a `tl.dot` operand: tokens are padded to it, and rows come in such groups."""
+
+_REMEDY = "the default launches run until psp bench-operators --tune measures again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,31 +66,21 @@ class Problem:
         d_model: Columns.
         d_ff: Rows.
         dtype: Type of every tensor.
-        device: Where they are.
+        processors: Multiprocessors of the card.
     """
 
     operator: Operator
-    tokens: int
-    d_model: int
-    d_ff: int
-    dtype: torch.dtype
-    device: torch.device
+    tokens: Annotated[int, Range(1, 8)]
+    d_model: Extent
+    d_ff: Extent
+    dtype: TypeName
+    processors: Extent
 
-
-tuned: dict[Problem, Launch] = {}
-"""Measured choices, filled by `triton_tuning.tune` only."""
-
-
-def launch_for(problem: Problem, *, deterministic: bool = False) -> Launch:
-    """The measured choice if there is one, else the default.
-
-    Args:
-        problem: Operator, shape, type and device.
-        deterministic: Always the default, so that tuning cannot change the order of sums.
-    """
-    if not deterministic and problem in tuned:
-        return tuned[problem]
-    return default_launch(problem)
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row of weights."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return power_of_two(self.d_model) * dtype.itemsize
 
 
 @functools.cache
@@ -83,8 +90,7 @@ def default_launch(problem: Problem) -> Launch:
     By Little's law an H100 (3.35 TB/s, about 0.7 µs latency) needs 18 KB in flight on each
     multiprocessor; three programs of 8 warps with 4 rows of 4096 float16 hold 96 KB.
     """
-    processors = _processors(problem.device)
-    single = problem.tokens == 1
+    processors, single = problem.processors, problem.tokens == 1
     columns = max(TENSOR_CORE_ROWS, min(256 if single else 128, power_of_two(problem.d_model)))
     if problem.operator == "down":
         splits = max(1, 4 * processors // -(-problem.d_model // columns))
@@ -101,6 +107,25 @@ def default_launch(problem: Problem) -> Launch:
     return Launch(programs=programs, group=TENSOR_CORE_ROWS, columns=columns, warps=4, stages=4)
 
 
+def candidates(problem: Problem) -> Iterator[Launch]:
+    """What tuning tries for one token: the default first, then its neighbours.
+
+    These have fewer or more programs, rows, warps, stages.
+    """
+    base = default_launch(problem)
+    yield base
+    groups = (base.group // 2, base.group, base.group * 2)
+    for scale, group, warps, stages in itertools.product(
+        (0.5, 1.0, 2.0), groups, (4, 8), (1, 2, 3)
+    ):
+        programs = min(problem.d_ff, max(1, int(base.programs * scale)))
+        if group < 1 or (scale, stages) == (0.5, 2):
+            continue
+        launch = replace(base, programs=programs, group=group, warps=warps, stages=stages)
+        if launch != base:
+            yield launch
+
+
 def whole_rows(problem: Problem, budget: int) -> tuple[int, int]:
     """Group and warps for programs that read whole rows into registers.
 
@@ -111,9 +136,8 @@ def whole_rows(problem: Problem, budget: int) -> tuple[int, int]:
     Returns:
         Rows of a group, 1 to 16, and warps, 1 to 8: 64 elements of weights a thread at most.
     """
-    columns = power_of_two(problem.d_model)
-    group = min(16, max(1, budget // (columns * problem.dtype.itemsize)))
-    return group, min(8, max(1, group * columns // 2048))
+    group = min(16, max(1, budget // problem.row_bytes))
+    return group, min(8, max(1, group * power_of_two(problem.d_model) // 2048))
 
 
 def rows_each(d_ff: int, programs: int, interleave: int = 1) -> int:
@@ -128,8 +152,124 @@ def power_of_two(n: int) -> int:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of the card; a few where the interpreter plays it."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The fastest way that was measured to cut up an operator."""
+
+    problem: Problem
+    launch: Launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchFile:
+    """A card's measured choices on disk; they hold for the versions that measured them."""
+
+    kind: str
+    schema_version: int
+    psp: str
+    triton: str
+    card: str
+    choices: tuple[Choice, ...]
+
+
+_tuned: dict[torch.device, dict[Problem, Launch]] = {}
+"""Measured choices: what the card's file held at first, and what was kept since."""
+
+
+def launch_for(problem: Problem, device: torch.device, *, deterministic: bool = False) -> Launch:
+    """The measured choice if there is one, else the default.
+
+    Args:
+        problem: Operator, shape and type.
+        device: The card.
+        deterministic: Always the default, so that tuning cannot change the order of sums.
+    """
+    found = None if deterministic else tuned_launches(device).get(problem)
+    return found or default_launch(problem)
+
+
+def tuned_launches(device: torch.device) -> dict[Problem, Launch]:
+    """The measured choices for a card, read from its file when they are first asked for."""
+    if device not in _tuned:
+        _tuned[device] = read_launches(launch_file(device), device)
+    return _tuned[device]
+
+
+def keep_launches(chosen: Mapping[Problem, Launch | None], device: torch.device) -> Path:
+    """Use measured choices from now on, here and in later processes.
+
+    Args:
+        chosen: What was measured; None forgets an earlier choice.
+        device: The card.
+
+    Returns:
+        The card's file.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    kept = {**tuned_launches(device), **chosen}
+    launches = {problem: launch for problem, launch in kept.items() if launch is not None}
+    _tuned[device] = launches
+    path = launch_file(device)
+    choices = [Choice(problem=problem, launch=launch) for problem, launch in launches.items()]
+    write_json(path, plain(_document(device, tuple(choices))))
+    return path
+
+
+def read_launches(path: Path, device: torch.device) -> dict[Problem, Launch]:
+    """The choices in a file; none, and one line of warning, if it is not as this card's must be."""
+    if not path.is_file():
+        return {}
+    try:
+        found = read_document(path, LaunchFile, error=EngineError, remedy=_REMEDY)
+        _check(path, found, device)
+    except EngineError as error:
+        logging.getLogger(__name__).warning("warning: %s", error)
+        return {}
+    return {choice.problem: choice.launch for choice in found.choices}
+
+
+def _check(path: Path, found: LaunchFile, device: torch.device) -> None:
+    """Take nothing of another card or version, and only what tuning may have chosen."""
+    for name, expected in plain(_document(device)).items():
+        if name != "choices" and getattr(found, name) != expected:
+            said = f"'{name}' is {getattr(found, name)!r:.80}, expected {expected!r}"
+            raise EngineError(f"{path}: {said}", _REMEDY)
+    for number, choice in enumerate(found.choices):
+        tried = choice.problem.tokens == 1 and choice.problem.processors == processors_of(device)
+        if not tried or choice.launch not in candidates(choice.problem):
+            raise EngineError(
+                f"{path}: 'choices[{number}]' is no launch that tuning tries", _REMEDY
+            )
+
+
+def launch_file(device: torch.device) -> Path:
+    """Where a card's choices are kept: in PSP_CACHE_DIR, else XDG_CACHE_HOME/psp, ~/.cache/psp."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    directory = Path(os.environ.get("PSP_CACHE_DIR") or caches / "psp")
+    name = re.sub(r"[^a-z0-9]+", "-", _card(device).lower()).strip("-")
+    return directory / "launches" / f"{name}.json"
+
+
+def _card(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
+    return f"{name}, {processors_of(device)} multiprocessors"
+
+
+def _document(device: torch.device, choices: tuple[Choice, ...] = ()) -> LaunchFile:
+    return LaunchFile(
+        kind="psp.launches",
+        schema_version=1,
+        psp=tool_version(),
+        triton=version("triton"),
+        card=_card(device),
+        choices=choices,
+    )

@@ -25,12 +25,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEW_TRITON = HAS_TRITON and [int(n) for n in version("triton").split(".")[:2]] >= [3, 7]
 """The interpreter of triton 3.6 fails with numpy 2.4: it makes scalars of 1-element arrays."""
 
-KERNELS = "sparse_operators.triton_kernels"
+KERNELS = "sparse_operators.cuda"
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Calls functions of the kernels' modules in the child process."""
+    """Calls functions in the child process, those of the kernels' launchers by default."""
 
     pool: ProcessPoolExecutor
 
@@ -55,6 +55,7 @@ def start() -> Interpreter:
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("PSP_CACHE_DIR", os.devnull)  # no launches of an earlier process
     try:
         pool = ProcessPoolExecutor(1, mp_context=context)
         assert pool.submit(_interprets).result(timeout=120)
@@ -67,7 +68,7 @@ def down_in_order(x1: Tensor, w2t: Tensor, order: Sequence[int]) -> Tensor:
     """S3 in `len(order)` splits that run, and so arrive, in this order (in the child only)."""
     from triton.runtime.interpreter import interpreter_builder
 
-    from sparse_operators.triton_kernels import down
+    from sparse_operators.cuda import down
     from sparse_operators.triton_launch import Launch
 
     set_index = interpreter_builder.set_grid_idx
@@ -80,12 +81,12 @@ def down_in_order(x1: Tensor, w2t: Tensor, order: Sequence[int]) -> Tensor:
 
 def down_twice(x1: Tensor, w2t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """S3 twice with the same counters, and the counters afterwards (in the child only)."""
-    from sparse_operators import triton_kernels
+    from sparse_operators import cuda
 
     counters = torch.zeros(64, dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_kernels, "tickets", lambda device, count: counters)
-        return triton_kernels.down(x1, w2t), triton_kernels.down(x1, w2t), counters
+        patch.setattr(cuda, "tickets", lambda device, count: counters)
+        return cuda.down(x1, w2t), cuda.down(x1, w2t), counters
 
 
 def _interprets() -> bool:

@@ -6,24 +6,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from sparse_operators import cpu, reference
+from sparse_operators import cpu, cpu_bags, reference
 
 BOUNDS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SHAPES = [(64, 96), (33, 70), (1, 1), (129, 1031)]
 """d_model and d_ff, odd ones too, the last with more neurons than several groups."""
 
 
-@pytest.fixture(params=["loops", "bags"], autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test, with Numba's loops and as if Numba were not there."""
-    if request.param == "bags":
-        monkeypatch.setattr(cpu, "_has_loops", lambda dtype: False)
-    return str(request.param)
+@pytest.fixture(params=["loops", "bags"])
+def path(request: pytest.FixtureRequest) -> ModuleType:
+    """What runs float32 with Numba, and what runs it without."""
+    return cpu if request.param == "loops" else cpu_bags
 
 
 def draw(d_model: int, d_ff: int, tokens: int, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,22 +52,21 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def test_numba_is_there_and_takes_float32_alone(path: str) -> None:
-    expected = [torch.float32] if path == "loops" else []
-    assert [dtype for dtype in BOUNDS if cpu._has_loops(dtype)] == expected
+CASES = [(cpu, dtype) for dtype in BOUNDS] + [(cpu_bags, torch.float32)]
+"""The other types take the bags in any case."""
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(("path", "dtype"), CASES)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.88, 1.0])
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_operators_are_as_right_as_their_type_allows(
-    shape: tuple[int, int], tokens: int, sparsity: float, dtype: torch.dtype
+    path: ModuleType, shape: tuple[int, int], tokens: int, sparsity: float, dtype: torch.dtype
 ) -> None:
     scores, x, w = (part.to(dtype) for part in draw(*shape, tokens, sparsity))
     with poisoned_memory():
-        x1 = cpu.up(scores, x, w)
-        y = cpu.down(x1, w)
+        x1 = path.up(scores, x, w)
+        y = path.down(x1, w)
     assert x1.dtype == y.dtype == dtype
     assert distance(x1, reference.up(scores.double(), x.double(), w.double())) <= BOUNDS[dtype]
     assert distance(y, reference.down(x1.double(), w.double())) <= BOUNDS[dtype]
@@ -78,72 +76,72 @@ def test_both_operators_are_as_right_as_their_type_allows(
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_nothing_of_a_row_that_no_token_computes_is_read(tokens: int) -> None:
+def test_nothing_of_a_row_that_no_token_computes_is_read(path: ModuleType, tokens: int) -> None:
     scores, x, w = draw(48, 300, tokens, 0.9)
     unused = (scores <= 0).all(0)
     assert unused.any()
     poisoned = w.masked_fill(unused[:, None], torch.nan)
-    x1 = cpu.up(scores, x, poisoned)
-    assert torch.equal(x1, cpu.up(scores, x, w))
-    assert torch.equal(cpu.down(x1, poisoned), cpu.down(x1, w))
+    x1 = path.up(scores, x, poisoned)
+    assert torch.equal(x1, path.up(scores, x, w))
+    assert torch.equal(path.down(x1, poisoned), path.down(x1, w))
     assert x1.isfinite().all()
 
 
-def test_a_token_reads_no_row_of_another_one() -> None:
+def test_a_token_reads_no_row_of_another_one(path: ModuleType) -> None:
     scores, x, w = draw(48, 300, 2, 0.5)
     only_second = (scores[0] <= 0) & (scores[1] > 0)
     poisoned = w.masked_fill(only_second[:, None], torch.nan)
-    x1 = cpu.up(scores, x, poisoned)
-    assert torch.equal(x1[0], cpu.up(scores, x, w)[0])
+    x1 = path.up(scores, x, poisoned)
+    assert torch.equal(x1[0], path.up(scores, x, w)[0])
     assert x1[1].isnan().any()
 
 
-def test_fatrelu_computes_from_its_threshold_on() -> None:
+def test_fatrelu_computes_from_its_threshold_on(path: ModuleType) -> None:
     threshold = 0.25
     below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
     scores = torch.tensor([[threshold, below, 0.0, -1.0, 3.0]])
     x, w = torch.ones(1, 4), torch.ones(5, 4)
-    x1 = cpu.up(scores, x, w, threshold=threshold)
+    x1 = path.up(scores, x, w, threshold=threshold)
     assert x1.tolist() == [[4 * threshold, 0, 0, 0, 12]]
-    assert cpu.up_down(scores, x, w, w, threshold=threshold).tolist() == [[13.0] * 4]
+    assert path.down(x1, w).tolist() == [[13.0] * 4]
 
 
-def test_every_token_has_its_own_threshold_test() -> None:
+def test_every_token_has_its_own_threshold_test(path: ModuleType) -> None:
     scores, x, w = draw(48, 300, 4, 0.5)
-    x1 = cpu.up(scores, x, w, threshold=0.6)
+    x1 = path.up(scores, x, w, threshold=0.6)
     wide = reference.up(scores.double(), x.double(), w.double(), threshold=0.6)
     assert torch.equal(x1 != 0, scores >= 0.6)
     assert distance(x1, wide) <= 1e-6
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_the_number_of_threads_changes_no_bit(tokens: int) -> None:
+def test_the_number_of_threads_changes_no_bit(path: ModuleType, tokens: int) -> None:
     scores, x, w = draw(512, 4096, tokens, 0.7)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(cpu.up_down(scores, x, w, w))
+        results.append(path.down(path.up(scores, x, w), w))
     torch.set_num_threads(1)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_scores_need_not_be_contiguous() -> None:
+def test_scores_need_not_be_contiguous(path: ModuleType) -> None:
     scores, x, w = draw(16, 40, 3, 0.5)
     strided = scores.T.contiguous().T
-    assert torch.equal(cpu.up(strided, x, w), cpu.up(scores, x, w))
-    x1 = cpu.up(strided, x, w)
+    assert torch.equal(path.up(strided, x, w), path.up(scores, x, w))
+    x1 = path.up(strided, x, w)
     assert x1.is_contiguous()
-    assert torch.equal(cpu.down(x1.T.contiguous().T, w), cpu.down(x1, w))
+    assert torch.equal(path.down(x1.T.contiguous().T, w), path.down(x1, w))
 
 
-def test_nan_and_infinity_of_active_rows_are_not_lost() -> None:
+def test_nan_and_infinity_of_active_rows_are_not_lost(path: ModuleType) -> None:
     scores, x, w = draw(16, 40, 1, 0.0)
     w[3, 5], w[7, 2] = torch.nan, torch.inf
-    x1 = cpu.up(scores, x, w)
+    x1 = path.up(scores, x, w)
     assert x1[0, 3].isnan()
     assert x1[0, 7].isinf()
-    y = cpu.down(torch.ones(1, 40), w)
+    y = path.down(torch.ones(1, 40), w)
     assert y[0, 5].isnan()
     assert y[0, 2].isinf()
 
@@ -153,11 +151,14 @@ import sys, torch
 torch.set_num_threads(1)
 from sparse_operators import cpu
 assert "numba" not in sys.modules
-y = cpu.up_down(torch.ones(1, 8), torch.ones(1, 4), torch.ones(8, 4), torch.ones(8, 4))
-assert y.tolist() == [[32.0] * 4]
+assert cpu.down(torch.ones(1, 8), torch.ones(8, 4)).tolist() == [[8.0] * 4]
 import numba
 print(torch.get_num_threads(), numba.get_num_threads())
 """
+
+
+def test_numba_takes_float32_alone() -> None:
+    assert [dtype for dtype in BOUNDS if cpu.has_loops(dtype)] == [torch.float32]
 
 
 def test_numba_starts_late_and_leaves_pytorch_its_threads() -> None:

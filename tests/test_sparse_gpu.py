@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
 
 import interpreted
 import pytest
 import torch
+from click.testing import Result
 from torch import Tensor
 
 from sparse_operators import reference, sparse_down, sparse_up, sparse_up_down
@@ -23,11 +27,15 @@ SIZES = {"7b": (4096, 11008), "13b": (5120, 13824), "odd": (1000, 3001)}
 def parts(
     tokens: int, d_model: int, d_ff: int, dtype: torch.dtype, sparsity: float = 0.88
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from sparse_operators.triton_tuning import Shape, random_inputs
+    generator = torch.Generator("cuda").manual_seed(0)
 
-    return random_inputs(
-        Shape(d_model=d_model, d_ff=d_ff, tokens=tokens, dtype=dtype, sparsity=sparsity)
-    )
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device="cuda")
+
+    scores = normal(tokens, d_ff) - NormalDist().inv_cdf(sparsity)
+    x = normal(tokens, d_model)
+    w1, w2t = (normal(d_ff, d_model) / d_model**0.5 for _ in range(2))
+    return scores.to(dtype), x.to(dtype), w1.to(dtype), w2t.to(dtype)
 
 
 def exact(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> Tensor:
@@ -70,7 +78,7 @@ def test_bits_repeat_a_thousand_times(tokens: int) -> None:
 
 
 def test_fused_bits_repeat() -> None:
-    from sparse_operators.triton_kernels import up_down_fused
+    from sparse_operators.cuda import up_down_fused
 
     given = parts(1, *SIZES["7b"], torch.float16)
     first = up_down_fused(*given)
@@ -159,15 +167,26 @@ def test_nan_and_devices_are_refused() -> None:
         sparse_up(scores, x, w1)
 
 
-def test_tuning_measures_and_is_used() -> None:
-    from sparse_operators import triton_launch
-    from sparse_operators.triton_tuning import Shape, tune
+def test_tuning_measures_keeps_and_compares(
+    psp: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sparse_operators.cuda import problem_of
+    from sparse_operators.triton_launch import read_launches, tuned_launches
 
-    shape = Shape(d_model=512, d_ff=1024)
+    monkeypatch.setenv("PSP_CACHE_DIR", str(tmp_path))
+    options = ("--shape", "512,1024", "--sparsity", "0.5,0.9", "--device", "cuda", "--json")
+    result = psp("bench-operators", *options, "--tune")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    device = torch.device("cuda", 0)
+    given = parts(1, 512, 1024, torch.float16)
     try:
-        chosen = tune(shape)
-        assert {problem.operator for problem in chosen} >= {"up", "down"}
-        given = parts(1, 512, 1024, torch.float16)
+        chosen = read_launches(Path(document["tuning"]["file"]), device)
+        for operator in ("up", "down"):
+            problem = problem_of(operator, given[0], 512)
+            assert tuned_launches(device)[problem] == chosen[problem]
+        for row in document["sparsities"]:
+            assert all(row["default_seconds"][name] > 0 for name in ("s2", "s3", "ffn"))
         assert error(sparse_up_down(*given), exact(*given)) <= 2e-3
     finally:
-        triton_launch.tuned.clear()
+        tuned_launches(device).clear()

@@ -1,17 +1,34 @@
-"""How launches are cut up, tuned, and given their counters."""
+"""How launches are cut up, tuned, kept for later processes, and given their counters."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import interpreted
 import pytest
 import torch
 
+from sparse_operators.triton_launch import (
+    Launch,
+    Problem,
+    candidates,
+    default_launch,
+    keep_launches,
+    launch_file,
+    launch_for,
+    rows_each,
+    tuned_launches,
+)
+
 pytestmark = pytest.mark.skipif(not interpreted.NEW_TRITON, reason="needs triton 3.7 or newer")
 
+PROBLEM = Problem(operator="down", tokens=1, d_model=64, d_ff=64, dtype="float16", processors=4)
 SHAPES = [(1, 1), (37, 100), (300, 64), (11008, 4096), (13824, 5120), (14336, 16384)]
 
 
@@ -29,20 +46,11 @@ def interpreter() -> Iterator[Callable[..., Any]]:
 def test_default_launches_cover_every_row_once(
     d_ff: int, d_model: int, operator: Any, tokens: int
 ) -> None:
-    from sparse_operators.triton_launch import Problem, default_launch, rows_each
-
-    problem = Problem(
-        operator=operator,
-        tokens=tokens,
-        d_model=d_model,
-        d_ff=d_ff,
-        dtype=torch.float16,
-        device=torch.device("cpu"),
-    )
+    problem = replace(PROBLEM, operator=operator, tokens=tokens, d_model=d_model, d_ff=d_ff)
     launch = default_launch(problem)
     run = 16 if operator == "down" else 1
     rows, programs = rows_each(d_ff, launch.programs, run), launch.programs
-    # The arithmetic of triton_rows.owned_rows.
+    # The arithmetic of triton_kernels.owned_rows.
     owned = [
         (i // run * programs + program) * run + i % run
         for program, i in itertools.product(range(programs), range(rows))
@@ -52,72 +60,171 @@ def test_default_launches_cover_every_row_once(
     assert launch.group >= (16 if tokens > 1 else 1)
 
 
-def tuned_with_times(favourite: str) -> list[tuple[str, bool]]:
-    """Tune a small shape with a clock that loves one operator's last candidate (in the child)."""
-    from sparse_operators import triton_launch, triton_tuning
+def up_down_when_tuned(favourite: str, cache: str) -> tuple[dict[str, bool], int]:
+    """Tune with a made-up clock, keep the choices, and call `up_down` (in the child).
 
-    calls = 0
+    Returns the default of which operators was kept, and how often the fused kernel then ran.
+    """
+    from sparse_operators import cuda, triton_tuning
+
+    calls, fused_calls = 0, 0
+    fused = cuda.up_down_fused
 
     def clock(call: Callable[[], object]) -> float:
         nonlocal calls
         calls += 1
-        name = call.args[0].__class__.__name__  # type: ignore[attr-defined]
-        assert name == "Launch"
         if calls <= 2:
             call()
-        return 1.0 / calls if favourite == "late" else float(calls)
+        return 1.0 / calls if favourite == "last" else float(calls)
 
-    shape = triton_tuning.Shape(d_model=16, d_ff=32, device="cpu", dtype=torch.float32)
-    triton_tuning.tune(shape, clock)
-    return [
-        (problem.operator, launch == triton_launch.default_launch(problem))
-        for problem, launch in triton_launch.tuned.items()
-    ]
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        nonlocal fused_calls
+        fused_calls += 1
+        return fused(*args, **options)
+
+    scores, x, w = torch.ones(1, 32), torch.ones(1, 16), torch.ones(32, 16)
+    chosen = triton_tuning.tune([scores, scores], x, w, w, clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PSP_CACHE_DIR", cache)
+        patch.setattr(cuda, "up_down_fused", counted)
+        keep_launches(chosen, x.device)
+        for deterministic in (False, True):
+            y = cuda.up_down(scores, x, w, w, deterministic=deterministic)
+            assert y.tolist() == [[512.0] * 16]
+    kept = tuned_launches(x.device).items()
+    return {each.operator: launch == default_launch(each) for each, launch in kept}, fused_calls
 
 
-def test_tuning_keeps_the_fastest(interpreter: Callable[..., Any]) -> None:
+def test_tuning_keeps_the_fastest(interpreter: Callable[..., Any], tmp_path: Path) -> None:
     # Times fall: the last candidate of each wins, and the fused kernel comes last of all.
-    late = interpreter("tuned_with_times", "late", module="test_sparse_launch")
-    assert late == [("up", False), ("down", False), ("up_down", False)]
+    run = ("up_down_when_tuned", "last", str(tmp_path))
+    kept, fused_calls = interpreter(*run, module="test_sparse_launch")
+    assert kept == {"up": False, "down": False, "up_down": False}
+    assert fused_calls == 1, "not where deterministic results are asked for"
     # Times rise: the default, tried first, wins, and the fused kernel loses to the chain.
-    early = interpreter("tuned_with_times", "early", module="test_sparse_launch")
-    assert early == [("up", True), ("down", True)]
+    run = ("up_down_when_tuned", "first", str(tmp_path))
+    kept, fused_calls = interpreter(*run, module="test_sparse_launch")
+    assert kept == {"up": True, "down": True}
+    assert fused_calls == 0
 
 
-def test_deterministic_calls_ignore_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_operators import triton_launch
-    from sparse_operators.triton_launch import Launch, Problem, launch_for
+def other_launch(problem: Problem) -> Launch:
+    return list(candidates(problem))[-1]
 
-    problem = Problem(
-        operator="down",
-        tokens=1,
-        d_model=64,
-        d_ff=64,
-        dtype=torch.float16,
-        device=torch.device("cpu"),
-    )
-    other = Launch(programs=1, group=16, columns=16, warps=1)
-    monkeypatch.setitem(triton_launch.tuned, problem, other)
-    assert launch_for(problem) == other
-    assert launch_for(problem, deterministic=True) == triton_launch.default_launch(problem)
+
+CARDS = itertools.count(1)
+
+
+@pytest.fixture
+def card() -> torch.device:
+    """A device that no test has used: to it, this is a process of its own."""
+    return torch.device("cpu", next(CARDS))
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: torch.device) -> Path:
+    """The card's file, with another launch than the default for `PROBLEM`."""
+    monkeypatch.setenv("PSP_CACHE_DIR", str(tmp_path))
+    return keep_launches({PROBLEM: other_launch(PROBLEM)}, card)
+
+
+def test_deterministic_calls_ignore_tuning(kept: Path, card: torch.device) -> None:
+    assert launch_for(PROBLEM, card) == other_launch(PROBLEM) != default_launch(PROBLEM)
+    assert launch_for(PROBLEM, card, deterministic=True) == default_launch(PROBLEM)
+
+
+def test_later_processes_take_what_was_kept(kept: Path) -> None:
+    later = torch.device("cpu", next(CARDS))
+    assert tuned_launches(later) == {PROBLEM: other_launch(PROBLEM)}
+    second = replace(PROBLEM, operator="up")
+    keep_launches({second: other_launch(second), PROBLEM: None}, later)
+    latest = torch.device("cpu", next(CARDS))
+    assert tuned_launches(latest) == {second: other_launch(second)}
+    kept.unlink()
+    assert tuned_launches(latest) == {second: other_launch(second)}, "read once"
+    assert tuned_launches(torch.device("cpu", next(CARDS))) == {}
+
+
+CHOICE = ("choices", 0)
+DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
+    (("kind",), "psp.other", "'kind'"),
+    (("schema_version",), 2, "'schema_version'"),
+    (("psp",), "0.0.1", "'psp' is '0.0.1'"),
+    (("triton",), "2.0.0", "'triton' is '2.0.0'"),
+    (("card",), "NVIDIA A100", "'card' is 'NVIDIA A100'"),
+    (("choices",), {}, "'choices'"),
+    ((*CHOICE, "launch", "programs"), 0, "'choices[0]' is no launch"),
+    ((*CHOICE, "launch", "group"), 3, "'choices[0]' is no launch"),
+    ((*CHOICE, "launch", "warps"), "4", "'choices[0].launch.warps'"),
+    ((*CHOICE, "problem", "d_model"), 0, "'choices[0].problem.d_model'"),
+    ((*CHOICE, "problem", "tokens"), 2, "'choices[0]' is no launch"),
+    ((*CHOICE, "problem", "processors"), 132, "'choices[0]' is no launch"),
+    ((*CHOICE, "problem", "dtype"), "int8", "'choices[0].problem.dtype'"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "said"), DAMAGES)
+def test_a_damaged_or_foreign_file_is_passed_over(
+    kept: Path, caplog: pytest.LogCaptureFixture, place: tuple[Any, ...], value: Any, said: str
+) -> None:
+    document = json.loads(kept.read_text())
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    kept.write_text(json.dumps(document))
+    passed_over(kept, caplog, said)
+
+
+def passed_over(kept: Path, caplog: pytest.LogCaptureFixture, said: str) -> None:
+    later = torch.device("cpu", next(CARDS))
+    for _ in range(2):
+        assert launch_for(PROBLEM, later) == default_launch(PROBLEM)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert record.levelno == logging.WARNING
+    assert message.startswith(f"warning: {kept}: ")
+    assert said in message
+    assert message.endswith("until psp bench-operators --tune measures again")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"kind": ' + b"[" * 100_000])
+def test_a_file_that_is_no_document_is_passed_over(
+    kept: Path, caplog: pytest.LogCaptureFixture, content: bytes
+) -> None:
+    kept.write_bytes(content)
+    passed_over(kept, caplog, "")
+
+
+def test_where_launches_are_kept(monkeypatch: pytest.MonkeyPatch, card: torch.device) -> None:
+    monkeypatch.delenv("PSP_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    name = "launches/triton-s-interpreter-4-multiprocessors.json"
+    assert str(launch_file(card)) == f"/home/me/.cache/psp/{name}"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert str(launch_file(card)) == f"/caches/psp/{name}"
+    monkeypatch.setenv("PSP_CACHE_DIR", "/elsewhere")
+    assert str(launch_file(card)) == f"/elsewhere/{name}"
 
 
 def test_captured_launches_never_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_operators import triton_tickets
+    from sparse_operators import cuda
 
     capturing = True
     device = torch.device("cuda", 0)
-    arena = triton_tickets._Arena(torch.arange(100, dtype=torch.int32))
-    monkeypatch.setitem(triton_tickets._arenas, device, arena)
+    arena = cuda._Arena(torch.arange(100, dtype=torch.int32))
+    monkeypatch.setitem(cuda._arenas, device, arena)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch, "zeros", lambda *size, **_: torch.full(size, -1))
-    sets = [triton_tickets.tickets(device, 30).tolist() for _ in range(4)]
+    sets = [cuda.tickets(device, 30).tolist() for _ in range(4)]
     # Three sets of the arena, then memory of the graph's own.
     assert sets == [list(range(s, s + 30)) for s in (0, 30, 60)] + [[-1] * 30]
 
 
 def test_each_stream_has_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_operators import triton_tickets
+    from sparse_operators import cuda
 
     class Stream:
         cuda_stream = 1
@@ -129,14 +236,14 @@ def test_each_stream_has_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(count)
         return torch.full((count,), len(made))
 
-    arena = triton_tickets._Arena(torch.arange(0, dtype=torch.int32))
-    monkeypatch.setitem(triton_tickets._arenas, device, arena)
+    arena = cuda._Arena(torch.arange(0, dtype=torch.int32))
+    monkeypatch.setitem(cuda._arenas, device, arena)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream)
     monkeypatch.setattr(torch, "zeros", zeros)
-    assert int(triton_tickets.tickets(device, 8)[0]) == 1
-    assert int(triton_tickets.tickets(device, 5)[0]) == 1
-    assert int(triton_tickets.tickets(device, 9)[0]) == 2
+    assert int(cuda.tickets(device, 8)[0]) == 1
+    assert int(cuda.tickets(device, 5)[0]) == 1
+    assert int(cuda.tickets(device, 9)[0]) == 2
     Stream.cuda_stream = 2
-    assert int(triton_tickets.tickets(device, 5)[0]) == 3
+    assert int(cuda.tickets(device, 5)[0]) == 3
     assert made == [8, 9, 5]

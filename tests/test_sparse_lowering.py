@@ -1,6 +1,6 @@
 """The Triton kernels compiled for real cards, without one: the interpreter is laxer than that.
 
-Each launcher is called with tensors that have no data; the launches it makes are recorded and then
+Each launcher is called with tensors that have no data; what it would launch is recorded and then
 compiled to PTX and machine code for an A100, a 4090 and an H100.
 """
 
@@ -10,8 +10,8 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import interpreted
 import pytest
 import torch
 from torch import Tensor
+
+from sparse_operators.triton_launch import Launch, Operator, default_launch
 
 pytestmark = pytest.mark.skipif(not interpreted.NEW_TRITON, reason="needs triton 3.7 or newer")
 
@@ -47,25 +49,20 @@ class Compiled:
     registers: int
 
 
-Launches = list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
+Launched = list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     from triton.runtime.jit import JITFunction
 
-    from sparse_operators import triton_launch
-
-    made: Launches = []
+    made: Launched = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         made.append((self, grid, args, options))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    monkeypatch.setattr(triton_launch, "_processors", lambda _: PROCESSORS)
-    triton_launch.default_launch.cache_clear()
-    yield made
-    triton_launch.default_launch.cache_clear()
+    return made
 
 
 def arguments(tokens: int, d_model: int, d_ff: int, dtype: torch.dtype) -> list[Tensor]:
@@ -126,16 +123,24 @@ def assembled(name: str, found: Any, warps: int, programs: int) -> Compiled:
     )
 
 
-def up_and_down(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> None:
-    from sparse_operators import triton_kernels as kernels
+def default(operator: Operator, rows: Tensor, x: Tensor) -> Launch:
+    from sparse_operators.cuda import problem_of
 
-    kernels.down(kernels.up(scores, x, w1), w2t)
+    problem = problem_of(operator, rows, x.shape[1])
+    return default_launch(replace(problem, processors=PROCESSORS))
+
+
+def up_and_down(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> None:
+    from sparse_operators import cuda
+
+    x1 = cuda.up(scores, x, w1, launch=default("up", scores, x))
+    cuda.down(x1, w2t, launch=default("down", scores, x))
 
 
 def fused(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor) -> None:
-    from sparse_operators import triton_kernels as kernels
+    from sparse_operators import cuda
 
-    kernels.up_down_fused(scores, x, w1, w2t)
+    cuda.up_down_fused(scores, x, w1, w2t, launch=default("up_down", scores, x))
 
 
 CALLS = [(up_and_down, 1), (up_and_down, 8), (fused, 1)]
@@ -151,7 +156,7 @@ CALLS = [(up_and_down, 1), (up_and_down, 8), (fused, 1)]
     ],
 )
 def test_weights_stream_in_16_byte_loads_and_nothing_spills(
-    launches: Launches,
+    launched: Launched,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     call: Callable[..., None],
@@ -163,8 +168,8 @@ def test_weights_stream_in_16_byte_loads_and_nothing_spills(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     call(*arguments(tokens, d_model, d_ff, dtype))
-    assert len(launches) == 2
-    for launch in launches:
+    assert len(launched) == 2
+    for launch in launched:
         found = compiled(*launch, card)
         assert found.spilled == 0
         assert found.shared <= SHARED_BYTES
@@ -181,10 +186,11 @@ def load_bytes(ptx: str) -> set[int]:
 
 
 @pytest.mark.parametrize(("call", "tokens"), CALLS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize(("d_model", "d_ff"), [(100, 37), (3, 5)])
+@pytest.mark.parametrize(
+    ("dtype", "d_model", "d_ff"), [(torch.float16, 100, 37), (torch.float32, 3, 5)]
+)
 def test_odd_sizes_compile(
-    launches: Launches,
+    launched: Launched,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     call: Callable[..., None],
@@ -195,12 +201,12 @@ def test_odd_sizes_compile(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     call(*arguments(tokens, d_model, d_ff, dtype))
-    for launch in launches:
+    for launch in launched:
         assert compiled(*launch, A100).spilled == 0
 
 
-def test_one_launch_each(launches: Launches) -> None:
+def test_one_launch_each(launched: Launched) -> None:
     for tokens in (1, 2):
         up_and_down(*arguments(tokens, 64, 96, torch.float16))
-    names = [kernel.__name__ for kernel, *_ in launches]
+    names = [kernel.__name__ for kernel, *_ in launched]
     assert names == ["up_one_token", "down_one_token", "up_tokens", "down_tokens"]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not interpreted.NEW_TRITON, reason="needs triton
 Call = Callable[..., Any]
 
 BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-6}
-SHAPES = [(1, 100, 37), (2, 100, 37), (1, 64, 300), (5, 33, 70), (8, 128, 96), (1, 1, 1), (3, 1, 1)]
+SHAPES = [(1, 100, 37), (1, 64, 200), (5, 33, 70), (8, 130, 40), (1, 1, 1), (3, 1, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_down_equals_float64(
     assert error(y, reference.down(*doubles(x1, w2t))) <= BOUNDS[dtype]
 
 
-BOTH = [("up_down", *shape) for shape in SHAPES]
+BOTH = [("up_down", 1, 100, 37), ("up_down", 5, 33, 70)]
 BOTH += [("up_down_fused", *shape) for shape in SHAPES if shape[0] == 1]
 
 
@@ -134,7 +134,7 @@ def test_zero_scores_are_inactive(kernels: Call) -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("threshold", [0.02, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("threshold", [0.3, 0.9], ids=["rounded up", "rounded down"])
 def test_a_score_equal_to_the_threshold_is_computed(
     kernels: Call, dtype: torch.dtype, tokens: int, threshold: float
 ) -> None:
@@ -155,8 +155,8 @@ def test_a_score_equal_to_the_threshold_is_computed(
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_clustered_rows(kernels: Call, tokens: int) -> None:
-    scores, x, w1, w2t = ffn_inputs(tokens, 32, 500, torch.float32, sparsity=1.0)
-    scores[:, 130:190] *= -1
+    scores, x, w1, w2t = ffn_inputs(tokens, 32, 200, torch.float32, sparsity=1.0)
+    scores[:, 70:130] *= -1
     used = reference.computes(scores)
     y = kernels("up_down", scores, x, poisoned(w1, used), poisoned(w2t, used))
     exact = reference.down(reference.up(*doubles(scores, x, w1)), w2t.double())
@@ -184,9 +184,8 @@ def test_x1_is_rounded_even_if_it_is_not_stored(kernels: Call, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["up_down", "up_down_fused"])
 def test_bits_repeat(kernels: Call, name: str) -> None:
-    parts = ffn_inputs(1, 100, 300, torch.float16, sparsity=0.2)
-    first, *others = (kernels(name, *parts) for _ in range(4))
-    assert all(torch.equal(first, other) for other in others)
+    parts = ffn_inputs(1, 100, 120, torch.float16, sparsity=0.2)
+    assert torch.equal(kernels(name, *parts), kernels(name, *parts))
 
 
 def test_the_sum_does_not_depend_on_who_arrives_last(interpreter: Call) -> None:

@@ -1,0 +1,306 @@
+"""S2 and S3 on CUDA: buffers, grid and launch of the Triton kernels.
+
+Nothing here looks at the data, waits for the device or sizes a buffer by it, so every call may be
+captured in a CUDA graph. Arguments are trusted: `checks` refuses bad ones in `operators`.
+
+S3 counts the programs that have arrived (`triton_kernels.last_adds_up`) with counters that every
+launch finds at zero and leaves at zero. Clearing them before each launch would be a launch of its
+own, a quarter of the operator's time; so the kernel clears them, and `tickets` sees to it that no
+two launches that may overlap share one:
+
+- outside a CUDA graph: a set for each stream, on which launches follow each other;
+- inside one: a set for each captured launch, since the graph may be replayed on any stream.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sparse_operators.reference import rounded_threshold
+from sparse_operators.triton_kernels import (
+    DOWN_RUN,
+    add_partials,
+    down_one_token,
+    down_tokens,
+    up_down_partials,
+    up_one_token,
+    up_tokens,
+)
+from sparse_operators.triton_launch import (
+    TENSOR_CORE_ROWS,
+    Launch,
+    Operator,
+    Problem,
+    TypeName,
+    launch_for,
+    power_of_two,
+    processors_of,
+    rows_each,
+    tuned_launches,
+)
+
+_CHUNK = 32
+"""Partial sums of S3 that are read at a time."""
+
+_WORDS = 1 << 18
+"""1 MiB of int32 a device: enough for thousands of captured launches, 16 counters each for 7B."""
+
+
+def up(
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
+    launch: Launch | None = None,
+) -> Tensor:
+    """S2 on the device; see `reference.up`.
+
+    Args:
+        scores: `(t, d_ff)`, contiguous.
+        x: `(t, d_model)`, contiguous.
+        w1: `(d_ff, d_model)`, contiguous.
+        threshold: 0 for ReLU, T for FATReLU.
+        deterministic: As in `down`.
+        launch: How to cut it up; the tuned or default way if None.
+
+    Returns:
+        `x1 (t, d_ff)`.
+    """
+    (tokens, d_ff), d_model = scores.shape, x.shape[1]
+    launch = launch or _launch("up", scores, d_model, deterministic)
+    x1 = torch.empty_like(scores)
+    rows = rows_each(d_ff, launch.programs)
+    lists = _lists(launch.programs * rows, x.device)
+    limit = rounded_threshold(threshold, scores.dtype)
+    common = _cut(launch, rows)
+    with _on(x.device):
+        if tokens == 1:
+            up_one_token[(launch.programs,)](
+                scores, x, w1, x1, lists, limit, d_model, d_ff,
+                D_BLOCK=power_of_two(d_model), **common,
+            )  # fmt: skip
+        else:
+            up_tokens[(launch.programs,)](
+                scores, x, w1, x1, lists, limit, tokens, d_model, d_ff,
+                TOKENS=TENSOR_CORE_ROWS, WIDEN=x.device.type != "cuda", D_BLOCK=launch.columns,
+                **common,
+            )  # fmt: skip
+    return x1
+
+
+def down(
+    x1: Tensor, w2t: Tensor, *, deterministic: bool = False, launch: Launch | None = None
+) -> Tensor:
+    """S3 on the device; see `reference.down`.
+
+    Args:
+        x1: `(t, d_ff)`, contiguous.
+        w2t: `(d_ff, d_model)`, contiguous.
+        deterministic: The same order of sums in every process on this card, tuned or not. (Within
+            a process the bits repeat in either case.)
+        launch: How to cut it up; the tuned or default way if None.
+
+    Returns:
+        `y (t, d_model)`.
+    """
+    (tokens, d_ff), d_model = x1.shape, w2t.shape[1]
+    launch = launch or _launch("down", x1, d_model, deterministic)
+    tiles, splits = -(-d_model // launch.columns), launch.programs
+    rows = rows_each(d_ff, splits, DOWN_RUN.value)
+    y = x1.new_empty(tokens, d_model)
+    buffers = (
+        _lists(tiles * splits * rows, x1.device),
+        torch.empty(splits * tokens * d_model, dtype=torch.float32, device=x1.device),
+        tickets(x1.device, tiles),
+    )
+    common = _cut(launch, rows) | {
+        "D_BLOCK": launch.columns, "SPLITS": splits, "CHUNK": min(_CHUNK, power_of_two(splits))
+    }  # fmt: skip
+    with _on(x1.device):
+        if tokens == 1:
+            down_one_token[(tiles, splits)](x1, w2t, y, *buffers, d_model, d_ff, **common)
+        else:
+            down_tokens[(tiles, splits)](
+                x1, w2t, y, *buffers, tokens, d_model, d_ff,
+                TOKENS=TENSOR_CORE_ROWS, WIDEN=x1.device.type != "cuda", **common,
+            )  # fmt: skip
+    return y
+
+
+def up_down(
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2t: Tensor,
+    *,
+    threshold: float = 0.0,
+    deterministic: bool = False,
+) -> Tensor:
+    """S2 then S3; fused for one token where `triton_tuning` measured that to be faster.
+
+    Args:
+        scores: `(t, d_ff)`, contiguous.
+        x: `(t, d_model)`, contiguous.
+        w1: `(d_ff, d_model)`, contiguous.
+        w2t: `(d_ff, d_model)`, contiguous.
+        threshold: 0 for ReLU, T for FATReLU.
+        deterministic: As in `down`.
+
+    Returns:
+        `y (t, d_model)`.
+    """
+    if not deterministic:
+        launch = tuned_launches(x.device).get(problem_of("up_down", scores, x.shape[1]))
+        if launch is not None:
+            return up_down_fused(scores, x, w1, w2t, threshold=threshold, launch=launch)
+    x1 = up(scores, x, w1, threshold=threshold, deterministic=deterministic)
+    return down(x1, w2t, deterministic=deterministic)
+
+
+def up_down_fused(
+    scores: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2t: Tensor,
+    *,
+    threshold: float = 0.0,
+    launch: Launch | None = None,
+) -> Tensor:
+    """S2 and S3 of one token without writing `x1`; always in the same order of sums.
+
+    Args:
+        scores: `(1, d_ff)`, contiguous.
+        x: `(1, d_model)`, contiguous.
+        w1: `(d_ff, d_model)`, contiguous.
+        w2t: `(d_ff, d_model)`, contiguous.
+        threshold: 0 for ReLU, T for FATReLU.
+        launch: How to cut it up; the tuned or default way if None.
+
+    Returns:
+        `y (1, d_model)`.
+    """
+    d_ff, d_model = w1.shape
+    launch = launch or _launch("up_down", scores, d_model)
+    y, rows = torch.empty_like(x), rows_each(d_ff, launch.programs)
+    partials = torch.empty(launch.programs * d_model, dtype=torch.float32, device=x.device)
+    lists = _lists(launch.programs * rows, x.device)
+    limit = rounded_threshold(threshold, scores.dtype)
+    with _on(x.device):
+        up_down_partials[(launch.programs,)](
+            scores, x, w1, w2t, partials, lists, limit, d_model, d_ff,
+            D_BLOCK=power_of_two(d_model), **_cut(launch, rows),
+        )  # fmt: skip
+        add_partials[(-(-d_model // 32),)](
+            partials, y, launch.programs, d_model,
+            CHUNK=128, D_BLOCK=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y
+
+
+def problem_of(operator: Operator, rows: Tensor, d_model: int) -> Problem:
+    """What the launch of a call may depend on; `rows` are its `(t, d_ff)` scores or `x1`."""
+    return Problem(
+        operator=operator,
+        tokens=rows.shape[0],
+        d_model=d_model,
+        d_ff=rows.shape[1],
+        dtype=cast(TypeName, str(rows.dtype).removeprefix("torch.")),
+        processors=processors_of(rows.device),
+    )
+
+
+def _launch(operator: Operator, rows: Tensor, d_model: int, deterministic: bool = False) -> Launch:
+    problem = problem_of(operator, rows, d_model)
+    return launch_for(problem, rows.device, deterministic=deterministic)
+
+
+def _cut(launch: Launch, rows: int) -> dict[str, int]:
+    """The launch as arguments of a kernel.
+
+    Fused multiply-adds are asked for by name: Triton 3.9 warns that their default will change.
+    """
+    return {
+        "ROWS": rows,
+        "GROUP": launch.group,
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _lists(size: int, device: torch.device) -> Tensor:
+    """Room for every program's list of active rows."""
+    return torch.empty(size, dtype=torch.int32, device=device)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@dataclass
+class _Arena:
+    """Zeros of one device, handed out once each."""
+
+    words: Tensor
+    used: int = 0
+    of_stream: dict[int, Tensor] = field(default_factory=dict)
+
+    def take(self, count: int) -> Tensor | None:
+        """The next `count` counters, or None if they are used up."""
+        if self.used + count > self.words.numel():
+            return None
+        self.used += count
+        return self.words[self.used - count : self.used]
+
+
+_arenas: dict[torch.device, _Arena] = {}
+
+
+def tickets(device: torch.device, count: int) -> Tensor:
+    """At least `count` zeroed counters, int32, that no overlapping launch uses.
+
+    Args:
+        device: CUDA device, or the CPU for the interpreter.
+        count: Tiles of the launch.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    arena = _arenas.get(device) if capturing else _arena(device)
+    if arena is None:
+        # Captured before any launch outside a graph: correct, at the price of one more node.
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _of_graph(arena, device, count) if capturing else _of_stream(arena, device, count)
+
+
+def _arena(device: torch.device) -> _Arena:
+    """The device's zeros, made at the first launch outside a graph."""
+    if device not in _arenas:
+        words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+        # Other streams will use them without waiting for this one.
+        torch.cuda.synchronize(device)
+        _arenas[device] = _Arena(words)
+    return _arenas[device]
+
+
+def _of_graph(arena: _Arena, device: torch.device, count: int) -> Tensor:
+    """Counters for one captured launch alone."""
+    taken = arena.take(count)
+    return torch.zeros(count, dtype=torch.int32, device=device) if taken is None else taken
+
+
+def _of_stream(arena: _Arena, device: torch.device, count: int) -> Tensor:
+    """The stream's counters, kept outside the arena's budget so that streams cannot use it up."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if stream not in arena.of_stream or arena.of_stream[stream].numel() < count:
+        # Zeroed on this very stream, hence before the launch that asks for them.
+        arena.of_stream[stream] = torch.zeros(count, dtype=torch.int32, device=device)
+    return arena.of_stream[stream]
