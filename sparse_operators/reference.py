@@ -69,21 +69,3 @@ def down(x1: Tensor, w2t: Tensor) -> Tensor:
         `y (t, d_model)` in the inputs' type.
     """
     return x1 @ w2t
-
-
-def gated_ffn(
-    x: Tensor, gate: Tensor, w1: Tensor, w2t: Tensor, *, threshold: float = 0.0
-) -> Tensor:
-    """The whole FFN, S1 (dense gate), S2 and S3.
-
-    Args:
-        x: `(t, d_model)`.
-        gate: `(d_ff, d_model)`, `gate_proj.weight`.
-        w1: `(d_ff, d_model)`.
-        w2t: `(d_ff, d_model)`.
-        threshold: 0 for ReLU, T for FATReLU.
-
-    Returns:
-        `y (t, d_model)`.
-    """
-    return down(up(x @ gate.T, x, w1, threshold=threshold), w2t)

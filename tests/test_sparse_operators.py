@@ -50,9 +50,8 @@ def test_the_fused_operator_equals_both_steps(tokens: int, deterministic: bool) 
     torch.testing.assert_close(y, chain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_ops_are_registered_rightly(tokens: int) -> None:
-    scores, x, w1, w2t = parts(tokens)
+def test_ops_are_registered_rightly() -> None:
+    scores, x, w1, w2t = parts(tokens=3)
     torch.library.opcheck(torch.ops.psp.sparse_up.default, (scores, x, w1, 0.3))
     torch.library.opcheck(torch.ops.psp.sparse_down.default, (scores, w2t, True))
     torch.library.opcheck(torch.ops.psp.sparse_up_down.default, (scores, x, w1, w2t, 0.3, False))
@@ -109,9 +108,10 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_the_cpu_needs_no_triton() -> None:
+def test_the_cpu_needs_neither_triton_nor_numba() -> None:
     code = (
-        "import sys, torch; sys.modules['triton'] = None; from sparse_operators import sparse_down;"
+        "import sys, torch; sys.modules['triton'] = sys.modules['numba'] = None;"
+        "from sparse_operators import sparse_down;"
         "print(sparse_down(torch.ones(1, 2), torch.ones(2, 3)).tolist())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

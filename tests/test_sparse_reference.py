@@ -23,7 +23,7 @@ def test_fatrelu_computes_ties(dtype: torch.dtype, threshold: float) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4])
-def test_gated_ffn_is_the_sum_over_its_neurons(threshold: float) -> None:
+def test_both_steps_are_the_sum_over_the_neurons(threshold: float) -> None:
     generator = torch.Generator().manual_seed(0)
     x, gate, w1, w2t = (
         torch.randn(rows, 6, generator=generator, dtype=torch.float64) for rows in (3, 9, 9, 9)
@@ -34,7 +34,7 @@ def test_gated_ffn_is_the_sum_over_its_neurons(threshold: float) -> None:
             score = float(x[t] @ gate[j])
             if score > 0 and score >= threshold:
                 expected[t] += score * float(x[t] @ w1[j]) * w2t[j]
-    found = reference.gated_ffn(x, gate, w1, w2t, threshold=threshold)
+    found = reference.down(reference.up(x @ gate.T, x, w1, threshold=threshold), w2t)
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
@@ -45,5 +45,6 @@ def test_a_threshold_changes_which_neurons_count() -> None:
 
 
 def test_types_are_kept() -> None:
-    parts = [torch.ones(2, 2, dtype=torch.bfloat16) for _ in range(4)]
-    assert reference.gated_ffn(*parts).dtype == torch.bfloat16
+    scores, x, w = (torch.ones(2, 2, dtype=torch.bfloat16) for _ in range(3))
+    x1 = reference.up(scores, x, w)
+    assert x1.dtype == reference.down(x1, w).dtype == torch.bfloat16
