@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from common.errors import PspError
+from common.errors import PspError, SettingsError
 from common.settings import Option, fraction_of, options_of, typed_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -86,7 +86,10 @@ def settings_options(
         def run(**values: Any) -> Any:
             before(values)
             settings = {name: values.pop(name) for name in options}
-            return command(config=kind(**settings), **values)
+            try:
+                return command(config=kind(**settings), **values)
+            except SettingsError as error:
+                raise click.UsageError(f"{error}.") from error
 
         decorated: Any = run
         for name, (inner, option) in reversed(options.items()):

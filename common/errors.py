@@ -44,6 +44,10 @@ def reason(error: BaseException) -> str:
     return said[0] if said else type(error).__name__
 
 
+class SettingsError(PspError):
+    """Settings that do not go together or with what they name; wrong usage on the command line."""
+
+
 class DataError(PspError):
     """Text input that cannot be read or is too little."""
 

@@ -2,70 +2,51 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from common.errors import EngineError
-from sparse_operators.bandwidth import bound_seconds, cache_bytes, stream
-from sparse_operators.hardware import hardware, versions
+from common.machine import cpu_name, read_gpus
+from common.table import table
+from common.typed_json import plain
+from sparse_operators import reference
 from sparse_operators.operators import sparse_down, sparse_up, sparse_up_down
-from sparse_operators.patterns import RUNS, draw_rows, intermediate_of, random_masks, scores_of
+from sparse_operators.settings import OperatorBenchConfig
 from sparse_operators.timing import (
     Operation,
     Samples,
+    bound_seconds,
+    cache_bytes,
     quartiles,
+    stream,
     time_calls,
     time_graphs,
     time_launches,
 )
+from sparse_operators.workload import RUNS, Inputs, Workload, draw_weights, workload
 
-_MAX_SLOTS = 64
-_SLOTS_OF_A_TURN = 11
-"""What the seven operations of a turn read; no multiple of it, so that they change slots."""
+_TURN, _DEFAULTS = 11, 5
+"""Matrices that a turn's operations read, and those of the default launches beside them."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class OperatorBenchConfig:
-    """What to measure.
-
-    Attributes:
-        d_model: hidden size.
-        d_ff: neurons.
-        sparsities: shares of inactive neurons, a measurement each.
-        pattern: how active neurons lie, a name in `patterns.RUNS`.
-        traced: instead of the two above: label to (tokens, d_ff) bool masks of real tokens.
-        device: `cpu` or a CUDA device.
-        dtype: of weights and inputs.
-        repeats: timed turns.
-        seed: of weights, inputs and masks.
-    """
-
-    d_model: int
-    d_ff: int
-    sparsities: tuple[float, ...] = (0.0, 0.5, 0.67, 0.88, 0.95)
-    pattern: str = "random"
-    traced: Mapping[str, Tensor] = field(default_factory=dict)
-    device: str = "cpu"
-    dtype: torch.dtype = torch.float32
-    repeats: int = 25
-    seed: int = 0
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Size of one of the FFN's three matrices."""
-        return self.d_model * self.d_ff * self.dtype.itemsize
-
-    @property
-    def least_share(self) -> float:
-        """The least share of a matrix that an operator will read."""
-        shares = [float(masks.float().mean()) for masks in self.traced.values()]
-        return min(shares or (1 - sparsity for sparsity in self.sparsities))
+_HEADER = (
+    "sparsity",
+    "S2 dense µs",
+    "S2 µs",
+    "speedup",
+    "S3 dense µs",
+    "S3 µs",
+    "speedup",
+    "FFN speedup",
+    "S2 GB/s",
+    "S3 GB/s",
+    "read GB/s",
+    "× bound",
+)
 
 
 @torch.inference_mode()
@@ -76,95 +57,92 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
         The document that `psp bench-operators --json` prints; times in seconds.
 
     Raises:
-        EngineError: the device's memory does not hold the weights.
+        PspError: the settings ask for what is not there, or memory does not hold the weights.
     """
-    device = torch.device(config.device)
+    work = workload(config)
     generator = torch.Generator().manual_seed(config.seed)
-    cache = cache_bytes(device)
-    slots = slot_count(config, cache)
-    weights = _weights(config, slots, generator)
-    cases = {
-        label: draw_rows(masks, slots, generator) for label, masks in config.traced.items()
-    } or {
-        f"{100 * sparsity:g} %": random_masks(
-            slots, config.d_ff, sparsity, run=RUNS[config.pattern], generator=generator
-        )
-        for sparsity in config.sparsities
+    cache = cache_bytes(work.device)
+    slots = work.slot_count(cache, turn=_TURN + _DEFAULTS * config.tune)
+    weights = draw_weights(work, slots, generator)
+    inputs = {
+        label: Inputs.draw(work, case.draw(slots, generator), generator)
+        for label, case in work.cases.items()
     }
-    rows = []
-    for label, masks in cases.items():
-        inputs = _Inputs.draw(config, masks, generator)
-        rows.append({"label": label, **_measure(config, inputs, weights)})
+    launches: dict[str, object] = {}
+    if config.tune:
+        launches["tuning"] = _tune(inputs.values(), weights)
+    if work.device.type == "cuda":
+        launches["launches"] = _launches(inputs.values(), weights)
     return {
-        "shape": {"d_model": config.d_model, "d_ff": config.d_ff},
-        "pattern": "traced" if config.traced else config.pattern,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "shape": {"d_model": work.d_model, "d_ff": work.d_ff},
+        "pattern": config.pattern if config.pattern in RUNS else "traced",
+        "dtype": str(work.dtype).removeprefix("torch."),
         "device": config.device,
-        "hardware": hardware(device),
+        "hardware": hardware(work.device),
         "versions": versions(),
-        "clock": "events in CUDA graphs" if device.type == "cuda" else "wall clock",
+        "clock": "events in CUDA graphs" if work.device.type == "cuda" else "wall clock",
         "repeats": config.repeats,
         "weight_copies": slots,
         "cache_bytes": cache,
-        "exceeds_cache": slots >= _slots_needed(config, cache),
-        "sparsities": rows,
+        "exceeds_cache": slots >= work.slots_needed(cache),
+        **launches,
+        "sparsities": [
+            {"label": label, **_measure(config, work, each, weights)}
+            for label, each in inputs.items()
+        ],
     }
 
 
-def slot_count(config: OperatorBenchConfig, cache: int) -> int:
-    """Return how many matrices to read by turns: enough that no cache of `cache` bytes helps."""
-    slots = max(4, min(_MAX_SLOTS, _slots_needed(config, cache)))
-    return slots + (slots % _SLOTS_OF_A_TURN == 0)
+def _tune(inputs: Iterable[Inputs], weights: Tensor) -> dict[str, object]:
+    """Tune for all sparsities at once; return the choices and the file that keeps them."""
+    from sparse_operators.triton_launch import keep_launches
+    from sparse_operators.triton_tuning import tune
+
+    scores = [each.scores[0] for each in inputs]
+    x = next(iter(inputs)).x[0]
+    chosen = tune(scores, x, weights[0], weights[1])
+    launches = {problem.operator: launch and plain(launch) for problem, launch in chosen.items()}
+    return {"file": str(keep_launches(chosen, weights.device)), "launches": launches}
 
 
-def _slots_needed(config: OperatorBenchConfig, cache: int) -> int:
-    # A graph calls the sparse operator alone; on the CPU dense calls stream in between, and two
-    # thirds of what a turn reads is theirs.
-    share = config.least_share if config.device != "cpu" else 2 / 3
-    return math.ceil(2 * cache / (config.matrix_bytes * max(share, 1 / config.d_ff)))
+def _launches(inputs: Iterable[Inputs], weights: Tensor) -> str:
+    """Say which launches the sparse operators take, `tuned` or `default`."""
+    from sparse_operators.cuda import problem_of
+    from sparse_operators.triton_launch import tuned_launches
+
+    problem = problem_of("up", next(iter(inputs)).scores[0], weights.shape[-1])
+    return "tuned" if problem in tuned_launches(weights.device) else "default"
 
 
-def _weights(config: OperatorBenchConfig, slots: int, generator: torch.Generator) -> Tensor:
-    """Return (slots, d_ff, d_model) normal numbers, the same ones at every place."""
-    shape = (config.d_ff, config.d_model)
-    try:
-        one = torch.randn(shape, generator=generator).to(config.device, config.dtype)
-        weights = torch.empty(slots, *shape, dtype=config.dtype, device=config.device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
-        gigabytes = slots * config.matrix_bytes / 1e9
-        raise EngineError(
-            f"{config.device}: no memory for {slots} matrices of {shape}, {gigabytes:.1f} GB in "
-            "all",
-            "choose a smaller --shape",
-        ) from error
-    return weights.copy_(one)
+def hardware(device: torch.device) -> dict[str, str | int | None]:
+    """Return the name of what computes and, of a CPU, its threads, of a GPU, its driver."""
+    if device.type != "cuda":
+        return {"name": cpu_name(), "threads": torch.get_num_threads()}
+    drivers = [card.driver for card in read_gpus().cards if card.driver]
+    driver = drivers[0] if drivers else None
+    name = torch.cuda.get_device_name(device)
+    return {"name": name, "cuda": torch.version.cuda, "driver": driver}
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """What the operators are given: one token a slot."""
-
-    x: Tensor
-    scores: Tensor
-    intermediate: Tensor
-    active: float
-
-    @classmethod
-    def draw(
-        cls, config: OperatorBenchConfig, masks: Tensor, generator: torch.Generator
-    ) -> _Inputs:
-        dtype, tokens = config.dtype, masks[:, None]
-        x = torch.randn(len(masks), 1, config.d_model, generator=generator).to(dtype)
-        return cls(
-            x=x.to(config.device),
-            scores=scores_of(tokens, dtype, generator).to(config.device),
-            intermediate=intermediate_of(tokens, dtype, generator).to(config.device),
-            active=float(masks.sum(1).float().mean()),
-        )
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python, torch and Triton; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
-def operations(inputs: _Inputs, weights: Tensor) -> dict[str, Operation]:
-    """Return what a turn times; the FFN's gate is dense in both kinds."""
+def operations(inputs: Inputs, weights: Tensor, *, defaults: bool = False) -> dict[str, Operation]:
+    """Return what a turn times; the FFN's gate is dense in both kinds.
+
+    Args:
+        inputs: one token a slot.
+        weights: (slots, d_ff, d_model).
+        defaults: also time the sparse operators' default launches, beside the tuned ones.
+    """
     x, scores, intermediate, slots = inputs.x, inputs.scores, inputs.intermediate, len(weights)
 
     def dense_up(slot: int, matrix: int) -> Tensor:
@@ -180,46 +158,62 @@ def operations(inputs: _Inputs, weights: Tensor) -> dict[str, Operation]:
         dense_up(slot, slot + 1)
         return dense_down(slot, slot + 2)
 
-    def sparse_ffn(slot: int) -> Tensor:
+    dense = {
+        "s2": Operation(run=lambda slot: dense_up(slot, slot)),
+        "s3": Operation(run=lambda slot: dense_down(slot, slot)),
+        "ffn": Operation(run=dense_ffn, slots=3),
+    }
+    sparse = _sparse_operations(inputs, weights, deterministic=False)
+    made = {"read": Operation(run=lambda slot: stream(weights[slot]))}
+    for name in dense:
+        made |= {f"{name}_dense": dense[name], name: sparse[name]}
+    if defaults:
+        default = _sparse_operations(inputs, weights, deterministic=True)
+        made |= {f"{name}_default": operation for name, operation in default.items()}
+    return made
+
+
+def _sparse_operations(
+    inputs: Inputs, weights: Tensor, *, deterministic: bool
+) -> dict[str, Operation]:
+    x, scores, intermediate, slots = inputs.x, inputs.scores, inputs.intermediate, len(weights)
+    how = {"deterministic": deterministic, "check": False}
+
+    def ffn(slot: int) -> Tensor:
         linear(x[slot], weights[slot])
         w1, w2t = weights[(slot + 1) % slots], weights[(slot + 2) % slots]
-        return sparse_up_down(scores[slot], x[slot], w1, w2t, check=False)
+        return sparse_up_down(scores[slot], x[slot], w1, w2t, **how)
 
     return {
-        "read": Operation(run=lambda slot: stream(weights[slot])),
-        "s2_dense": Operation(run=lambda slot: dense_up(slot, slot)),
-        "s2": Operation(
-            run=lambda slot: sparse_up(scores[slot], x[slot], weights[slot], check=False)
-        ),
-        "s3_dense": Operation(run=lambda slot: dense_down(slot, slot)),
-        "s3": Operation(
-            run=lambda slot: sparse_down(intermediate[slot], weights[slot], check=False)
-        ),
-        "ffn_dense": Operation(run=dense_ffn, slots=3),
-        "ffn": Operation(run=sparse_ffn, slots=3),
+        "s2": Operation(run=lambda slot: sparse_up(scores[slot], x[slot], weights[slot], **how)),
+        "s3": Operation(run=lambda slot: sparse_down(intermediate[slot], weights[slot], **how)),
+        "ffn": Operation(run=ffn, slots=3),
     }
 
 
-def _measure(config: OperatorBenchConfig, inputs: _Inputs, weights: Tensor) -> dict[str, Any]:
-    timed = operations(inputs, weights)
+def _measure(
+    config: OperatorBenchConfig, work: Workload, inputs: Inputs, weights: Tensor
+) -> dict[str, object]:
+    timed = operations(inputs, weights, defaults=config.tune)
+    shape = (len(weights), config.repeats)
     eager: Samples | None = None
-    if config.device == "cpu":
-        samples = time_calls(timed, len(weights), config.repeats)
+    if work.device.type == "cpu":
+        samples = time_calls(timed, *shape)
     else:
-        eager = time_launches(timed, len(weights), config.repeats)
-        samples = time_graphs(timed, len(weights), config.repeats)
-    row = {
-        "sparsity": 1 - inputs.active / config.d_ff,
-        **judge(samples, config, inputs.active),
+        eager = time_launches(timed, *shape)
+        samples = time_graphs(timed, *shape)
+    row: dict[str, object] = {
+        "sparsity": 1 - inputs.active / work.d_ff,
+        **judge(samples, work, inputs.active),
         **_errors(inputs, weights[0]),
         "samples": samples,
     }
     if eager is not None:
-        row["eager"] = {**judge(eager, config, inputs.active), "samples": eager}
+        row["eager"] = {**judge(eager, work, inputs.active), "samples": eager}
     return row
 
 
-def judge(samples: Samples, config: OperatorBenchConfig, active: float) -> dict[str, Any]:
+def judge(samples: Samples, work: Workload, active: float) -> dict[str, Any]:
     """Return medians, speedups and how far the operators are from the memory's bound.
 
     The bandwidth is that of whichever read a whole matrix fastest, the plain read or a dense
@@ -227,39 +221,117 @@ def judge(samples: Samples, config: OperatorBenchConfig, active: float) -> dict[
 
     Args:
         samples: by the names of `operations`.
-        config: sizes.
+        work: sizes.
         active: mean number of active neurons.
     """
     spread = {name: quartiles(times) for name, times in samples.items()}
     median = {name: middle for name, (_, middle, _) in spread.items()}
-    bandwidth = config.matrix_bytes / min(median[name] for name in ("read", "s2_dense", "s3_dense"))
-    bound = bound_seconds(active, config.d_model, config.dtype, bandwidth)
-    result: dict[str, Any] = {"bandwidth": bandwidth, "bandwidth_bound_seconds": bound}
+    bandwidth = work.matrix_bytes / min(median[name] for name in ("read", "s2_dense", "s3_dense"))
+    bound = bound_seconds(active, work.d_model, work.dtype, bandwidth)
+    ratios = {name: median[name] / bound for name in ("s2", "s3")} if bound else {}
+    result: dict[str, object] = {"bandwidth": bandwidth, "bandwidth_bound_seconds": bound}
     for name in ("s2", "s3", "ffn"):
         result[f"{name}_seconds"] = median[name]
         result[f"{name}_dense_seconds"] = median[f"{name}_dense"]
         result[f"{name}_speedup"] = median[f"{name}_dense"] / median[name]
     for name in ("s2", "s3"):
         result[f"{name}_bandwidth"] = bound * bandwidth / median[name]
-        result[f"{name}_bandwidth_bound_ratio"] = median[name] / bound if bound else None
-    ratios = [result[f"{name}_bandwidth_bound_ratio"] for name in ("s2", "s3")]
-    result["bandwidth_bound_ratio"] = max(ratios) if bound else None
+        result[f"{name}_bandwidth_bound_ratio"] = ratios.get(name)
+    result["bandwidth_bound_ratio"] = max(ratios.values(), default=None)
     result["quartiles"] = {name: [low, high] for name, (low, _, high) in spread.items()}
+    if "s2_default" in median:
+        result["default_seconds"] = {
+            name: median[f"{name}_default"] for name in ("s2", "s3", "ffn")
+        }
     return result
 
 
-def _errors(inputs: _Inputs, weight: Tensor) -> dict[str, float]:
+def _errors(inputs: Inputs, weight: Tensor) -> dict[str, float]:
     """Return ‖y − y₆₄‖ / ‖y₆₄‖ of both operators on the first slot, y₆₄ in float64."""
     x, scores, intermediate = inputs.x[0], inputs.scores[0], inputs.intermediate[0]
     wide = weight.double()
-    exact = {
-        "s2": scores.double().relu() * (x.double() @ wide.T),
-        "s3": intermediate.double() @ wide,
+    s2 = reference.up(scores.double(), x.double(), wide)
+    s3 = reference.down(intermediate.double(), wide)
+    return {
+        "s2_error": _distance(sparse_up(scores, x, weight), s2),
+        "s3_error": _distance(sparse_down(intermediate, weight), s3),
     }
-    found = {"s2": sparse_up(scores, x, weight), "s3": sparse_down(intermediate, weight)}
-    return {f"{name}_error": _distance(found[name], exact[name]) for name in exact}
 
 
 def _distance(found: Tensor, exact: Tensor) -> float:
     norm = float(exact.norm())
     return float((found.double() - exact).norm()) / norm if norm else float(found.double().norm())
+
+
+def operator_table(document: Mapping[str, Any]) -> str:
+    """Return the table of a document of `bench_operators`, and how it came about."""
+    rows = document["sparsities"]
+    lines = [table(_HEADER, [_cells(row) for row in rows]), ""]
+    shape, hardware = document["shape"], document["hardware"]
+    threads = f", {hardware['threads']} threads" if "threads" in hardware else ""
+    launches = f", {document['launches']} launches" if "launches" in document else ""
+    lines.append(
+        f"d_model {shape['d_model']}, d_ff {shape['d_ff']}, {document['dtype']}, "
+        f"{document['pattern']} neurons, one token; {hardware['name']}{threads}{launches}"
+    )
+    lines.append(
+        f"medians of {document['repeats']} turns ({document['clock']}); middle half of the samples "
+        f"within {max(map(_widest, rows)):.0%} of their median"
+    )
+    if not document["exceeds_cache"]:
+        lines.append("note: so small a shape stays in a cache, whose speed this shows")
+    lines += [_eager_line(row) for row in rows if "eager" in row]
+    lines += [_default_line(row) for row in rows if "default_seconds" in row]
+    if "tuning" in document:
+        lines.append(f"tuned launches are kept for later processes in {document['tuning']['file']}")
+    return "\n".join(lines)
+
+
+def _eager_line(row: Mapping[str, Any]) -> str:
+    eager = row["eager"]
+    return (
+        f"with launches, {row['label']}: S2 {_micro(eager['s2_seconds'])} µs "
+        f"({eager['s2_speedup']:.2f} ×), S3 {_micro(eager['s3_seconds'])} µs "
+        f"({eager['s3_speedup']:.2f} ×)"
+    )
+
+
+def _default_line(row: Mapping[str, Any]) -> str:
+    figures = (
+        f"{name.upper()} {_micro(seconds)} µs ({seconds / row[f'{name}_seconds']:.2f} ×)"
+        for name, seconds in row["default_seconds"].items()
+    )
+    return f"with default launches, {row['label']}: {', '.join(figures)}"
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    ratio = row["bandwidth_bound_ratio"]
+    measured = f"{100 * row['sparsity']:.2f} %"
+    return [
+        measured if row["label"].endswith("%") else f"{row['label']}: {measured}",
+        *(
+            cell
+            for name in ("s2", "s3")
+            for cell in (
+                _micro(row[f"{name}_dense_seconds"]),
+                _micro(row[f"{name}_seconds"]),
+                f"{row[f'{name}_speedup']:.2f}",
+            )
+        ),
+        f"{row['ffn_speedup']:.2f}",
+        *(f"{row[f'{name}bandwidth'] / 1e9:.1f}" for name in ("s2_", "s3_", "")),
+        "–" if ratio is None else f"{ratio:.2f}",
+    ]
+
+
+def _micro(seconds: float) -> str:
+    return f"{1e6 * seconds:.1f}"
+
+
+def _widest(row: Mapping[str, Any]) -> float:
+    """Return the largest distance of a quartile from its median, as a share of the median."""
+    names = ("s2", "s3", "s2_dense", "s3_dense")
+    distances = (
+        abs(end / row[f"{name}_seconds"] - 1) for name in names for end in row["quartiles"][name]
+    )
+    return float(max(distances))

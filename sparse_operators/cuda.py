@@ -80,7 +80,7 @@ def up(
     lists = _lists(launch.programs * rows, x.device)
     limit = rounded_threshold(threshold, scores.dtype)
     common = _cut(launch, rows)
-    with _on(x.device):
+    with on_device(x.device):
         if tokens == 1:
             up_one_token[(launch.programs,)](
                 scores, x, w1, x1, lists, limit, d_model, d_ff,
@@ -123,7 +123,7 @@ def down(
     common = _cut(launch, rows) | {
         "D_BLOCK": launch.columns, "SPLITS": splits, "CHUNK": min(_CHUNK, power_of_two(splits))
     }  # fmt: skip
-    with _on(x1.device):
+    with on_device(x1.device):
         if tokens == 1:
             down_one_token[(tiles, splits)](x1, w2t, y, *buffers, d_model, d_ff, **common)
         else:
@@ -192,7 +192,7 @@ def up_down_fused(
     partials = torch.empty(launch.programs * d_model, dtype=torch.float32, device=x.device)
     lists = _lists(launch.programs * rows, x.device)
     limit = rounded_threshold(threshold, scores.dtype)
-    with _on(x.device):
+    with on_device(x.device):
         up_down_partials[(launch.programs,)](
             scores, x, w1, w2t, partials, lists, limit, d_model, d_ff,
             D_BLOCK=power_of_two(d_model), **_cut(launch, rows),
@@ -240,7 +240,7 @@ def _lists(size: int, device: torch.device) -> Tensor:
     return torch.empty(size, dtype=torch.int32, device=device)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -42,7 +42,7 @@ def shares_of(text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasureConfig:
+class OperatorBenchConfig:
     """What to measure of the operators."""
 
     shape: Annotated[
@@ -74,6 +74,10 @@ class MeasureConfig:
     ] = "auto"
     repeats: Annotated[int, Option(help="Timed turns, of which the median counts.", least=1)] = 25
     seed: Seed = 0
+    tune: Annotated[
+        bool,
+        Option(help="First measure how this GPU runs the kernels best, and keep it for later."),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

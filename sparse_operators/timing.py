@@ -1,4 +1,7 @@
-"""How long operations take, run by turns so that all of them meet the same disturbances."""
+"""How long operations take, run by turns so that all of them meet the same disturbances.
+
+And what bounds that: the caches that a benchmark must exceed, and the memory that none can.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,19 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from common.machine import ROOT
+from common.units import MIB, parse_size
 
 Samples = dict[str, list[float]]
 """Seconds of single calls by the operation's name, in the order in which they were measured."""
+
+Clock = Callable[[Callable[[int], object], int], float]
+"""Returns the seconds that a call with the number of a slot takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,26 +48,22 @@ def time_calls(operations: Mapping[str, Operation], slots: int, repeats: int) ->
         slots: how many there are, after which the first is read again.
         repeats: timed turns.
     """
-    samples: Samples = {name: [] for name in operations}
-    slot = 0
-    for _ in range(repeats + 1):
-        for name, operation in operations.items():
-            start = time.perf_counter()
-            operation.run(slot)
-            samples[name].append(time.perf_counter() - start)
-            slot = (slot + operation.slots) % slots
-    return {name: times[1:] for name, times in samples.items()}
+    return _take_turns(operations, slots, repeats, _wall_seconds)
 
 
 def time_launches(operations: Mapping[str, Operation], slots: int, repeats: int) -> Samples:
     """Time single calls on a GPU between CUDA events, the host's launches included."""
+    return _take_turns(operations, slots, repeats, _gpu_seconds)
+
+
+def _take_turns(
+    operations: Mapping[str, Operation], slots: int, repeats: int, clock: Clock
+) -> Samples:
     samples: Samples = {name: [] for name in operations}
     slot = 0
     for _ in range(repeats + 1):
         for name, operation in operations.items():
-            torch.cuda.synchronize()
-            with _between_events(samples[name]):
-                operation.run(slot)
+            samples[name].append(clock(operation.run, slot))
             slot = (slot + operation.slots) % slots
     return {name: times[1:] for name, times in samples.items()}
 
@@ -67,32 +74,32 @@ def time_graphs(operations: Mapping[str, Operation], slots: int, repeats: int) -
     A graph calls its operation `slots` times, on other slots each time; a sample is a replay's
     time divided by that.
     """
-    graphs = {name: _capture(operation, slots) for name, operation in operations.items()}
-    samples: Samples = {name: [] for name in operations}
-    for _ in range(repeats + 1):
-        for name, graph in graphs.items():
-            with _between_events(samples[name]):
-                graph.replay()
-    return {name: [time / slots for time in times[1:]] for name, times in samples.items()}
+    replays = {name: _replay(_capture(operation, slots)) for name, operation in operations.items()}
+    samples = _take_turns(replays, slots, repeats, _gpu_seconds)
+    return {name: [time / slots for time in times] for name, times in samples.items()}
 
 
-class _between_events:
-    """Appends the GPU's seconds between entry and exit to a list."""
+def _replay(graph: torch.cuda.CUDAGraph) -> Operation:
+    return Operation(run=lambda slot: graph.replay())
 
-    def __init__(self, times: list[float]) -> None:
-        self._times = times
-        self._start, self._end = (
-            torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            for _ in range(2)
-        )
 
-    def __enter__(self) -> None:
-        self._start.record()
+def _wall_seconds(run: Callable[[int], object], slot: int) -> float:
+    start = time.perf_counter()
+    run(slot)
+    return time.perf_counter() - start
 
-    def __exit__(self, *_: object) -> None:
-        self._end.record()
-        self._end.synchronize()
-        self._times.append(self._start.elapsed_time(self._end) / 1000)
+
+def _gpu_seconds(run: Callable[[int], object], slot: int) -> float:
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    torch.cuda.synchronize()
+    start.record()
+    run(slot)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000
 
 
 def _capture(operation: Operation, slots: int) -> torch.cuda.CUDAGraph:
@@ -115,3 +122,36 @@ def quartiles(times: list[float]) -> tuple[float, float, float]:
         return times[0], times[0], times[0]
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
     return low, middle, high
+
+
+def cache_bytes(device: torch.device, root: Path = ROOT) -> int:
+    """Return the size of the largest cache before the device's memory.
+
+    That is the L2 of a GPU, the last level of a CPU as Linux tells it below `root`, else 64 MiB.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    files = (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    # sysfs writes 2048K.
+    return max((parse_size(f"{file.read_text().strip()}iB") for file in files), default=64 * MIB)
+
+
+def stream(matrix: Tensor) -> Tensor:
+    """Read a matrix once, in order, with nothing to compute worth mentioning.
+
+    Half types are read as if they were float32, whose sum costs the CPU less.
+    """
+    pairs = matrix.dtype.itemsize == 2 and matrix.shape[-1] % 2 == 0
+    return (matrix.view(torch.float32) if pairs else matrix).sum()
+
+
+def bound_seconds(rows: float, d_model: int, dtype: torch.dtype, bandwidth: float) -> float:
+    """Return the least time in which an operator can read its active rows.
+
+    Args:
+        rows: active neurons.
+        d_model: elements of a row.
+        dtype: of an element.
+        bandwidth: bytes per second of a streaming read, as measured.
+    """
+    return rows * d_model * dtype.itemsize / bandwidth

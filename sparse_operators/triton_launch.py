@@ -226,7 +226,7 @@ def keep_launches(chosen: Mapping[Problem, Launch | None], device: torch.device)
 
 def read_launches(path: Path, device: torch.device) -> dict[Problem, Launch]:
     """The choices in a file; none, and one line of warning, if it is not as this card's must be."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor is there one where the system does not let us look
         return {}
     try:
         found = read_document(path, LaunchFile, error=EngineError, remedy=_REMEDY)
@@ -253,8 +253,8 @@ def _check(path: Path, found: LaunchFile, device: torch.device) -> None:
 
 def launch_file(device: torch.device) -> Path:
     """Where a card's choices are kept: in PSP_CACHE_DIR, else XDG_CACHE_HOME/psp, ~/.cache/psp."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    directory = Path(os.environ.get("PSP_CACHE_DIR") or caches / "psp")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    directory = Path(os.environ.get("PSP_CACHE_DIR") or Path(caches) / "psp")
     name = re.sub(r"[^a-z0-9]+", "-", _card(device).lower()).strip("-")
     return directory / "launches" / f"{name}.json"
 

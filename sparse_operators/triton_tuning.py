@@ -12,7 +12,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-from sparse_operators.cuda import down, problem_of, up, up_down_fused
+from sparse_operators.cuda import down, on_device, problem_of, up, up_down_fused
 from sparse_operators.triton_launch import Launch, Operator, Problem, candidates
 
 Measure = Callable[[Callable[[], object]], float]
@@ -67,7 +67,8 @@ def tune(
     times = []
     for operator, run in runs.items():
         problem = problem_of(operator, scores[0], d_model)
-        chosen[problem], found = _fastest(problem, run, cases, measure)
+        with on_device(x.device):
+            chosen[problem], found = _fastest(problem, run, cases, measure)
         times.append(found)
     chain = [sum(parts) for parts in zip(*times[:2], strict=True)]
     if _relative(times[2], chain) >= 1:

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from click.testing import Result
+from torch import Tensor
 
 from predictor.traces.store import TraceStore
-from sparse_operators import bandwidth
-from sparse_operators.bandwidth import bound_seconds, cache_bytes, stream
-from sparse_operators.benchmark import OperatorBenchConfig, judge, slot_count
-from sparse_operators.patterns import draw_rows, intermediate_of, random_masks, scores_of
-from sparse_operators.timing import Operation, quartiles, time_calls
+from sparse_operators.benchmark import judge, operations, operator_table
+from sparse_operators.timing import (
+    Operation,
+    bound_seconds,
+    cache_bytes,
+    quartiles,
+    stream,
+    time_calls,
+)
+from sparse_operators.workload import (
+    Inputs,
+    Workload,
+    draw_rows,
+    draw_weights,
+    intermediate_of,
+    random_case,
+    random_masks,
+    scores_of,
+    traced_case,
+)
 
 Psp = Callable[..., Result]
 SMALL = ("--shape", "64,200", "--repeats", 2, "--threads", 1)
@@ -77,34 +94,44 @@ def test_quartiles_are_medians_not_means() -> None:
     assert quartiles([7.0]) == (7.0, 7.0, 7.0)
 
 
-CONFIG = OperatorBenchConfig(d_model=1000, d_ff=2000, sparsities=(0.5, 0.9))
+WORK = Workload(
+    d_model=1000,
+    d_ff=2000,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+    cases={"50 %": random_case(2000, 0.5), "90 %": random_case(2000, 0.9)},
+)
 """A matrix has 8 MB."""
 
 
 @pytest.mark.parametrize(("cache", "slots"), [(0, 4), (16_000_000, 6), (29_000_000, 12)])
 def test_weights_exceed_the_cache(cache: int, slots: int) -> None:
     # Dense products read two thirds of a slot in the mean; 11 slots would always repeat themselves.
-    assert slot_count(CONFIG, cache) == slots
+    assert WORK.slot_count(cache, turn=11) == slots
+
+
+@pytest.mark.parametrize(("cache", "slots"), [(0, 5), (16_000_000, 7), (29_000_000, 11)])
+def test_a_longer_turn_changes_slots_too(cache: int, slots: int) -> None:
+    assert WORK.slot_count(cache, turn=16) == slots
 
 
 def test_a_graph_of_sparse_calls_needs_weights_by_what_these_read() -> None:
-    config = replace(CONFIG, device="cuda", sparsities=(0.5, 0.75))
-    assert slot_count(config, 20_000_000) == 20
-    traced = {"layer 0": torch.eye(2000, dtype=torch.bool)[:4]}
-    assert slot_count(replace(config, traced=traced), 20_000_000) == 64
+    cases = {"50 %": random_case(2000, 0.5), "75 %": random_case(2000, 0.75)}
+    work = replace(WORK, device=torch.device("cuda"), cases=cases)
+    assert work.slot_count(20_000_000, turn=11) == 20
+    traced = {"layer 0": traced_case(torch.eye(2000, dtype=torch.bool)[:4])}
+    assert replace(work, cases=traced).slot_count(20_000_000, turn=11) == 64
 
 
-def test_cache_sizes_are_read_as_linux_writes_them(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bandwidth, "_CPU_CACHES", tmp_path)
-    assert cache_bytes(torch.device("cpu")) == 64 << 20
+def test_cache_sizes_are_read_as_linux_writes_them(tmp_path: Path) -> None:
+    cpu, caches = torch.device("cpu"), tmp_path / "sys/devices/system/cpu/cpu0/cache"
+    assert cache_bytes(cpu, tmp_path) == 64 << 20
     for number, size in enumerate(["48K\n", "2048K\n", "266240K\n"]):
-        (tmp_path / f"index{number}").mkdir()
-        (tmp_path / f"index{number}" / "size").write_text(size)
-    assert cache_bytes(torch.device("cpu")) == 266240 << 10
-    (tmp_path / "index2" / "size").write_text("1G\n")
-    assert cache_bytes(torch.device("cpu")) == 1 << 30
+        (caches / f"index{number}").mkdir(parents=True)
+        (caches / f"index{number}" / "size").write_text(size)
+    assert cache_bytes(cpu, tmp_path) == 266240 << 10
+    (caches / "index2" / "size").write_text("1G\n")
+    assert cache_bytes(cpu, tmp_path) == 1 << 30
 
 
 def test_a_streaming_read_sees_every_element() -> None:
@@ -125,7 +152,7 @@ def test_the_bound_is_the_active_rows_over_the_fastest_read() -> None:
         "ffn_dense": [6.0, 6.0, 6.0],
         "ffn": [2.0, 2.0, 2.0],
     }
-    result = judge(samples, CONFIG, active=200)
+    result = judge(samples, WORK, active=200)
     assert result["bandwidth"] == 8e6
     assert result["bandwidth_bound_seconds"] == pytest.approx(0.1)
     assert (result["s2_seconds"], result["s2_speedup"]) == (0.2, pytest.approx(5))
@@ -135,7 +162,35 @@ def test_the_bound_is_the_active_rows_over_the_fastest_read() -> None:
     assert result["s2_bandwidth_bound_ratio"] == pytest.approx(2)
     assert result["bandwidth_bound_ratio"] == pytest.approx(5)
     assert result["quartiles"]["s2"] == [0.2, 0.25]
-    assert judge(samples, CONFIG, active=0)["bandwidth_bound_ratio"] is None
+    assert judge(samples, WORK, active=0)["bandwidth_bound_ratio"] is None
+
+
+def test_default_launches_are_timed_beside_the_tuned_ones() -> None:
+    case, slots = random_case(24, 0.5), 5
+    work = replace(WORK, d_model=16, d_ff=24, dtype=torch.float16, cases={"50 %": case})
+    weights = draw_weights(work, slots, generator())
+    inputs = Inputs.draw(work, case.draw(slots, generator()), generator())
+    timed = operations(inputs, weights, defaults=True)
+    assert sum(operation.slots for operation in timed.values()) == 16
+    for name in ("s2", "s3", "ffn"):
+        tuned, default = timed[name], timed[f"{name}_default"]
+        assert torch.equal(cast(Tensor, tuned.run(3)), cast(Tensor, default.run(3)))
+    result = judge({name: [float(at)] for at, name in enumerate(timed, 1)}, work, active=12)
+    assert result["default_seconds"] == {"s2": 8.0, "s3": 9.0, "ffn": 10.0}
+    assert result["s2_seconds"] == 3
+
+
+def test_the_table_tells_what_tuning_gained(psp: Psp) -> None:
+    printed = psp("bench-operators", *SMALL, "--sparsity", "0.5", "--json").stdout
+    document = json.loads(printed) | {"launches": "tuned", "tuning": {"file": "/cache/card.json"}}
+    row = document["sparsities"][0] | {"s2_seconds": 2e-6, "s3_seconds": 4e-6, "ffn_seconds": 8e-6}
+    row["default_seconds"] = {"s2": 3e-6, "s3": 4e-6, "ffn": 1e-5}
+    lines = operator_table(document | {"sparsities": [row]}).splitlines()
+    assert any(line.endswith(", tuned launches") for line in lines)
+    assert (
+        "with default launches, 50 %: S2 3.0 µs (1.50 ×), S3 4.0 µs (1.00 ×), FFN 10.0 µs (1.25 ×)"
+    ) in lines
+    assert lines[-1] == "tuned launches are kept for later processes in /cache/card.json"
 
 
 def test_the_document_has_every_sparsity(psp: Psp) -> None:
@@ -207,8 +262,13 @@ def test_patterns_of_real_tokens_bring_shape_and_sparsity(psp: Psp, traces: Trac
         (("--device", "cuda:9"), 1, ["cuda:9", "--device"]),
         (("--device", "nonsense"), 1, ["nonsense", "--device"]),
         (("--device", "meta"), 2, ["run on cpu and cuda"]),
+        (("--tune",), 2, ["--tune", "GPU", "--device cuda"]),
         (("--pattern", "no-such-traces"), 1, ["no-such-traces"]),
-        (("--pattern", "no-such-traces", "--shape", "7b"), 2, ["bring their --shape"]),
+        (
+            ("--pattern", "no-such-traces", "--shape", "7b"),
+            2,
+            ["bring their --shape", "leave these out"],
+        ),
         (("--shape", "9999999,9999999"), 1, ["no memory for", "smaller --shape"]),
         (("--repeats", "0"), 2, ["--repeats"]),
     ],

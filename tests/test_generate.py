@@ -125,10 +125,11 @@ def test_dense_and_sparse_take_turns_and_the_first_is_not_counted() -> None:
 
     result = compare(model, torch.tensor([[1]]), 3, operators=sparse, repeats=2)
     assert order == ["sparse", "dense"] * 3
-    assert result["dense"]["tokens"] == [2, 3, 4]
-    assert result["operators"]["tokens"] == [3, 5, 7]
-    assert result["same_tokens"] == 0
-    assert len(result["dense"]["samples"]) == len(result["operators"]["samples"]) == 2
+    assert result.operators is not None
+    assert result.dense.tokens == [2, 3, 4]
+    assert result.operators.tokens == [3, 5, 7]
+    assert result.figures()["same_tokens"] == 0
+    assert len(result.dense.samples) == len(result.operators.samples) == 2
 
 
 def test_continuations_part_where_they_first_differ() -> None:

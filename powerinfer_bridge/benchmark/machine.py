@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
+from common.machine import cpu_name
 from common.version import tool_version
 from powerinfer_bridge.benchmark.subject import Subject
-from sparse_operators.hardware import hardware
 
 _QUERY = [
     "nvidia-smi",
@@ -60,7 +58,7 @@ class Machine:
 def this_machine() -> Machine:
     """Look at the machine."""
     return Machine(
-        cpu=hardware(torch.device("cpu"))["name"],
+        cpu=cpu_name(),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         gpus=tuple(_gpus()),
