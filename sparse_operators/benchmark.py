@@ -276,32 +276,35 @@ def operator_table(document: Mapping[str, Any]) -> str:
     )
     lines.append(
         f"medians of {document['repeats']} turns ({document['clock']}); middle half of the samples "
-        f"within {max(map(_widest, rows)):.0%} of their median"
+        f"within {max(_widest(row, row['quartiles']) for row in rows):.0%} of their median"
     )
     if not document["exceeds_cache"]:
         lines.append("note: so small a shape stays in a cache, whose speed this shows")
-    lines += [_eager_line(row) for row in rows if "eager" in row]
-    lines += [_default_line(row) for row in rows if "default_seconds" in row]
+    lines += [_eager_line(row["label"], row["eager"]) for row in rows if "eager" in row]
+    lines += [
+        _default_line(row["label"], row, row["default_seconds"])
+        for row in rows
+        if "default_seconds" in row
+    ]
     if "tuning" in document:
         lines.append(f"tuned launches are kept for later processes in {document['tuning']['file']}")
     return "\n".join(lines)
 
 
-def _eager_line(row: Mapping[str, Any]) -> str:
-    eager = row["eager"]
-    return (
-        f"with launches, {row['label']}: S2 {_micro(eager['s2_seconds'])} µs "
-        f"({eager['s2_speedup']:.2f} ×), S3 {_micro(eager['s3_seconds'])} µs "
-        f"({eager['s3_speedup']:.2f} ×)"
-    )
-
-
-def _default_line(row: Mapping[str, Any]) -> str:
+def _eager_line(label: str, eager: Mapping[str, float]) -> str:
     figures = (
-        f"{name.upper()} {_micro(seconds)} µs ({seconds / row[f'{name}_seconds']:.2f} ×)"
-        for name, seconds in row["default_seconds"].items()
+        f"{name.upper()} {_micro(eager[f'{name}_seconds'])} µs ({eager[f'{name}_speedup']:.2f} ×)"
+        for name in ("s2", "s3")
     )
-    return f"with default launches, {row['label']}: {', '.join(figures)}"
+    return f"with launches, {label}: {', '.join(figures)}"
+
+
+def _default_line(label: str, tuned: Mapping[str, float], default: Mapping[str, float]) -> str:
+    figures = (
+        f"{name.upper()} {_micro(seconds)} µs ({seconds / tuned[f'{name}_seconds']:.2f} ×)"
+        for name, seconds in default.items()
+    )
+    return f"with default launches, {label}: {', '.join(figures)}"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -328,10 +331,9 @@ def _micro(seconds: float) -> str:
     return f"{1e6 * seconds:.1f}"
 
 
-def _widest(row: Mapping[str, Any]) -> float:
+def _widest(median: Mapping[str, float], quartiles: Mapping[str, list[float]]) -> float:
     """Return the largest distance of a quartile from its median, as a share of the median."""
     names = ("s2", "s3", "s2_dense", "s3_dense")
-    distances = (
-        abs(end / row[f"{name}_seconds"] - 1) for name in names for end in row["quartiles"][name]
+    return max(
+        abs(end / median[f"{name}_seconds"] - 1) for name in names for end in quartiles[name]
     )
-    return float(max(distances))

@@ -155,7 +155,7 @@ def power_of_two(n: int) -> int:
 def processors_of(device: torch.device) -> int:
     """Multiprocessors of the card; a few where the interpreter plays it."""
     if device.type != "cuda":
-        return 4
+        return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -49,8 +50,9 @@ class Cuda:
         return result.cpu() if isinstance(result, Tensor) else result
 
 
+@cache
 def start() -> Interpreter:
-    """A child process that interprets; shut its pool down afterwards."""
+    """The child process that interprets; it ends with this one."""
     context = multiprocessing.get_context("spawn")
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")

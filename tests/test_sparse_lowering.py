@@ -185,9 +185,14 @@ def load_bytes(ptx: str) -> set[int]:
     return {int(n or 1) * int(bits) // 8 for n, bits in direct} | {int(n, 0) for n in copied}
 
 
-@pytest.mark.parametrize(("call", "tokens"), CALLS)
 @pytest.mark.parametrize(
-    ("dtype", "d_model", "d_ff"), [(torch.float16, 100, 37), (torch.float32, 3, 5)]
+    ("call", "tokens", "dtype", "d_model", "d_ff"),
+    [
+        (up_and_down, 1, torch.float32, 100, 37),
+        (up_and_down, 8, torch.float16, 100, 37),
+        (up_and_down, 8, torch.float32, 3, 5),
+        (fused, 1, torch.float16, 3, 5),
+    ],
 )
 def test_odd_sizes_compile(
     launched: Launched,

@@ -57,8 +57,7 @@ def test_ops_are_registered_rightly() -> None:
     torch.library.opcheck(torch.ops.psp.sparse_up_down.default, (scores, x, w1, w2t, 0.3, False))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("tokens", "dynamic"), [(1, False), (3, True), (8, False)])
 def test_compile_keeps_the_ops_whole(tokens: int, dynamic: bool) -> None:
     torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
