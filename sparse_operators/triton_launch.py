@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -265,11 +264,13 @@ def _card(device: torch.device) -> str:
 
 
 def _document(device: torch.device, choices: tuple[Choice, ...] = ()) -> LaunchFile:
+    import triton
+
     return LaunchFile(
         kind="psp.launches",
         schema_version=1,
         psp=tool_version(),
-        triton=version("triton"),
+        triton=triton.__version__,
         card=_card(device),
         choices=choices,
     )

@@ -69,6 +69,12 @@ def _no_programs() -> None:
         os.environ.pop(name, None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache() -> None:
+    """Nothing that the user of this machine tuned; tests that keep something name a place."""
+    os.environ["PSP_CACHE_DIR"] = os.devnull
+
+
 @contextmanager
 def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
     """Expect an error of one line that holds all parts."""

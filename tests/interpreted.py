@@ -57,7 +57,6 @@ def start() -> Interpreter:
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     patch.setenv("OMP_NUM_THREADS", "1")
-    patch.setenv("PSP_CACHE_DIR", os.devnull)  # no launches of an earlier process
     try:
         pool = ProcessPoolExecutor(1, mp_context=context)
         assert pool.submit(_interprets).result(timeout=120)

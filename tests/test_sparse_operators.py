@@ -52,7 +52,7 @@ def test_the_fused_operator_equals_both_steps(tokens: int, deterministic: bool) 
 
 def test_ops_are_registered_rightly() -> None:
     scores, x, w1, w2t = parts(tokens=3)
-    torch.library.opcheck(torch.ops.psp.sparse_up.default, (scores, x, w1, 0.3))
+    torch.library.opcheck(torch.ops.psp.sparse_up.default, (scores, x, w1, 0.3, True))
     torch.library.opcheck(torch.ops.psp.sparse_down.default, (scores, w2t, True))
     torch.library.opcheck(torch.ops.psp.sparse_up_down.default, (scores, x, w1, w2t, 0.3, False))
 
