@@ -246,7 +246,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 @dataclass
-class _Arena:
+class Arena:
     """Zeros of one device, handed out once each."""
 
     words: Tensor
@@ -261,43 +261,44 @@ class _Arena:
         return self.words[self.used - count : self.used]
 
 
-_arenas: dict[torch.device, _Arena] = {}
+Arenas = dict[torch.device, Arena]
+_arenas: Arenas = {}
 
 
-def tickets(device: torch.device, count: int) -> Tensor:
+def tickets(device: torch.device, count: int, arenas: Arenas = _arenas) -> Tensor:
     """At least `count` zeroed counters, int32, that no overlapping launch uses.
 
     Args:
         device: CUDA device, or the CPU for the interpreter.
         count: Tiles of the launch.
+        arenas: Where zeros are kept; a device's are made at its first launch outside a graph.
     """
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
     capturing = torch.cuda.is_current_stream_capturing()
-    arena = _arenas.get(device) if capturing else _arena(device)
-    if arena is None:
+    if device not in arenas and not capturing:
+        arenas[device] = _new_arena(device)
+    if device not in arenas:
         # Captured before any launch outside a graph: correct, at the price of one more node.
         return torch.zeros(count, dtype=torch.int32, device=device)
+    arena = arenas[device]
     return _of_graph(arena, device, count) if capturing else _of_stream(arena, device, count)
 
 
-def _arena(device: torch.device) -> _Arena:
-    """The device's zeros, made at the first launch outside a graph."""
-    if device not in _arenas:
-        words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
-        # Other streams will use them without waiting for this one.
-        torch.cuda.synchronize(device)
-        _arenas[device] = _Arena(words)
-    return _arenas[device]
+def _new_arena(device: torch.device) -> Arena:
+    words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+    # Other streams will use them without waiting for this one.
+    torch.cuda.synchronize(device)
+    return Arena(words)
 
 
-def _of_graph(arena: _Arena, device: torch.device, count: int) -> Tensor:
+def _of_graph(arena: Arena, device: torch.device, count: int) -> Tensor:
     """Counters for one captured launch alone."""
     taken = arena.take(count)
     return torch.zeros(count, dtype=torch.int32, device=device) if taken is None else taken
 
 
-def _of_stream(arena: _Arena, device: torch.device, count: int) -> Tensor:
+def _of_stream(arena: Arena, device: torch.device, count: int) -> Tensor:
     """The stream's counters, kept outside the arena's budget so that streams cannot use it up."""
     stream = torch.cuda.current_stream(device).cuda_stream
     if stream not in arena.of_stream or arena.of_stream[stream].numel() < count:

@@ -212,11 +212,10 @@ def test_captured_launches_never_share_counters(monkeypatch: pytest.MonkeyPatch)
 
     capturing = True
     device = torch.device("cuda", 0)
-    arena = cuda._Arena(torch.arange(100, dtype=torch.int32))
-    monkeypatch.setitem(cuda._arenas, device, arena)
+    arena = cuda.Arena(torch.arange(100, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(torch, "zeros", lambda *size, **_: torch.full(size, -1))
-    sets = [cuda.tickets(device, 30).tolist() for _ in range(4)]
+    sets = [cuda.tickets(device, 30, {device: arena}).tolist() for _ in range(4)]
     # Three sets of the arena, then memory of the graph's own.
     assert sets == [list(range(s, s + 30)) for s in (0, 30, 60)] + [[-1] * 30]
 
@@ -234,14 +233,13 @@ def test_each_stream_has_its_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         made.append(count)
         return torch.full((count,), len(made))
 
-    arena = cuda._Arena(torch.arange(0, dtype=torch.int32))
-    monkeypatch.setitem(cuda._arenas, device, arena)
+    arenas = {device: cuda.Arena(torch.arange(0, dtype=torch.int32))}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream)
     monkeypatch.setattr(torch, "zeros", zeros)
-    assert int(cuda.tickets(device, 8)[0]) == 1
-    assert int(cuda.tickets(device, 5)[0]) == 1
-    assert int(cuda.tickets(device, 9)[0]) == 2
+    assert int(cuda.tickets(device, 8, arenas)[0]) == 1
+    assert int(cuda.tickets(device, 5, arenas)[0]) == 1
+    assert int(cuda.tickets(device, 9, arenas)[0]) == 2
     Stream.cuda_stream = 2
-    assert int(cuda.tickets(device, 5)[0]) == 3
+    assert int(cuda.tickets(device, 5, arenas)[0]) == 3
     assert made == [8, 9, 5]
