@@ -86,12 +86,14 @@ class GGUFFile:
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise FormatError(f"{path}: is no plain file", "pass a file made by 'psp export-gguf'")
         try:
-            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+            mapped = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "is empty"
             raise FormatError(
                 f"{path}: {reason}", "pass a file made by 'psp export-gguf'"
             ) from error
+        self._mapping = mapped.base
+        self._bytes: npt.NDArray[np.uint8] = np.asarray(mapped)  # a memmap is slow to cut
         self._at = 0
         magic = self._take(4, "magic").tobytes()
         if magic not in (DENSE_MAGIC, SPARSE_MAGIC):
@@ -230,9 +232,8 @@ class GGUFFile:
 
         Otherwise a walk over all tensors ends with the whole file in memory.
         """
-        mapped = self._bytes.base
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if isinstance(self._mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def tensor(self, name: str, rows: npt.NDArray[np.integer[Any]] | None = None) -> Any:
         """Return a tensor's numbers, numpy array.
