@@ -58,15 +58,14 @@ Edit = tuple[Callable[..., bytes], tuple[Any, ...]]
 def edit(random: Random, size: int, places: Sequence[int]) -> Edit:
     """Draw an edit of a file of some size, in two of three cases at one of the given places."""
     at = random.randrange(size) if random.random() < 1 / 3 else random.choice(places)
-    kind = random.choice([truncated, flipped, lying, spliced])
-    if kind is flipped:
-        return kind, (at, random.randrange(8))
-    if kind is lying:
-        number = random.choice(LIES) if random.random() < 0.5 else random.randint(0, 20)
-        return kind, (at, random.choice(["<B", "<I", "<Q"]), number)
-    if kind is spliced:
-        return kind, (at, random.choice([1, 4, 8, 24, 100, 1000]), random.choice([0, 2]))
-    return kind, (at,)
+    number = random.choice(LIES) if random.random() < 0.5 else random.randint(0, 20)
+    edits: list[Edit] = [
+        (truncated, (at,)),
+        (flipped, (at, random.randrange(8))),
+        (lying, (at, random.choice(["<B", "<I", "<Q"]), number)),
+        (spliced, (at, random.choice([1, 4, 8, 24, 100, 1000]), random.choice([0, 2]))),
+    ]
+    return random.choice(edits)
 
 
 def for_all_damages(

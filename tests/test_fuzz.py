@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import refused
 from damages import for_all_damages, lying
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from safetensors.torch import save_file
 from test_weights import Content
 
@@ -134,6 +134,9 @@ def test_damaged_model_files(small: bytes, tmp_path: Path, places: list[int]) ->
         return check(path)
 
     assert one(small)
+    # A vector in blocks of 32, which cannot be read row by row.
+    vector = small.index(b"blk.0.attn_norm.weight") + len(b"blk.0.attn_norm.weight") + 4 + 8
+    assert not one(lying(small, vector, "<I", GGMLQuantizationType.Q8_0))
     passed, count = for_all_damages(small, places, one, examples=1500)
     # Names and weights may change without harm; structure may not.
     assert 0 < passed < count / 2

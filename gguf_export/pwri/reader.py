@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from common.errors import FormatError
-from gguf_export.pwri.element_types import READABLE, data_size, decode
+from gguf_export.pwri.element_types import PLAIN, READABLE, data_size, decode
 from gguf_export.pwri.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
 
 _SCALARS = {
@@ -260,5 +260,7 @@ class GGUFFile:
             )
         data, shape = self._bytes[info.start : info.start + info.size], info.shape
         if rows is not None:
+            if len(shape) == 1 and info.kind not in PLAIN:
+                raise self.error(f"tensor {name} is a vector of {info.kind.name}, expected F32")
             data, shape = data.reshape(shape[0], -1)[rows].reshape(-1), (len(rows), *shape[1:])
         return decode(data, shape, info.kind)
