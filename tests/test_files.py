@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from conftest import refused
 
 from common.errors import DataError, OutputError
@@ -28,17 +31,7 @@ from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.store import TraceStore
 
-# Python ignores SIGXFSZ, so a write past the limit fails with EFBIG as one on a full disk does with
-# ENOSPC: after part of the file has been written.
-LIMITED = """
-import resource, signal, sys
-from cli import main
-
-assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
-limit = int(sys.argv.pop(1))
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-main()
-"""
+Psp = Callable[..., Result]
 
 
 def names(directory: Path) -> set[str]:
@@ -51,18 +44,27 @@ def write_half(path: Path, failure: BaseException) -> None:
         raise failure
 
 
-def psp_with_little_room(limit: int, *arguments: object) -> str:
+@contextmanager
+def little_room(limit: int) -> Iterator[None]:
+    """Let no file exceed `limit` bytes.
+
+    Python ignores SIGXFSZ, so a write past the limit fails with EFBIG as one on a full disk does
+    with ENOSPC: after part of the file has been written.
+    """
+    assert signal.getsignal(signal.SIGXFSZ) == signal.SIG_IGN
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def refused_for_room(psp: Psp, limit: int, *arguments: object) -> str:
     """Run psp so that no file may exceed `limit` bytes; return the one line it must end with."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(limit), *map(str, arguments)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 1, done.stderr
+    with little_room(limit):
+        done = psp(*arguments)
+    assert done.exit_code == 1, done.output
     assert done.stdout == ""
     (line,) = (said for said in done.stderr.splitlines() if not said.startswith("disk: needs "))
     return line
@@ -352,12 +354,12 @@ def small_traces(
 
 @pytest.mark.parametrize("missing", [100_000, 1], ids=["a third missing", "a byte missing"])
 def test_export_on_a_full_disk_leaves_nothing(
-    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path, missing: int
+    psp: Psp, model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path, missing: int
 ) -> None:
     out = tmp_path / "a.powerinfer.gguf"
     limit = exact_bundle.model_file.stat().st_size - missing
-    line = psp_with_little_room(
-        limit, "export-gguf", "--model", model_dir, "--predictors", exact_dir, "--out", out
+    line = refused_for_room(
+        psp, limit, "export-gguf", "--model", model_dir, "--predictors", exact_dir, "--out", out
     )
     assert line.startswith(f"Error: cannot write {out}: ")
     assert "File too large" in line
@@ -366,12 +368,12 @@ def test_export_on_a_full_disk_leaves_nothing(
 
 
 def test_collect_on_a_full_disk_goes_on_once_there_is_room(
-    model_dir: Path, data_file: Path, small_traces: TraceStore, tmp_path: Path
+    psp: Psp, model_dir: Path, data_file: Path, small_traces: TraceStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "traces"
     sizes = ("--tokens", 600, "--context", 64)
-    line = psp_with_little_room(
-        200_000, "collect", "--model", model_dir, "--data", data_file, "--out", out, *sizes
+    line = refused_for_room(
+        psp, 200_000, "collect", "--model", model_dir, "--data", data_file, "--out", out, *sizes
     )
     shard = out / "layer-00" / "shard-00000.safetensors"
     assert line.startswith(f"Error: cannot write {shard}: ")
@@ -384,10 +386,11 @@ def test_collect_on_a_full_disk_goes_on_once_there_is_room(
 
 
 def test_train_predictor_on_a_full_disk_leaves_no_layer_file(
-    small_traces: TraceStore, tmp_path: Path
+    psp: Psp, small_traces: TraceStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "predictors"
-    line = psp_with_little_room(
+    line = refused_for_room(
+        psp,
         30_000,
         *("train-predictor", "--traces", small_traces.path, "--out", out),
         *("--rank", 128, "--jobs", 1),  # so that layer 0 comes first
