@@ -1,15 +1,18 @@
-"""A PowerInfer and a llama.cpp that answer at once and write down that they were called."""
+"""A PowerInfer and a llama.cpp that answer at once and write down that they were called.
+
+They import no more than they need: a benchmark starts dozens of them.
+"""
 
 from __future__ import annotations
 
-import json
+import ast
 from pathlib import Path
 from typing import Any
 
 from stand_ins import write_program
 
 MAIN = """
-import json, os, sys, pathlib
+import os, sys
 if '--help' in sys.argv:
     print('usage: --vram-budget' + CUDA)
     sys.exit(0)
@@ -21,10 +24,10 @@ if prompt is None:
     sys.exit(0)
 threshold = os.environ.get('LLAMA_SPARSE_PRED_THRESHOLD')
 kind = 'dense' if '.dense.' in model else 'predicted' if threshold is None else 'all'
-log = pathlib.Path(LOG)
-calls = log.read_text().splitlines() if log.exists() else []
-with log.open('a') as file:
-    print(json.dumps({'kind': kind, 'prompt': prompt, 'argv': sys.argv[1:]}), file=file)
+with open(LOG, 'a+') as file:
+    file.seek(0)
+    calls = file.read().splitlines()
+    print({'kind': kind, 'prompt': prompt, 'argv': sys.argv[1:]}, file=file)
 FAULT
 ms = {'predicted': 100, 'all': 200, 'dense': 400}[kind] * (3 if 'longer' in prompt else 1)
 count = int(option('-n')) - 1
@@ -34,30 +37,28 @@ print(f'llama_print_timings: prompt eval time = {ms / 10} ms /  5 tokens', file=
 print(f'llama_print_timings:        eval time = {ms * count}.00 ms / {count} runs', file=sys.stderr)
 """
 PERPLEXITY = """
-import json, os, sys, pathlib
+import os, sys
 if '--help' in sys.argv:
     print('usage: --vram-budget')
     sys.exit(0)
-with pathlib.Path(LOG).open('a') as file:
-    print(json.dumps({'kind': 'perplexity', 'argv': sys.argv[1:]}), file=file)
+with open(LOG, 'a') as file:
+    print({'kind': 'perplexity', 'argv': sys.argv[1:]}, file=file)
 print('Final estimate: PPL =', 12 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 12.06)
 """
 LLAMA_BENCH = """
-import json, sys, pathlib
+import sys
 if '--help' in sys.argv or '--list-devices' in sys.argv:
     sys.exit(0)
 if '--version' in sys.argv:
     print('version: 7 (fedcba9)')
     sys.exit(0)
-with pathlib.Path(LOG).open('a') as file:
-    print(json.dumps({'kind': 'llama.cpp', 'argv': sys.argv[1:]}), file=file)
+with open(LOG, 'a') as file:
+    print({'kind': 'llama.cpp', 'argv': sys.argv[1:]}, file=file)
 def option(name):
     return int(sys.argv[sys.argv.index(name) + 1])
 p, n = option('-p'), option('-n')
-print(json.dumps([
-    {'n_prompt': p, 'n_gen': 0, 'samples_ns': [p * 1000000], 'backends': 'CPU'},
-    {'n_prompt': 0, 'n_gen': n, 'samples_ns': [n * 50000000], 'backends': 'CPU'},
-]))
+row = '{"n_prompt": %d, "n_gen": %d, "samples_ns": [%d], "backends": "CPU"}'
+print('[' + row % (p, 0, p * 1000000) + ', ' + row % (0, n, n * 50000000) + ']')
 """
 
 
@@ -66,7 +67,7 @@ class FakePrograms:
 
     def __init__(self, directory: Path, *, text: str = "' text'", cuda: bool = False) -> None:
         self.powerinfer, self.llama_cpp = directory / "pi", directory / "lc"
-        self.log = directory / "log.jsonl"
+        self.log = directory / "log"
         self._text, self._cuda = text, cuda
         self.write()
         write_program(self.powerinfer / "perplexity", self._with_log(PERPLEXITY))
@@ -84,5 +85,5 @@ class FakePrograms:
     def calls(self, *kinds: str) -> list[dict[str, Any]]:
         """Return what ran, of some kinds only."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
-        found = [json.loads(line) for line in lines]
+        found = [ast.literal_eval(line) for line in lines]
         return [call for call in found if not kinds or call["kind"] in kinds]

@@ -21,7 +21,7 @@ from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
 
 Psp = Callable[..., Result]
-SMALL = ("--ctx", 64, "--chunks", 2, "-n", 4, "--threads", 2)
+SMALL = ("--ctx", 32, "--chunks", 1, "-n", 4, "--threads", 2)
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def run(
             "file": exact_bundle.model_file,
             "powerinfer_bin": programs.powerinfer,
             "data": str(text_file),
-            "context": 64,
-            "chunks": 2,
+            "context": 32,
+            "chunks": 1,
             "generate": 4,
-            "repeats": 4,
+            "repeats": 1,
         }
         return bench(BenchConfig(**(settings | changes)))
 
@@ -56,7 +56,7 @@ def run(
 
 
 def test_speeds_are_those_of_the_programs(run: Callable[..., dict[str, Any]], dense: Path) -> None:
-    found = run(dense_gguf=dense)
+    found = run(dense_gguf=dense, repeats=2)
     speeds = {arm["name"]: arm["decode"]["tokens_per_second"] for arm in found["arms"]}
     expected = {"all_neurons": 5.0, "predicted": 10.0, "dense_powerinfer": 2.5}
     assert speeds == pytest.approx(expected)
@@ -75,19 +75,19 @@ def test_speeds_are_those_of_the_programs(run: Callable[..., dict[str, Any]], de
 def test_arms_alternate_in_every_round_and_warm_up_is_not_kept(
     run: Callable[..., dict[str, Any]], programs: FakePrograms
 ) -> None:
-    found = run(warm_up=2)
+    found = run(warm_up=2, repeats=4)
     kinds = [call["kind"] for call in programs.calls("predicted", "all")]
     assert kinds == ["all", "predicted", "predicted", "all"] * 3
     assert [sample["round"] for sample in found["samples"]] == [1, 1, 2, 2, 3, 3, 4, 4]
     programs.log.unlink()
-    run(warm_up=0, repeats=1)
+    run(warm_up=0)
     assert len(programs.calls("predicted", "all")) == 2
 
 
 def test_options_reach_the_programs(
     run: Callable[..., dict[str, Any]], programs: FakePrograms, exact_bundle: Bundle
 ) -> None:
-    found = run(threads=3, seed=7, vram_budget="2GiB", repeats=1)
+    found = run(threads=3, seed=7, vram_budget="2GiB")
     first = programs.calls("all")[0]["argv"]
     for option, value in (("--threads", "3"), ("--seed", "7"), ("-n", "4"), ("--vram-budget", "2")):
         assert first[first.index(option) + 1] == value
@@ -115,7 +115,7 @@ def test_an_estimate_that_cannot_be_made_costs_no_measurement(
     run: Callable[..., dict[str, Any]],
 ) -> None:
     """The statistics by which neurons are chosen for a GPU are missing."""
-    found = run(hardware="rtx4090+ddr5", vram_budget="900GiB", repeats=1)
+    found = run(hardware="rtx4090+ddr5", vram_budget="900GiB")
     assert found["estimate"] is None
     texts = {warning["code"]: warning["text"] for warning in found["warnings"]}
     assert texts["no-estimate"].startswith("no estimate: ")
@@ -124,10 +124,10 @@ def test_an_estimate_that_cannot_be_made_costs_no_measurement(
 def test_perplexity_is_the_same_binary_s_and_transformers_own(
     run: Callable[..., dict[str, Any]], model_dir: Path
 ) -> None:
-    found = run(model=str(model_dir), repeats=1)
+    found = run(model=str(model_dir))
     assert (found["ppl_sparse"], found["ppl_dense"]) == (12.06, 12.0)
     assert found["ppl_gap"] == pytest.approx(0.005)
-    embedded = run(model=str(model_dir), repeats=1, powerinfer_bin=None)
+    embedded = run(model=str(model_dir), powerinfer_bin=None)
     own = embedded["ppl_transformers"]
     assert own == found["ppl_transformers"]
     assert own == pytest.approx(embedded["ppl_dense"], rel=2e-3)
@@ -179,14 +179,14 @@ def test_texts_that_differ_are_told(
     run: Callable[..., dict[str, Any]], tmp_path: Path, text_file: Path, exact_bundle: Bundle
 ) -> None:
     other = FakePrograms(tmp_path / "other", text="' text of ' + kind")
-    found = run(powerinfer_bin=other.powerinfer, repeats=1)
+    found = run(powerinfer_bin=other.powerinfer)
     assert found["continuations"] == {"sparse": " text of predicted", "dense": " text of all"}
     assert not found["greedy_text_same"]
     assert "texts-differ" in {warning["code"] for warning in found["warnings"]}
 
 
 def test_the_embedded_engine_stands_in(run: Callable[..., dict[str, Any]]) -> None:
-    found = run(powerinfer_bin=None, repeats=1)
+    found = run(powerinfer_bin=None)
     assert found["engine"] == "embedded engine"
     assert found["arms"][0]["prompt"]["tokens_per_second"] > 0
     assert found["samples"][0]["decode_tokens"] == 3
@@ -195,7 +195,7 @@ def test_the_embedded_engine_stands_in(run: Callable[..., dict[str, Any]]) -> No
 
 FAULTS = {
     "crash": ("os.kill(os.getpid(), 11)", "SIGSEGV"),
-    "hang": ("import time; time.sleep(600)", "no end after 5 s"),
+    "hang": ("import time; time.sleep(600)", "no end after 0.5 s"),
     "garbage": ("sys.stdout.buffer.write(b'\\xff\\x00'); sys.exit(0)", "no decoding"),
     "nothing": ("sys.exit(0)", "no decoding"),
     "refused model": ("print('error: bad model', file=sys.stderr); sys.exit(1)", "bad model"),
@@ -209,7 +209,7 @@ def test_a_program_that_fails_ends_it_in_one_line(
     fault, problem = FAULTS[name]
     programs.write(fault)
     with refused(EngineError, problem, "; "):
-        run(timeout=5.0)
+        run(timeout=0.5 if name == "hang" else 60.0)
 
 
 def test_files_of_the_wrong_kind_are_refused(
@@ -232,13 +232,14 @@ def test_the_table_has_a_row_an_arm(
     tmp_path: Path,
 ) -> None:
     command = ["bench-powerinfer", exact_bundle.model_file, "--data", text_file, *SMALL]
-    command += ["--powerinfer-bin", programs.powerinfer, "--repeats", 5]
-    plain = psp(*command).stdout.splitlines()
+    command += ["--powerinfer-bin", programs.powerinfer]
+    plain = psp(*command, "--repeats", 1).stdout.splitlines()
     assert plain[0].split()[-2:] == ["tokens/s", "speedup"]
     assert [line.split()[-2:] for line in plain[2:4]] == [["5.00", "1.00"], ["10.00", "2.00"]]
     assert plain[4] == ""
     out = tmp_path / "results"
-    command += ["--dense-gguf", dense, "--llama-cpp-bin", programs.llama_cpp, "--out", out]
+    command += ["--dense-gguf", dense, "--llama-cpp-bin", programs.llama_cpp]
+    command += ["--repeats", 5, "--out", out]
     shown = psp(*command).stdout
     lines = shown.splitlines()
     assert lines[0].endswith("speedup  vs dense")
