@@ -59,15 +59,34 @@ class FakeBench:
         }
 
 
-@pytest.fixture
-def config(tokenizer_bytes: bytes, tmp_path: Path) -> DensityConfig:
-    tokenizer = tmp_path / "tokenizer.model"
+def make_config(directory: Path, tokenizer_bytes: bytes) -> DensityConfig:
+    tokenizer = directory / "tokenizer.model"
     tokenizer.write_bytes(tokenizer_bytes)
-    out = tmp_path / "sweep"
+    out = directory / "sweep"
     out.mkdir()
     return DensityConfig(
-        powerinfer_bin=tmp_path, tokenizer=tokenizer, out=out, densities=(0.5, 0.05), shape=TINY
+        powerinfer_bin=directory, tokenizer=tokenizer, out=out, densities=(0.5, 0.05), shape=TINY
     )
+
+
+@pytest.fixture
+def config(tokenizer_bytes: bytes, tmp_path: Path) -> DensityConfig:
+    return make_config(tmp_path, tokenizer_bytes)
+
+
+@pytest.fixture(scope="module")
+def swept(tokenizer_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> DensityConfig:
+    """A finished sweep, which no test may change."""
+    config = make_config(tmp_path_factory.mktemp("swept"), tokenizer_bytes)
+    run(config, FakeBench())
+    return config
+
+
+@pytest.fixture
+def document(swept: DensityConfig) -> dict[str, Any]:
+    """Return what the finished sweep holds."""
+    found: dict[str, Any] = json.loads((swept.out / "density.json").read_text())
+    return found
 
 
 def test_points_hold_what_the_benchmark_said(config: DensityConfig) -> None:
@@ -125,18 +144,19 @@ def test_a_failure_keeps_what_was_measured_and_the_next_run_goes_on(config: Dens
     ],
 )
 def test_other_settings_do_not_mix(
-    config: DensityConfig, changes: dict[str, Any], key: str
+    swept: DensityConfig, document: dict[str, Any], changes: dict[str, Any], key: str
 ) -> None:
-    document = run(config, FakeBench())
     bench = FakeBench()
     with refused(OutputError, "density.json", f"another {key};", "another --out"):
-        run(replace(config, **changes), bench)
+        run(replace(swept, **changes), bench)
     assert not bench.asked
-    assert document == json.loads((config.out / "density.json").read_text())
+    assert document == json.loads((swept.out / "density.json").read_text())
 
 
-def test_machines_do_not_mix(config: DensityConfig) -> None:
-    document = run(config, FakeBench())
+def test_machines_do_not_mix(
+    swept: DensityConfig, document: dict[str, Any], tmp_path: Path
+) -> None:
+    config = replace(swept, out=tmp_path)
     document["hardware"]["cpus"] += 1
     (config.out / "density.json").write_text(json.dumps(document))
     with refused(OutputError, "density.json", "another hardware;"):
@@ -162,8 +182,8 @@ def test_names_of_directories(wanted: float, name: str) -> None:
     assert label(wanted) == name
 
 
-def test_the_table_has_a_row_for_each_density(config: DensityConfig) -> None:
-    header, _, first, second = lines(run(config, FakeBench())).splitlines()
+def test_the_table_has_a_row_for_each_density(document: dict[str, Any]) -> None:
+    header, _, first, second = lines(document).splitlines()
     names = ["density", "predicted", "all", "neurons", "dense", "predicted", "/", "all"]
     assert header.split() == names
     assert first.split() == ["0.0498", "200.00", "10.00", "11.00", "20.00"]
@@ -261,9 +281,9 @@ def test_the_figure_shows_every_arm_and_its_estimate(config: DensityConfig) -> N
 
 
 def test_the_figure_shows_spread_and_tells_lines_apart_without_colour(
-    config: DensityConfig,
+    document: dict[str, Any],
 ) -> None:
-    (axes,) = density_figure(run(config, FakeBench())).axes
+    (axes,) = density_figure(document).axes
     looks = set()
     for bar in error_bars(axes):
         line, _, (spread,) = bar.lines

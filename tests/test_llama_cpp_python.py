@@ -32,7 +32,7 @@ class Llama:
     def eval(self, tokens):
         self.used += len(tokens)
         assert self.used <= self.room and all(0 <= token < 100 for token in tokens)
-        time.sleep(0.01 * len(tokens))
+        time.sleep(0.002 * len(tokens))
 """
 
 
@@ -52,8 +52,8 @@ def test_a_model_is_timed_after_a_warm_up(package: Path, tmp_path: Path) -> None
     sample = LlamaCppPython(timeout=60).bench(tmp_path / "m.gguf", 20, 16, threads=2)
     assert sample.prompt is not None
     assert (sample.prompt.tokens, sample.decode.tokens) == (20, 16)
-    assert 0.2 <= sample.prompt.seconds < 10
-    assert 0.16 <= sample.decode.seconds < 10
+    assert 0.04 <= sample.prompt.seconds < 10
+    assert 0.032 <= sample.decode.seconds < 10
     assert sample.load_seconds is not None
     assert sample.wall_seconds > sample.prompt.seconds + sample.decode.seconds
     assert (sample.text, sample.notes) == (None, ())
@@ -80,7 +80,7 @@ FAILURES = {
     ),
     "crash": ("import os; os.abort()", "was ended by SIGABRT"),
     "silence": ("import os; os._exit(0)", "printed no figures; reinstall llama-cpp-python"),
-    "hang": ("time.sleep(600)", "no end after 3 s"),
+    "hang": ("time.sleep(600)", "no end after 0.5 s"),
 }
 
 
@@ -89,7 +89,7 @@ def test_native_code_that_fails_takes_no_psp_with_it(
     package: Path, tmp_path: Path, body: str, said: str
 ) -> None:
     package.write_text(PACKAGE.replace("self.room = n_ctx", body))
-    timeout = 3 if "sleep" in body else 60
+    timeout = 0.5 if "sleep" in body else 60
     with pytest.raises(EngineError) as caught:
         LlamaCppPython(timeout=timeout).bench(tmp_path / "m.gguf", 4, 4, threads=2)
     in_one_line(caught.value, said)

@@ -58,8 +58,9 @@ def test_every_code_point_is_classed_as_in_unicode_h() -> None:
     assert hashlib.sha256(table).hexdigest() == expected
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, "word. " * 170_000, "\n (" * 330_000])
-def test_a_megabyte_takes_seconds(text: str) -> None:
+@pytest.mark.parametrize("text", ["a" * (390 * 256 + 64), "word. " * 17_000, "\n (" * 33_000])
+def test_a_long_text_takes_time_in_proportion(text: str) -> None:
+    """Comparing each character with each would take minutes."""
     ids = {character.encode(): byte for byte, character in enumerate(BYTE_TOKENS)}
     merges = []
     for number in range(8):
@@ -68,5 +69,5 @@ def test_a_megabyte_takes_seconds(text: str) -> None:
         ids[left + left] = 256 + number
     start = time.perf_counter()
     encoded = ByteLevelEncoder(ids, merges).encode(text)
-    assert time.perf_counter() - start < 60
-    assert len(encoded) == (1_000_000 // 256 + 1 if text.startswith("aa") else len(text))
+    assert time.perf_counter() - start < 6
+    assert len(encoded) == (391 if text.startswith("aa") else len(text))
