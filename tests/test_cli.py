@@ -249,7 +249,7 @@ def test_half_a_character_in_the_data_is_refused_or_read(
 
 
 def test_a_user_s_error_shows_no_traceback_in_a_terminal() -> None:
-    done = fresh("from cli import main; main()", "bench-powerinfer", "nowhere.gguf")
+    done = fresh("from cli import main; main()", "inspect", "nowhere.gguf")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
@@ -274,7 +274,7 @@ def steps(model: Path, data: Path, text: Path, out: Path) -> Steps:
     train = ("train-predictor", "--traces", traces, "--out", predictors, "--rank", 32)
     return {
         "collect": (*collect, "--tokens", 900, "--context", 64, "--importance-bits", 8),
-        "train": (*train, "--recipe", "dejavu", "--label-top-fraction", 0.5),
+        "train": (*train, "--recipe", "dejavu", "--label-top-fraction", 0.5, "--jobs", 1),
         "export": ("export-gguf", "--model", model, "--predictors", predictors, "--out", file),
         "bench": ("bench-powerinfer", file, "--data", text, *SMALL_BENCH),
     }

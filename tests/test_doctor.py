@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from processes import FOREVER, all_dead, an_hour_after, started, wait_for
 from test_doctor_machine import CARD, told
 
 from cli import main
@@ -146,29 +147,16 @@ def test_a_program_that_may_not_be_started(tmp_path: Path) -> None:
     assert "perplexity: no executable program" in check(directory).found
 
 
-def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
-    note = tmp_path / "child"
-    body = (
-        "import pathlib, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        f"pathlib.Path({str(note)!r}).write_text(str(child.pid))\n"
-        "time.sleep(600)"
-    )
-    found = check(write_powerinfer(tmp_path / "bin", body), timeout=2)
-    assert (found.status.value, "no end after 2 s" in found.found) == ("problem", True)
-    child = int(note.read_text())
-    deadline = time.monotonic() + 10
-    while _running(child):
-        assert time.monotonic() < deadline, "an orphan is left"
-        time.sleep(0.05)
-
-
-def _running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
+def test_a_program_that_hangs_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = tmp_path / "pids"
+    body = FOREVER.replace("sys.argv[1]", repr(str(pids)))
+    monkeypatch.setattr(time, "monotonic", an_hour_after(pids))
+    found = check(write_powerinfer(tmp_path / "bin", body), timeout=60)
+    monkeypatch.undo()
+    assert (found.status.value, "no end after 60 s" in found.found) == ("problem", True)
+    wait_for(all_dead(started(pids)))
 
 
 def test_powerinfer_in_place_of_llama_cpp(tmp_path: Path) -> None:

@@ -15,20 +15,13 @@ from pathlib import Path
 
 import pytest
 from conftest import refused
+from processes import FOREVER, SLEEPER, alive, all_dead, an_hour_after, started, wait_for
 from stand_ins import in_one_line, write_program
 
 from common.errors import EngineError
 from powerinfer_bridge.programs import launch
 from powerinfer_bridge.programs.process import OUTPUT_LIMIT, run_program
 
-SLEEPER = """
-import os, pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
-pathlib.Path(sys.argv[1] + '.new').write_text(f'{os.getpid()} {child.pid}')
-os.rename(sys.argv[1] + '.new', sys.argv[1])
-"""
-"""Starts a program of its own and writes both numbers down."""
-FOREVER = SLEEPER + "time.sleep(600)"
 ALONE = FOREVER.replace("600)']", "0)']").replace("child.pid", "os.getpid()")
 """What a program started itself outlives a SIGKILL of psp: nobody is left to end it."""
 PSP = """
@@ -41,32 +34,6 @@ from powerinfer_bridge.programs import launch
 from powerinfer_bridge.programs.process import run_program
 run_program(sys.argv[1:], timeout=300)
 """
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and nobody asked for does not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat")
-    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def started(file: Path) -> list[int]:
-    wait_for(file.exists)
-    return [int(word) for word in file.read_text().split()]
-
-
-def all_dead(pids: list[int]) -> Callable[[], bool]:
-    return lambda: not any(alive(pid) for pid in pids)
 
 
 @pytest.fixture
@@ -139,17 +106,6 @@ def test_an_argument_with_nul_is_named_and_no_bug(tmp_path: Path) -> None:
     program = write_program(tmp_path / "p", "print()")
     with refused(EngineError, "cannot be started", "null byte"):
         run_program([str(program), "a\x00b"], timeout=30)
-
-
-def an_hour_after(file: Path) -> Callable[[], float]:
-    """Return a clock that jumps ahead once it has been read while a file existed."""
-    clock, seen = time.monotonic, [False]
-
-    def read() -> float:
-        seen.append(file.exists())
-        return clock() + 3600 * seen[-2]
-
-    return read
 
 
 def test_a_program_and_all_it_started_end_at_the_time_limit(
