@@ -181,6 +181,7 @@ def test_awkward_names_work_through_the_whole_command_line(
     psp: Psp,
     model_dir: Path,
     exact_dir: Path,
+    text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -192,7 +193,8 @@ def test_awkward_names_work_through_the_whole_command_line(
     shutil.copytree(exact_dir, f"{source} predictors")
     file = f"{name}.powerinfer.gguf"
     export = command(Path(source), Path(f"{source} predictors"), Path(file))
-    bench = ("--ctx", 32, "--chunks", 1, "-n", 2, "--repeats", 1, "--threads", 1)
+    bench: tuple[object, ...] = ("--data", text_file, "--ctx", 32, "--chunks", 1)
+    bench += ("-n", 2, "--repeats", 1, "--threads", 1)
     budget = ("--vram-budget", "1MiB", "--force")
     for arguments, key in (
         ((*export, "--dense", *budget), "model_file"),
@@ -202,7 +204,7 @@ def test_awkward_names_work_through_the_whole_command_line(
         (("bench-powerinfer", *bench, "--json", "--", file), None),
         (("verify", "--", file), None),
         (("inspect", "--", file), None),
-        ((*export, "--force"), None),
+        ((*export, "--no-verify", "--force"), None),
     ):
         if arguments[0] == "export-gguf" and key:
             arguments = (*arguments, "--json")
