@@ -14,13 +14,12 @@ from powerinfer_bridge.doctor.settings import DoctorConfig
 @json_option
 def doctor(config: DoctorConfig, as_json: bool) -> None:
     """Check that this machine can do the work; exit code 0 only if there is no problem."""
-    from powerinfer_bridge.doctor.examination import examine
-    from powerinfer_bridge.doctor.table import doctor_table
+    from powerinfer_bridge.doctor.examination import examine, findings_text
 
-    document = examine(config)
+    examination = examine(config)
     if as_json:
-        print_json(document)
+        print_json(examination.document())
     else:
-        echo(doctor_table(document))
-    if not document["healthy"]:
+        echo(findings_text(examination))
+    if not examination.healthy:
         raise click.exceptions.Exit(1)

@@ -12,12 +12,11 @@ import os
 import platform
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from common.units import MIB
 
@@ -52,12 +51,14 @@ class Memory:
 
 def read_memory(root: Path = ROOT) -> Memory:
     """Ask the system; `root` is where its control groups are looked up."""
+    import psutil
+
     memory = psutil.virtual_memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sandboxes do not count the pages that were swapped
+        swap = psutil.swap_memory().total
     return Memory(
-        total=memory.total,
-        available=memory.available,
-        swap=psutil.swap_memory().total,
-        limit=memory_limit(root),
+        total=memory.total, available=memory.available, swap=swap, limit=memory_limit(root)
     )
 
 
@@ -94,6 +95,55 @@ def cpu_quota(root: Path = ROOT) -> float | None:
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """The processor.
+
+    Attributes:
+        name: its model; empty if unknown.
+        architecture: such as `x86_64`.
+        flags: names of its extensions; None if unknown.
+        logical: hardware threads of the machine.
+        usable: of them open to this process.
+        physical: cores; None if unknown.
+        quota: CPUs' time that a container may use; None without a limit.
+        load: average number of running processes of the last minute; None if unknown.
+    """
+
+    name: str
+    architecture: str
+    flags: frozenset[str] | None
+    logical: int
+    usable: int
+    physical: int | None
+    quota: float | None
+    load: float | None
+
+    @property
+    def threads(self) -> int:
+        """Threads that run at the same time, at most."""
+        cores = self.usable if self.physical is None else min(self.usable, self.physical)
+        return max(1, cores if self.quota is None else min(cores, int(self.quota)))
+
+
+def read_processor(root: Path = ROOT) -> Processor:
+    """Ask the system; `root` is where its files on the processor and control groups are."""
+    import psutil
+
+    fields = _cpu_fields(root)
+    flags = fields.get("flags") or fields.get("features")
+    return Processor(
+        name=fields.get("model name", ""),
+        architecture=platform.machine(),
+        flags=None if flags is None else frozenset(flags.split()),
+        logical=os.cpu_count() or 1,
+        usable=usable_threads(),
+        physical=psutil.cpu_count(logical=False),
+        quota=cpu_quota(root),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    )
+
+
 def usable_threads() -> int:
     """Return the hardware threads that are open to this process."""
     if hasattr(os, "sched_getaffinity"):
@@ -102,11 +152,14 @@ def usable_threads() -> int:
 
 
 def cpu_name() -> str:
-    """Return the processor's model."""
-    for line in _read(ROOT / "proc/cpuinfo").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """Return the processor's model, its kind where the system does not tell."""
+    return _cpu_fields(ROOT).get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_fields(root: Path) -> dict[str, str]:
+    """Return the first processor's lines of /proc/cpuinfo."""
+    pairs = [line.partition(":") for line in _read(root / "proc/cpuinfo").splitlines()]
+    return {name.strip().lower(): value.strip() for name, colon, value in reversed(pairs) if colon}
 
 
 def _share(quota: str, period: str = "100000") -> float | None:
@@ -201,8 +254,8 @@ def read_gpus(root: Path = ROOT, program: str | None = None, timeout: float = _G
     except subprocess.TimeoutExpired:
         failure = f"{program}: no end after {timeout:g} s"
         return Gpus(cards=_from_files(root), failure=failure)
-    except (OSError, ValueError) as error:
-        failure = f"{program}: cannot be started ({error})"
+    except OSError as error:
+        failure = f"{program}: cannot be started ({error.strerror or error})"
         return Gpus(cards=_from_files(root), failure=failure)
     stdout, stderr = (text.decode("utf-8", "replace") for text in (run.stdout, run.stderr))
     if run.returncode:

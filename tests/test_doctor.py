@@ -14,21 +14,21 @@ from typing import Any
 import pytest
 from click.testing import Result
 from processes import FOREVER, all_dead, an_hour_after, started, wait_for
-from test_doctor_machine import CARD, told
+from stand_ins import build, write_program
+from test_doctor_environment import CARD, told
 
 from cli import main
 from commands.doctor import doctor
+from common.machine import Gpu
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.doctor.examination import examine
-from powerinfer_bridge.doctor.finding import Finding, guarded
-from powerinfer_bridge.doctor.gpu import Gpu
+from powerinfer_bridge.doctor.examination import WIDTH, Examination, examine, findings_text
+from powerinfer_bridge.doctor.finding import Finding, Status, guarded
 from powerinfer_bridge.doctor.programs import (
     check_llama_cpp,
     check_powerinfer,
     program_findings,
 )
 from powerinfer_bridge.doctor.settings import DoctorConfig
-from powerinfer_bridge.doctor.table import WIDTH, doctor_table
 from powerinfer_bridge.programs.sample import ProgramFacts
 
 Psp = Callable[..., Result]
@@ -36,16 +36,8 @@ POWERINFER = "print('usage: --vram-budget N')"
 """What tells PowerInfer's help from an old llama.cpp's."""
 
 
-def write_program(path: Path, body: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!{sys.executable}\n{body}\n")
-    path.chmod(0o755)
-
-
 def write_powerinfer(directory: Path, body: str = POWERINFER) -> Path:
-    for name in ("main", "perplexity"):
-        write_program(directory / name, body)
-    return directory
+    return build(directory, body, body)
 
 
 @pytest.fixture(autouse=True)
@@ -195,14 +187,13 @@ def test_a_cuda_build_needs_no_solver(tmp_path: Path) -> None:
     assert told(findings, "PowerInfer's solver")[0] == "ok"
 
 
-def document(*findings: tuple[str, str, str, str | None]) -> dict[str, Any]:
-    names = ("check", "status", "found", "remedy")
-    rows = [dict(zip(names, finding, strict=True)) for finding in findings]
-    counts = {
-        status: sum(row["status"] == status for row in rows)
-        for status in ("problem", "warning", "note", "ok")
-    }
-    return {"findings": rows, "counts": counts, "healthy": not counts["problem"]}
+def examined(*rows: tuple[str, str, str, str | None]) -> Examination:
+    return Examination(
+        findings=tuple(
+            Finding(check=check, status=Status(status), found=found, remedy=remedy)
+            for check, status, found, remedy in rows
+        )
+    )
 
 
 def test_the_table_puts_the_worst_first_and_aligns() -> None:
@@ -211,7 +202,7 @@ def test_the_table_puts_the_worst_first_and_aligns() -> None:
         ("GPU index", "problem", "damaged", "psp gpu-split FILE --force"),
         ("x", "warning", "y", "z"),
     ]
-    assert doctor_table(document(*rows)) == (
+    assert findings_text(examined(*rows)) == (
         "PROBLEM  GPU index  damaged\n"
         "                 -> psp gpu-split FILE --force\n"
         "\n"
@@ -226,7 +217,7 @@ def test_the_table_puts_the_worst_first_and_aligns() -> None:
 
 def test_long_findings_are_wrapped_but_commands_are_not() -> None:
     command = f"psp gpu-split '{'long name ' * 20}'"
-    text = doctor_table(document(("file", "problem", "word " * 60, command)))
+    text = findings_text(examined(("file", "problem", "word " * 60, command)))
     lines = text.splitlines()
     assert all(len(line) <= WIDTH for line in lines if command not in line)
     assert sum(command in line for line in lines) == 1
@@ -235,14 +226,14 @@ def test_long_findings_are_wrapped_but_commands_are_not() -> None:
 
 def test_a_long_name_does_not_push_the_others_to_the_right() -> None:
     rows = [("LLAMA_SPARSE_PRED_THRESHOLD", "warning", "set", "unset it"), ("x", "ok", "y", None)]
-    warned, remedy, _, fine, *_ = doctor_table(document(*rows)).splitlines()
+    warned, remedy, _, fine, *_ = findings_text(examined(*rows)).splitlines()
     assert warned == "WARNING  LLAMA_SPARSE_PRED_THRESHOLD  set"
     assert remedy == "         -> unset it"
     assert fine == "ok       x  y"
 
 
 def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
-    assert "\x1b" not in doctor_table(document(("file", "problem", "a\x1b[2Jb\nc", "d")))
+    assert "\x1b" not in findings_text(examined(("file", "problem", "a\x1b[2Jb\nc", "d")))
 
 
 def test_outputs_go_beside_the_file_unless_told() -> None:
@@ -254,10 +245,18 @@ def test_outputs_go_beside_the_file_unless_told() -> None:
 
 def test_a_disk_that_may_not_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    document = examine(DoctorConfig(out=tmp_path))
-    bad = {f["check"] for f in document["findings"] if f["status"] == "problem"}
+    examination = examine(DoctorConfig(out=tmp_path))
+    bad = {f.check for f in examination.findings if f.status is Status.PROBLEM}
     assert {"output disk", "temporary disk"} <= bad
-    assert document["healthy"] is False
+    assert not examination.healthy
+
+
+def test_a_package_that_is_missing_stops_no_other_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("packaging.version", "psutil", "torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "powerinfer_bridge.doctor.installation", raising=False)
+    bad = {f.check for f in examine(DoctorConfig()).findings if f.status is Status.PROBLEM}
+    assert bad == {"packages", "CPU", "memory"}
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from test_doctor_machine import CARD, told
+from test_doctor_environment import CARD, told
 
+from common.machine import Gpu
+from common.units import GIB
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
 from gguf_export.split_file import split
-from powerinfer_bridge.doctor.bundle import check_bundle
-from powerinfer_bridge.doctor.checkpoint import checkpoint_findings, read_checkpoint
-from powerinfer_bridge.doctor.finding import GIB, Finding, Status
-from powerinfer_bridge.doctor.gpu import Gpu
-from powerinfer_bridge.doctor.split_index import IndexFacts, absent, index_findings
+from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_findings
+from powerinfer_bridge.doctor.finding import Finding, Status
+from powerinfer_bridge.doctor.model_files import check_file, checkpoint_findings, read_checkpoint
 
 FILE = Path("m.powerinfer.gguf")
 INDEX = IndexFacts(
@@ -52,7 +52,7 @@ def index(file: Path) -> Path:
 
 
 def examine(path: Path, *gpus: Gpu) -> list[Finding]:
-    return list(check_bundle(path, gpus))
+    return list(check_file(path, gpus))
 
 
 def test_a_sound_export_is_ok(file: Path) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from common.errors import PspError
 
@@ -35,10 +34,6 @@ class Finding:
     status: Status
     found: str
     remedy: str | None = None
-
-    def document(self) -> dict[str, Any]:
-        """Return it ready for JSON."""
-        return {**asdict(self), "status": self.status.value}
 
 
 def ok(check: str, found: str) -> Finding:
@@ -86,16 +81,3 @@ def guarded(check: str, run: Callable[[], Iterator[Finding]]) -> Iterator[Findin
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-GIB = 1024**3
-
-
-def size(number: float) -> str:
-    """Return bytes for people, in binary units."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if abs(number) < 1024 or unit == "GiB":
-            break
-        number /= 1024
-    digits = 0 if unit == "bytes" or number >= 100 else 1
-    return f"{number:,.{digits}f} {unit}"

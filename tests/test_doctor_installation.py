@@ -1,27 +1,23 @@
-"""The doctor on installations that are not there: Python, packages, torch, drivers."""
+"""The doctor on installations that are not there: Python, packages, torch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from test_doctor_machine import CARD, told, write
+from test_doctor_environment import CARD, told
 
 from common.errors import FormatError
-from powerinfer_bridge.doctor.finding import GIB, Finding, guarded, ok
-from powerinfer_bridge.doctor.gpu import GpuFacts, gpu_findings, parse_query, read_gpus
-from powerinfer_bridge.doctor.packages import (
+from common.units import GIB
+from powerinfer_bridge.doctor.finding import Finding, guarded, ok
+from powerinfer_bridge.doctor.installation import (
     PackageFacts,
+    TorchDevice,
+    TorchFacts,
     package_findings,
     parse_requirements,
     read_packages,
-)
-from powerinfer_bridge.doctor.torch_build import (
-    TorchDevice,
-    TorchFacts,
     read_torch,
     torch_findings,
 )
@@ -132,57 +128,6 @@ def test_this_torch_is_read() -> None:
     facts = read_torch()
     assert facts.version[0].isdigit()
     assert len(facts.devices) == 0 or facts.available
-
-
-def program(path: Path, body: str) -> str:
-    path.write_text(f"#!{sys.executable}\n{body}\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_cards_are_read_from_the_drivers_tool(tmp_path: Path) -> None:
-    line = "NVIDIA H100, 80GB, 81559, 80000, 550.54, 9.0"
-    facts = read_gpus(tmp_path, program(tmp_path / "nvidia-smi", f"print({line!r})"))
-    (gpu,) = facts.gpus
-    assert (gpu.name, gpu.memory, gpu.driver) == ("NVIDIA H100, 80GB", 81559 << 20, "550.54")
-    assert (gpu.free, gpu.capability, facts.failure) == (80000 << 20, "9.0", None)
-
-
-def test_what_an_old_driver_does_not_tell() -> None:
-    (gpu,) = parse_query("Tesla, [N/A], [N/A], 418.1, [N/A]\n")
-    assert (gpu.memory, gpu.free, gpu.capability) == (0, 0, "")
-    assert parse_query("No devices were found\n") == ()
-
-
-@pytest.mark.parametrize(
-    ("body", "part"),
-    [
-        ("print('Failed to initialize NVML'); raise SystemExit(9)", "Failed to initialize NVML"),
-        ("raise SystemExit(4)", "ended with code 4"),
-        ("import time; time.sleep(60)", "no end after 0.5 s"),
-    ],
-)
-def test_a_sick_driver_is_a_problem_and_its_card_still_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, part: str
-) -> None:
-    monkeypatch.setattr("powerinfer_bridge.doctor.gpu._SECONDS", 0.5)
-    card = {"proc/driver/nvidia/gpus/0000:01/information": "Model: \t NVIDIA X\nIRQ: 1\n"}
-    tool = program(tmp_path / "nvidia-smi", body)
-    facts = read_gpus(write(tmp_path, card), tool)
-    assert [gpu.name for gpu in facts.gpus] == ["NVIDIA X"]
-    first, second = gpu_findings(facts)
-    assert first.status.value == "problem"
-    assert part in first.found
-    assert second.found == "NVIDIA X"
-
-
-def test_cards_and_their_memory() -> None:
-    assert told(gpu_findings(GpuFacts(gpus=())), "GPU")[0] == "ok"
-    assert told(gpu_findings(GpuFacts(gpus=(CARD,))), "GPU")[0] == "ok"
-    busy = replace(CARD, free=2 * GIB)
-    status, found, remedy = told(gpu_findings(GpuFacts(gpus=(busy,))), "GPU")
-    assert (status, "2.0 GiB of 24.0 GiB free" in found) == ("warning", True)
-    assert "nvidia-smi" in remedy
 
 
 @pytest.mark.parametrize(

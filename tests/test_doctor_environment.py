@@ -8,25 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from powerinfer_bridge.doctor.cgroups import cpu_quota, memory_limit
-from powerinfer_bridge.doctor.disk import (
+from common.machine import Gpu, Gpus, Memory, Processor
+from common.units import GIB
+from powerinfer_bridge.doctor.environment import (
     DiskFacts,
+    gpu_findings,
+    memory_findings,
+    open_file_findings,
     output_findings,
+    processor_findings,
     read_disk,
     temporary_findings,
+    variable_findings,
 )
-from powerinfer_bridge.doctor.finding import GIB, Finding, size
-from powerinfer_bridge.doctor.gpu import Gpu
-from powerinfer_bridge.doctor.memory import MemoryFacts, memory_findings, read_memory
-from powerinfer_bridge.doctor.processor import (
-    ProcessorFacts,
-    processor_findings,
-    read_processor,
-)
-from powerinfer_bridge.doctor.variables import variable_findings
+from powerinfer_bridge.doctor.finding import Finding
 
 CARD = Gpu(name="NVIDIA X", memory=24 * GIB, free=24 * GIB, driver="550.1", capability="8.9")
-PROCESSOR = ProcessorFacts(
+PROCESSOR = Processor(
     name="A CPU",
     architecture="x86_64",
     flags=frozenset({"avx2", "f16c", "fma"}),
@@ -36,7 +34,7 @@ PROCESSOR = ProcessorFacts(
     quota=None,
     load=0.1,
 )
-MEMORY = MemoryFacts(total=32 * GIB, available=30 * GIB, swap=0, limit=None, open_files=1024)
+MEMORY = Memory(total=32 * GIB, available=30 * GIB, swap=0, limit=None)
 DISK = DiskFacts(path=Path("/data"), free=100 * GIB, writable=True)
 
 
@@ -44,13 +42,6 @@ def told(findings: Iterable[Finding], check: str) -> tuple[str, str, str]:
     """Return status, text and remedy of the only finding of a check."""
     (finding,) = [finding for finding in findings if finding.check == check]
     return finding.status.value, finding.found, finding.remedy or ""
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
 
 
 def test_a_good_processor_is_ok() -> None:
@@ -87,81 +78,21 @@ def test_an_unknown_load_is_not_told() -> None:
     assert "load" not in {f.check for f in processor_findings(replace(PROCESSOR, load=None))}
 
 
-def test_the_processor_is_read_from_the_systems_files(tmp_path: Path) -> None:
-    block = "processor: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2\n\n"
-    siblings = {
-        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n // 2}\n"
-        for n in range(4)
-    }
-    root = write(tmp_path, {"proc/cpuinfo": block + block.replace("avx2", "sse"), **siblings})
-    facts = read_processor(root)
-    assert facts.flags == frozenset({"fpu", "avx2"})
-    assert (facts.name, facts.physical) == ("A CPU", 2)
+def test_cards_and_their_memory() -> None:
+    assert told(gpu_findings(Gpus(cards=())), "GPU")[0] == "ok"
+    assert told(gpu_findings(Gpus(cards=(CARD,))), "GPU")[0] == "ok"
+    busy = replace(CARD, free=2 * GIB)
+    status, found, remedy = told(gpu_findings(Gpus(cards=(busy,))), "GPU")
+    assert (status, "2.0 GiB of 24.0 GiB free" in found) == ("warning", True)
+    assert "nvidia-smi" in remedy
 
 
-def test_a_system_without_such_files_is_unknown(tmp_path: Path) -> None:
-    processor, memory = read_processor(tmp_path), read_memory(tmp_path)
-    assert (processor.flags, processor.physical, processor.quota) == (None, None, None)
-    assert (memory.total, memory.available, memory.limit, memory.usable) == (None,) * 4
-    assert told(memory_findings(memory, None, ()), "memory")[0] == "note"
-
-
-V2 = {"proc/self/cgroup": "0::/a/b\n"}
-V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n1:name=systemd:/\n"}
-
-
-def test_the_smallest_limit_on_the_way_up_counts(tmp_path: Path) -> None:
-    limits = {
-        "a/b/memory.max": "max",
-        "a/memory.max": "2000",
-        "memory.max": "9000",
-        "a/b/cpu.max": "max 100000",
-        "a/cpu.max": "150000 100000",
-    }
-    root = write(tmp_path, V2 | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()})
-    assert memory_limit(root) == 2000
-    assert cpu_quota(root) == 1.5
-
-
-def test_in_a_container_the_trees_root_is_its_own_group(tmp_path: Path) -> None:
-    root = write(tmp_path, V2 | {"sys/fs/cgroup/memory.max": "4096\n"})
-    assert memory_limit(root) == 4096
-    assert cpu_quota(root) is None
-
-
-def test_version_1_limits(tmp_path: Path) -> None:
-    limits = {
-        "memory/job/memory.limit_in_bytes": "3000",
-        "memory/memory.limit_in_bytes": "9223372036854771712",
-        "cpu/job/cpu.cfs_quota_us": "50000",
-        "cpu/job/cpu.cfs_period_us": "100000",
-        "cpu/cpu.cfs_quota_us": "-1",
-        "cpu/cpu.cfs_period_us": "100000",
-    }
-    root = write(tmp_path, V1 | {f"sys/fs/cgroup/{name}": text for name, text in limits.items()})
-    assert memory_limit(root) == 3000
-    assert cpu_quota(root) == 0.5
-
-
-def test_no_limit_is_none(tmp_path: Path) -> None:
-    huge = {"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}
-    assert memory_limit(write(tmp_path, V1 | huge)) is None
-
-
-def test_a_group_cannot_lead_out_of_its_tree(tmp_path: Path) -> None:
-    files = {
-        "proc/self/cgroup": "0::/../../..\n",
-        "memory.max": "1",
-        "sys/memory.max": "1",
-        "sys/fs/cgroup/memory.max": "7000",
-    }
-    assert memory_limit(write(tmp_path, files)) == 7000
-
-
-def test_memory_is_read_in_bytes(tmp_path: Path) -> None:
-    text = "MemTotal:  2048 kB\nMemAvailable:  1024 kB\nSwapTotal:  512 kB\nHugePages_Total: 0\n"
-    facts = read_memory(write(tmp_path, {"proc/meminfo": text}))
-    assert (facts.total, facts.available, facts.swap) == (2 << 20, 1 << 20, 512 << 10)
+def test_a_sick_driver_is_a_problem_and_its_cards_are_told() -> None:
+    card = Gpu(name="NVIDIA X", memory=0, free=0)
+    first, second = gpu_findings(Gpus(cards=(card,), failure="nvidia-smi: no end after 20 s"))
+    assert (first.status.value, first.found) == ("problem", "nvidia-smi: no end after 20 s")
+    assert "driver" in (first.remedy or "")
+    assert (second.status.value, second.found) == ("ok", "NVIDIA X")
 
 
 def test_memory_without_a_file() -> None:
@@ -190,12 +121,19 @@ def test_whether_a_file_fits(
     assert part in found[1]
 
 
-def test_a_containers_limit_and_few_open_files() -> None:
-    facts = replace(MEMORY, limit=4 * GIB, swap=GIB, open_files=256)
-    findings = list(memory_findings(facts, None, ()))
+def test_a_containers_limit() -> None:
+    findings = memory_findings(replace(MEMORY, limit=4 * GIB, swap=GIB), None, ())
     status, found, _ = told(findings, "memory")
     assert (status, "limit of 4.0 GiB" in found, "swap 1.0 GiB" in found) == ("note", True, True)
-    assert told(findings, "open files")[2] == "raise it for this shell: ulimit -n 4096"
+
+
+def test_few_open_files() -> None:
+    assert told(open_file_findings(256), "open files") == (
+        "warning",
+        "a process may open 256",
+        "raise it for this shell: ulimit -n 4096",
+    )
+    assert list(open_file_findings(1024)) == list(open_file_findings(None)) == []
 
 
 @pytest.mark.parametrize(
@@ -204,7 +142,7 @@ def test_a_containers_limit_and_few_open_files() -> None:
         ({}, None, "ok", "100 GiB free"),
         ({}, 4 * GIB, "ok", "needs about 4.0 GiB"),
         ({"free": 3 * GIB}, 4 * GIB, "problem", "needs about 4.0 GiB"),
-        ({"free": 3}, None, "warning", "3 bytes free"),
+        ({"free": 3}, None, "warning", "3 B free"),
         ({"writable": False}, None, "problem", "may not be written to"),
     ],
 )
@@ -259,17 +197,3 @@ def test_a_threshold_that_is_no_number_is_shown_as_it_is() -> None:
     variables = {"LLAMA_SPARSE_PRED_THRESHOLD": "high"}
     (finding,) = variable_findings(variables, usable_threads=8, has_gpu=False)
     assert "'high', which is no number" in finding.found
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1,023 bytes"),
-        (1536, "1.5 KiB"),
-        (200 << 20, "200 MiB"),
-        (5000 * GIB, "5,000 GiB"),
-    ],
-)
-def test_sizes(number: int, text: str) -> None:
-    assert size(number) == text

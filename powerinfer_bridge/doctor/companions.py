@@ -1,4 +1,4 @@
-"""The GPU index beside a file: whether PowerInfer takes it, and whether it is the right one."""
+"""What lies beside a model file: activation statistics, a GPU index, a predictor directory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,112 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+import numpy as np
 import torch
 
-from common.errors import FormatError
+from common.errors import FormatError, PredictorError, PspError
+from common.files import read_json
+from common.machine import Gpu
+from common.units import GIB, size
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
 from gguf_export.pwri.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.statistics import read_statistics
 from powerinfer_bridge.contract import Subject
-from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, size, warning
-from powerinfer_bridge.doctor.gpu import Gpu
+from powerinfer_bridge.doctor.finding import (
+    Finding,
+    from_error,
+    guarded,
+    note,
+    ok,
+    problem,
+    warning,
+)
 
+_SUFFIX = ".powerinfer.gguf"
+_HOT = 0.1
+_EXPORT = "export with predictors from psp train-predictor, which come with statistics"
+_AGAIN = "export again"
 _LOSS = 0.001
 """Share of all activations that an index may lack of the best one of its size: equal counts may be
 ordered otherwise."""
 
 _SORTED_AS_TEXT = 10
 """Up to so many layers, file names sorted as text come in the order of the layers."""
+
+
+def check_companions(subject: Subject, gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Judge what lies beside a sound file, each on the ground of the others."""
+    path, hyper = subject.path, subject.hyper
+    facts = read_statistics_facts(path, hyper.n_layers, hyper.d_ff)
+    yield from statistics_findings(facts, has_gpu=bool(gpus))
+    yield from guarded("GPU index", lambda: check_index(subject, facts.counts, gpus))
+    yield from guarded(
+        "predictors",
+        lambda: directory_findings(read_directory(path), hyper.n_layers, hyper.threshold),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsFacts:
+    """What lies in `activation/`.
+
+    Attributes:
+        n_layers: of the model.
+        files: statistics files there, whatever their number.
+        foreign: other model files in the same directory, whose statistics these may be.
+        counts: per layer, (d_ff,) int64; None if there are none that can be read.
+        error: why they cannot be read; None without an error.
+    """
+
+    n_layers: int
+    files: int
+    foreign: tuple[str, ...] = ()
+    counts: Sequence[torch.Tensor] | None = None
+    error: PspError | None = None
+
+
+def read_statistics_facts(file: Path, n_layers: int, d_ff: int) -> StatisticsFacts:
+    """Read the statistics beside a model file."""
+    files = len(list((file.parent / "activation").glob("activation_*.pt")))
+    others = sorted(path.name for path in file.parent.glob("*.powerinfer.gguf"))
+    foreign = tuple(name for name in others if name != file.name)
+    counts, error = None, None
+    if files:
+        try:
+            counts = read_statistics(file.parent, n_layers, d_ff)
+        except PspError as found:
+            error = found
+    return StatisticsFacts(
+        n_layers=n_layers, files=files, foreign=foreign, counts=counts, error=error
+    )
+
+
+def statistics_findings(facts: StatisticsFacts, *, has_gpu: bool) -> Iterator[Finding]:
+    """Judge the statistics: complete, this model's, and of use."""
+    if not facts.files:
+        found = "no activation/ beside the file: no neurons can be chosen for a GPU"
+        yield warning("statistics", found, _EXPORT) if has_gpu else note("statistics", found)
+    elif facts.error is not None:
+        yield from_error("statistics", facts.error)
+    elif facts.counts is not None:
+        yield _counted(facts, facts.counts)
+    if facts.files and facts.foreign:
+        found = f"{facts.foreign[0]} lies in the same directory, activation/ can be of one model"
+        yield warning("statistics", found, "give every model a directory of its own")
+
+
+def _counted(facts: StatisticsFacts, counts: Sequence[torch.Tensor]) -> Finding:
+    if facts.files != facts.n_layers:
+        found = f"activation/ holds {facts.files} files, the model has {facts.n_layers} layers"
+        return warning("statistics", found, "export again: some are another model's")
+    every = torch.cat(list(counts)).sort(descending=True).values
+    total = int(every.sum())
+    if not total:
+        return warning("statistics", "no neuron was ever active", _EXPORT)
+    hot = int(every[: max(1, int(_HOT * len(every)))].sum())
+    found = f"{facts.n_layers} layers; the hottest {_HOT:.0%} of neurons make {hot / total:.0%}"
+    return ok("statistics", f"{found} of all activations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +159,14 @@ def check_index(
         )
         return
     try:
-        facts = read_facts(subject, path, counts, memory)
+        facts = read_index_facts(subject, path, counts, memory)
     except FormatError as error:
         yield problem("GPU index", error.problem, remake(subject.path, memory, force=True))
         return
     yield from index_findings(facts, subject.path)
 
 
-def read_facts(
+def read_index_facts(
     subject: Subject, path: Path, counts: Sequence[torch.Tensor] | None, memory: int
 ) -> IndexFacts:
     """Read an index and compare it.
@@ -131,7 +221,7 @@ def absent(
 
 def remake(file: Path, memory: int = 0, *, force: bool = False) -> str:
     """Return the command that makes an index."""
-    tenths = max(0, memory - KEPT_FREE) * 10 // 1024**3
+    tenths = max(0, memory - KEPT_FREE) * 10 // GIB
     budget = f"{tenths / 10:g}GiB" if tenths else "SIZE"
     return f"psp gpu-split {quote(str(file))} --vram-budget {budget}{' --force' if force else ''}"
 
@@ -165,3 +255,56 @@ def _by_statistics(facts: IndexFacts, found: str, share: float, best: float, aga
         found += f"; they make {share:.1%} of activations, the best of that size {best:.1%}"
         return warning("GPU index", f"{found}: of other statistics, or not psp's", again)
     return ok("GPU index", f"{found}, {share:.1%} of activations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectoryFacts:
+    """What the directory holds.
+
+    Attributes:
+        name: of the directory.
+        layers: numbered `model_N.pt` without a gap, from 0 on; None if there is no directory.
+        threshold: of its config.json; None without one.
+    """
+
+    name: str
+    layers: int | None
+    threshold: object = None
+
+
+def read_directory(file: Path) -> DirectoryFacts:
+    """Count files and read the threshold.
+
+    Raises:
+        PredictorError: a config.json that is no JSON object.
+    """
+    path = file.with_name(f"{file.name.removesuffix(_SUFFIX)}.predictors")
+    if not path.is_dir():
+        return DirectoryFacts(name=path.name, layers=None)
+    names = {entry.name for entry in path.iterdir()}
+    layers = next(n for n in range(len(names) + 1) if f"model_{n}.pt" not in names)
+    config = {}
+    if "config.json" in names:
+        config = read_json(path / "config.json", PredictorError, _AGAIN)
+    return DirectoryFacts(name=path.name, layers=layers, threshold=config.get("sparse_threshold"))
+
+
+def directory_findings(facts: DirectoryFacts, n_layers: int, threshold: float) -> Iterator[Finding]:
+    """Judge the directory against the file's layers and threshold."""
+    if facts.layers is None:
+        found = f"no {facts.name} beside the file; PowerInfer does not need it"
+        yield note("predictors", found)
+    elif facts.layers != n_layers:
+        found = f"{facts.name} holds {facts.layers} layers, the file {n_layers}"
+        yield warning("predictors", found, _AGAIN)
+    elif not _same(facts.threshold, threshold):
+        found = f"{facts.name} says threshold {facts.threshold}, the file {threshold:g}"
+        yield warning("predictors", found, _AGAIN)
+    else:
+        yield ok("predictors", f"{facts.name}: {n_layers} layers, threshold {threshold:g}")
+
+
+def _same(found: object, threshold: float) -> bool:
+    """Compare as the file stores it, in float32."""
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    return number and bool(np.float32(str(found)) == np.float32(threshold))

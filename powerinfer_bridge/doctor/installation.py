@@ -1,15 +1,118 @@
-"""torch: what it was built for, and whether that and the graphics card agree."""
+"""Python, the installed packages against what psp declares, and torch against the cards."""
 
 from __future__ import annotations
 
+import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 
-from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, size, warning
-from powerinfer_bridge.doctor.gpu import Gpu
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
+from common.machine import Gpu
+from common.units import size
+from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
+
+OPTIONAL = {
+    "triton": "the CUDA operators of 'psp bench-operators' need it",
+    "llama-cpp-python": "one way to time a dense llama.cpp in 'psp bench-powerinfer'",
+}
+"""Packages that psp uses where they are there, and for what."""
+
+_INSTALL = "python -m pip install --upgrade"
 _PAGE = "see pytorch.org/get-started"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackageFacts:
+    """Python and its packages.
+
+    Attributes:
+        python: its version.
+        least_python: the least that psp declares, as numbers joined by dots.
+        required: minimum version by package, empty if any will do.
+        installed: version by package, those that are there.
+    """
+
+    python: str
+    least_python: str
+    required: Mapping[str, str]
+    installed: Mapping[str, str]
+
+
+def read_packages() -> PackageFacts:
+    """Ask the interpreter; nothing is imported."""
+    required = parse_requirements(metadata.requires("psp") or [])
+    found = {name: _version(name) for name in (*required, *OPTIONAL)}
+    return PackageFacts(
+        python=platform.python_version().rstrip("+"),  # a build of a branch
+        least_python=_least(SpecifierSet(metadata.metadata("psp")["Requires-Python"] or "")),
+        required=required,
+        installed={name: version for name, version in found.items() if version is not None},
+    )
+
+
+def parse_requirements(lines: Iterable[str]) -> dict[str, str]:
+    """Return minimum versions by package, those of extras and of other systems left out."""
+    found = {}
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found[requirement.name] = _least(requirement.specifier)
+    return found
+
+
+def _least(versions: SpecifierSet) -> str:
+    """Return the version that others must reach; empty if any will do."""
+    return next((each.version for each in versions if each.operator == ">="), "")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _older(version: str, least: str) -> bool:
+    """Compare releases; what follows their numbers (`+cpu`, `rc1`) does not count."""
+    try:
+        return Version(Version(version).base_version) < Version(least)
+    except InvalidVersion:
+        return True
+
+
+def package_findings(facts: PackageFacts) -> Iterator[Finding]:
+    """Judge versions."""
+    yield _python(facts)
+    bad = [finding for name in facts.required if (finding := _required(facts, name))]
+    yield from bad
+    if not bad:
+        yield ok("packages", f"all {len(facts.required)} that psp declares, none too old")
+    for name, use in OPTIONAL.items():
+        if name not in facts.installed:
+            yield note(name, f"not installed; {use}", f"to use it: {_INSTALL} {name}")
+        else:
+            yield ok(name, f"{facts.installed[name]}")
+
+
+def _python(facts: PackageFacts) -> Finding:
+    if facts.least_python and _older(facts.python, facts.least_python):
+        found = f"{facts.python} is too old"
+        return problem("Python", found, f"make an environment with {facts.least_python} or later")
+    return ok("Python", facts.python)
+
+
+def _required(facts: PackageFacts, name: str) -> Finding | None:
+    least, version = facts.required[name], facts.installed.get(name)
+    wanted = f"'{name}>={least}'" if least else name
+    if version is None:
+        return problem(name, "not installed", f"{_INSTALL} {wanted}")
+    if least and _older(version, least):
+        return problem(name, f"{version} is older than {least}", f"{_INSTALL} {wanted}")
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,173 @@
+"""A model's files: one exported for PowerInfer, by its header, and the checkpoint that it is of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from gguf import GGUFValueType
+
+from architectures.checkpoint import Checkpoint
+from common.errors import CheckpointError, FormatError, PspError
+from common.machine import Gpu
+from common.units import size
+from gguf_export.pwri.inspection import printable
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import SMALLEST_D_FF
+from powerinfer_bridge.contract import Report, Subject, check_structure
+from powerinfer_bridge.doctor.companions import check_companions
+from powerinfer_bridge.doctor.finding import Finding, Status, from_error, ok, problem, warning
+
+FINGERPRINT_KEY = "psp.model_fingerprint"
+_F16_BYTES = 2
+_SMALLEST_RANK = 32
+
+
+def check_file(path: Path, gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Judge a file; what lies beside it only if the file itself is sound."""
+    subject = Subject(path)
+    findings = list(file_findings(subject))
+    yield from findings
+    if all(finding.status is not Status.PROBLEM for finding in findings):
+        yield from check_companions(subject, gpus)
+
+
+@dataclass
+class HeaderReport(Report):
+    """The checks of `contract.check_structure` that the header alone decides."""
+
+    def check(self, name: str, run: Callable[[], str], *needs: str) -> None:
+        """Run a check unless it reads every number, or is that of the GPU index."""
+        if not name.endswith(" finite") and name != "gpu index":
+            super().check(name, run, *needs)
+
+
+def file_findings(subject: Subject) -> Iterator[Finding]:
+    """Judge a file by PowerInfer's contract, one problem for each thing that it breaks."""
+    try:
+        file = subject.file
+    except PspError as error:
+        yield from_error("file", error)
+        return
+    small = _small_ffn(file)
+    if small is not None:
+        yield problem(
+            "file",
+            f"d_ff is {small}: PowerInfer computes FFNs below {SMALLEST_D_FF} neurons wrongly",
+            "use a model with a wider FFN",
+        )
+        return
+    report = HeaderReport(subject.path)
+    check_structure(report, subject)
+    bad = list(_broken(report))
+    yield from bad
+    if not bad:
+        path, hyper, types = subject.path, subject.hyper, report.checks["types"].detail
+        yield ok(
+            "file",
+            f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "
+            f"d_model {hyper.d_model}, d_ff {hyper.d_ff}, {types}; "
+            f"all {len(report.checks)} checks of its header hold",
+        )
+
+
+def _small_ffn(file: GGUFFile) -> int | None:
+    """Return d_ff if it is too small, which the check of the keys tells less plainly."""
+    try:
+        kind = file.value("general.architecture", GGUFValueType.STRING)
+        d_ff: int = file.value(f"{kind}.feed_forward_length", GGUFValueType.UINT32)
+    except FormatError:
+        return None  # the checks tell
+    return d_ff if d_ff < SMALLEST_D_FF else None
+
+
+def _broken(report: Report) -> Iterator[Finding]:
+    """Yield a problem for each check that failed, not for those that could not run."""
+    look = f"look into it with psp verify {quote(str(report.path))}"
+    for name, outcome in report.checks.items():
+        if not outcome.ok and not outcome.detail.startswith("not checked"):
+            yield problem(f"file: {name}", outcome.detail, outcome.remedy or look)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFacts:
+    """A checkpoint that psp can use.
+
+    Attributes:
+        family: its architecture's name.
+        activation: of its FFNs.
+        n_layers: its blocks.
+        d_model: its hidden size.
+        d_ff: neurons of a layer.
+        export_bytes: about what an F16 export writes.
+        made_file: whether the file examined was made from it; None if that is not known.
+    """
+
+    family: str
+    activation: str
+    n_layers: int
+    d_model: int
+    d_ff: int
+    export_bytes: int
+    made_file: bool | None
+
+
+def read_checkpoint(directory: Path, file: Path | None) -> CheckpointFacts:
+    """Open a checkpoint; only a sample of its tensors is read.
+
+    Args:
+        directory: of a Hugging Face model; nothing is fetched.
+        file: the exported file that is examined too, if there is one.
+
+    Raises:
+        CheckpointError: no such directory, an unsupported family, or damaged.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory", "pass a checkpoint's directory")
+    found = Checkpoint.open(directory)
+    return CheckpointFacts(
+        family=found.architecture.name,
+        activation=found.shape.activation,
+        n_layers=found.shape.n_layers,
+        d_model=found.shape.d_model,
+        d_ff=found.shape.d_ff,
+        export_bytes=_export_bytes(found),
+        made_file=None if file is None else _made(found, file),
+    )
+
+
+def _export_bytes(checkpoint: Checkpoint) -> int:
+    """Return about what an export takes: predictors of a usual rank are written twice."""
+    shape, rules = checkpoint.shape, checkpoint.architecture.tensors
+    numbers = sum(
+        math.prod(rule.shape(shape)) * (shape.n_layers if rule.per_layer else 1) for rule in rules
+    )
+    rank = max(_SMALLEST_RANK, shape.d_model // 4)
+    predictors = shape.n_layers * rank * (shape.d_model + shape.d_ff)
+    return (numbers + 2 * predictors) * _F16_BYTES
+
+
+def _made(checkpoint: Checkpoint, path: Path) -> bool | None:
+    """Return whether a file says that it was made from a checkpoint; None if it does not say."""
+    try:
+        value = GGUFFile(path).values.get(FINGERPRINT_KEY)
+    except FormatError:
+        return None  # is a finding of its own
+    return None if value is None else bool(value.data == checkpoint.fingerprint.encode())
+
+
+def checkpoint_findings(facts: CheckpointFacts) -> Iterator[Finding]:
+    """Describe a usable checkpoint, and tell whether the file is of it."""
+    sizes = f"{facts.n_layers} layers, d_model {facts.d_model}, d_ff {facts.d_ff}"
+    yield ok(
+        "model",
+        f"{facts.family}, {facts.activation}, {sizes}; F16 export about {size(facts.export_bytes)}",
+    )
+    if facts.made_file is False:
+        found = "the file was made from another model than --model"
+        yield warning("file's model", found, "pass the model that it was exported from")
+    elif facts.made_file:
+        yield ok("file's model", "the file was made from --model")
