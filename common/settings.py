@@ -113,12 +113,15 @@ Force = Annotated[bool, Option(help="Replace existing outputs.")]
 Resume = Annotated[bool, Option(help="Go on with an interrupted run.")]
 Device = Annotated[str, Option(help="Torch device of the model.")]
 Threads = Annotated[int, Option(help="CPU threads.", least=1, unset="all cores")]
+POWERINFER_VARIABLE, LLAMA_CPP_VARIABLE = "PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"
+"""Environment variables that name the directories of programs."""
+
 PowerInferBin = Annotated[
     Path | None,
     Option(
         help="Directory of PowerInfer's programs; without it the embedded engine runs.",
         metavar="DIR",
-        envvar="PSP_POWERINFER_BIN",
+        envvar=POWERINFER_VARIABLE,
     ),
 ]
 

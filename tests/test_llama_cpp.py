@@ -18,10 +18,10 @@ from common.errors import EngineError
 from gguf_export.bundle import Bundle, export
 from gguf_export.settings import ExportConfig
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp
-from powerinfer_bridge.programs.llama_cpp_output import (
+from powerinfer_bridge.programs.output import (
     has_cuda,
     parse_bench,
-    parse_timings,
+    parse_generation,
     parse_version,
 )
 from powerinfer_bridge.programs.sample import Phase
@@ -113,7 +113,7 @@ def test_a_bench_that_measured_nothing_is_an_error(tmp_path: Path, text: str) ->
 
 def test_a_recorded_completion_is_read() -> None:
     stderr = recorded_output("llama-completion.stderr.txt")
-    measured = parse_timings(stderr, 16)
+    measured = parse_generation(stderr, 16)
     assert measured.prompt is not None
     assert (measured.prompt.tokens, measured.decode.tokens) == (7, 15)
     assert f"eval time = {measured.decode.seconds * 1000:10.2f} ms /    15 runs" in stderr
@@ -126,13 +126,13 @@ def test_an_older_program_s_lines_are_read() -> None:
     older = recorded_output("llama-completion.stderr.txt").replace(
         "common_perf_print", "llama_perf_context_print"
     )
-    assert parse_timings(older, 16).decode.tokens == 15
-    assert parse_timings(TIMINGS, 16).decode == Phase(seconds=0.3, tokens=15)
+    assert parse_generation(older, 16).decode.tokens == 15
+    assert parse_generation(TIMINGS, 16).decode == Phase(seconds=0.3, tokens=15)
 
 
 def test_the_rates_of_a_recorded_chat_are_read() -> None:
     stdout = recorded_output("llama-cli.stdout.txt")
-    measured = parse_timings(stdout, 16)
+    measured = parse_generation(stdout, 16)
     rate = float(stdout.rpartition("Generation: ")[2].split()[0])
     assert measured.decode.tokens_per_second == pytest.approx(rate)
     assert (measured.decode.tokens, measured.prompt) == (16, None)

@@ -12,7 +12,7 @@ from stand_ins import in_one_line
 from common.errors import EngineError
 from gguf_export.bundle import export
 from gguf_export.settings import ExportConfig
-from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython
+from powerinfer_bridge.programs.llama_cpp import LlamaCppPython
 
 PACKAGE = """
 import sys, time

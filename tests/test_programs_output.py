@@ -12,20 +12,19 @@ from conftest import refused
 from stand_ins import MAIN, TIMINGS, build, in_one_line, recorded_output, write_program
 
 from common.errors import EngineError
+from common.units import GIB, MIB
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.programs.failures import require_success
-from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.programs.powerinfer_output import (
+from powerinfer_bridge.programs.build import require_success
+from powerinfer_bridge.programs.output import (
     continuation,
     parse_device,
+    parse_main,
     parse_notes,
     parse_perplexity,
-    parse_timings,
 )
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.process import Finished
 from powerinfer_bridge.programs.sample import Phase, RunSample
-
-GIB, MIB = 1024**3, 1024**2
 
 
 def failed(stderr: str, code: int = 1) -> Finished:
@@ -36,7 +35,7 @@ def failed(stderr: str, code: int = 1) -> Finished:
 
 def test_a_recorded_sparse_run_is_read() -> None:
     stderr = recorded_output("powerinfer-main-sparse.stderr.txt")
-    timings = parse_timings(stderr)
+    timings = parse_main(stderr)
     assert timings.load_seconds is not None
     assert timings.load_seconds > 0
     assert timings.prompt is not None
@@ -53,7 +52,7 @@ def test_a_recorded_sparse_run_is_read() -> None:
 
 def test_a_recorded_dense_run_is_read() -> None:
     stderr = recorded_output("powerinfer-main-dense.stderr.txt")
-    timings = parse_timings(stderr)
+    timings = parse_main(stderr)
     assert timings.prompt is not None
     assert (timings.prompt.tokens, timings.decode.tokens) == (7, 15)
     assert (parse_notes(stderr), parse_device(stderr)) == ((), {"cuda": False})
@@ -64,7 +63,7 @@ def test_a_recorded_dense_run_is_read() -> None:
 def test_a_recorded_perplexity_is_read() -> None:
     assert parse_perplexity(recorded_output("powerinfer-perplexity.stdout.txt")) == 7.36
     with pytest.raises(EngineError) as caught:  # what it decodes is no continuation
-        parse_timings(recorded_output("powerinfer-perplexity.stderr.txt"))
+        parse_main(recorded_output("powerinfer-perplexity.stderr.txt"))
     in_one_line(caught.value, "PowerInfer decoded nothing (0.00 ms for 1 tokens)")
 
 
@@ -128,7 +127,7 @@ def test_cuda_devices_and_memory_are_read() -> None:
         "ffn_offloaded_bytes": 2 * GIB + MIB // 4,
     }
     assert parse_notes(stderr) == ("GPU index applied",)
-    assert parse_timings(stderr).decode == Phase(seconds=0.3, tokens=15)
+    assert parse_main(stderr).decode == Phase(seconds=0.3, tokens=15)
 
 
 def test_two_devices_and_dense_offload_are_read() -> None:

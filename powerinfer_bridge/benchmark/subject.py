@@ -13,8 +13,7 @@ from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
 from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.programs.llama_cpp import LlamaCpp
-from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython
+from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import ProgramFacts
 

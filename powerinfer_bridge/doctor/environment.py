@@ -13,9 +13,9 @@ from pathlib import Path
 from common.machine import Gpu, Gpus, Memory, Processor
 from common.units import GIB, size
 from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
+from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE
 
-THRESHOLD, THREADS = "LLAMA_SPARSE_PRED_THRESHOLD", "OMP_NUM_THREADS"
-DEVICES, OFFLINE = "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"
+THREADS, DEVICES, OFFLINE = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"
 
 _MOSTLY_FREE = 0.9
 _X86 = ("x86_64", "amd64")
@@ -214,8 +214,8 @@ def variable_findings(
         usable_threads: hardware threads open to this process.
         has_gpu: whether the machine has an NVIDIA card.
     """
-    if THRESHOLD in environment:
-        yield _threshold(environment[THRESHOLD])
+    if THRESHOLD_VARIABLE in environment:
+        yield _threshold(environment[THRESHOLD_VARIABLE])
     if THREADS in environment:
         yield _threads(environment[THREADS], usable_threads)
     if DEVICES in environment:
@@ -231,7 +231,9 @@ def _threshold(value: str) -> Finding:
         threshold = math.nan
     said = f"{threshold:g}" if math.isfinite(threshold) else f"{value!r}, which is no number"
     found = f"{said}: a PowerInfer run by hand takes it instead of the file's threshold"
-    return warning(THRESHOLD, found, f"unset {THRESHOLD}; psp's own runs leave it out")
+    return warning(
+        THRESHOLD_VARIABLE, found, f"unset {THRESHOLD_VARIABLE}; psp's own runs leave it out"
+    )
 
 
 def _threads(value: str, usable: int) -> Finding:

@@ -60,7 +60,7 @@ def check_llama_cpp_python(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     Raises:
         EngineError: it cannot be imported.
     """
-    from powerinfer_bridge.programs.llama_cpp_python import LlamaCppPython
+    from powerinfer_bridge.programs.llama_cpp import LlamaCppPython
 
     yield from program_findings(LlamaCppPython().check(), gpus)
 

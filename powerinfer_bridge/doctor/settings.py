@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from common.settings import Option, PowerInferBin
+from common.settings import LLAMA_CPP_VARIABLE, Option, PowerInferBin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,7 @@ class DoctorConfig:
     powerinfer_bin: PowerInferBin = None
     llama_cpp_bin: Annotated[
         Path | None,
-        Option(
-            help="Directory of llama.cpp's programs.", metavar="DIR", envvar="PSP_LLAMA_CPP_BIN"
-        ),
+        Option(help="Directory of llama.cpp's programs.", metavar="DIR", envvar=LLAMA_CPP_VARIABLE),
     ] = None
     model: Annotated[
         Path | None, Option(help="Hugging Face checkpoint to look at too.", metavar="DIR")

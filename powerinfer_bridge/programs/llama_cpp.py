@@ -1,23 +1,29 @@
-"""A llama.cpp build's programs: `llama-bench`, else `llama-completion` or `llama-cli`."""
+"""llama.cpp: a build's programs, best of them `llama-bench`, or the package llama-cpp-python."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import EngineError
-from powerinfer_bridge.programs.failures import require_success
-from powerinfer_bridge.programs.finding import build_directory, require_dense, require_executable
-from powerinfer_bridge.programs.llama_cpp_output import (
-    Measured,
+from common.settings import LLAMA_CPP_VARIABLE
+from common.typed_json import parse
+from powerinfer_bridge.programs import llama_cpp_worker
+from powerinfer_bridge.programs.build import build_directory, require_executable, require_success
+from powerinfer_bridge.programs.output import (
+    NO_GPU,
     has_cuda,
     parse_bench,
-    parse_timings,
+    parse_generation,
     parse_version,
 )
 from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
-from powerinfer_bridge.programs.sample import ProgramFacts, RunSample
+from powerinfer_bridge.programs.sample import Measured, Phase, ProgramFacts, RunSample
 
-BINARY_VARIABLE = "PSP_LLAMA_CPP_BIN"
 _PROGRAMS = ("llama-bench", "llama-completion", "llama-cli")
 """Best first: llama-bench times exact numbers of tokens, warmed up; the others a text."""
 
@@ -45,7 +51,7 @@ class LlamaCpp:
         self._timeout, self._heartbeat = timeout, heartbeat
         require_executable(
             self._program,
-            f"point --llama-cpp-bin (or {BINARY_VARIABLE}) at a llama.cpp build's bin directory",
+            f"point --llama-cpp-bin (or {LLAMA_CPP_VARIABLE}) at a llama.cpp build's bin directory",
         )
 
     def check(self) -> ProgramFacts:
@@ -91,19 +97,17 @@ class LlamaCpp:
         Raises:
             EngineError: a sparse file; the program failed, hung or measured nothing.
         """
-        if count < 2:
-            raise EngineError(f"{count} tokens: nothing would be timed", "decode at least 2")
-        require_dense(model)
+        _require_timeable(model, count)
         options = ["-m", str(model.resolve()), "-t", str(threads), "-ngl", str(n_gpu_layers)]
         if self._program.name == "llama-bench":
             sizes = ["-p", str(prompt_tokens), "-n", str(count), "-r", "1", "-o", "json"]
             run = self._run(*options, *sizes)
             if run.code:
                 self._explain(run)
-            return _sample(run, parse_bench(run.stdout, n_gpu_layers))
+            return RunSample.of(run, parse_bench(run.stdout, n_gpu_layers))
         run = self._run(*options, *self._generation(prompt_tokens, count))
         require_success(run)
-        return _sample(run, parse_timings(f"{run.stdout}\n{run.stderr}", count))
+        return RunSample.of(run, parse_generation(f"{run.stdout}\n{run.stderr}", count))
 
     def _generation(self, prompt_tokens: int, count: int) -> list[str]:
         """Options for a greedy continuation of a prompt of about as many tokens."""
@@ -125,15 +129,110 @@ class LlamaCpp:
         )
 
 
-def _sample(run: Finished, measured: Measured) -> RunSample:
-    return RunSample(
-        text=None,
-        load_seconds=measured.load_seconds,
-        prompt=measured.prompt,
-        decode=measured.decode,
-        wall_seconds=run.seconds,
-        notes=measured.notes,
-        device=measured.device,
-        command=run.command,
-        environment=run.environment,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What `llama_cpp_worker` prints of the package, and of a run if it made one."""
+
+    version: str
+    gpu_offload: bool
+    system_info: str
+    load_seconds: float | None = None
+    prompt_seconds: float | None = None
+    decode_seconds: float = math.nan
+
+    @property
+    def cuda(self) -> bool:
+        return "CUDA" in self.system_info
+
+
+class LlamaCppPython:
+    """The package, run in a Python of its own (`llama_cpp_worker`)."""
+
+    def __init__(self, *, timeout: float = 3600.0, heartbeat: Heartbeat | None = None) -> None:
+        """Look for the package.
+
+        Args:
+            timeout: longest a single run may take, seconds.
+            heartbeat: told while a program runs how many seconds it has run.
+
+        Raises:
+            EngineError: it is not installed.
+        """
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise EngineError(
+                "package llama_cpp: not installed",
+                "pip install llama-cpp-python, or point --llama-cpp-bin at a llama.cpp build",
+            )
+        self._timeout, self._heartbeat = timeout, heartbeat
+
+    def check(self) -> ProgramFacts:
+        """Import the package, and say what it is.
+
+        Raises:
+            EngineError: it cannot be imported.
+        """
+        _, told = self._run()
+        path, version = Path(sys.executable), told.version
+        return ProgramFacts(path=path, kind="llama-cpp-python", version=version, cuda=told.cuda)
+
+    def bench(
+        self, model: Path, prompt_tokens: int, count: int, *, threads: int, n_gpu_layers: int = 0
+    ) -> RunSample:
+        """Time a model once; see `LlamaCpp.bench`.
+
+        Raises:
+            EngineError: the package failed, hung or measured nothing.
+        """
+        _require_timeable(model, count)
+        settings = {"prompt_tokens": prompt_tokens, "count": count, "threads": threads}
+        settings |= {"n_gpu_layers": n_gpu_layers}
+        run, told = self._run(str(model.resolve()), json.dumps(settings))
+        seconds = told.prompt_seconds
+        measured = Measured(
+            load_seconds=told.load_seconds,
+            prompt=None if seconds is None else Phase(seconds=seconds, tokens=prompt_tokens),
+            decode=Phase(seconds=told.decode_seconds, tokens=count),
+            notes=(NO_GPU,) if n_gpu_layers and not told.gpu_offload else (),
+            device={"cuda": told.cuda, "build": told.version},
+        )
+        return RunSample.of(run, measured)
+
+    def _run(self, *arguments: str) -> tuple[Finished, _Told]:
+        run = run_program(
+            [sys.executable, str(Path(llama_cpp_worker.__file__)), *arguments],
+            timeout=self._timeout,
+            heartbeat=self._heartbeat,
+        )
+        require_success(run)
+        try:
+            # The package may print before.
+            return run, parse(_Told, json.loads(run.stdout.splitlines()[-1]))
+        except (ValueError, IndexError) as error:
+            raise EngineError(
+                "package llama_cpp: printed no figures", "reinstall llama-cpp-python"
+            ) from error
+
+
+def _require_timeable(model: Path, count: int) -> None:
+    """Do nothing if llama.cpp may be given a file, and tokens enough to be timed.
+
+    Its programs would say what is wrong with a sparse file, but not reliably: they end before
+    their logger has written.
+
+    Raises:
+        EngineError: the file cannot be read or is sparse, or fewer than 2 tokens.
+    """
+    if count < 2:
+        raise EngineError(f"{count} tokens: nothing would be timed", "decode at least 2")
+    try:
+        with model.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise EngineError(
+            f"{model}: cannot be read ({error.strerror or error})", "expected a dense GGUF file"
+        ) from error
+    if magic == b"PWRI":
+        raise EngineError(
+            f"{model}: a sparse file, which llama.cpp cannot read",
+            "give it the dense one (psp export-gguf --dense)",
+        )

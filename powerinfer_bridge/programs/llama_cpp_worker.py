@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 
-def facts(package: Any) -> dict[str, Any]:
+def facts(package: Any) -> dict[str, object]:
     """Return what the package is."""
     return {
         "version": str(package.__version__),
@@ -23,25 +23,25 @@ def facts(package: Any) -> dict[str, Any]:
     }
 
 
-def measure(package: Any, settings: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    package: Any, path: str, *, prompt_tokens: int, count: int, threads: int, n_gpu_layers: int
+) -> dict[str, object]:
     """Load a model, process a prompt and decode; return seconds."""
     start = time.perf_counter()
     model = package.Llama(
-        model_path=settings["model"],
-        n_ctx=settings["prompt_tokens"] + settings["count"] + 8,
-        n_threads=settings["threads"],
-        n_threads_batch=settings["threads"],
-        n_gpu_layers=settings["n_gpu_layers"],
+        model_path=path,
+        n_ctx=prompt_tokens + count + 8,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=n_gpu_layers,
         verbose=False,
     )
     load = time.perf_counter() - start
-    ids = [7919 * number % model.n_vocab() for number in range(settings["prompt_tokens"])]
+    ids = [7919 * number % model.n_vocab() for number in range(prompt_tokens)]
     _seconds(package, model, [[1]])
     model.reset()
     prompt = _seconds(package, model, [ids]) if ids else None
-    decode = _seconds(
-        package, model, [[7907 * n % model.n_vocab()] for n in range(settings["count"])]
-    )
+    decode = _seconds(package, model, [[7907 * n % model.n_vocab()] for n in range(count)])
     return {"load_seconds": load, "prompt_seconds": prompt, "decode_seconds": decode}
 
 
@@ -54,11 +54,12 @@ def _seconds(package: Any, model: Any, batches: list[list[int]]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Print facts, or with settings as JSON a measurement."""
+    """Print facts; with a model file and settings as JSON also a measurement."""
     package = importlib.import_module("llama_cpp")
     found = facts(package)
     if arguments:
-        found |= measure(package, json.loads(arguments[0]))
+        path, settings = arguments
+        found |= measure(package, path, **json.loads(settings))
     print(json.dumps(found))
 
 

@@ -6,24 +6,20 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from common.errors import EngineError
+from common.settings import POWERINFER_VARIABLE
 from gguf_export.pwri.memory_plan import vram_option
-from powerinfer_bridge.programs.failures import require_success
-from powerinfer_bridge.programs.finding import build_directory, require_executable
-from powerinfer_bridge.programs.powerinfer_output import (
-    continuation,
-    parse_device,
-    parse_notes,
-    parse_perplexity,
-    parse_timings,
+from powerinfer_bridge.programs.build import (
+    THRESHOLD_VARIABLE,
+    build_directory,
+    require_executable,
+    require_success,
 )
+from powerinfer_bridge.programs.output import continuation, parse_main, parse_perplexity
 from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
 from powerinfer_bridge.programs.sample import ProgramFacts, RunSample
 
-BINARY_VARIABLE = "PSP_POWERINFER_BIN"
-_THRESHOLD_VARIABLE = "LLAMA_SPARSE_PRED_THRESHOLD"
 _VERSION = re.compile(r"^main: (build = .*)$", re.MULTILINE)
 
 
@@ -48,7 +44,7 @@ class PowerInfer:
         for program in (self._main, self._perplexity):
             require_executable(
                 program,
-                f"point --powerinfer-bin (or {BINARY_VARIABLE}) at a PowerInfer build's bin "
+                f"point --powerinfer-bin (or {POWERINFER_VARIABLE}) at a PowerInfer build's bin "
                 "directory",
             )
         self._timeout, self._heartbeat = timeout, heartbeat
@@ -127,11 +123,9 @@ class PowerInfer:
         options = [*_model(model), "--prompt", prompt, "-n", str(count), "-c", str(context)]
         options += ["--threads", str(threads), "--seed", str(seed)]
         options += ["--temp", "0", "--repeat-penalty", "1.0"]
-        options += _flags(
-            ignore_eos=ignore_eos,
-            reset_gpu_index=reset_gpu_index,
-            disable_gpu_index=disable_gpu_index,
-        )
+        options += ["--ignore-eos"] if ignore_eos else []
+        options += ["--reset-gpu-index"] if reset_gpu_index else []
+        options += ["--disable-gpu-index"] if disable_gpu_index else []
         options += [] if n_gpu_layers is None else ["--n-gpu-layers", str(n_gpu_layers)]
         index = Path(f"{model.resolve()}.generated.gpuidx")
         before = _state(index)
@@ -175,7 +169,7 @@ class PowerInfer:
         return run_program(
             command,
             timeout=self._timeout,
-            environment={_THRESHOLD_VARIABLE: None} | environment,
+            environment={THRESHOLD_VARIABLE: None} | environment,
             heartbeat=self._heartbeat,
         )
 
@@ -184,19 +178,15 @@ def _model(model: Path) -> list[str]:
     return ["--model", str(model.resolve())]
 
 
-def _flags(**chosen: bool) -> list[str]:
-    return [f"--{name.replace('_', '-')}" for name, given in chosen.items() if given]
-
-
 def _budget(vram_budget: int | None) -> list[str]:
     return [] if vram_budget is None else ["--vram-budget", vram_option(vram_budget)[0]]
 
 
 def _threshold(threshold: float | None) -> dict[str, str | None]:
-    return {} if threshold is None else {_THRESHOLD_VARIABLE: repr(threshold)}
+    return {} if threshold is None else {THRESHOLD_VARIABLE: repr(threshold)}
 
 
-def _state(index: Path) -> Any:
+def _state(index: Path) -> tuple[int, ...] | None:
     """Return what changes when a file is written: size and time; None if there is no file."""
     try:
         found = index.stat()
@@ -206,16 +196,6 @@ def _state(index: Path) -> Any:
 
 
 def _sample(run: Finished, prompt: str) -> RunSample:
-    timings = parse_timings(run.stderr)
+    measured = parse_main(run.stderr)
     text, odd = continuation(run.stdout, prompt)
-    return RunSample(
-        text=text,
-        load_seconds=timings.load_seconds,
-        prompt=timings.prompt,
-        decode=timings.decode,
-        wall_seconds=run.seconds,
-        notes=(*parse_notes(run.stderr), *odd),
-        device=parse_device(run.stderr),
-        command=run.command,
-        environment=run.environment,
-    )
+    return RunSample.of(run, replace(measured, text=text, notes=(*measured.notes, *odd)))

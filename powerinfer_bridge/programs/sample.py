@@ -1,10 +1,12 @@
-"""What a run of a real program measured, whatever the program."""
+"""What a program is, and what a run of it measured, whatever the program."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from powerinfer_bridge.programs.process import Finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,34 +28,53 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSample:
-    """One finished run of one prompt.
+class Measured:
+    """What a program told of one run of one prompt.
 
     Attributes:
         text: continuation without the prompt; None if the program prints none.
         load_seconds: reading the file; None if not told.
         prompt: processing the prompt; None if not measured.
         decode: decoding.
-        wall_seconds: from before the program's start to after its end; some hundredths of a second
-            are psp's own.
-        notes: what the program said that a reader of its figures must know.
+        notes: what a reader of the figures must know.
         device: what it said about devices, a key missing if it said nothing. Of all: `cuda` (bool);
             `gpus` (names). Of PowerInfer: `vram_used_bytes`, `layers_offloaded` (`3/32`),
             `ffn_offloaded_bytes`. Of llama-bench: `backends`, `cpu_info`, `n_gpu_layers`,
             `model_type`, `build_commit`, `build_number`.
+    """
+
+    text: str | None = None
+    load_seconds: float | None
+    prompt: Phase | None
+    decode: Phase
+    notes: tuple[str, ...] = ()
+    device: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSample(Measured):
+    """A finished run.
+
+    Attributes:
+        wall_seconds: from before the program's start to after its end; some hundredths of a second
+            are psp's own.
         command: the program and its arguments.
         environment: variables that were set for it.
     """
 
-    text: str | None
-    load_seconds: float | None
-    prompt: Phase | None
-    decode: Phase
     wall_seconds: float
-    notes: tuple[str, ...] = ()
-    device: dict[str, Any] = field(default_factory=dict)
     command: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: Finished, measured: Measured) -> RunSample:
+        """Return what was measured together with how the program was run."""
+        return cls(
+            **vars(measured),
+            wall_seconds=run.seconds,
+            command=run.command,
+            environment=run.environment,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,25 @@
-"""Why a program failed, in one line: how it ended, what it said, and what to do about it."""
+"""A build of PowerInfer or llama.cpp: where its programs are, and why one cannot run or failed."""
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+from collections.abc import Iterable
+from pathlib import Path
 
 from common.errors import EngineError
 from powerinfer_bridge.programs.process import Finished, last_words
+
+THRESHOLD_VARIABLE = "LLAMA_SPARSE_PRED_THRESHOLD"
+"""Overrides a sparse file's threshold in PowerInfer's programs."""
+
+_PLACES = (".", "bin", "build/bin")
+_FOREIGN = {
+    "llama-bench": "a llama.cpp build: point --llama-cpp-bin at it",
+    "main": "a PowerInfer or an old llama.cpp: point --powerinfer-bin at a PowerInfer",
+}
+"""By a program that tells whose build it is: what the build is, if another kind was expected."""
 
 _BY_HAND = "run it by hand to see more"
 _CAUSES: tuple[tuple[str, str], ...] = (
@@ -53,6 +66,39 @@ _SIGNALS = {
     signal.SIGILL: "the build is for another CPU: build it on this machine",
     signal.SIGKILL: "the system may have run out of memory: close other programs",
 }
+
+
+def build_directory(directory: Path, names: Iterable[str]) -> Path:
+    """Return the usual place below a directory that holds one of the programs, or itself.
+
+    Args:
+        directory: of a build; or one of its programs.
+        names: programs, one of which must be there.
+    """
+    if directory.is_file():
+        directory = directory.parent
+    places = [directory / place for place in _PLACES]
+    held = (place for place in places if any((place / name).is_file() for name in names))
+    return next(held, directory).resolve()
+
+
+def require_executable(program: Path, remedy: str) -> None:
+    """Do nothing if a file can be executed.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    if program.is_file() and os.access(program, os.X_OK):
+        return
+    raise EngineError(f"{program}: no executable program{_other(program)}", remedy)
+
+
+def _other(program: Path) -> str:
+    """Say what a directory without the program is, if that is known."""
+    for name, what in () if program.exists() else _FOREIGN.items():
+        if (build_directory(program.parent, (name,)) / name).is_file():
+            return f", but {what}"
+    return ""
 
 
 def require_success(run: Finished) -> None:
