@@ -9,7 +9,7 @@ import ast
 from pathlib import Path
 from typing import Any
 
-from stand_ins import write_program
+from stand_ins import TIMINGS_FORMAT, write_program
 
 MAIN = """
 import os, sys
@@ -32,10 +32,8 @@ FAULT
 ms = {'predicted': 100, 'all': 200, 'dense': 400}[kind] * (3 if 'longer' in prompt else 1)
 count = int(option('-n')) - 1
 print(prompt + TEXT, end='')
-print('llama_print_timings:        load time =     50.00 ms', file=sys.stderr)
-print(f'llama_print_timings: prompt eval time = {ms / 10} ms /  5 tokens', file=sys.stderr)
-print(f'llama_print_timings:        eval time = {ms * count}.00 ms / {count} runs', file=sys.stderr)
-"""
+sys.stderr.write(TIMINGS.format(load_ms=50, prompt_ms=ms / 10, ms=ms * count, count=count))
+""".replace("TIMINGS", repr(TIMINGS_FORMAT))
 PERPLEXITY = """
 import os, sys
 if '--help' in sys.argv:

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from common.errors import PspError
 
-TIMINGS = """
-llama_print_timings:        load time =     123.45 ms
+TIMINGS_FORMAT = """
+llama_print_timings:        load time = {load_ms:10.2f} ms
 llama_print_timings:      sample time =       1.50 ms /    16 runs   (    0.09 ms per token)
-llama_print_timings: prompt eval time =      20.00 ms /     5 tokens (    4.00 ms per token)
-llama_print_timings:        eval time =     300.00 ms /    15 runs   (   20.00 ms per token)
+llama_print_timings: prompt eval time = {prompt_ms:10.2f} ms /     5 tokens (    4.00 ms per token)
+llama_print_timings:        eval time = {ms:10.2f} ms / {count:5d} runs   (   20.00 ms per token)
 llama_print_timings:       total time =     444.95 ms
 """
+"""What PowerInfer's main prints, but for its times."""
+TIMINGS = TIMINGS_FORMAT.format(load_ms=123.45, prompt_ms=20, ms=300, count=15)
 MAIN = f"import sys\nprint('The text', end='')\nsys.stderr.write({TIMINGS!r})"
 ESTIMATE = "print('[1]4.0,[2]12.5,\\nFinal estimate: PPL = 12.5025 +/- 0.25')"
 RECORDED = Path(__file__).parent / "recorded"

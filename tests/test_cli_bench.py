@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from stand_ins import TIMINGS_FORMAT, build
 
 from gguf_export.bundle import Bundle
 
@@ -19,8 +19,8 @@ if '--help' in sys.argv:
     sys.exit(print('--vram-budget'))
 ms = 600 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ else 300
 print('The text')
-print(f'llama_print_timings:        eval time = {ms}.00 ms /    15 runs', file=sys.stderr)
-"""
+sys.stderr.write(TIMINGS.format(load_ms=50, prompt_ms=20, ms=ms, count=15))
+""".replace("TIMINGS", repr(TIMINGS_FORMAT))
 FAKE_PERPLEXITY = """
 import os, sys
 if '--help' in sys.argv:
@@ -32,12 +32,7 @@ print('Final estimate: PPL =', 12 if 'LLAMA_SPARSE_PRED_THRESHOLD' in os.environ
 @pytest.fixture
 def powerinfer(tmp_path: Path) -> Path:
     """A build whose programs answer at once."""
-    directory = tmp_path / "power infer"
-    directory.mkdir()
-    for name, body in (("main", FAKE_MAIN), ("perplexity", FAKE_PERPLEXITY)):
-        (directory / name).write_text(f"#!{sys.executable}\n{body}")
-        (directory / name).chmod(0o755)
-    return directory
+    return build(tmp_path / "power infer", FAKE_MAIN, FAKE_PERPLEXITY)
 
 
 @pytest.mark.parametrize("by", ["option", "variable"])

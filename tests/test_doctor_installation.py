@@ -28,7 +28,7 @@ PACKAGES = PackageFacts(
     required={"torch": "2.6", "click": ""},
     installed={"torch": "2.6.0+cpu", "click": "1", "triton": "3", "llama-cpp-python": "0.3"},
 )
-DEVICE = TorchDevice(name="NVIDIA X", capability=(8, 9), memory=24 * GIB, bf16=True)
+DEVICE = TorchDevice(name="NVIDIA X", capability=(8, 9), memory=24 * GIB)
 CUDA = TorchFacts(
     version="2.13.0",
     cuda="12.8",
@@ -119,7 +119,7 @@ def test_builds_of_torch(
 def test_cards_that_torch_has_code_for(
     capability: tuple[int, int], built_for: tuple[str, ...], status: str
 ) -> None:
-    device = replace(DEVICE, capability=capability, bf16=capability >= (8, 0))
+    device = replace(DEVICE, capability=capability)
     facts = replace(CUDA, built_for=built_for, devices=(device,))
     assert told(torch_findings(facts, (CARD,)), "GPU for torch")[0] == status
 

@@ -23,6 +23,9 @@ OPTIONAL = {
 """Packages that psp uses where they are there, and for what."""
 
 _INSTALL = "python -m pip install --upgrade"
+_BF16 = (8, 0)
+"""The least compute capability that computes bfloat16 itself."""
+
 _PAGE = "see pytorch.org/get-started"
 
 
@@ -123,13 +126,11 @@ class TorchDevice:
         name: its model.
         capability: compute capability, major and minor.
         memory: bytes.
-        bf16: whether it computes bfloat16 itself.
     """
 
     name: str
     capability: tuple[int, int]
     memory: int
-    bf16: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,27 +161,19 @@ def read_torch() -> TorchFacts:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    devices = [_device(number) for number in range(torch.cuda.device_count() if available else 0)]
+    cards = range(torch.cuda.device_count() if available else 0)
     return TorchFacts(
         version=torch.__version__,
         cuda=torch.version.cuda,
         available=available,
         said=" ".join(str(said[0].message).split()) if said else "",
         built_for=tuple(torch.cuda.get_arch_list()) if available else (),
-        devices=tuple(devices),
-    )
-
-
-def _device(number: int) -> TorchDevice:
-    import torch
-
-    properties = torch.cuda.get_device_properties(number)
-    capability = (properties.major, properties.minor)
-    return TorchDevice(
-        name=properties.name,
-        capability=capability,
-        memory=properties.total_memory,
-        bf16=capability >= (8, 0),
+        devices=tuple(
+            TorchDevice(
+                name=card.name, capability=(card.major, card.minor), memory=card.total_memory
+            )
+            for card in map(torch.cuda.get_device_properties, cards)
+        ),
     )
 
 
@@ -218,7 +211,7 @@ def _device_finding(facts: TorchFacts, device: TorchDevice) -> Finding:
     if facts.built_for and not _runs_on(device.capability, facts.built_for):
         remedy = f"install a build of torch with code for sm_{major}{minor}; {_PAGE}"
         return problem("GPU for torch", f"{found}: this torch has no code for it", remedy)
-    if not device.bf16:
+    if device.capability < _BF16:
         return note("GPU for torch", f"{found}, no bfloat16", "use --dtype float16 or float32")
     return ok("GPU for torch", f"{found}, bfloat16")
 

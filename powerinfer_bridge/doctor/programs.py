@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.machine import Gpu
 from powerinfer_bridge.doctor.finding import Finding, note, ok, warning
+from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.sample import ProgramFacts
 
 NAMES = {
@@ -24,12 +25,12 @@ def check_powerinfer(
     Raises:
         EngineError: missing, not startable, hanging, or somebody else's.
     """
-    from powerinfer_bridge.programs.powerinfer import PowerInfer
-
     if directory is None:
         remedy = "pass --powerinfer-bin DIR; without it psp runs its embedded engine"
         yield note("PowerInfer", "no directory given, not looked at", remedy)
         return
+    from powerinfer_bridge.programs.powerinfer import PowerInfer
+
     facts = PowerInfer(directory, timeout=timeout).check()
     yield from program_findings(facts, gpus)
     if facts.cuda:
@@ -45,8 +46,6 @@ def check_llama_cpp(
     Raises:
         EngineError: missing, not startable, hanging, or somebody else's.
     """
-    from powerinfer_bridge.programs.llama_cpp import LlamaCpp
-
     if directory is None:
         remedy = "pass --llama-cpp-bin DIR to have a dense baseline"
         yield note("llama.cpp", "no directory given, not looked at", remedy)
@@ -60,8 +59,6 @@ def check_llama_cpp_python(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     Raises:
         EngineError: it cannot be imported.
     """
-    from powerinfer_bridge.programs.llama_cpp import LlamaCppPython
-
     yield from program_findings(LlamaCppPython().check(), gpus)
 
 
