@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ class _Told:
     system_info: str
     load_seconds: float | None = None
     prompt_seconds: float | None = None
-    decode_seconds: float = math.nan
+    decode_seconds: float | None = None
 
     @property
     def cuda(self) -> bool:
@@ -184,14 +183,15 @@ class LlamaCppPython:
             EngineError: the package failed, hung or measured nothing.
         """
         _require_timeable(model, count)
-        settings = {"prompt_tokens": prompt_tokens, "count": count, "threads": threads}
-        settings |= {"n_gpu_layers": n_gpu_layers}
+        tokens = {"prompt_tokens": prompt_tokens, "count": count}
+        settings = {**tokens, "threads": threads, "n_gpu_layers": n_gpu_layers}
         run, told = self._run(str(model.resolve()), json.dumps(settings))
-        seconds = told.prompt_seconds
+        prompt, decode = told.prompt_seconds, told.decode_seconds
+        assert decode is not None  # the worker was told to measure
         measured = Measured(
             load_seconds=told.load_seconds,
-            prompt=None if seconds is None else Phase(seconds=seconds, tokens=prompt_tokens),
-            decode=Phase(seconds=told.decode_seconds, tokens=count),
+            prompt=None if prompt is None else Phase(seconds=prompt, tokens=prompt_tokens),
+            decode=Phase(seconds=decode, tokens=count),
             notes=(NO_GPU,) if n_gpu_layers and not told.gpu_offload else (),
             device={"cuda": told.cuda, "build": told.version},
         )
