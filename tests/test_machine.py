@@ -1,11 +1,8 @@
-"""The machine as psp may use it: containers' limits made up and real, processors, cards."""
+"""The machine as psp may use it: made-up containers' limits, processors, cards."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +20,8 @@ from common.machine import (
     usable_threads,
     weight_budget,
 )
-from common.units import GIB, MIB
+from common.units import GIB
 
-CGROUPS = Path("/sys/fs/cgroup")
 V2 = {"proc/self/cgroup": "0::/a/b\n"}
 V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n1:name=systemd:/\n"}
 NO_LIMIT_V1 = "9223372036854771712"
@@ -137,57 +133,6 @@ def test_a_limit_above_the_machines_memory_is_none(tmp_path: Path) -> None:
     root = grouped(tmp_path, V2, {"memory.max": str(1 << 55)})
     assert weight_budget(root=root) == int(0.6 * read_memory().total)
     assert replace(read_memory(), total=5 * GIB, limit=7 * GIB).usable == 5 * GIB
-
-
-LIMIT = 512 * MIB
-INSIDE = """
-import os, pathlib, sys
-import torch
-from common.machine import read_memory, weight_budget
-pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-print(read_memory().limit, weight_budget())
-"""
-
-
-def own_groups() -> Iterator[tuple[Path, str]]:
-    """Yield this process's control groups that may limit memory, and the file that limits it."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        number, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            yield CGROUPS / controllers / path.lstrip("/"), "memory.limit_in_bytes"
-        elif number == "0" and not controllers:
-            yield CGROUPS / path.lstrip("/"), "memory.max"
-
-
-@pytest.fixture
-def limited_group() -> Iterator[Path]:
-    """A control group below this process's own that leaves its processes little memory."""
-    why = "no control group of this process limits memory"
-    for parent, name in own_groups() if Path("/proc/self/cgroup").exists() else ():
-        group = parent / f"psp-test-{os.getpid()}"
-        try:
-            group.mkdir()
-        except OSError as error:
-            why = f"{group} cannot be made: {error.strerror}"
-            continue
-        try:
-            (group / name).write_text(str(LIMIT))
-        except OSError as error:
-            why = f"{group / name} cannot be written: {error.strerror}"
-            group.rmdir()
-            continue
-        yield group
-        group.rmdir()
-        return
-    pytest.skip(f"no memory-limited process can be made here: {why}")
-
-
-def test_a_process_in_a_limited_group_keeps_to_its_limit(limited_group: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", INSIDE, str(limited_group)], capture_output=True, text=True
-    )
-    assert (run.returncode, run.stderr) == (0, "")
-    assert [int(word) for word in run.stdout.split()] == [LIMIT, int(0.6 * LIMIT)]
 
 
 def test_this_machines_memory_is_read_in_bytes() -> None:
