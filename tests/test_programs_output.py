@@ -198,9 +198,8 @@ def test_fewer_tokens_than_asked_for_are_noted(tmp_path: Path) -> None:
 
 def test_options_of_the_gpu_reach_the_program(tmp_path: Path) -> None:
     powerinfer = PowerInfer(build(tmp_path), timeout=30)
-    bare = powerinfer.generate(tmp_path / "m", "The", 16, threads=2, ignore_eos=False)
-    assert not {"--vram-budget", "--n-gpu-layers", "--ignore-eos"} & set(bare.command)
-    assert not [option for option in bare.command if option.endswith("gpu-index")]
+    bare = powerinfer.generate(tmp_path / "m", "The", 16, threads=2)
+    assert not {"--vram-budget", "--n-gpu-layers"} & set(bare.command)
     full = powerinfer.generate(
         tmp_path / "m",
         "The",
@@ -210,12 +209,11 @@ def test_options_of_the_gpu_reach_the_program(tmp_path: Path) -> None:
         vram_budget=3 * GIB // 2,
         n_gpu_layers=7,
         seed=5,
-        reset_gpu_index=True,
-        disable_gpu_index=True,
     )
     given = dict(pairwise(full.command))
     assert (given["--vram-budget"], given["--n-gpu-layers"], given["--seed"]) == ("1.5", "7", "5")
-    assert {"--reset-gpu-index", "--disable-gpu-index", "--ignore-eos"} <= set(full.command)
+    assert "--ignore-eos" in full.command
+    assert not [option for option in full.command if option.endswith("gpu-index")]
     assert full.environment == {"LLAMA_SPARSE_PRED_THRESHOLD": "-1e+30"}
     assert full.command[0] == str(tmp_path / "main")
 

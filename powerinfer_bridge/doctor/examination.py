@@ -72,11 +72,7 @@ class Examination:
 
 
 def examine(config: DoctorConfig) -> Examination:
-    """Run every check.
-
-    Args:
-        config: what to look at.
-    """
+    """Run every check."""
     return Examination(findings=tuple(_findings(config)))
 
 

@@ -10,12 +10,6 @@ from powerinfer_bridge.doctor.finding import Finding, note, ok, warning
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.sample import ProgramFacts
 
-NAMES = {
-    "powerinfer": "PowerInfer",
-    "llama.cpp": "llama.cpp",
-    "llama-cpp-python": "llama-cpp-python",
-}
-
 
 def check_powerinfer(
     directory: Path | None, gpus: Sequence[Gpu], timeout: float
@@ -64,7 +58,7 @@ def check_llama_cpp_python(gpus: Sequence[Gpu]) -> Iterator[Finding]:
 
 def program_findings(facts: ProgramFacts, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Judge a program that starts: does its build fit the machine's cards."""
-    name = NAMES[facts.kind]
+    name = "PowerInfer" if facts.kind == "powerinfer" else facts.kind
     version = f"{facts.version}, " if facts.version else ""
     build = {
         True: "built with CUDA",

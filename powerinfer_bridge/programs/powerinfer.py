@@ -93,11 +93,8 @@ class PowerInfer:
         vram_budget: int | None = None,
         n_gpu_layers: int | None = None,
         seed: int = 0,
-        reset_gpu_index: bool = False,
-        disable_gpu_index: bool = False,
-        ignore_eos: bool = True,
     ) -> RunSample:
-        """Generate greedily.
+        """Generate greedily, end-of-sequence tokens ignored.
 
         Args:
             model: PWRI file, or a dense GGUF file.
@@ -111,9 +108,6 @@ class PowerInfer:
                 ignores it.
             n_gpu_layers: layers in VRAM, for a dense file, for which PowerInfer has no budget.
             seed: of the random numbers, which greedy decoding does not use.
-            reset_gpu_index: have PowerInfer make a new GPU index.
-            disable_gpu_index: place no neurons on the GPU.
-            ignore_eos: go on after an end-of-sequence token.
 
         Raises:
             EngineError: the program failed, hung or printed no timings.
@@ -122,10 +116,7 @@ class PowerInfer:
             raise EngineError(f"{count} tokens: nothing would be timed", "generate at least 2")
         options = [*_model(model), "--prompt", prompt, "-n", str(count), "-c", str(context)]
         options += ["--threads", str(threads), "--seed", str(seed)]
-        options += ["--temp", "0", "--repeat-penalty", "1.0"]
-        options += ["--ignore-eos"] if ignore_eos else []
-        options += ["--reset-gpu-index"] if reset_gpu_index else []
-        options += ["--disable-gpu-index"] if disable_gpu_index else []
+        options += ["--temp", "0", "--repeat-penalty", "1.0", "--ignore-eos"]
         options += [] if n_gpu_layers is None else ["--n-gpu-layers", str(n_gpu_layers)]
         index = Path(f"{model.resolve()}.generated.gpuidx")
         before = _state(index)
