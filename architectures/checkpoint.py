@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from architectures.config_json import Config
 from architectures.registry import resolve
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tensor_files import TensorFiles
@@ -56,6 +55,15 @@ def locate(model: str) -> Path:
         ) from error
 
 
+def read_config(path: Path) -> Config:
+    """Return the config.json of a model directory.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    return read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose config, family, tensor names and tensor shapes have been checked.
@@ -68,7 +76,7 @@ class Checkpoint:
     """
 
     path: Path
-    config: Mapping[str, Any]
+    config: Config
     architecture: Architecture
     shape: ModelShape
 
@@ -81,8 +89,7 @@ class Checkpoint:
                 missing tensor or one of the wrong shape.
         """
         path = locate(str(model))
-        remedy = "pass a Hugging Face model directory"
-        config = read_json(path / "config.json", CheckpointError, remedy)
+        config = read_config(path)
         architecture = resolve(config)
         checkpoint = cls(path, config, architecture, architecture.read_shape(config))
         checkpoint.check_tensors()

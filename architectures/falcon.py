@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from architectures.config import flag, number, real, refuse
+from architectures.config_json import Config, flag, number, real, refuse
 from architectures.rope import read_rope, rope_kind
-from architectures.spec import Architecture, Config, ModelShape, TensorRule, Transform
+from architectures.spec import Architecture, ModelShape, in_blocks, weight, with_bias
 
 
 def _two_norms(config: Config) -> bool:
@@ -88,21 +88,7 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
     return model
 
 
-def _norm(source: str, target: str) -> tuple[TensorRule, TensorRule]:
-    source = f"transformer.{source}"
-    return (
-        TensorRule(source=f"{source}.weight", target=f"{target}.weight", dims=("d_model",)),
-        TensorRule(source=f"{source}.bias", target=f"{target}.bias", dims=("d_model",)),
-    )
-
-
-def _matrix(source: str, target: str, *dims: str, transform: Transform = "none") -> TensorRule:
-    return TensorRule(
-        source=f"transformer.h.{{layer}}.{source}.weight",
-        target=f"blk.{{layer}}.{target}.weight",
-        dims=dims,
-        transform=transform,
-    )
+_LAYERS = "transformer.h"
 
 
 def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
@@ -111,11 +97,21 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
     The FFN's norm comes first: PowerInfer calls it `attn_norm` in either layout.
     """
     ffn_norm = next(iter(norms))
-    blocks = [
-        rule
-        for source, target in norms.items()
-        for rule in _norm(f"h.{{layer}}.{source}", f"blk.{{layer}}.{target}")
-    ]
+    embedding = "transformer.word_embeddings"
+    blocks = in_blocks(
+        _LAYERS,
+        *(rule for names in norms.items() for rule in with_bias(*names, "d_model")),
+        weight(
+            "self_attention.query_key_value",
+            "attn_qkv",
+            "qkv_rows",
+            "d_model",
+            transform="group_qkv",
+        ),
+        weight("self_attention.dense", "attn_output", "d_model", "q_rows"),
+        weight("mlp.dense_h_to_4h", "ffn_up", "d_ff", "d_model"),
+        weight("mlp.dense_4h_to_h", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
+    )
     return Architecture(
         name="falcon",
         hf_classes=("FalconForCausalLM",),
@@ -123,7 +119,7 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
         gguf_name="falcon",
         dense_note=None,
         base="transformer",
-        layers="transformer.h",
+        layers=_LAYERS,
         predictor_input=ffn_norm,
         activation_taps=("mlp.dense_h_to_4h",),
         ffn_output="mlp.dense_4h_to_h",
@@ -133,29 +129,10 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
         centred=True,
         ffn_matrices=2,
         tensors=(
-            TensorRule(
-                source="transformer.word_embeddings.weight",
-                target="token_embd.weight",
-                dims=("vocab_size", "d_model"),
-            ),
-            *_norm("ln_f", "output_norm"),
-            TensorRule(
-                source="lm_head.weight",
-                target="output.weight",
-                dims=("vocab_size", "d_model"),
-                tied_to="transformer.word_embeddings.weight",
-            ),
+            weight(embedding, "token_embd", "vocab_size", "d_model"),
+            *with_bias("transformer.ln_f", "output_norm", "d_model"),
+            weight("lm_head", "output", "vocab_size", "d_model", tied_to=embedding),
             *blocks,
-            _matrix(
-                "self_attention.query_key_value",
-                "attn_qkv",
-                "qkv_rows",
-                "d_model",
-                transform="group_qkv",
-            ),
-            _matrix("self_attention.dense", "attn_output", "d_model", "q_rows"),
-            _matrix("mlp.dense_h_to_4h", "ffn_up", "d_ff", "d_model"),
-            _matrix("mlp.dense_4h_to_h", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
         ),
         read_shape=_shape,
         make_model=_model,
@@ -167,3 +144,5 @@ FALCON_7B = _falcon({"input_layernorm": "attn_norm"}, two_norms=False)
 
 FALCON_40B = _falcon({"ln_mlp": "attn_norm", "ln_attn": "attn_norm_2"}, two_norms=True)
 """A norm for each half of the block."""
+
+FALCON = (FALCON_7B, FALCON_40B)

@@ -1,29 +1,58 @@
-"""What the LLaMA-like families share: RMSNorm, rotary positions, a gated FFN, no biases.
+"""The LLaMA-like families: RMSNorm, rotary positions, a gated FFN, no biases.
 
 Layout and names: transformers `models/llama/modeling_llama.py`. Tap and transforms:
 PowerInfer@d3ebd7c `llama.cpp:build_llama_variants` (the predictor reads `ffn_inp`, the residual
 before the FFN norm).
+
+Another family of this graph is one more entry of `GATED`: `LLAMA`, and what differs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from architectures.config import flag, number, real, refuse
+from architectures.config_json import Config, flag, number, real, refuse
 from architectures.rope import read_rope, rope_parameters
-from architectures.spec import Architecture, Config, ModelShape, TensorRule
-
-if TYPE_CHECKING:
-    from architectures.spec import Activation
+from architectures.spec import Activation, Architecture, ModelShape, in_blocks, weight
 
 _MISTRAL_WINDOW = 4096
 """Mistral's sliding window where the config has no such key (transformers MistralConfig)."""
 
 
-def relu_activation(config: Config) -> tuple[Activation, float]:
+class FATReLU(nn.Module):
+    """`x` from the threshold on, else 0 (ProSparse, arXiv 2402.13516 §3.3)."""
+
+    def __init__(self, threshold: float) -> None:
+        """Keep the threshold."""
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the activation of `x`, elementwise."""
+        return torch.where(x >= self.threshold, x, 0)
+
+
+class DoubleReLU(nn.Module):
+    """The dReLU FFN, `down(relu(gate(x)) * relu(up(x)))` (TurboSparse, arXiv 2406.05955 §4)."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        """Take over the projections of a LLaMA FFN."""
+        super().__init__()
+        self.gate_proj = mlp.get_submodule("gate_proj")
+        self.up_proj = mlp.get_submodule("up_proj")
+        self.down_proj = mlp.get_submodule("down_proj")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the FFN's output for (..., d_model)."""
+        output: torch.Tensor = self.down_proj(self.gate_proj(x).relu() * self.up_proj(x).relu())
+        return output
+
+
+def _activation(config: Config) -> tuple[Activation, float]:
     """Return the activation and FATReLU's threshold of a config with `hidden_act`.
 
     ProSparse's configs say `hidden_act: fatrelu` and give the threshold as `hidden_act_param`.
@@ -45,7 +74,7 @@ def relu_activation(config: Config) -> tuple[Activation, float]:
     return "relu", 0.0
 
 
-def gated_shape(
+def _gated_shape(
     config: Config,
     *,
     activation: Activation,
@@ -102,45 +131,43 @@ def gated_shape(
     )
 
 
-def relu_shape(config: Config, tied: bool = False) -> ModelShape:
-    """Read a config whose activation is `hidden_act`, ReLU or FATReLU; see `gated_shape`."""
-    activation, threshold = relu_activation(config)
+def _relu_shape(config: Config, tied: bool = False) -> ModelShape:
+    """Read a config whose activation is `hidden_act`, ReLU or FATReLU; see `_gated_shape`."""
+    activation, threshold = _activation(config)
     mistral = "MistralForCausalLM" in config["architectures"]
-    return gated_shape(
+    return _gated_shape(
         config, activation=activation, threshold=threshold, tied=tied, mistral=mistral
     )
 
 
-class FATReLU(nn.Module):
-    """`x` from the threshold on, else 0 (ProSparse, arXiv 2402.13516 §3.3)."""
+def _minicpm_shape(config: Config) -> ModelShape:
+    """Read MiniCPM's three constants too, which are folded into the weights.
 
-    def __init__(self, threshold: float) -> None:
-        """Keep the threshold."""
-        super().__init__()
-        self.threshold = threshold
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the activation of `x`, elementwise."""
-        return torch.where(x >= self.threshold, x, 0)
-
-
-class DoubleReLU(nn.Module):
-    """The dReLU FFN, `down(relu(gate(x)) * relu(up(x)))` (TurboSparse, arXiv 2406.05955 §4)."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        """Take over the projections of a LLaMA FFN."""
-        super().__init__()
-        self.gate_proj = mlp.get_submodule("gate_proj")
-        self.up_proj = mlp.get_submodule("up_proj")
-        self.down_proj = mlp.get_submodule("down_proj")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the FFN's output for (..., d_model)."""
-        output: torch.Tensor = self.down_proj(self.gate_proj(x).relu() * self.up_proj(x).relu())
-        return output
+    Source: OpenBMB/MiniCPM@5977a63 `model/modeling_minicpm.py`. The embedding is multiplied by
+    `scale_emb`, what attention and FFN add to the residual stream by `scale_depth /
+    sqrt(n_layers)`, and the head's input by `dim_model_base / hidden_size`. All three are linear,
+    so they move into the embedding, into the output projections and into the (untied) head without
+    changing the residual stream that predictors read.
+    """
+    # configuration_minicpm.py ties embeddings unless the config says otherwise.
+    shape = _relu_shape(config, tied=True)
+    return replace(
+        shape,
+        embedding_scale=real(config, "scale_emb", 1.0),
+        residual_scale=real(config, "scale_depth", 1.0) / math.sqrt(shape.n_layers),
+        output_scale=real(config, "dim_model_base", 1.0) / shape.d_model,
+    )
 
 
-def gated_model(shape: ModelShape, config: Config) -> nn.Module:
+def _bamboo_shape(config: Config) -> ModelShape:
+    activation = config.get("hidden_act")
+    if activation not in ("relu", "drelu"):
+        refuse("hidden_act", activation, "'relu'", "the model needs ReLU-fication first")
+    mistral = "LlamaForCausalLM" not in config["architectures"]
+    return _gated_shape(config, activation="drelu", mistral=mistral)
+
+
+def _model(shape: ModelShape, config: Config) -> nn.Module:
     """Build transformers' LLaMA with the family's activation; embeddings are never tied in it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -166,70 +193,99 @@ def gated_model(shape: ModelShape, config: Config) -> nn.Module:
     return model
 
 
-def _block(source: str, target: str, *dims: str, **options: Any) -> TensorRule:
-    return TensorRule(
-        source=f"model.layers.{{layer}}.{source}.weight",
-        target=f"blk.{{layer}}.{target}.weight",
-        dims=dims,
-        **options,
-    )
-
-
-GATED_TENSORS = (
-    TensorRule(
-        source="model.embed_tokens.weight",
-        target="token_embd.weight",
-        dims=("vocab_size", "d_model"),
-        scale="embedding_scale",
-    ),
-    TensorRule(source="model.norm.weight", target="output_norm.weight", dims=("d_model",)),
-    TensorRule(
-        source="lm_head.weight",
-        target="output.weight",
-        dims=("vocab_size", "d_model"),
-        tied_to="model.embed_tokens.weight",
-        scale="output_scale",
-    ),
-    _block("input_layernorm", "attn_norm", "d_model"),
-    _block("self_attn.q_proj", "attn_q", "q_rows", "d_model", transform="permute_q"),
-    _block("self_attn.k_proj", "attn_k", "kv_rows", "d_model", transform="permute_k"),
-    _block("self_attn.v_proj", "attn_v", "kv_rows", "d_model"),
-    _block("self_attn.o_proj", "attn_output", "d_model", "q_rows", scale="residual_scale"),
-    _block("post_attention_layernorm", "ffn_norm", "d_model"),
-    _block("mlp.gate_proj", "ffn_gate", "d_ff", "d_model"),
-    _block("mlp.up_proj", "ffn_up", "d_ff", "d_model"),
-    _block(
-        "mlp.down_proj",
-        "ffn_down_t",
-        "d_model",
-        "d_ff",
-        transform="transpose",
-        scale="residual_scale",
+_LAYERS = "model.layers"
+_EMBEDDING = "model.embed_tokens"
+_TENSORS = (
+    weight(_EMBEDDING, "token_embd", "vocab_size", "d_model", scale="embedding_scale"),
+    weight("model.norm", "output_norm", "d_model"),
+    weight("lm_head", "output", "vocab_size", "d_model", tied_to=_EMBEDDING, scale="output_scale"),
+    *in_blocks(
+        _LAYERS,
+        weight("input_layernorm", "attn_norm", "d_model"),
+        weight("self_attn.q_proj", "attn_q", "q_rows", "d_model", transform="permute_q"),
+        weight("self_attn.k_proj", "attn_k", "kv_rows", "d_model", transform="permute_k"),
+        weight("self_attn.v_proj", "attn_v", "kv_rows", "d_model"),
+        weight("self_attn.o_proj", "attn_output", "d_model", "q_rows", scale="residual_scale"),
+        weight("post_attention_layernorm", "ffn_norm", "d_model"),
+        weight("mlp.gate_proj", "ffn_gate", "d_ff", "d_model"),
+        weight("mlp.up_proj", "ffn_up", "d_ff", "d_model"),
+        weight(
+            "mlp.down_proj",
+            "ffn_down_t",
+            "d_model",
+            "d_ff",
+            transform="transpose",
+            scale="residual_scale",
+        ),
     ),
 )
 
-
-_DENSE_NOTE = (
-    "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in dense "
-    "mode, so the text of this ReLU model is wrong"
+LLAMA = Architecture(
+    name="llama",
+    hf_classes=("LlamaForCausalLM", "MistralForCausalLM"),
+    claims=lambda config: config.get("hidden_act") not in ("fatrelu", "drelu"),
+    gguf_name="llama",
+    dense_note=(
+        "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in "
+        "dense mode, so the text of this ReLU model is wrong"
+    ),
+    base="model",
+    layers=_LAYERS,
+    predictor_input="post_attention_layernorm",
+    activation_taps=("mlp.gate_proj",),
+    ffn_output="mlp.down_proj",
+    gate="mlp.gate_proj.weight",
+    ffn_norm="post_attention_layernorm.weight",
+    ffn_down="mlp.down_proj.weight",
+    centred=False,
+    ffn_matrices=3,
+    tensors=_TENSORS,
+    read_shape=_relu_shape,
+    make_model=_model,
 )
+"""LLaMA with a ReLU-gated FFN (ReGLU): ReluLLaMA, ProSparse models without FATReLU, and Mistral."""
 
+PROSPARSE = replace(
+    LLAMA,
+    name="prosparse",
+    hf_classes=("SparseLlamaForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"),
+    claims=lambda config: (
+        "SparseLlamaForCausalLM" in config["architectures"] or config.get("hidden_act") == "fatrelu"
+    ),
+)
+"""ProSparse LLaMA, whose activation passes values from a threshold on (FATReLU).
 
-def gated_family(**options: Any) -> Architecture:
-    """Return a LLaMA-like family; `options` are what distinguishes it."""
-    facts: dict[str, Any] = {
-        "base": "model",
-        "layers": "model.layers",
-        "predictor_input": "post_attention_layernorm",
-        "activation_taps": ("mlp.gate_proj",),
-        "ffn_output": "mlp.down_proj",
-        "gate": "mlp.gate_proj.weight",
-        "ffn_norm": "post_attention_layernorm.weight",
-        "ffn_down": "mlp.down_proj.weight",
-        "centred": False,
-        "ffn_matrices": 3,
-        "dense_note": _DENSE_NOTE,
-        "tensors": GATED_TENSORS,
-        "make_model": gated_model,
-    }
-    return Architecture(**(facts | options))
+Config: `hidden_act: fatrelu`, `hidden_act_param` the threshold, as in the published checkpoints of
+arXiv 2402.13516, whose modelling code compares with `>=`. Also MiniCPM-S in llama-format, whose
+constants are in the weights already.
+"""
+
+MINICPM = replace(
+    LLAMA,
+    name="minicpm",
+    hf_classes=("MiniCPMForCausalLM",),
+    claims=lambda config: True,
+    read_shape=_minicpm_shape,
+)
+"""MiniCPM: LLaMA with three constants, see `_minicpm_shape`."""
+
+BAMBOO = replace(
+    LLAMA,
+    name="bamboo",
+    hf_classes=("BambooForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"),
+    claims=lambda config: (
+        "BambooForCausalLM" in config["architectures"] or config.get("hidden_act") == "drelu"
+    ),
+    gguf_name="bamboo",
+    dense_note="dense file for timing; PowerInfer computes dReLU, other programs may not",
+    activation_taps=("mlp.gate_proj", "mlp.up_proj"),
+    read_shape=_bamboo_shape,
+)
+"""Bamboo and TurboSparse-Mistral: Mistral with ReLU on both halves of the gated FFN (dReLU).
+
+Source: the authors' modeling_bamboo.py (`down(act(gate(x)) * act(up(x))`) and arXiv 2406.05955 §4.
+TurboSparse checkpoints hold predictors of their own (`mlp.predictor.*`), which mask the FFN when
+they are run by their own code; traces are made of the model without that mask.
+"""
+
+GATED = (LLAMA, PROSPARSE, MINICPM, BAMBOO)

@@ -17,10 +17,8 @@ import torch
 from torch import nn
 
 from architectures.checkpoint import Checkpoint
-from architectures.memory import weight_budget
+from common import machine
 from common.errors import CheckpointError, reason
-
-WEIGHTS = ("auto", "resident", "streamed")
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ def load_model(
     device: str,
     n_blocks: int | None = None,
     weights: str = "auto",
+    weight_budget: int | None = None,
     head: bool = True,
 ) -> LoadedModel:
     """Build the model and load its weights.
@@ -73,6 +72,7 @@ def load_model(
         n_blocks: load the first blocks only; None loads all.
         weights: `resident` keeps every block on the device, `streamed` reads blocks when they run,
             `auto` streams if they would not fit.
+        weight_budget: bytes of blocks that fit; by default what `common.machine` says.
         head: load the output head too.
 
     Raises:
@@ -90,7 +90,8 @@ def load_model(
         blocks = list(stack)
         if weights == "auto":
             size = len(blocks) * block_bytes(checkpoint, dtype)
-            weights = "streamed" if size > weight_budget(device) else "resident"
+            budget = machine.weight_budget(device) if weight_budget is None else weight_budget
+            weights = "streamed" if size > budget else "resident"
         _fill_rest(model, checkpoint, dtype, device, head)
         for layer, block in enumerate(blocks):
             read = partial(_block_state, checkpoint, layer, dtype, device)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from architectures.config import flag, number, refuse
-from architectures.spec import Architecture, Config, ModelShape, TensorRule, Transform
+from architectures.config_json import Config, flag, number, refuse
+from architectures.spec import Architecture, ModelShape, in_blocks, weight, with_bias
 
 _NORM_EPS = 1e-5
 """torch's default, which transformers' OPT does not change."""
@@ -70,49 +70,23 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
     return model
 
 
-def _with_bias(
-    source: str, target: str, *dims: str, transform: Transform = "none"
-) -> tuple[TensorRule, TensorRule]:
-    return (
-        TensorRule(
-            source=f"{source}.weight", target=f"{target}.weight", dims=dims, transform=transform
-        ),
-        TensorRule(source=f"{source}.bias", target=f"{target}.bias", dims=dims[:1]),
-    )
-
-
-def _block(
-    source: str, target: str, *dims: str, transform: Transform = "none"
-) -> tuple[TensorRule, TensorRule]:
-    source, target = f"model.decoder.layers.{{layer}}.{source}", f"blk.{{layer}}.{target}"
-    return _with_bias(source, target, *dims, transform=transform)
-
-
-_TENSORS: tuple[TensorRule, ...] = (
-    TensorRule(
-        source="model.decoder.embed_tokens.weight",
-        target="token_embd.weight",
-        dims=("vocab_size", "d_model"),
+_LAYERS = "model.decoder.layers"
+_TENSORS = (
+    weight("model.decoder.embed_tokens", "token_embd", "vocab_size", "d_model"),
+    weight("model.decoder.embed_positions", "position_embd", "positions", "d_model"),
+    *with_bias("model.decoder.final_layer_norm", "output_norm", "d_model"),
+    weight("lm_head", None, "vocab_size", "d_model", tied_to="model.decoder.embed_tokens"),
+    *in_blocks(
+        _LAYERS,
+        *with_bias("self_attn_layer_norm", "attn_norm", "d_model"),
+        *with_bias("self_attn.q_proj", "attn_q", "d_model", "d_model"),
+        *with_bias("self_attn.k_proj", "attn_k", "d_model", "d_model"),
+        *with_bias("self_attn.v_proj", "attn_v", "d_model", "d_model"),
+        *with_bias("self_attn.out_proj", "attn_output", "d_model", "d_model"),
+        *with_bias("final_layer_norm", "ffn_norm", "d_model"),
+        *with_bias("fc1", "ffn_up", "d_ff", "d_model"),
+        *with_bias("fc2", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
     ),
-    TensorRule(
-        source="model.decoder.embed_positions.weight",
-        target="position_embd.weight",
-        dims=("positions", "d_model"),
-    ),
-    *_with_bias("model.decoder.final_layer_norm", "output_norm", "d_model"),
-    TensorRule(
-        source="lm_head.weight",
-        dims=("vocab_size", "d_model"),
-        tied_to="model.decoder.embed_tokens.weight",
-    ),
-    *_block("self_attn_layer_norm", "attn_norm", "d_model"),
-    *_block("self_attn.q_proj", "attn_q", "d_model", "d_model"),
-    *_block("self_attn.k_proj", "attn_k", "d_model", "d_model"),
-    *_block("self_attn.v_proj", "attn_v", "d_model", "d_model"),
-    *_block("self_attn.out_proj", "attn_output", "d_model", "d_model"),
-    *_block("final_layer_norm", "ffn_norm", "d_model"),
-    *_block("fc1", "ffn_up", "d_ff", "d_model"),
-    *_block("fc2", "ffn_down_t", "d_model", "d_ff", transform="transpose"),
 )
 
 OPT = Architecture(
@@ -123,7 +97,7 @@ OPT = Architecture(
     context_length=2048,
     dense_note="dense file for timing; PowerInfer computes ReLU, llama.cpp has no arch opt",
     base="model",
-    layers="model.decoder.layers",
+    layers=_LAYERS,
     predictor_input="final_layer_norm",
     activation_taps=("fc1",),
     ffn_output="fc2",

@@ -1,32 +1,22 @@
-"""Which families there are, and which one a config belongs to."""
+"""Which families there are, and which one a config belongs to.
+
+A new family whose graph is LLaMA's is an entry of `architectures.gated.GATED`. One of another
+graph is a file of its own, with an `architectures.spec.Architecture`, and a name in the list below.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from architectures.bamboo import BAMBOO
-from architectures.config import refuse
-from architectures.falcon import FALCON_7B, FALCON_40B
-from architectures.llama import LLAMA
-from architectures.minicpm import MINICPM
+from architectures.config_json import Config, refuse
+from architectures.falcon import FALCON
+from architectures.gated import GATED
 from architectures.opt import OPT
-from architectures.prosparse import PROSPARSE
 from architectures.spec import Architecture
 from common.errors import CheckpointError
 
-ARCHITECTURES: tuple[Architecture, ...] = (
-    LLAMA,
-    PROSPARSE,
-    MINICPM,
-    BAMBOO,
-    OPT,
-    FALCON_7B,
-    FALCON_40B,
-)
+ARCHITECTURES: tuple[Architecture, ...] = (*GATED, OPT, *FALCON)
 
 
-def resolve(config: Mapping[str, Any]) -> Architecture:
+def resolve(config: Config) -> Architecture:
     """Return the family of a config.json.
 
     Raises:

@@ -9,11 +9,10 @@ llama_new_context_with_model and ggml.c:rope_yarn.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from architectures.config import MAX_SIZE, MEND, number, real, refuse
+from architectures.config_json import MAX_SIZE, MEND, Config, number, real, refuse
 
 _LARGEST_BASE = 1e30
 """Well within float32, the type of the file's key."""
@@ -56,7 +55,7 @@ def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]
     return {"rope_theta": theta, **kind}
 
 
-def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
     """Read base and scaling from the new (`rope_parameters`) or the old keys.
 
     Raises:
@@ -82,13 +81,13 @@ def read_rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return theta, _yarn(config, given, factor, theta)
 
 
-def rope_kind(config: Mapping[str, Any]) -> str:
+def rope_kind(config: Config) -> str:
     """Return what kind of scaling a config asks for, `default` for none."""
     given = _given(config)
     return str(given.get("rope_type", given.get("type", "default")))
 
 
-def _given(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def _given(config: Config) -> Config:
     """Return the parameters as transformers chooses them where both keys are there."""
     for key in ("rope_scaling", "rope_parameters"):
         found = config.get(key)
@@ -99,9 +98,7 @@ def _given(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
-def _yarn(
-    config: Mapping[str, Any], given: Mapping[str, Any], factor: float, theta: float
-) -> RopeScaling:
+def _yarn(config: Config, given: Config, factor: float, theta: float) -> RopeScaling:
     if theta <= 1:
         refuse("rope_theta", theta, "above 1", MEND)
     for key, needed in _BETAS.items():
@@ -123,7 +120,7 @@ def _yarn(
     return RopeScaling(kind="yarn", factor=factor, original_context=original)
 
 
-def _magnitude(given: Mapping[str, Any], factor: float) -> float:
+def _magnitude(given: Config, factor: float) -> float:
     """Return what transformers multiplies cosines and sines with."""
     if given.get("attention_factor") is not None:
         return real(given, "attention_factor", None)

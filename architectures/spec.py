@@ -7,10 +7,11 @@ lives elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from architectures.config_json import Config
 from architectures.rope import RopeScaling
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 Activation = Literal["relu", "fatrelu", "drelu"]
 Transform = Literal["none", "permute_q", "permute_k", "group_qkv", "transpose"]
-Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,43 @@ class TensorRule:
     def factor(self, model: ModelShape) -> float:
         """Return the factor to fold into the tensor."""
         return 1.0 if self.scale is None else float(getattr(model, self.scale))
+
+
+def weight(
+    source: str,
+    target: str | None,
+    *dims: str,
+    transform: Transform = "none",
+    tied_to: str | None = None,
+    scale: str | None = None,
+) -> TensorRule:
+    """Return the rule of a module's weight, given the module's names on both sides."""
+    return TensorRule(
+        source=f"{source}.weight",
+        target=None if target is None else f"{target}.weight",
+        dims=dims,
+        transform=transform,
+        tied_to=None if tied_to is None else f"{tied_to}.weight",
+        scale=scale,
+    )
+
+
+def with_bias(
+    source: str, target: str, *dims: str, transform: Transform = "none"
+) -> tuple[TensorRule, TensorRule]:
+    """Return the rules of a module's weight and of its bias."""
+    bias = TensorRule(source=f"{source}.bias", target=f"{target}.bias", dims=dims[:1])
+    return weight(source, target, *dims, transform=transform), bias
+
+
+def in_blocks(layers: str, *rules: TensorRule) -> tuple[TensorRule, ...]:
+    """Return rules for every block of the list at `layers`, given names within a block."""
+    return tuple(
+        replace(
+            rule, source=f"{layers}.{{layer}}.{rule.source}", target=f"blk.{{layer}}.{rule.target}"
+        )
+        for rule in rules
+    )
 
 
 POSITION_OFFSET = 2

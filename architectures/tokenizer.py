@@ -7,12 +7,13 @@ GPT-2's byte-level BPE, by Hugging Face's `tokenizers`. No code of a checkpoint 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from architectures.config_json import Config
 from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
 
@@ -39,7 +40,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) -> Tokenizer:
+def load_tokenizer(path: Path, vocab_size: int, config: Config | None = None) -> Tokenizer:
     """Load the first of tokenizer.model, tokenizer.json, vocab.json with merges.txt.
 
     Args:
@@ -57,7 +58,7 @@ def load_tokenizer(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) 
         return tokenizer
     file, rust = _read_rust(path)
     _check_rows(file, "tokens", max(rust.get_vocab().values(), default=-1) + 1, vocab_size)
-    return RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config))
+    return RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config or {}))
 
 
 def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
@@ -223,9 +224,7 @@ def _check_rows(file: Path, unit: str, count: int, vocab_size: int) -> None:
         )
 
 
-def _bos_id(
-    path: Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, config: Mapping[str, Any]
-) -> int:
+def _bos_id(path: Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, config: Config) -> int:
     for values in (config, _read_optional(path / "generation_config.json")):
         number = values.get("bos_token_id")
         if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab_size:

@@ -14,11 +14,11 @@ import torch
 from families import BY_NAME, DTYPES, Written, write
 from torch import nn
 
-from architectures import memory
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, block_bytes, load_model
 from architectures.spec import TensorRule
 from common.errors import CheckpointError
+from common.machine import weight_budget
 
 NAMES = ("prosparse", "minicpm", "opt-6.7b", "falcon-7b", "falcon-40b")
 TOKENS = torch.arange(12, 72).reshape(2, 30)
@@ -99,9 +99,7 @@ def test_of_later_blocks_nothing_is_read(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_streams_what_exceeds_the_budget(
-    written: Written, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_auto_streams_what_exceeds_the_budget(written: Written, dtype: torch.dtype) -> None:
     checkpoint = Checkpoint.open(written.path)
     stored = sum(
         tensor.numel() * dtype.itemsize
@@ -112,24 +110,49 @@ def test_auto_streams_what_exceeds_the_budget(
     for n_blocks in (1, checkpoint.shape.n_layers):
         for spare in (0, -1):
             budget = n_blocks * stored + spare
-            monkeypatch.setattr("architectures.model.weight_budget", lambda device: budget)  # noqa: B023
-            model = load_model(checkpoint, dtype=dtype, device="cpu", n_blocks=n_blocks)
+            model = load_model(
+                checkpoint, dtype=dtype, device="cpu", n_blocks=n_blocks, weight_budget=budget
+            )
             assert model.streamed is (spare < 0)
 
 
-@pytest.mark.parametrize(
-    ("limit", "expected"), [("1000\n", 600), ("max\n", None), (None, None), ("9" * 30, None)]
-)
+GROUPS = {
+    "version 2": ("0::/box", "sys/fs/cgroup/box/memory.max"),
+    "version 2, a group above": ("0::/box/inner", "sys/fs/cgroup/box/memory.max"),
+    "version 1": ("4:memory:/box", "sys/fs/cgroup/memory/box/memory.limit_in_bytes"),
+    "version 1, the container's root": (
+        "4:memory:/x",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_a_containers_limit_decides_what_is_streamed(tmp_path: Path, groups: str) -> None:
+    """Blocks are streamed if they exceed 60 % of the limit; without one they are resident."""
+    checkpoint = Checkpoint.open(write(BY_NAME["minicpm"], tmp_path / "model", b"").path)
+    needed = checkpoint.shape.n_layers * block_bytes(checkpoint, torch.float32)
+    own, file = GROUPS[groups]
+    limits = {"max": False, str(2 * needed): False, str(needed): True, "1000\n": True}
+    for number, (limit, streamed) in enumerate(limits.items()):
+        root = tmp_path / str(number)
+        for name, text in (("proc/self/cgroup", own), (file, limit)):
+            (root / name).parent.mkdir(parents=True)
+            (root / name).write_text(text)
+        assert load(checkpoint, weight_budget=weight_budget("cpu", root)).streamed is streamed
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("1000\n", 600), ("max\n", None), (None, None)])
 def test_the_budget_is_a_share_of_the_machine_or_of_the_containers_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, expected: int | None
+    tmp_path: Path, limit: str | None, expected: int | None
 ) -> None:
-    file = tmp_path / "memory.max"
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     if limit is not None:
-        file.write_text(limit)
-    monkeypatch.setattr(memory, "_CGROUP_LIMIT", file)
+        (tmp_path / "sys/fs/cgroup/memory.max").write_text(limit)
     total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
-    budget = memory.weight_budget("cpu")
-    assert budget == (expected or pytest.approx(0.6 * total, rel=0.01))
+    assert weight_budget("cpu", tmp_path) == (expected or pytest.approx(0.6 * total, rel=0.01))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "", "cpu:x"])

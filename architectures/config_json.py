@@ -1,4 +1,4 @@
-"""Readers for single values of a Hugging Face config.json, shared by the families."""
+"""A Hugging Face config.json: single values of it, each held to what psp can use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from math import inf
 from typing import Any, NoReturn
 
 from common.errors import CheckpointError
+
+Config = Mapping[str, Any]
+"""What `json.loads` made of it."""
 
 MAX_SIZE = 1 << 24
 """Larger sizes than this are taken for damage, not for a model."""
@@ -19,7 +22,7 @@ def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
     raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}", remedy)
 
 
-def number(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def number(config: Config, key: str, default: int | None = None) -> int:
     """Return a positive integer size.
 
     Raises:
@@ -33,13 +36,13 @@ def number(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def flag(config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+def flag(config: Config, key: str, default: bool = False) -> bool:
     """Return a boolean, `default` when absent."""
     value = config.get(key)
     return default if value is None else bool(value)
 
 
-def real(config: Mapping[str, Any], key: str, default: float | None) -> float:
+def real(config: Config, key: str, default: float | None) -> float:
     """Return a positive, finite real number.
 
     Raises:
