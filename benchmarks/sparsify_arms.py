@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.plot_style import ACCENT, DARK, GREY, MIDDLE, new_figure, style
-from prosparse.journal_file import read_log
+from prosparse.journal import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

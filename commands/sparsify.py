@@ -28,7 +28,7 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     For several GPUs start it with accelerate launch. Then psp sparsity measures the result.
     """
     from common.table import fact_table, layer_table
-    from prosparse.journal_file import read_log
+    from prosparse.journal import read_log
     from prosparse.plots import draw_training
     from prosparse.training import is_main_process
     from prosparse.training import sparsify as run

@@ -16,15 +16,15 @@ from prosparse.settings import SparsityConfig
 def sparsity(config: SparsityConfig, as_json: bool, threads: int) -> None:
     """Measure sparsity and perplexity with ReLU and FATReLU; search a threshold on request."""
     from prosparse.sparsity import sparsity as measure
-    from prosparse.sparsity_table import sparsity_table
+    from prosparse.sparsity import sparsity_table
     from prosparse.threshold_shift import shift
 
     if config.max_ppl_gap is not None:
-        document = shift(config, note)
+        result = shift(config, note)
     elif config.per_layer or config.out is not None:
         raise click.UsageError("--per-layer and --out need --max-ppl-gap, the bound to search.")
     else:
-        document = measure(config, note)
+        result = measure(config, note)
     if as_json:
-        return print_json(document)
-    echo(sparsity_table(document))
+        return print_json(result.document())
+    echo(sparsity_table(result))

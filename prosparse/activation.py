@@ -1,4 +1,4 @@
-"""The activation of a gated FFN, in the runnable model and in its config.
+"""The activation of an FFN: what it is called, in a checkpoint's config and in the runnable model.
 
 Substitution (arXiv 2402.13516 §3.2): the activation becomes ReLU, everything else stays. FATReLU
 comes last. Configs as the published modelling code reads them: `hidden_act: fatrelu` with the
@@ -7,18 +7,54 @@ threshold as `hidden_act_param`; ReLU and SiLU by `hidden_act` alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from architectures.checkpoint import Checkpoint, locate
+from architectures.checkpoint import Checkpoint, locate, read_config
+from architectures.config_json import Config
 from architectures.gated import FATReLU
 from architectures.registry import resolve
 from common.errors import CheckpointError
-from common.files import read_json
 
 SUBSTITUTABLE = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "fatrelu")
 """Values of `hidden_act` in whose place ReLU may come."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An activation of all layers.
+
+    Attributes:
+        activation: `relu`, `fatrelu`, `drelu` or another of transformers' names, such as `silu`.
+        thresholds: of FATReLU, one a layer; empty for the others.
+    """
+
+    activation: str
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """How tables call it; `fatrelu_0.01` is how the published models' card writes it."""
+        if not self.thresholds:
+            return self.activation
+        low, high = min(self.thresholds), max(self.thresholds)
+        return f"fatrelu_{low:g}" if low == high else f"fatrelu_{low:g}..{high:g}"
+
+
+def shifted(thresholds: Sequence[float]) -> Setting:
+    """Return FATReLU with a threshold for each layer, ReLU if all are 0."""
+    if not any(thresholds):
+        return Setting(activation="relu")
+    return Setting(activation="fatrelu", thresholds=tuple(thresholds))
+
+
+def has_one_gate(checkpoint: Checkpoint) -> bool:
+    """Tell whether the FFN is down(act(gate(x)) * up(x)), in which FATReLU can stand."""
+    architecture = checkpoint.architecture
+    return architecture.ffn_matrices == 3 and len(architecture.activation_taps) == 1
 
 
 def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
@@ -34,7 +70,7 @@ def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
             or a damaged checkpoint.
     """
     path = locate(model)
-    found = read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
+    found = read_config(path)
     config = with_activation(found, activation, threshold)
     family = resolve(config)
     if family.ffn_matrices != 3:
@@ -53,7 +89,44 @@ def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
     return checkpoint
 
 
-def with_activation(config: Any, activation: str, threshold: float = 0.0) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that may have any activation.
+
+    Attributes:
+        checkpoint: opened with ReLU where the FFN has one gate.
+        own: the activation that its config names.
+    """
+
+    checkpoint: Checkpoint
+    own: Setting
+
+    @property
+    def base(self) -> Setting:
+        """What perplexity gaps are relative to: its own activation, without a threshold."""
+        return shifted((0.0,)) if self.own.activation == "fatrelu" else self.own
+
+
+def open_any(model: str) -> Opened:
+    """Open a checkpoint of any supported family, SiLU ones included.
+
+    Raises:
+        CheckpointError: an unsupported family or a damaged checkpoint.
+    """
+    path = locate(model)
+    config = read_config(path)
+    name = config.get("hidden_act")
+    if name in ("relu", "fatrelu", "drelu") or resolve(config).ffn_matrices != 3:
+        shape = (checkpoint := Checkpoint.open(path)).shape
+        if not has_one_gate(checkpoint):
+            return Opened(checkpoint, Setting(activation=shape.activation))
+        own = shifted((shape.activation_threshold,) * shape.n_layers)
+    else:
+        own = Setting(activation=str(name))
+    return Opened(open_as(str(path), "relu"), own)
+
+
+def with_activation(config: Config, activation: str, threshold: float = 0.0) -> dict[str, Any]:
     """Return a config.json with another activation.
 
     Args:
@@ -76,12 +149,25 @@ def set_activation(model: nn.Module, activation: str, threshold: float = 0.0) ->
         activation: `relu`, `fatrelu`, or another that transformers knows.
         threshold: FATReLU's.
     """
-    from transformers.activations import ACT2FN
-
-    for block in model.get_submodule("model.layers").children():
-        mlp = block.get_submodule("mlp")
-        mlp.act_fn = FATReLU(threshold) if activation == "fatrelu" else ACT2FN[activation]
+    blocks = list(model.get_submodule("model.layers").children())
+    fatrelu = activation == "fatrelu"
+    exchange(blocks, activation, [threshold] * len(blocks) if fatrelu else ())
     config: Any = model.config
     config.hidden_act = activation
-    if activation == "fatrelu":
+    if fatrelu:
         config.hidden_act_param = threshold
+
+
+def exchange(blocks: Iterable[nn.Module], activation: str, thresholds: Sequence[float]) -> None:
+    """Replace the activation of gated blocks.
+
+    Args:
+        blocks: of a runnable model, in order.
+        activation: one that transformers knows; passed over where there are thresholds.
+        thresholds: FATReLU's, one a block; empty for the others.
+    """
+    from transformers.activations import ACT2FN
+
+    for layer, block in enumerate(blocks):
+        act_fn = FATReLU(thresholds[layer]) if thresholds else ACT2FN[activation]
+        block.get_submodule("mlp").act_fn = act_fn

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from prosparse.measurement import ExchangeableModel, Measurement, Setting
+from prosparse.activation import Setting
+from prosparse.measurement import ExchangeableModel, Measurement
 
 Floats = npt.NDArray[np.float64]
 

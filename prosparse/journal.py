@@ -12,17 +12,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from prosparse.journal_file import read_log
 from prosparse.schedule import Schedule
+
+Line = dict[str, Any]
+"""A line, as above."""
 
 _LAYER = "sparsity_layer_"
 _COPIED = ("loss", "lm_loss", "l1", "learning_rate", "grad_norm")
+
+
+def read_log(path: Path) -> list[Line]:
+    """Return the lines of a log; one that a killed process did not finish is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_evaluation(log: Sequence[Line]) -> Line:
+    """Return the last line of an evaluation on held-out text, an empty one if there is none."""
+    return next((line for line in reversed(log) if "ppl" in line), {})
 
 
 class Journal(TrainerCallback):  # type: ignore[misc]
@@ -71,10 +87,10 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         if self._bar is not None:
             self._bar.close()
 
-    def record(self, step: int, logs: dict[str, float]) -> dict[str, Any]:
+    def record(self, step: int, logs: dict[str, float]) -> Line:
         """Return what a line says of the Trainer's logs."""
         number = int(logs["stage"])
-        record: dict[str, Any] = {
+        record: Line = {
             "step": step,
             "stage": number,
             "kind": self.schedule.stages[number].kind,
@@ -87,5 +103,5 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         return record | {"sparsity": [logs[f"{_LAYER}{layer}"] for layer in range(layers)]}
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: Line) -> str:
     return json.dumps(record) + "\n"

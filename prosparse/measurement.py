@@ -14,37 +14,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.gated import FATReLU
 from architectures.model import load_model
 from common.errors import CheckpointError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """An activation of all layers.
-
-    Attributes:
-        activation: `relu`, `fatrelu`, `drelu` or another of transformers' names, such as `silu`.
-        thresholds: of FATReLU, one a layer; empty for the others.
-    """
-
-    activation: str
-    thresholds: tuple[float, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """How tables call it; `fatrelu_0.01` is how the published models' card writes it."""
-        if not self.thresholds:
-            return self.activation
-        low, high = min(self.thresholds), max(self.thresholds)
-        return f"fatrelu_{low:g}" if low == high else f"fatrelu_{low:g}..{high:g}"
-
-
-def shifted(thresholds: Sequence[float]) -> Setting:
-    """Return FATReLU with a threshold for each layer, ReLU if all are 0."""
-    if not any(thresholds):
-        return Setting(activation="relu")
-    return Setting(activation="fatrelu", thresholds=tuple(thresholds))
+from prosparse.activation import Setting, exchange, has_one_gate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +58,6 @@ class Measurement:
         # Windows are drawn, not tokens, which hang together.
         scatter = difference - difference.sum() / count.sum() * count
         return float(scatter.square().sum().sqrt() / count.sum())
-
-
-def has_one_gate(checkpoint: Checkpoint) -> bool:
-    """Tell whether the FFN is down(act(gate(x)) * up(x)), in which FATReLU can stand."""
-    architecture = checkpoint.architecture
-    return architecture.ffn_matrices == 3 and len(architecture.activation_taps) == 1
 
 
 class ExchangeableModel:
@@ -142,18 +108,11 @@ class ExchangeableModel:
         return Measurement(setting=setting, sparsity=tuple((1 - share).tolist()), losses=losses)
 
     def _exchange(self, setting: Setting) -> None:
-        from transformers.activations import ACT2FN
-
         self._setting = setting
-        if not has_one_gate(self.checkpoint):
+        if has_one_gate(self.checkpoint):
+            exchange(self.model.blocks, setting.activation, setting.thresholds)
+        else:
             assert setting.activation == self.checkpoint.shape.activation
-            return
-        for layer, block in enumerate(self.model.blocks):
-            block.get_submodule("mlp").act_fn = (
-                FATReLU(setting.thresholds[layer])
-                if setting.thresholds
-                else ACT2FN[setting.activation]
-            )
 
     def _loss(self, window: Sequence[int]) -> tuple[float, float]:
         tokens = torch.tensor([window])

@@ -31,7 +31,7 @@ def draw_training(out: Path, runs: Mapping[str, Log]) -> list[Path]:
 
     Args:
         out: existing directory.
-        runs: name to lines of a log (`prosparse.journal_file.read_log`); a single run is drawn
+        runs: name to lines of a log (`prosparse.journal.read_log`); a single run is drawn
             layer by layer.
 
     Returns:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from common.errors import PspError
 
@@ -140,7 +139,7 @@ class Schedule:
         stages = zip(self.stages, ends, strict=True)
         return Schedule(tuple(replace(stage, until_step=end) for stage, end in stages))
 
-    def document(self) -> list[dict[str, Any]]:
+    def document(self) -> list[dict[str, object]]:
         """Return the stages, ready for JSON, as `read_schedule` takes them."""
         return [
             {"kind": stage.kind, "lambda": stage.factor, "until_step": stage.until_step}

@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,7 +42,7 @@ def check_out(out: Path, checkpoint: Checkpoint, force: bool) -> None:
 
 
 def write_shifted(
-    checkpoint: Checkpoint, thresholds: Sequence[float], out: Path, facts: Mapping[str, Any]
+    checkpoint: Checkpoint, thresholds: Sequence[float], out: Path, facts: Mapping[str, object]
 ) -> float:
     """Write a checkpoint with FATReLU, whole or not at all.
 

@@ -1,4 +1,8 @@
-"""How sparse a model is and what perplexity it has, with its own activation and with others."""
+"""How sparse a model is and what perplexity it has, with its own activation and with others.
+
+The document that `psp sparsity --json` prints, and the table, with the columns of the ProSparse
+models' card.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +10,98 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from architectures.checkpoint import Checkpoint, locate
-from architectures.registry import resolve
-from common.errors import CheckpointError
-from common.files import read_json
-from prosparse.activation import open_as
+from architectures.checkpoint import Checkpoint
+from common.table import table
+from prosparse.activation import Opened, Setting, has_one_gate, open_any, shifted
 from prosparse.held_out import held_out_windows
-from prosparse.measurement import ExchangeableModel, Measurement, Setting, has_one_gate, shifted
+from prosparse.measurement import ExchangeableModel, Measurement
 from prosparse.settings import SparsityConfig, SparsityError
 
 Note = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint that may have any activation.
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A search of FATReLU's threshold.
 
     Attributes:
-        checkpoint: opened with ReLU where the FFN has one gate.
-        own: the activation that its config names.
+        found: what was measured with the thresholds found.
+        tried: every measurement of the search.
     """
 
-    checkpoint: Checkpoint
+    found: Measurement
+    tried: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsityResult:
+    """Measurements of a model.
+
+    Attributes:
+        config: what was asked for.
+        own: the activation in the model's config.
+        measured: the first is what gaps are relative to.
+        search: None if none was asked for.
+    """
+
+    config: SparsityConfig
     own: Setting
+    measured: tuple[Measurement, ...]
+    search: Search | None = None
 
     @property
-    def base(self) -> Setting:
-        """What perplexity gaps are relative to: its own activation, without a threshold."""
-        return shifted((0.0,)) if self.own.activation == "fatrelu" else self.own
+    def tokens(self) -> int:
+        """Tokens run, BOS included."""
+        losses = self.measured[0].losses
+        return int(losses[:, 1].sum()) + len(losses)
+
+    def document(self) -> dict[str, Any]:
+        """Return it ready for JSON; docs/sparsity.md names the keys."""
+        base = self.measured[0]
+        document = {
+            "model": self.config.model,
+            "data": self.config.data,
+            "tokens": self.tokens,
+            "windows": len(base.losses),
+            "hidden_act": self.own.activation,
+            "settings": [_row(each, base) for each in self.measured],
+        }
+        if self.search is not None:
+            tried = [_row(each, base) for each in self.search.tried]
+            document["search"] = search_facts(self.config, self.search.found) | {"tried": tried}
+            if self.config.out is not None:
+                document["out"] = str(self.config.out)
+        return document
 
 
-def open_any(model: str) -> Opened:
-    """Open a checkpoint of any supported family, SiLU ones included.
-
-    Raises:
-        CheckpointError: an unsupported family or a damaged checkpoint.
-    """
-    path = locate(model)
-    config = read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
-    name = config.get("hidden_act")
-    if name in ("relu", "fatrelu", "drelu") or resolve(config).ffn_matrices != 3:
-        shape = (checkpoint := Checkpoint.open(path)).shape
-        if not has_one_gate(checkpoint):
-            return Opened(checkpoint, Setting(activation=shape.activation))
-        own = shifted((shape.activation_threshold,) * shape.n_layers)
-    else:
-        own = Setting(activation=str(name))
-    return Opened(open_as(str(path), "relu"), own)
+def search_facts(config: SparsityConfig, found: Measurement) -> dict[str, object]:
+    """Return bound and outcome of a search, ready for JSON."""
+    return {
+        "max_ppl_gap": config.max_ppl_gap,
+        "per_layer": config.per_layer,
+        "thresholds": list(found.setting.thresholds),
+    }
 
 
-def sparsity(config: SparsityConfig, note: Note = lambda line: None) -> dict[str, Any]:
+def layer_rows(sparsity: Sequence[float]) -> list[dict[str, float]]:
+    """Return each layer's sparsity with its number, ready for JSON."""
+    return [{"layer": layer, "activation_sparsity": value} for layer, value in enumerate(sparsity)]
+
+
+def _row(measured: Measurement, base: Measurement) -> dict[str, object]:
+    return {
+        "setting": measured.setting.name,
+        "thresholds": list(measured.setting.thresholds),
+        "activation_sparsity": measured.mean_sparsity,
+        "ppl": measured.ppl,
+        "ppl_gap": measured.gap(base),
+        "standard_error": measured.standard_error(base),
+        "layers": layer_rows(measured.sparsity),
+    }
+
+
+def sparsity(config: SparsityConfig, note: Note = lambda line: None) -> SparsityResult:
     """Measure a model with its own activation, with ReLU and with FATReLU's thresholds.
-
-    Returns:
-        The document that `psp sparsity --json` prints: docs/sparsity.md names its keys.
 
     Raises:
         SparsityError: thresholds for a model in which FATReLU cannot stand.
@@ -68,8 +110,8 @@ def sparsity(config: SparsityConfig, note: Note = lambda line: None) -> dict[str
     opened = open_any(config.model)
     settings = list(_settings(opened, config.thresholds))
     model = load(opened, config, note)
-    measured = [model.measure(setting) for setting in settings]
-    return document(config, opened, measured)
+    measured = tuple(model.measure(setting) for setting in settings)
+    return SparsityResult(config=config, own=opened.own, measured=measured)
 
 
 def load(opened: Opened, config: SparsityConfig, note: Note) -> ExchangeableModel:
@@ -109,32 +151,42 @@ def refuse_fatrelu(checkpoint: Checkpoint) -> None:
     )
 
 
-def document(
-    config: SparsityConfig, opened: Opened, measured: Sequence[Measurement]
-) -> dict[str, Any]:
-    """Return measurements ready for JSON; the first is what gaps are relative to."""
-    base = measured[0]
-    return {
-        "model": config.model,
-        "data": config.data,
-        "tokens": int(base.losses[:, 1].sum()) + len(base.losses),
-        "windows": len(base.losses),
-        "hidden_act": opened.own.activation,
-        "settings": [row(measurement, base) for measurement in measured],
-    }
+def sparsity_table(result: SparsityResult) -> str:
+    """Return one row a setting, one row a layer, and what they were measured on."""
+    base = result.measured[0]
+    rows = [
+        [
+            each.setting.name,
+            f"{100 * each.mean_sparsity:.2f}",
+            f"{each.ppl:.4f}",
+            f"{100 * each.gap(base):+.3f}",
+            f"{100 * each.standard_error(base):.3f}",
+        ]
+        for each in result.measured
+    ]
+    header = ["setting", "average sparsity %", "perplexity", "gap %", "± %"]
+    return "\n\n".join([table(header, rows), _layers(result.measured), _told(result)])
 
 
-def row(measured: Measurement, base: Measurement) -> dict[str, Any]:
-    """Return what one setting does, ready for JSON."""
-    return {
-        "setting": measured.setting.name,
-        "thresholds": list(measured.setting.thresholds),
-        "activation_sparsity": measured.mean_sparsity,
-        "ppl": measured.ppl,
-        "ppl_gap": measured.gap(base),
-        "standard_error": measured.standard_error(base),
-        "layers": [
-            {"layer": layer, "activation_sparsity": value}
-            for layer, value in enumerate(measured.sparsity)
-        ],
-    }
+def _layers(measured: Sequence[Measurement]) -> str:
+    rows = [
+        [str(layer), *(f"{100 * value:.2f}" for value in values)]
+        for layer, values in enumerate(zip(*(each.sparsity for each in measured), strict=True))
+    ]
+    return table(["layer, sparsity %", *(each.setting.name for each in measured)], rows)
+
+
+def _told(result: SparsityResult) -> str:
+    config, base, last = result.config, result.measured[0], result.measured[-1]
+    lines = [
+        f"{result.tokens} tokens of {config.data}; gaps are to {base.setting.name}, ± their "
+        "standard error"
+    ]
+    if result.search is not None:
+        lines.append(f"found within a gap of {config.max_ppl_gap:.3%}: {last.setting.name}")
+        if config.per_layer:
+            thresholds = result.search.found.setting.thresholds
+            lines.append("thresholds by layer: " + ", ".join(f"{t:g}" for t in thresholds))
+        if config.out is not None:
+            lines.append(f"written to {config.out}; the last row is measured from its files")
+    return "\n".join(lines)

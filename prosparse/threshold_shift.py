@@ -8,24 +8,31 @@ searched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from prosparse.activation import Opened, has_one_gate, open_any, shifted
 from prosparse.gate_statistics import gate_statistics
-from prosparse.measurement import Measurement, has_one_gate, shifted
+from prosparse.measurement import Measurement
 from prosparse.settings import SparsityConfig, SparsityError
 from prosparse.shifted_checkpoint import check_out, write_shifted
-from prosparse.sparsity import Note, Opened, document, load, open_any, refuse_fatrelu, row
+from prosparse.sparsity import (
+    Note,
+    Search,
+    SparsityResult,
+    load,
+    refuse_fatrelu,
+    search_facts,
+)
 
 _STEPS = 128
 """Shares of active neurons that are tried: multiples of 1/128, seven measurements."""
 
 
-def shift(config: SparsityConfig, note: Note = lambda line: None) -> dict[str, Any]:
+def shift(config: SparsityConfig, note: Note = lambda line: None) -> SparsityResult:
     """Search the threshold, and write the model that has it.
 
     Returns:
-        The document of `sparsity.sparsity` for ReLU, every `config.thresholds`, and the setting
-        found, which comes last; under `search` the bound and every setting tried.
+        What ReLU, every `config.thresholds` and the setting found do; it comes last, measured from
+        the files if they were written.
 
     Raises:
         SparsityError: not a ReLU or FATReLU model with one gate, or the bound is out of reach.
@@ -49,19 +56,17 @@ def shift(config: SparsityConfig, note: Note = lambda line: None) -> dict[str, A
 
     found = largest_within(measure, lambda m: m.gap(base), bound)
     asked = [model.measure(shifted((t,) * layers)) for t in sorted(set(config.thresholds)) if t]
-    facts = {
-        "max_ppl_gap": config.max_ppl_gap,
-        "per_layer": config.per_layer,
-        "thresholds": list(found.setting.thresholds),
-    }
+    last = found
     if config.out is not None:
+        facts = search_facts(config, found)
         write_shifted(opened.checkpoint, found.setting.thresholds, config.out, facts)
-        found = _as_written(config)
-    told = document(config, opened, [base, *asked, found])
-    told["search"] = facts | {"tried": [row(measured, base) for measured in tried]}
-    if config.out is not None:
-        told["out"] = str(config.out)
-    return told
+        last = _as_written(config)
+    return SparsityResult(
+        config=config,
+        own=opened.own,
+        measured=(base, *asked, last),
+        search=Search(found=found, tried=tuple(tried)),
+    )
 
 
 def _as_written(config: SparsityConfig) -> Measurement:

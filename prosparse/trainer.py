@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from common.errors import PspError
-from prosparse.checkpoints import MARK, newest_checkpoint
 from prosparse.regulariser import L1Regulariser
+from prosparse.saving import MARK, newest_checkpoint
 from prosparse.schedule import Schedule
 
 _SUMS = 3

@@ -20,13 +20,11 @@ from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError
 from common.files import read_json, refuse_existing, remove_output, write_json
 from prosparse.activation import open_as, set_activation
-from prosparse.checkpoints import drop_unfinished, newest_checkpoint, remove_checkpoints
-from prosparse.data import WindowSet
-from prosparse.journal_file import last_evaluation, read_log
 from prosparse.regulariser import L1Regulariser
-from prosparse.saving import save_model
+from prosparse.saving import drop_unfinished, newest_checkpoint, remove_checkpoints, save_model
 from prosparse.settings import SettingsError, SparsifyConfig
-from prosparse.texts import check_texts, pack_texts, window_sets
+from prosparse.sparsity import layer_rows
+from prosparse.texts import WindowSet, check_texts, pack_texts, window_sets
 
 if TYPE_CHECKING:
     from prosparse.trainer import SparsityTrainer
@@ -238,15 +236,15 @@ def make_trainer(
 
 
 def _result(config: SparsifyConfig) -> dict[str, Any]:
+    from prosparse.journal import last_evaluation, read_log
+
     last = last_evaluation(read_log(config.log))
     layers = last["sparsity"]
     return {
         "model": str(config.out),
         "steps": config.schedule.steps,
         "activation_sparsity": sum(layers) / len(layers),
-        "layers": [
-            {"layer": number, "activation_sparsity": value} for number, value in enumerate(layers)
-        ],
+        "layers": layer_rows(layers),
         "ppl": last["ppl"],
         "log": str(config.log),
     }

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from conftest import ModelMaker
 
-from prosparse.journal_file import read_log
+from prosparse.journal import read_log
 
 Run = Callable[..., Result]
 STAGES = """stages:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from letters import BOS, Letters
 
-from prosparse.data import WindowSet, cut_stream, pack
+from prosparse.texts import WindowSet, cut_stream, pack
 
 
 def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:

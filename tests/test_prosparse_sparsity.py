@@ -16,7 +16,8 @@ from families import BY_NAME, Written, write
 from torch.nn.functional import cross_entropy
 
 from common.errors import CheckpointError, DataError
-from prosparse.measurement import Measurement, shifted
+from prosparse.activation import shifted
+from prosparse.measurement import Measurement
 from prosparse.settings import SparsityConfig, SparsityError
 from prosparse.sparsity import sparsity
 
@@ -71,7 +72,7 @@ def test_every_family_measures_what_its_formula_gives(
 ) -> None:
     written = write(BY_NAME[name], tmp_path / name, tokenizer_bytes)
     config = SparsityConfig(model=str(written.path), data=str(data), tokens=TOKENS, context=CONTEXT)
-    document = sparsity(config)
+    document = sparsity(config).document()
     activation, threshold = written.variant.activation
     own = f"fatrelu_{threshold:g}" if threshold else activation
     row = settings_of(document)[own]
@@ -131,7 +132,7 @@ def test_a_silu_model_is_measured_as_it_is_and_substituted(
     config = SparsityConfig(
         model=str(path), data=str(data), tokens=TOKENS, context=CONTEXT, thresholds=(0.3, 0)
     )
-    document = sparsity(config, notes.append)
+    document = sparsity(config, notes.append).document()
     assert [row["setting"] for row in document["settings"]] == ["silu", "relu", "fatrelu_0.3"]
     assert "silu is never exactly zero" in notes[0]
     tokenizer = load_tokenizer(path, 320)

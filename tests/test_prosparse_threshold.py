@@ -19,11 +19,11 @@ from architectures.model import load_model
 from common.errors import OutputError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
+from prosparse.activation import open_any, shifted
 from prosparse.gate_statistics import GateStatistics, gate_statistics
-from prosparse.measurement import ExchangeableModel, Measurement, shifted
+from prosparse.measurement import ExchangeableModel, Measurement
 from prosparse.settings import SparsityConfig, SparsityError
 from prosparse.shifted_checkpoint import MARKER, common_threshold, write_shifted
-from prosparse.sparsity import open_any
 from prosparse.threshold_shift import largest_within, shift
 
 WINDOWS = [[1, *range(5, 40)], [1, *range(60, 90)]]
@@ -190,7 +190,7 @@ def test_a_found_threshold_is_written_and_read_by_all(
         per_layer=per_layer,
         out=out,
     )
-    document = shift(config)
+    document = shift(config).document()
     relu, asked, found = document["settings"]
     assert (relu["setting"], asked["setting"]) == ("relu", "fatrelu_0.2")
     assert found["ppl_gap"] <= 0.05 + (1e-3 if per_layer else 0)

@@ -21,12 +21,11 @@ from safetensors.torch import load_file
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.errors import CheckpointError, DataError, OutputError, PspError
-from prosparse.checkpoints import MARK, drop_unfinished, newest_checkpoint
-from prosparse.data import WindowSet
-from prosparse.journal_file import last_evaluation, read_log
+from prosparse.journal import last_evaluation, read_log
+from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
 from prosparse.schedule import Schedule, Stage
 from prosparse.settings import SettingsError, SparsifyConfig
-from prosparse.texts import window_sets
+from prosparse.texts import WindowSet, window_sets
 from prosparse.trainer import SparsifyError
 from prosparse.training import sparsify
 
@@ -99,7 +98,7 @@ def test_the_result_is_a_sparse_checkpoint(config: SparsifyConfig) -> None:
 
 
 def pack_of(config: SparsifyConfig) -> Any:
-    from prosparse.data import open_windows
+    from prosparse.texts import open_windows
 
     return open_windows(config.training / "train.windows", config.context)
 
