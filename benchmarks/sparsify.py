@@ -28,7 +28,7 @@ from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import build_model, train_tokenizer
-from quickstart.sizes import size_named
+from quickstart.settings import SIZES
 
 SHAPE = (
     ("substitution", 0.0, 0.1),
@@ -55,7 +55,7 @@ def schedule_of(arm: str, steps: int, factor: float) -> Schedule:
 
 def run_seed(settings: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """Train the dense model of a seed and its arms; what is finished is not trained again."""
-    out, size = settings.out / f"seed-{seed}", size_named(settings.size)
+    out, size = settings.out / f"seed-{seed}", SIZES[settings.size]
     corpus = Corpus(out / "corpus" / "train.jsonl", out / "corpus" / "valid.txt")
     if not corpus.valid.exists():
         characters = settings.characters or size.characters
@@ -79,7 +79,7 @@ def write_dense(settings: argparse.Namespace, seed: int, corpus: Corpus, out: Pa
     """Train the SiLU model that every arm of a seed starts from."""
     import torch
 
-    size = size_named(settings.size)
+    size = SIZES[settings.size]
     start, dense = out / "random", out / "dense"
     if not (start / "tokenizer.model").exists():
         torch.manual_seed(seed)
@@ -100,7 +100,7 @@ def shared(
     settings: argparse.Namespace, seed: int, corpus: Corpus, rate: float, norm: str
 ) -> dict[str, Any]:
     """Return what all runs have in common."""
-    size = size_named(settings.size)
+    size = SIZES[settings.size]
     return {
         "data": str(corpus.train),
         "eval_data": str(corpus.valid),
@@ -133,7 +133,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--size", default="small")
+    parser.add_argument("--size", default="small", choices=tuple(SIZES))
     parser.add_argument("--characters", type=int, help="of the corpus, instead of the size's")
     parser.add_argument("--dense-steps", type=int, default=300)
     parser.add_argument("--steps", type=int, default=300)

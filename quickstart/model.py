@@ -14,7 +14,7 @@ from prosparse.schedule import Schedule, Stage
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.corpus import Corpus, texts_of
-from quickstart.sizes import Size
+from quickstart.settings import Size
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

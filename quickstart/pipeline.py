@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import train_model, write_untrained
-from quickstart.settings import QuickstartConfig
-from quickstart.sizes import Size, size_named
+from quickstart.settings import SIZES, QuickstartConfig, Size
 
 _ROUNDS = 3
 """Of the benchmark; more would make speeds of a model this small no less meaningless."""
@@ -93,7 +91,7 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
     Raises:
         PspError: a step failed, or `out` holds a quickstart with other settings.
     """
-    size = size_named(config.size)
+    size = SIZES[config.size]
     paths = Paths(config.out)
     _claim(config, paths)
     if not (paths.untrained / "config.json").exists():
@@ -119,13 +117,13 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
 
 def _claim(config: QuickstartConfig, paths: Paths) -> None:
     """Start a directory, or make sure that it was started with the same settings."""
-    settings: Mapping[str, Any] = {"size": config.size, "seed": config.seed}
+    settings = {"size": config.size, "seed": config.seed}
     marker = config.out / "quickstart.json"
     if marker.exists():
         found = read_json(marker, OutputError, "choose another --out").get("settings")
         if found != settings:
             raise OutputError(
-                f"{config.out}: holds a quickstart with {found}, not {dict(settings)}",
+                f"{config.out}: holds a quickstart with {found}, not {settings}",
                 "choose another --out or remove it",
             )
         return
