@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -73,6 +74,18 @@ def _no_programs() -> None:
 def _no_cache() -> None:
     """Nothing that the user of this machine tuned; tests that keep something name a place."""
     os.environ["PSP_CACHE_DIR"] = os.devnull
+
+
+@pytest.fixture(scope="session")
+def trainer_is_imported() -> Iterator[None]:
+    """Take what transformers' Trainer imports out of the garbage that every run of it collects."""
+
+    import prosparse.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from conftest import ModelMaker
 
 from prosparse.journal import read_log
 
+pytestmark = pytest.mark.usefixtures("trainer_is_imported")
 Run = Callable[..., Result]
 STAGES = """stages:
 - {kind: substitution, lambda: 0, until_step: 20}

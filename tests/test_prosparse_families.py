@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import families
 import pytest
 import torch
-from click.testing import Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
+from prosparse.schedule import Schedule, Stage
+from prosparse.settings import SparsifyConfig
+from prosparse.training import sparsify
 
-STAGES = "stages:\n- {kind: substitution, lambda: 0, until_step: 3}\n"
+pytestmark = pytest.mark.usefixtures("trainer_is_imported")
+STAGES = Schedule((Stage(kind="substitution", factor=0, until_step=3),))
 TOKENS = [1, 17, 255, 3, 90, 41, 300, 8]
 CASES = {
     "llama": families.BY_NAME["relu-llama"].changed(hidden_act="silu"),
@@ -35,17 +39,24 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_output_is_the_original_with_relu(
-    name: str, psp: Callable[..., Result], tokenizer_bytes: bytes, data_file: Path, tmp_path: Path
+    name: str, tokenizer_bytes: bytes, data_file: Path, tmp_path: Path
 ) -> None:
     """At a rate of 1e-12 no float moves, so what is left of training is what it must not change."""
     original = families.write(CASES[name], tmp_path / "model", tokenizer_bytes)
-    (tmp_path / "stages.yaml").write_text(STAGES)
     out = tmp_path / "sparse"
-    paths = ("--model", original.path, "--data", data_file, "--out", out)
-    sizes = ("--schedule", tmp_path / "stages.yaml", "--context", 32, "--batch", 2)
-    rest = ("--eval-windows", 2, "--device", "cpu", "--learning-rate", 1e-12)
-    result = psp("sparsify", *paths, *sizes, *rest)
-    assert result.exit_code == 0, result.output
+    sparsify(
+        SparsifyConfig(
+            model=str(original.path),
+            data=str(data_file),
+            out=out,
+            schedule=STAGES,
+            context=32,
+            batch=2,
+            eval_windows=2,
+            device="cpu",
+            learning_rate=1e-12,
+        )
+    )
 
     # The published formulas, with ReLU, in float64: no code in common with what was trained.
     variant = replace(CASES[name], config=CASES[name].config | {"hidden_act": "relu"})
@@ -64,9 +75,10 @@ def test_the_output_is_the_original_with_relu(
     torch.testing.assert_close(mine[0], logits, rtol=1e-4, atol=1e-4)
     assert_files(out, CASES[name])
 
-    traces = ("--model", out, "--data", data_file, "--out", tmp_path / "traces")
-    collected = psp("collect", *traces, "--tokens", 200, "--context", 32)
-    assert collected.exit_code == 0, collected.output
+    traces = CollectConfig(
+        model=str(out), data=str(data_file), out=tmp_path / "traces", tokens=200, context=32
+    )
+    assert collect(traces).progress.complete
 
 
 def assert_files(out: Path, variant: families.Variant) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from prosparse.texts import WindowSet, window_sets
 from prosparse.trainer import SparsifyError
 from prosparse.training import sparsify
 
+pytestmark = pytest.mark.usefixtures("trainer_is_imported")
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 96, "initializer_range": 0.05}
 
@@ -45,21 +47,39 @@ def silu_dir(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -
     return make_model(tmp_path_factory.mktemp("silu") / "model", hidden_act="silu", **SMALL)
 
 
+@pytest.fixture(scope="module")
+def settings(silu_dir: Path, data_file: Path) -> dict[str, Any]:
+    return {
+        "model": str(silu_dir),
+        "data": str(data_file),
+        "schedule": PROGRESSIVE,
+        "context": 32,
+        "batch": 4,
+        "eval_windows": 4,
+        "learning_rate": 5e-3,
+        "log_every": 4,
+        "eval_every": 12,
+        "device": "cpu",
+    }
+
+
 @pytest.fixture
-def config(silu_dir: Path, data_file: Path, tmp_path: Path) -> SparsifyConfig:
-    return SparsifyConfig(
-        model=str(silu_dir),
-        data=str(data_file),
-        out=tmp_path / "sparse",
-        schedule=PROGRESSIVE,
-        context=32,
-        batch=4,
-        eval_windows=4,
-        learning_rate=5e-3,
-        log_every=4,
-        eval_every=12,
-        device="cpu",
-    )
+def config(settings: dict[str, Any], tmp_path: Path) -> SparsifyConfig:
+    return SparsifyConfig(out=tmp_path / "sparse", **settings)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run, which tests leave as it is."""
+
+    config: SparsifyConfig
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def trained(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    config = SparsifyConfig(out=tmp_path_factory.mktemp("trained") / "sparse", **settings)
+    return Trained(config, sparsify(config))
 
 
 def weights(config: SparsifyConfig) -> dict[str, torch.Tensor]:
@@ -72,8 +92,8 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_result_is_a_sparse_checkpoint(config: SparsifyConfig) -> None:
-    result = sparsify(config)
+def test_the_result_is_a_sparse_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    config, result = trained.config, trained.result
     checkpoint = Checkpoint.open(config.out)
     assert checkpoint.shape.activation == "relu"
     assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
@@ -92,7 +112,7 @@ def test_the_result_is_a_sparse_checkpoint(config: SparsifyConfig) -> None:
     )
     assert math.exp(loss) == pytest.approx(result["ppl"], rel=1e-3)
     plain = sparsify(
-        replace(config, out=config.out.parent / "plain", schedule=stages(("substitution", 0, 24)))
+        replace(config, out=tmp_path / "plain", schedule=stages(("substitution", 0, 24)))
     )
     assert result["activation_sparsity"] > plain["activation_sparsity"] + 0.2
 
@@ -103,28 +123,28 @@ def pack_of(config: SparsifyConfig) -> Any:
     return open_windows(config.training / "train.windows", config.context)
 
 
-def test_the_log_has_lambda_losses_sparsity_and_perplexity(config: SparsifyConfig) -> None:
-    sparsify(config)
+def test_the_log_has_lambda_losses_sparsity_and_perplexity(trained: Trained) -> None:
+    config = trained.config
     log = read_log(config.log)
-    trained = [line for line in log if "loss" in line]
+    steps = [line for line in log if "loss" in line]
     measured = [line for line in log if "ppl" in line]
-    assert [line["step"] for line in trained] == [4, 8, 12, 16, 20, 24]
+    assert [line["step"] for line in steps] == [4, 8, 12, 16, 20, 24]
     assert [line["step"] for line in measured] == [0, 12, 24]
-    assert [line["kind"] for line in trained] == ["substitution", "warmup"] + ["progressive"] * 4
+    assert [line["kind"] for line in steps] == ["substitution", "warmup"] + ["progressive"] * 4
     for line in log[1:]:
         assert line["lambda"] == config.schedule.factor(line["step"])
         assert len(line["sparsity"]) == 2
-    first, *_, last = trained
+    first, *_, last = steps
     assert first["loss"] == pytest.approx(first["lm_loss"])
     assert last["loss"] > last["lm_loss"]
-    assert last["l1"] < trained[1]["l1"]
+    assert last["l1"] < steps[1]["l1"]
     assert last["lm_loss"] < first["lm_loss"]
     assert list((config.training / "runs").glob("*/events.out.tfevents.*"))
 
 
-def test_accumulated_batches_train_as_one(config: SparsifyConfig) -> None:
-    sparsify(config)
-    halves = replace(config, out=config.out.parent / "halves", batch=2, accumulate=2)
+def test_accumulated_batches_train_as_one(trained: Trained, tmp_path: Path) -> None:
+    config = trained.config
+    halves = replace(config, out=tmp_path / "halves", batch=2, accumulate=2)
     sparsify(halves)
     for name, weight in weights(config).items():
         torch.testing.assert_close(weights(halves)[name], weight, rtol=0, atol=2e-3)
@@ -137,10 +157,10 @@ def test_accumulated_batches_train_as_one(config: SparsifyConfig) -> None:
     ("changes", "tolerance"), [({"checkpointing": True}, 1e-5), ({"precision": "bfloat16"}, 0.05)]
 )
 def test_ways_to_save_memory_regularise_alike(
-    config: SparsifyConfig, changes: dict[str, Any], tolerance: float
+    trained: Trained, tmp_path: Path, changes: dict[str, Any], tolerance: float
 ) -> None:
-    plain = sparsify(config)
-    saving = sparsify(replace(config, out=config.out.parent / "saving", **changes))
+    plain = trained.result
+    saving = sparsify(replace(trained.config, out=tmp_path / "saving", **changes))
     assert saving["ppl"] == pytest.approx(plain["ppl"], rel=tolerance)
     assert saving["activation_sparsity"] == pytest.approx(
         plain["activation_sparsity"], abs=tolerance
@@ -230,8 +250,8 @@ def test_kill_and_resume_end_at_the_same_weights(config: SparsifyConfig) -> None
     assert last_evaluation(fresh) == last_evaluation(resumed)
 
 
-def test_other_settings_do_not_resume(config: SparsifyConfig) -> None:
-    sparsify(config)
+def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) -> None:
+    shutil.copytree(trained.config.out, config.out)
     before = weights(config)
     assert sparsify(replace(config, resume=True))["steps"] == 24  # finished: nothing to do
     assert same(before, weights(config))
