@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from architectures.config_json import MAX_SIZE, MEND, Config, number, real, refuse
 
@@ -36,9 +36,9 @@ class RopeScaling:
     factor: float
     original_context: int = 0
 
-    def parameters(self) -> dict[str, Any]:
+    def parameters(self) -> dict[str, object]:
         """Return it in transformers' words, without the base."""
-        found: dict[str, Any] = {"rope_type": self.kind, "factor": self.factor}
+        found: dict[str, object] = {"rope_type": self.kind, "factor": self.factor}
         if self.kind == "yarn":
             found["original_max_position_embeddings"] = self.original_context
         return found
@@ -49,7 +49,7 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     return 1.0 + 0.1 * weight * math.log(factor)
 
 
-def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, object]:
     """Return the `rope_parameters` of a transformers config."""
     kind = scaling.parameters() if scaling else {"rope_type": "default"}
     return {"rope_theta": theta, **kind}

@@ -56,10 +56,10 @@ def schedule_of(arm: str, steps: int, factor: float) -> Schedule:
 def run_seed(settings: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     """Train the dense model of a seed and its arms; what is finished is not trained again."""
     out, size = settings.out / f"seed-{seed}", SIZES[settings.size]
-    corpus = Corpus(out / "corpus" / "train.jsonl", out / "corpus" / "valid.txt")
+    corpus = Corpus(out / "corpus")
     if not corpus.valid.exists():
         characters = settings.characters or size.characters
-        write_corpus(corpus.train.parent, characters=characters, seed=seed)
+        write_corpus(corpus.directory, characters=characters, seed=seed)
     dense = write_dense(settings, seed, corpus, out)
     rows = []
     for arm in settings.arms:

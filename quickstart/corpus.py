@@ -22,12 +22,20 @@ class Corpus:
     """Text split by document.
 
     Attributes:
-        train: JSON lines with `text`, for training and traces.
-        valid: plain text of documents that are in no other split, for perplexity.
+        directory: of both splits.
     """
 
-    train: Path
-    valid: Path
+    directory: Path
+
+    @property
+    def train(self) -> Path:
+        """JSON lines with `text`, for training and traces."""
+        return self.directory / "train.jsonl"
+
+    @property
+    def valid(self) -> Path:
+        """Plain text of documents that are in no other split, for perplexity."""
+        return self.directory / "valid.txt"
 
 
 def library_files() -> list[Path]:
@@ -54,7 +62,7 @@ def write_corpus(directory: Path, *, characters: int, seed: int) -> Corpus:
     """Write a corpus of about `characters` characters, a tenth of it for validation.
 
     Args:
-        directory: receives `train.jsonl` and `valid.txt`.
+        directory: receives both splits.
         characters: size of both splits together.
         seed: chooses the documents and the split.
     """
@@ -68,7 +76,7 @@ def write_corpus(directory: Path, *, characters: int, seed: int) -> Corpus:
         split.append(text)
         if sum(map(len, train)) >= characters - characters // 10:
             break
-    corpus = Corpus(directory / "train.jsonl", directory / "valid.txt")
+    corpus = Corpus(directory)
     lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in train)
     write_bytes(corpus.train, "".join(lines).encode())
     write_bytes(corpus.valid, "\n".join(valid).encode())

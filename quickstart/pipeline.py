@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +25,28 @@ _ROUNDS = 3
 """Of the benchmark; more would make speeds of a model this small no less meaningless."""
 
 
-@dataclass(frozen=True)
 class Paths:
-    """Where each step puts its result."""
+    """Where each step puts its result.
 
-    out: Path
+    Attributes:
+        corpus: text of both splits.
+        untrained: the random model that training starts from.
+        model: Hugging Face checkpoint.
+        traces: trace store.
+        predictors: predictor artifact.
+        bundle: export bundle.
+        result: benchmark result, JSON.
+    """
 
-    @property
-    def corpus(self) -> Corpus:
-        """Text of both splits."""
-        return Corpus(self.out / "corpus" / "train.jsonl", self.out / "corpus" / "valid.txt")
-
-    @property
-    def untrained(self) -> Path:
-        """The random model that training starts from."""
-        return self.out / "untrained"
-
-    @property
-    def model(self) -> Path:
-        """Hugging Face checkpoint."""
-        return self.out / "model"
-
-    @property
-    def traces(self) -> Path:
-        """Trace store."""
-        return self.out / "traces"
-
-    @property
-    def predictors(self) -> Path:
-        """Predictor artifact."""
-        return self.out / "predictors"
-
-    @property
-    def bundle(self) -> Bundle:
-        """Export bundle."""
-        return Bundle.beside(self.out / "export" / "quickstart.powerinfer.gguf")
-
-    @property
-    def result(self) -> Path:
-        """Benchmark result, JSON."""
-        return self.out / "bench.json"
+    def __init__(self, out: Path) -> None:
+        """Name the directory of everything."""
+        self.corpus = Corpus(out / "corpus")
+        self.untrained = out / "untrained"
+        self.model = out / "model"
+        self.traces = out / "traces"
+        self.predictors = out / "predictors"
+        self.bundle = Bundle.beside(out / "export" / "quickstart.powerinfer.gguf")
+        self.result = out / "bench.json"
 
     def all(self) -> dict[str, Path]:
         """Return every path by what it holds."""
@@ -93,11 +74,9 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
     """
     size = SIZES[config.size]
     paths = Paths(config.out)
-    _claim(config, paths)
+    _claim(config)
     if not (paths.untrained / "config.json").exists():
-        corpus = write_corpus(
-            paths.corpus.train.parent, characters=size.characters, seed=config.seed
-        )
+        corpus = write_corpus(paths.corpus.directory, characters=size.characters, seed=config.seed)
         write_untrained(corpus, paths.untrained, size, config.seed)
     if not (paths.model / "config.json").exists():
         train_model(paths.corpus, paths.untrained, paths.model, size, config.seed)
@@ -115,7 +94,7 @@ def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
     return _bench(config, size, paths), paths
 
 
-def _claim(config: QuickstartConfig, paths: Paths) -> None:
+def _claim(config: QuickstartConfig) -> None:
     """Start a directory, or make sure that it was started with the same settings."""
     settings = {"size": config.size, "seed": config.seed}
     marker = config.out / "quickstart.json"
