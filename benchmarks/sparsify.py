@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sparsify_arms import draw_arms, summary
-from prosparse.schedule import Schedule, Stage
+from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.corpus import Corpus, write_corpus
@@ -46,11 +46,11 @@ WITHOUT_L1 = ("silu", "relu")
 def schedule_of(arm: str, steps: int, factor: float) -> Schedule:
     """Return an arm's schedule, `factor` its last λ."""
     if arm in WITHOUT_L1:
-        return Schedule((Stage(kind="substitution", factor=0, until_step=steps),))
+        return Schedule.of(("substitution", 0, steps))
     kinds = [(kind, factor * share, round(steps * end)) for kind, share, end in SHAPE]
     if arm == "fixed":
         kinds = [kinds[0], ("warmup", factor, steps)]
-    return Schedule(tuple(Stage(kind=k, factor=f, until_step=end) for k, f, end in kinds))
+    return Schedule.of(*kinds)
 
 
 def run_seed(settings: argparse.Namespace, seed: int) -> list[dict[str, Any]]:

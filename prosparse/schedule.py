@@ -49,6 +49,11 @@ class Schedule:
 
     stages: tuple[Stage, ...]
 
+    @classmethod
+    def of(cls, *rows: tuple[str, float, int]) -> Schedule:
+        """Return one, given kind, λ and last step of each stage."""
+        return cls(tuple(Stage(kind=k, factor=f, until_step=s) for k, f, s in rows))
+
     def __post_init__(self) -> None:
         """Refuse what no training can follow.
 
@@ -147,11 +152,7 @@ class Schedule:
         ]
 
 
-def _published(*rows: tuple[str, float, int]) -> Schedule:
-    return Schedule(tuple(Stage(kind=k, factor=f, until_step=s) for k, f, s in rows))
-
-
-CARD_1B = _published(
+CARD_1B = Schedule.of(
     ("substitution", 0, 10_000),
     ("warmup", 1e-3, 15_000),
     ("progressive", 5e-3, 20_000),
@@ -162,7 +163,7 @@ CARD_1B = _published(
 )
 """ProSparse-MiniCPM-1B (MiniCPM-S-1B): arXiv 2402.13516 Table 7."""
 
-CARD_7B = _published(
+CARD_7B = Schedule.of(
     ("substitution", 0, 5_000),
     ("warmup", 5e-3, 6_000),
     ("progressive", 5e-2, 10_000),
@@ -172,7 +173,7 @@ CARD_7B = _published(
 )
 """ProSparse-LLaMA-2-7B: arXiv 2402.13516 Table 6."""
 
-CARD_13B = _published(
+CARD_13B = Schedule.of(
     ("substitution", 0, 5_500),
     ("warmup", 5e-3, 6_750),
     ("progressive", 1e-2, 10_750),

@@ -10,7 +10,7 @@ import sentencepiece
 import torch
 
 from common.files import write_bytes
-from prosparse.schedule import Schedule, Stage
+from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.corpus import Corpus, texts_of
@@ -85,17 +85,13 @@ def train_model(corpus: Corpus, untrained: Path, out: Path, size: Size, seed: in
     the model can follow. An interrupted training goes on.
     """
     risen = round(_RISE * size.steps)
-    stages = (
-        Stage(kind="progressive", factor=size.l1, until_step=risen),
-        Stage(kind="decay", factor=size.l1, until_step=size.steps),
-    )
     sparsify(
         SparsifyConfig(
             model=str(untrained),
             data=str(corpus.train),
             eval_data=str(corpus.valid),
             out=out,
-            schedule=Schedule(stages),
+            schedule=Schedule.of(("progressive", size.l1, risen), ("decay", size.l1, size.steps)),
             context=size.context,
             batch=size.batch,
             learning_rate=size.learning_rate,

@@ -29,6 +29,7 @@ class Paths:
     """Where each step puts its result.
 
     Attributes:
+        out: the directory of everything.
         corpus: text of both splits.
         untrained: the random model that training starts from.
         model: Hugging Face checkpoint.
@@ -39,7 +40,8 @@ class Paths:
     """
 
     def __init__(self, out: Path) -> None:
-        """Name the directory of everything."""
+        """Name them."""
+        self.out = out
         self.corpus = Corpus(out / "corpus")
         self.untrained = out / "untrained"
         self.model = out / "model"

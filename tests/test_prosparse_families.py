@@ -16,12 +16,12 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from prosparse.schedule import Schedule, Stage
+from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 
 pytestmark = pytest.mark.usefixtures("trainer_is_imported")
-STAGES = Schedule((Stage(kind="substitution", factor=0, until_step=3),))
+STAGES = Schedule.of(("substitution", 0, 3))
 TOKENS = [1, 17, 255, 3, 90, 41, 300, 8]
 CASES = {
     "llama": families.BY_NAME["relu-llama"].changed(hidden_act="silu"),

@@ -15,14 +15,9 @@ from prosparse.schedule import (
     PRESETS,
     Schedule,
     ScheduleError,
-    Stage,
     find_schedule,
     read_schedule,
 )
-
-
-def stages(*rows: tuple[str, float, int]) -> Schedule:
-    return Schedule(tuple(Stage(kind=k, factor=f, until_step=s) for k, f, s in rows))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +71,7 @@ def test_lambda_never_jumps_within_the_progressive_stages() -> None:
 
 
 def test_a_schedule_may_begin_progressive() -> None:
-    schedule = stages(("progressive", 0.4, 4), ("decay", 0.4, 6))
+    schedule = Schedule.of(("progressive", 0.4, 4), ("decay", 0.4, 6))
     assert [schedule.factor(step) for step in (2, 4, 5)] == pytest.approx([0.2, 0.4, 0.4])
 
 
@@ -111,7 +106,7 @@ def test_scales_that_leave_nothing(scale: float, part: str) -> None:
 )
 def test_impossible_schedules(rows: list[tuple[str, float, int]], parts: tuple[str, ...]) -> None:
     with refused(ScheduleError, *parts):
-        stages(*rows)
+        Schedule.of(*rows)
 
 
 def test_yaml_of_ones_own(tmp_path: Path) -> None:
@@ -123,7 +118,9 @@ def test_yaml_of_ones_own(tmp_path: Path) -> None:
         "- {kind: progressive, lambda: 5.0e-2, until_step: 40}\n"
     )
     found = find_schedule(str(file))
-    assert found == stages(("substitution", 0, 10), ("warmup", 1e-3, 20), ("progressive", 5e-2, 40))
+    assert found == Schedule.of(
+        ("substitution", 0, 10), ("warmup", 1e-3, 20), ("progressive", 5e-2, 40)
+    )
     assert [find_schedule(name) for name in PRESETS] == list(PRESETS.values())
 
 

@@ -24,7 +24,7 @@ from architectures.model import load_model
 from common.errors import CheckpointError, DataError, OutputError, PspError
 from prosparse.journal import last_evaluation, read_log
 from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
-from prosparse.schedule import Schedule, Stage
+from prosparse.schedule import Schedule
 from prosparse.settings import SettingsError, SparsifyConfig
 from prosparse.texts import WindowSet, window_sets
 from prosparse.trainer import SparsifyError
@@ -35,11 +35,7 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 96, "initializer_range": 0.05}
 
 
-def stages(*rows: tuple[str, float, int]) -> Schedule:
-    return Schedule(tuple(Stage(kind=k, factor=f, until_step=s) for k, f, s in rows))
-
-
-PROGRESSIVE = stages(("substitution", 0, 4), ("warmup", 0.5, 8), ("progressive", 50, 24))
+PROGRESSIVE = Schedule.of(("substitution", 0, 4), ("warmup", 0.5, 8), ("progressive", 50, 24))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +108,7 @@ def test_the_result_is_a_sparse_checkpoint(trained: Trained, tmp_path: Path) -> 
     )
     assert math.exp(loss) == pytest.approx(result["ppl"], rel=1e-3)
     plain = sparsify(
-        replace(config, out=tmp_path / "plain", schedule=stages(("substitution", 0, 24)))
+        replace(config, out=tmp_path / "plain", schedule=Schedule.of(("substitution", 0, 24)))
     )
     assert result["activation_sparsity"] > plain["activation_sparsity"] + 0.2
 
@@ -168,7 +164,7 @@ def test_ways_to_save_memory_regularise_alike(
 
 
 def test_keep_trains_the_activation_that_is_there(config: SparsifyConfig) -> None:
-    kept = replace(config, activation="keep", schedule=stages(("substitution", 0, 4)))
+    kept = replace(config, activation="keep", schedule=Schedule.of(("substitution", 0, 4)))
     result = sparsify(kept)
     assert json.loads((config.out / "config.json").read_text())["hidden_act"] == "silu"
     assert result["activation_sparsity"] < 0.01
@@ -182,7 +178,7 @@ def window_bytes(file: bytes) -> list[bytes]:
 def test_sft_has_its_own_text(config: SparsifyConfig, tmp_path: Path) -> None:
     other = tmp_path / "sft.txt"
     other.write_text("question? answer.\n" * 200)
-    schedule = stages(("progressive", 1, 6), ("sft", 0.5, 12))
+    schedule = Schedule.of(("progressive", 1, 6), ("sft", 0.5, 12))
     tuned = replace(config, schedule=schedule, sft_data=str(other))
     sparsify(tuned)
     train, _, passes = window_sets(tuned, processes=1)
@@ -203,13 +199,12 @@ import json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from prosparse.schedule import Schedule, Stage
+from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 options = json.loads(sys.argv[1])
-stages = tuple(Stage(kind=s["kind"], factor=s["lambda"], until_step=s["until_step"])
-               for s in options.pop("schedule"))
-sparsify(SparsifyConfig(**options | {"out": Path(options["out"])}, schedule=Schedule(stages)))
+schedule = Schedule.of(*(tuple(stage.values()) for stage in options.pop("schedule")))
+sparsify(SparsifyConfig(**options | {"out": Path(options["out"])}, schedule=schedule))
 """
 
 
@@ -271,7 +266,7 @@ def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(config: SparsifyConfig) -> None:
     # In the last stage λ outgrows float32: loss inf.
-    schedule = stages(("warmup", 0.1, 8), ("decay", 1e39, 12))
+    schedule = Schedule.of(("warmup", 0.1, 8), ("decay", 1e39, 12))
     with refused(SparsifyError, "the loss is inf at step 9", "stage 1 (decay", "checkpoint-8"):
         sparsify(replace(config, schedule=schedule, save_every=4))
     kept = config.training / "checkpoint-8"
@@ -318,7 +313,7 @@ def test_what_cannot_be_trained_on_costs_no_output(
     parts: tuple[str, ...],
     there: bool,
 ) -> None:
-    schedule = stages(("progressive", 1, 6), ("sft", 0.5, 12))
+    schedule = Schedule.of(("progressive", 1, 6), ("sft", 0.5, 12))
     config = replace(config, schedule=schedule, context=8, force=there)
     (tmp_path / "short.txt").write_text("A word.")
     (tmp_path / "empty.txt").write_text(" \n")
