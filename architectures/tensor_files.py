@@ -1,6 +1,7 @@
 """The tensors of a checkpoint directory by name: safetensors or PyTorch files, one or many shards.
 
-Nothing is ever unpickled freely: `.bin` files go through `torch.load(weights_only=True)`.
+Nothing is ever unpickled freely: files of `torch.save` go through `read_torch_file`, whoever made
+them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import safetensors
 import torch
@@ -22,6 +24,49 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_PLAIN = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+
+
+def read_torch_file(file: Path) -> Any:
+    """Read a file of `torch.save` without running anything that it holds.
+
+    Tensors in it may still be other than they look: ask `is_plain` before use.
+
+    Raises:
+        ValueError: damaged, or it holds more than tensors; the text says what is wrong.
+    """
+    try:
+        # Only the zip format can be mapped; the one before it has to be read whole.
+        zipped = zipfile.is_zipfile(file)
+        if not (zipped and _packed(file)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:
+        # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
+        raise ValueError(f"cannot be read ({reason(error)})") from error
+    raise ValueError("is compressed, as torch.save writes none")
+
+
+def _packed(file: Path) -> bool:
+    with zipfile.ZipFile(file) as archive:
+        return any(part.compress_size < part.file_size for part in archive.infolist())
+
+
+def is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor whose numbers are all there.
+
+    A file may hold others: without data, sparse, quantised, or a few bytes seen as terabytes by
+    way of strides of zero.
+    """
+    return (
+        isinstance(value, torch.Tensor)
+        and value.device.type == "cpu"
+        and value.layout is torch.strided
+        and value.dtype in _PLAIN
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 class TensorFiles:
@@ -77,13 +122,9 @@ class TensorFiles:
     def _torch_file(self, shard: Path) -> dict[str, torch.Tensor]:
         if shard not in self._opened:
             try:
-                # Only the zip format can be mapped; the one before it has to be read whole.
-                content = torch.load(
-                    shard, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(shard)
-                )
-            except Exception as error:
-                # The reader raises many kinds: not a zip, an early end, a forbidden pickle.
-                raise _damaged(shard, error) from error
+                content = read_torch_file(shard)
+            except ValueError as error:
+                raise _damaged(shard, error.__cause__ or error) from error
             if not isinstance(content, dict) or not all(
                 isinstance(name, str) and isinstance(value, torch.Tensor)
                 for name, value in content.items()
@@ -91,6 +132,13 @@ class TensorFiles:
                 raise CheckpointError(f"{shard}: not a mapping of names to tensors", FETCH_AGAIN)
             self._opened[shard] = content
         return self._opened[shard]
+
+    def _torch_tensor(self, shard: Path, name: str) -> torch.Tensor:
+        tensor = self._torch_file(shard)[name]
+        if not is_plain(tensor):
+            problem = f"{shard}: tensor {name} does not hold all its numbers"
+            raise CheckpointError(problem, FETCH_AGAIN)
+        return tensor
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """Return a tensor's shape and its dtype, as text where torch's checkpoints have none."""
@@ -106,7 +154,7 @@ class TensorFiles:
         """Read one tensor in its stored dtype, mapped where the file allows it."""
         shard = self.shards[name]
         if shard.suffix != ".safetensors":
-            return self._torch_file(shard)[name]
+            return self._torch_tensor(shard, name)
         with safetensors.safe_open(shard, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
         return tensor
@@ -115,11 +163,11 @@ class TensorFiles:
         """Read the first rows of a tensor, in its stored dtype."""
         shard = self.shards[name]
         if shard.suffix != ".safetensors":
-            return self._torch_file(shard)[name][:count]
+            return self._torch_tensor(shard, name)[:count]
         with safetensors.safe_open(shard, framework="pt") as file:
             rows: torch.Tensor = file.get_slice(name)[:count]
         return rows
 
 
-def _damaged(shard: Path, error: Exception) -> CheckpointError:
+def _damaged(shard: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(f"{shard}: shard is truncated or damaged ({reason(error)})", FETCH_AGAIN)

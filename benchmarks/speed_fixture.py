@@ -169,8 +169,9 @@ def write_predictors(path: Path, model: Path, shape: FixtureShape) -> Path:
 
 def predicted_neurons(file: Path, count: int = _CHECKED_TOKENS) -> set[int]:
     """Return how many neurons the tokens of a text predict, one token and layer at a time."""
-    from powerinfer_bridge.engine.engine import Engine, KVCache
-    from powerinfer_bridge.sample_text import sample_text
+    from common.documents import sample_text
+    from powerinfer_bridge.engine.attention import KVCache
+    from powerinfer_bridge.engine.engine import Engine
 
     engine = Engine(file)
     cache, found = KVCache(engine.hyper.n_layers), set()
@@ -202,7 +203,8 @@ def make_and_check(config: FixtureConfig) -> dict[str, Any]:
         )
     files = [bundle.model_file, *([bundle.dense_file] if config.dense else [])]
     return {
-        **bundle.document(),
+        **bundle.outputs,
+        "warnings": list(bundle.warnings),
         **({"model": str(config.out / config.name)} if config.keep_model else {}),
         "bytes": {file.name: file.stat().st_size for file in files},
         "shape": asdict(shape),

@@ -38,21 +38,26 @@ def export_gguf(config: ExportConfig, as_json: bool, no_verify: bool) -> None:
 
     The file is verified before it gets its name; one that fails is not kept.
     """
-    from common.table import export_table
+    from common.typed_json import plain
     from gguf_export.bundle import export
-    from gguf_export.split_file import split
-    from powerinfer_bridge.verification import ExportCheck
+    from gguf_export.split_file import split, split_table
+    from powerinfer_bridge.verify.verification import ExportCheck
 
     check = None if no_verify else ExportCheck(config.model, config.out)
     bundle = export(config, check)
     warn(bundle.warnings)
     if check is not None and check.hint:
         note(check.hint)
-    document = {
-        **bundle.document(),
-        "verified": check and check.document,
-        **({} if config.split is None else split(config.split)),
-    }
+    report = None if check is None else check.report
+    chosen = None if config.split is None else split(config.split)
     if as_json:
+        document = {
+            **bundle.outputs,
+            "warnings": bundle.warnings,
+            "verified": None if report is None else report.document(),
+            **({} if chosen is None else plain(chosen)),
+        }
         return print_json(document)
-    echo(export_table(document))
+    echo(bundle.table(None if report is None else len(report.checks)))
+    if chosen is not None:
+        echo(f"\n{split_table(chosen)}")

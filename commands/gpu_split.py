@@ -17,10 +17,10 @@ def gpu_split(config: SplitConfig, as_json: bool) -> None:
 
     PowerInfer loads it instead of running its own solver.
     """
-    from common.table import split_table
-    from gguf_export.split_file import split
+    from common.typed_json import plain
+    from gguf_export.split_file import split, split_table
 
-    document = split(config)
+    chosen = split(config)
     if as_json:
-        return print_json(document)
-    echo(split_table(document))
+        return print_json(plain(chosen))
+    echo(split_table(chosen))

@@ -6,7 +6,7 @@ import click
 
 from commands.options import json_option, settings_options
 from commands.printing import echo, print_json
-from powerinfer_bridge.settings import VerifyConfig
+from powerinfer_bridge.verify.settings import VerifyConfig
 
 
 @click.command(short_help="Check that PowerInfer will run a file correctly.")
@@ -14,13 +14,13 @@ from powerinfer_bridge.settings import VerifyConfig
 @json_option
 def verify(config: VerifyConfig, as_json: bool) -> None:
     """Check a file against PowerInfer's contract; exit code 0 only if everything holds."""
-    from powerinfer_bridge.verification import verification_table
-    from powerinfer_bridge.verification import verify as run
+    from powerinfer_bridge.verify.verification import verification_table
+    from powerinfer_bridge.verify.verification import verify as run
 
-    document = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap)
+    report = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap)
     if as_json:
-        print_json(document)
+        print_json(report.document())
     else:
-        echo(verification_table(document))
-    if not document["ok"]:
+        echo(verification_table(report))
+    if not report.ok:
         raise click.exceptions.Exit(1)

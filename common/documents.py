@@ -20,6 +20,7 @@ is not held in memory as a whole."""
 
 _PARQUET_ROWS = 64  # documents may be long
 _PARQUET_BUFFER = 1 << 20
+_LEAST_WORDS = 40  # of a paragraph of the sample
 _SHOWN = 200  # characters of a row's names; a hostile row has any number
 
 
@@ -56,6 +57,18 @@ def read_text(source: str, field: str = "text") -> str:
     """
     separator = "" if source.endswith(".txt") else "\n"
     return separator.join(read_documents(source, field))
+
+
+def sample_text() -> str:
+    """Return English prose that every Python has: its reference's topics (`pydoc_data.topics`)."""
+    from pydoc_data.topics import topics
+
+    paragraphs: list[str] = []
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            if len(paragraph.split()) >= _LEAST_WORDS:
+                paragraphs.append(" ".join(paragraph.split()))
+    return "\n".join(paragraphs)
 
 
 def _open(source: str, field: str) -> Iterator[tuple[str, object]]:

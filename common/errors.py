@@ -26,16 +26,18 @@ class PspError(Exception):
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
         """Keep the message on one line of bearable length, whatever a hostile file's names hold."""
-        self.problem = _one_line(problem)
-        self.remedy = None if remedy is None else _one_line(remedy)
+        self.problem = printable(problem, None)
+        self.remedy = None if remedy is None else printable(remedy, None)
         line = "; ".join(part for part in (self.problem, self.remedy) if part is not None)
         if len(line) > _HEAD + _TAIL:
             line = f"{line[:_HEAD]} … {line[-_TAIL:]}"
         super().__init__(line)
 
 
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: str, limit: int | None = 120) -> str:
+    """Return at most `limit` characters of `text` on one line, control characters escaped."""
+    cut = text if limit is None or len(text) <= limit else text[:limit] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def reason(error: BaseException) -> str:

@@ -13,7 +13,6 @@ _METRICS = {
     "ffn_bytes_ratio": "FFN bytes",
 }
 _RATIOS = {"ffn_bytes_ratio"}
-_OUTPUTS = ("model_file", "predictor_directory", "activation_directory", "dense_file")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -55,29 +54,3 @@ def fact_table(facts: Mapping[str, Any]) -> str:
     """Return one line a fact, names aligned."""
     width = max(map(len, facts))
     return "\n".join(f"{name.replace('_', ' '):<{width}}  {facts[name]}" for name in facts)
-
-
-def export_table(document: Mapping[str, Any]) -> str:
-    """Return the lines of an export: its files, what was verified and the GPU split if any."""
-    verified = document["verified"]
-    facts = {key: document[key] for key in _OUTPUTS if key in document}
-    facts["verified"] = "no" if verified is None else f"{len(verified['checks'])} checks hold"
-    lines = "\n".join(f"{key.replace('_', ' '):<22} {value}" for key, value in facts.items())
-    return lines + ("\n\n" + split_table(document) if "gpu_index" in document else "")
-
-
-def split_table(document: Mapping[str, Any]) -> str:
-    """Return the lines of a GPU split."""
-    layers = document["layers"]
-    full, none = sum(share == 1 for share in layers), sum(share == 0 for share in layers)
-    facts = {
-        "gpu index": document["gpu_index"],
-        "run PowerInfer with": document["powerinfer_option"],
-        "all but the FFNs fits": "yes" if document["everything_but_ffn_fits"] else "no",
-        "KV cache in VRAM": "yes" if document["kv_cache_in_vram"] else "no",
-        "FFN bytes in VRAM": document["ffn_bytes_in_vram"],
-        "neurons on the GPU": f"{document['neuron_share_on_gpu']:.1%}",
-        "activations on the GPU": f"{document['activation_share_on_gpu']:.1%}",
-        "layers": f"{full} wholly on the GPU, {none} not at all, of {len(layers)}",
-    }
-    return fact_table(facts)

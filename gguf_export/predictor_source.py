@@ -1,24 +1,28 @@
-"""Where predictors come from: our artifact, PowerInfer's own directory, or an existing file."""
+"""Predictors from our artifact, PowerInfer's directory or an existing file, and that directory."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGUFValueType
 
-from architectures.tensor_files import TensorFiles
+from architectures.tensor_files import TensorFiles, is_plain
 from common.errors import PredictorError
-from common.files import read_json
+from common.files import read_json, write_bytes, write_json
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import FC1, FC2, THRESHOLD_KEY
-from gguf_export.pwri.statistics import has_statistics, layer_statistics
-from gguf_export.tensor_file import is_plain, read_tensor_file
+from gguf_export.pwri.statistics import (
+    has_statistics,
+    layer_statistics,
+    read_saved,
+    statistics_file,
+)
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 _FETCH = "fetch the predictors again"
@@ -82,97 +86,50 @@ def open_predictors(path: Path) -> PredictorSource:
     )
 
 
-def _from_directory(path: Path) -> PredictorSource:
-    config: dict[str, Any] = {}
-    if (path / "config.json").exists():
-        config = read_json(path / "config.json", PredictorError, _FETCH)
-    threshold = config.get("sparse_threshold", 0.0)
-    plain = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not plain or not abs(threshold) <= _LARGEST:
-        raise PredictorError(
-            f"{path}/config.json: sparse_threshold is {repr(threshold)[:40]}, expected a number "
-            "that fits float32",
-            _FETCH,
-        )
-    n_layers = 0
-    while n_layers < _MOST_LAYERS and (path / f"model_{n_layers}.pt").is_file():
-        n_layers += 1
-
-    counted = has_statistics(path.parent, n_layers)
-
-    def layer(number: int) -> LayerPredictor:
-        file = path / f"model_{number}.pt"
-        content = read_tensor_file(file)
-        if not isinstance(content, dict):
-            raise PredictorError(f"{file}: expected fc1.weight and fc2.weight", _FETCH)
-        fc1, fc2 = (_half(file, name, content.get(name)) for name in ("fc1.weight", "fc2.weight"))
-        return LayerPredictor(fc1, fc2, layer_statistics(path.parent, number) if counted else None)
-
-    return PredictorSource(
-        path=path,
-        n_layers=n_layers,
-        threshold=float(threshold),
-        recipe=json.dumps({"name": "imported", "from": "PowerInfer predictor directory"}),
-        layer=layer,
-        counted=counted,
-    )
+Parts = Iterable[tuple[Path, str, object]]
+"""What should be `fc1` and `fc2` of a layer: file and name for messages, and the value."""
 
 
-def _from_checkpoint(path: Path) -> PredictorSource:
-    """TurboSparse: `mlp.predictor.fc1` and `fc2` read the residual and keep logits above 0."""
-    files = TensorFiles(path)
-    n_layers = 0
-    while _EMBEDDED.format(layer=n_layers, part="fc1") in files.shards:
-        n_layers += 1
-    if not n_layers:
-        raise PredictorError(
-            f"{path}: a checkpoint without predictors in it",
-            "pass a directory made by 'psp train-predictor'",
-        )
+def _imported(
+    path: Path,
+    origin: str,
+    n_layers: int,
+    read: Callable[[int], Parts],
+    *,
+    threshold: float = 0.0,
+    statistics: Path | None = None,
+) -> PredictorSource:
+    """Return predictors that others made.
+
+    Args:
+        path: where they are.
+        origin: what they came from, for their recipe.
+        n_layers: layers.
+        read: returns the parts of a layer.
+        threshold: theirs.
+        statistics: a directory in which there may be `activation/`.
+    """
+    if statistics is not None and not has_statistics(statistics, n_layers):
+        statistics = None
 
     def layer(number: int) -> LayerPredictor:
-        names = (_EMBEDDED.format(layer=number, part=part) for part in ("fc1", "fc2"))
-        fc1, fc2 = (_half(path, n, files.read(n) if n in files.shards else None) for n in names)
-        return LayerPredictor(fc1, fc2, None)
-
-    return PredictorSource(
-        path=path,
-        n_layers=n_layers,
-        threshold=0.0,
-        recipe=json.dumps({"name": "imported", "from": "checkpoint"}),
-        layer=layer,
-        counted=False,
-    )
-
-
-def _from_file(path: Path) -> PredictorSource:
-    file = GGUFFile(path)
-    n_layers = 0
-    while FC1.format(layer=n_layers) in file.tensors:
-        n_layers += 1
-    if not n_layers:
-        raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight)", "pass another file")
-    threshold = 0.0
-    if THRESHOLD_KEY in file.values:
-        threshold = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
-        if not math.isfinite(threshold):
-            raise file.error(f"{THRESHOLD_KEY} is {threshold}")
-
-    counted = has_statistics(path.parent, n_layers)
-
-    def layer(number: int) -> LayerPredictor:
-        names = (FC1.format(layer=number), FC2.format(layer=number))
-        fc1, fc2 = (_half(path, name, torch.tensor(file.tensor(name))) for name in names)
-        return LayerPredictor(fc1, fc2, layer_statistics(path.parent, number) if counted else None)
+        fc1, fc2 = (_half(*part) for part in read(number))
+        counts = None if statistics is None else layer_statistics(statistics, number)
+        return LayerPredictor(fc1, fc2, counts)
 
     return PredictorSource(
         path=path,
         n_layers=n_layers,
         threshold=threshold,
-        recipe=json.dumps({"name": "imported", "from": path.name}),
+        recipe=json.dumps({"name": "imported", "from": origin}),
         layer=layer,
-        counted=counted,
+        counted=statistics is not None,
     )
+
+
+def _count(present: Callable[[int], bool]) -> int:
+    """Return how many layers are there, from the first on."""
+    return next((n for n in range(_MOST_LAYERS) if not present(n)), _MOST_LAYERS)
 
 
 def _half(file: Path, name: str, value: object) -> torch.Tensor:
@@ -182,6 +139,70 @@ def _half(file: Path, name: str, value: object) -> torch.Tensor:
     if not torch.isfinite(half).all():
         raise PredictorError(f"{file}: {name} does not fit float16", _FETCH)
     return half
+
+
+def _from_directory(path: Path) -> PredictorSource:
+    config = path / "config.json"
+    values = read_json(config, PredictorError, _FETCH) if config.exists() else {}
+    threshold = values.get("sparse_threshold", 0.0)
+    plain = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not plain or not abs(threshold) <= _LARGEST:
+        raise PredictorError(
+            f"{config}: sparse_threshold is {repr(threshold)[:40]}, expected a number that fits "
+            "float32",
+            _FETCH,
+        )
+
+    def read(layer: int) -> Parts:
+        file = _layer_file(path, layer)
+        content = read_saved(file)
+        if not isinstance(content, dict):
+            raise PredictorError(f"{file}: expected fc1.weight and fc2.weight", _FETCH)
+        return [(file, name, content.get(name)) for name in ("fc1.weight", "fc2.weight")]
+
+    return _imported(
+        path,
+        "PowerInfer predictor directory",
+        _count(lambda layer: _layer_file(path, layer).is_file()),
+        read,
+        threshold=float(threshold),
+        statistics=path.parent,
+    )
+
+
+def _from_checkpoint(path: Path) -> PredictorSource:
+    """TurboSparse: `mlp.predictor.fc1` and `fc2` read the residual and keep logits above 0."""
+    files = TensorFiles(path)
+    n_layers = _count(lambda layer: _EMBEDDED.format(layer=layer, part="fc1") in files.shards)
+    if not n_layers:
+        raise PredictorError(
+            f"{path}: a checkpoint without predictors in it",
+            "pass a directory made by 'psp train-predictor'",
+        )
+
+    def read(layer: int) -> Parts:
+        names = (_EMBEDDED.format(layer=layer, part=part) for part in ("fc1", "fc2"))
+        return ((path, n, files.read(n) if n in files.shards else None) for n in names)
+
+    return _imported(path, "checkpoint", n_layers, read)
+
+
+def _from_file(path: Path) -> PredictorSource:
+    file = GGUFFile(path)
+    n_layers = _count(lambda layer: FC1.format(layer=layer) in file.tensors)
+    if not n_layers:
+        raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight)", "pass another file")
+    threshold = 0.0
+    if THRESHOLD_KEY in file.values:
+        threshold = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
+        if not math.isfinite(threshold):
+            raise file.error(f"{THRESHOLD_KEY} is {threshold}")
+
+    def read(layer: int) -> Parts:
+        names = (name.format(layer=layer) for name in (FC1, FC2))
+        return ((path, name, torch.tensor(file.tensor(name))) for name in names)
+
+    return _imported(path, path.name, n_layers, read, threshold=threshold, statistics=path.parent)
 
 
 def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int]:
@@ -204,3 +225,36 @@ def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int
             )
         ranks.append(rank)
     return ranks
+
+
+def write_directory(directory: Path, predictors: PredictorSource) -> None:
+    """Write predictors in the form that PowerInfer's own converters read.
+
+    Raises:
+        OutputError: the system refused a write.
+    """
+    for number in range(predictors.n_layers):
+        layer = predictors.layer(number)
+        content = {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
+        _save(_layer_file(directory, number), content)
+    write_json(directory / "config.json", {"sparse_threshold": predictors.threshold})
+
+
+def write_statistics(directory: Path, predictors: PredictorSource) -> None:
+    """Write the activation counts of predictors that come with them.
+
+    Raises:
+        OutputError: the system refused a write.
+    """
+    for number in range(predictors.n_layers):
+        _save(statistics_file(directory, number), predictors.layer(number).activation_counts)
+
+
+def _layer_file(directory: Path, layer: int) -> Path:
+    return directory / f"model_{layer}.pt"
+
+
+def _save(file: Path, content: object) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(file, buffer.getvalue())

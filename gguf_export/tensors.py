@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule, Transform
 from gguf_export.predictor_source import PredictorSource
-from gguf_export.pwri.element_types import EMBEDDING, HEAD, FileTypes, data_size
-from gguf_export.pwri.schema import DENSE_DOWN, DOWN, FC1, FC2
+from gguf_export.pwri.element_types import FileTypes, data_size
+from gguf_export.pwri.schema import DENSE_DOWN, DOWN, EMBEDDING, FC1, FC2, HEAD
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, RopeScalingType
 from tqdm import tqdm
 
+from architectures.rope import RopeScaling
 from architectures.spec import Architecture, ModelShape
 from common.errors import ExportError
 from common.overlap import flushed_meanwhile, made_ahead
-from gguf_export.model_keys import add_model_keys
 from gguf_export.pwri.element_types import FileTypes, encode
 from gguf_export.pwri.schema import SPARSE_MAGIC
 from gguf_export.tensors import PlannedTensor
@@ -25,6 +25,8 @@ from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
 
 _PIECE = 1 << 20
 """Numbers that are converted at once."""
+
+_SCALING_TYPES = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
 
 
 def write_file(
@@ -58,7 +60,7 @@ def write_file(
     """
     writer = GGUFWriter(path, architecture.gguf_name)
     try:
-        add_model_keys(writer, architecture, model, name)
+        _add_model_keys(writer, architecture, model, name)
         add_vocabulary(writer, vocabulary)
         _add_types(writer, types)
         for key, value in keys.items():
@@ -70,6 +72,42 @@ def write_file(
     if sparse:
         with path.open("r+b") as file:
             file.write(SPARSE_MAGIC)
+
+
+def _add_model_keys(
+    writer: GGUFWriter, architecture: Architecture, model: ModelShape, name: str
+) -> None:
+    """Add the keys that tell PowerInfer a model's sizes and constants.
+
+    Source: PowerInfer@d3ebd7c llama.cpp:llm_load_hparams. Each is written where the model has it:
+    PowerInfer reads the norm's epsilon under one of two names by architecture (and none for OPT,
+    whose graph computes with 0), and rotary keys only matter to graphs that turn queries and keys.
+    """
+    writer.add_name(name or architecture.name)
+    writer.add_context_length(model.context_length)
+    writer.add_embedding_length(model.d_model)
+    writer.add_block_count(model.n_layers)
+    writer.add_feed_forward_length(model.d_ff)
+    if model.rope_theta:
+        writer.add_rope_dimension_count(model.head_dim)
+    writer.add_head_count(model.n_heads)
+    writer.add_head_count_kv(model.n_kv_heads)
+    if architecture.centred:
+        writer.add_layer_norm_eps(model.norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(model.norm_eps)
+    if model.rope_theta:
+        writer.add_rope_freq_base(model.rope_theta)
+    if model.rope_scaling is not None:
+        _add_scaling(writer, model.rope_scaling)
+
+
+def _add_scaling(writer: GGUFWriter, scaling: RopeScaling) -> None:
+    writer.add_rope_scaling_type(_SCALING_TYPES[scaling.kind])
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_finetuned(True)
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
 
 
 def _add_types(writer: GGUFWriter, types: FileTypes) -> None:

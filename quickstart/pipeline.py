@@ -12,7 +12,7 @@ from gguf_export.bundle import Bundle, export
 from gguf_export.settings import ExportConfig
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.verification import ExportCheck
+from powerinfer_bridge.verify.verification import ExportCheck
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.training.run import train_predictors

@@ -83,13 +83,13 @@ def test_the_index_says_which_neurons_are_on_the_gpu(file: Path) -> None:
     hot = read_hot_neurons(subject)
     found = sums(subject, hot, budget)
     moved = found["GPU"]["ffn_neurons"]
-    assert all_of_it["ffn_neurons"] > moved == made["ffn_bytes_in_vram"] > 0
+    assert all_of_it["ffn_neurons"] > moved == made.ffn_bytes_in_vram > 0
     shares = [layer_shares(hot, layer)["neuron_share_on_gpu"] for layer in range(2)]
-    assert shares == made["layers"]
+    assert tuple(shares) == made.layers
     curve = frequency_curve(hot)
     assert curve is not None
-    assert curve["gpu_activation_share"] == pytest.approx(made["activation_share_on_gpu"])
-    assert curve["gpu_neuron_share"] == pytest.approx(made["neuron_share_on_gpu"])
+    assert curve["gpu_activation_share"] == pytest.approx(made.activation_share_on_gpu)
+    assert curve["gpu_neuron_share"] == pytest.approx(made.neuron_share_on_gpu)
     # More than is left: PowerInfer refuses the index and lets its solver fill what there is.
     less = budget - moved // 2
     assert 0 < sums(subject, hot, less)["GPU"]["ffn_neurons"] < moved

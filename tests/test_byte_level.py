@@ -19,15 +19,13 @@ from tokenizers import Tokenizer
 
 from common.errors import DataError, FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS
-from gguf_export.tokens.file_vocabulary import FileVocabulary
-from gguf_export.tokens.mixed_texts import MIXED_TEXTS
-from gguf_export.tokens.model_vocabulary import read_vocabulary
-from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.generate import generate
+from gguf_export.tokens.encoders import BYTE_TOKENS
+from gguf_export.tokens.model_vocabulary import MIXED_TEXTS, read_vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 ROWS = 640
 CONFIG = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
@@ -39,7 +37,7 @@ def opt_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vocabulary(opt_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> FileVocabulary:
+def vocabulary(opt_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     path = tmp_path_factory.mktemp("file") / "v.powerinfer.gguf"
     return kinds.file_of(read_vocabulary(opt_dir, ROWS, CONFIG), path)
 
@@ -58,13 +56,13 @@ def bundle(
     return model, make_export(model, path / "predictors", path / "m.powerinfer.gguf")
 
 
-def test_decoding_inverts_encoding(vocabulary: FileVocabulary) -> None:
+def test_decoding_inverts_encoding(vocabulary: Vocabulary) -> None:
     for text in (TEXT, *MIXED_TEXTS):
         assert vocabulary.decode(vocabulary.encode(text)) == text.encode()
 
 
 def test_where_words_are_split_alike_ids_are_those_of_transformers(
-    vocabulary: FileVocabulary, opt_dir: Path
+    vocabulary: Vocabulary, opt_dir: Path
 ) -> None:
     from transformers import GPT2Tokenizer
 
@@ -78,8 +76,8 @@ def test_where_words_are_split_alike_ids_are_those_of_transformers(
         assert vocabulary.encode(text) == theirs.encode(text, add_special_tokens=False), text
 
 
-def test_no_bos_is_put_before_a_text(vocabulary: FileVocabulary) -> None:
-    assert not vocabulary.add_bos
+def test_no_bos_is_put_before_a_text(vocabulary: Vocabulary) -> None:
+    assert vocabulary.bos is None
     assert vocabulary.bos_id == 2
     assert vocabulary.text_ids("the") == vocabulary.encode("the", space_prefix=True)
     assert vocabulary.text_ids("the") == vocabulary.encode("the", space_prefix=False)
@@ -87,18 +85,18 @@ def test_no_bos_is_put_before_a_text(vocabulary: FileVocabulary) -> None:
     assert vocabulary.prompt_ids("") == [2], "main evaluates BOS rather than nothing"
 
 
-def test_prompts_have_their_special_tokens_found(vocabulary: FileVocabulary) -> None:
+def test_prompts_have_their_special_tokens_found(vocabulary: Vocabulary) -> None:
     the = vocabulary.encode("the")
     assert vocabulary.prompt_ids("the</s>the<pad>") == [*the, 2, *the, 1]
     assert 2 not in vocabulary.encode("the</s>the")
     assert {b"<s>", b"</s>", b"<pad>", b"<unk>"} <= vocabulary.special_tokens.keys()
 
 
-def test_special_tokens_print_nothing(vocabulary: FileVocabulary) -> None:
+def test_special_tokens_print_nothing(vocabulary: Vocabulary) -> None:
     assert vocabulary.decode([2, 1, ROWS - 1]) == b""
 
 
-def test_a_text_at_which_powerinfer_stops_is_refused(vocabulary: FileVocabulary) -> None:
+def test_a_text_at_which_powerinfer_stops_is_refused(vocabulary: Vocabulary) -> None:
     with refused(DataError, "no UTF-8", "convert it"):
         vocabulary.encode(b"ok \xff".decode("utf-8", "surrogateescape"))
     with refused(DataError, "surrogate", "mend"):
@@ -169,7 +167,7 @@ def test_a_vocabulary_of_long_tokens_costs_little(tmp_path: Path) -> None:
 def test_an_export_passes_its_checks_against_the_model(bundle: tuple[Path, Bundle]) -> None:
     model, exported = bundle
     assert any("splits words only almost as GPT-2" in line for line in exported.warnings)
-    document = verify(exported.model_file, str(model), context=64, chunks=1)
+    document = verify(exported.model_file, str(model), context=64, chunks=1).document()
     assert document["ok"], document
     details = {check["name"]: check["detail"] for check in document["checks"]}
     assert details["tokenizer"].startswith("byte-level, ")
@@ -185,7 +183,7 @@ def test_other_merges_than_the_models_are_told(bundle: tuple[Path, Bundle], tmp_
     lines = (model / "merges.txt").read_text(encoding="utf-8").splitlines()
     lines[1], lines[2] = lines[2], lines[1]
     (other / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    checks = verify(exported.model_file, str(other), context=64, chunks=1)["checks"]
+    checks = verify(exported.model_file, str(other), context=64, chunks=1).document()["checks"]
     assert [check["detail"] for check in checks if check["name"] == "model tokenizer"] == [
         "tokenizer: merges differ from the model's; export it again"
     ]

@@ -13,7 +13,8 @@ from conftest import make_export, refused
 
 from common.decisions import DecisionCounts
 from common.errors import PredictorError
-from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows

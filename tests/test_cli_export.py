@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gguf_export import bundle as exporting
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.writer import write_file
-from powerinfer_bridge import verification
+from powerinfer_bridge.verify import verification
 
 Psp = Callable[..., Result]
 NAMES = ("a b", 'it\'s "q"; $(x)', "-dash", "Ünï 中😀", "50%d%s", "two\nlines", "bad\udcffbyte")
@@ -79,7 +80,8 @@ def test_an_export_is_verified_against_its_model(
 def test_a_large_model_is_not_run_and_the_way_to_do_so_is_told(
     psp: Psp, model_dir: Path, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "_SMALL_BYTES", 1000)
+    small = partial(verification.ExportCheck, most_bytes=1000)
+    monkeypatch.setattr(verification, "ExportCheck", small)
     out = tmp_path / "a b" / "m.powerinfer.gguf"
     result = psp(*command(model_dir, exact_dir, out), "--json")
     verified = json.loads(result.stdout)["verified"]

@@ -15,7 +15,7 @@ from test_weights import Change, Content, put, value
 
 from common.errors import CheckpointError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 MODEL = [
     "model fingerprint",
@@ -31,7 +31,7 @@ MODEL = [
 def test_a_good_file_passes_every_check_against_its_model(
     exact_bundle: Bundle, model_dir: Path
 ) -> None:
-    document = verify(exact_bundle.model_file, str(model_dir), max_ppl_gap=0.001)
+    document = verify(exact_bundle.model_file, str(model_dir), max_ppl_gap=0.001).document()
     assert document["ok"], failures(document)
     assert [check["name"] for check in document["checks"]] == STRUCTURE + MODEL
     assert 0 < document["logit_difference_dense"] < 0.05 * document["logit_spread"]
@@ -46,7 +46,7 @@ def test_files_of_every_family_pass(name: str, tokenizer_bytes: bytes, tmp_path:
     model = write(BY_NAME[name].changed(intermediate_size=1012), tmp_path / "m", tokenizer_bytes)
     write_predictors(model.path, tmp_path / "predictors")
     bundle = make_export(model.path, tmp_path / "predictors", tmp_path / "m.powerinfer.gguf")
-    document = verify(bundle.model_file, str(model.path), context=32, chunks=1)
+    document = verify(bundle.model_file, str(model.path), context=32, chunks=1).document()
     assert document["ok"], failures(document)
 
 
@@ -115,14 +115,14 @@ def test_what_differs_from_the_model_is_caught(
 ) -> None:
     change, checks = WRONG[name]
     path = changed(exact_bundle, tmp_path, change)
-    assert failures(verify(path, str(model_dir), context=64, chunks=1)).keys() == checks
+    assert failures(verify(path, str(model_dir), context=64, chunks=1).document()).keys() == checks
 
 
 def test_another_model_of_the_same_sizes_is_told(
     exact_bundle: Bundle, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     other = make_model(tmp_path / "other", seed=5)
-    found = failures(verify(exact_bundle.model_file, str(other), context=64, chunks=1))
+    found = failures(verify(exact_bundle.model_file, str(other), context=64, chunks=1).document())
     assert found.keys() == {"model fingerprint", "model tensors", "dense logits"}
 
 
@@ -130,7 +130,7 @@ def test_a_model_of_other_sizes_is_told(
     exact_bundle: Bundle, make_model: ModelMaker, tmp_path: Path
 ) -> None:
     other = make_model(tmp_path / "other", num_hidden_layers=3, vocab_size=352)
-    found = failures(verify(exact_bundle.model_file, str(other), context=64, chunks=1))
+    found = failures(verify(exact_bundle.model_file, str(other), context=64, chunks=1).document())
     assert found.keys() == {"model fingerprint", "model sizes", "model tensors"}
     assert "vocabulary is 320, the model has 352" in found["model sizes"]
 
@@ -151,7 +151,7 @@ def poor_bundle(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bu
 def test_poor_predictors_are_told_and_judged_by_the_bound(
     poor_bundle: Bundle, model_dir: Path
 ) -> None:
-    document = verify(poor_bundle.model_file, str(model_dir), context=64, chunks=2)
+    document = verify(poor_bundle.model_file, str(model_dir), context=64, chunks=2).document()
     assert document["ok"]
     assert document["logit_difference_sparse"] > 20 * document["logit_difference_dense"]
     gap = document["ppl_gap"]
@@ -159,10 +159,10 @@ def test_poor_predictors_are_told_and_judged_by_the_bound(
     for bound, fails in ((gap + 1e-6, set()), (gap - 1e-6, {"perplexity gap"})):
         judged = verify(
             poor_bundle.model_file, str(model_dir), max_ppl_gap=bound, context=64, chunks=2
-        )
+        ).document()
         assert failures(judged).keys() == fails
 
 
 def test_windows_of_a_few_tokens_are_refused(exact_bundle: Bundle, model_dir: Path) -> None:
-    found = failures(verify(exact_bundle.model_file, str(model_dir), context=4))
+    found = failures(verify(exact_bundle.model_file, str(model_dir), context=4).document())
     assert found.keys() == {"dense logits", "sparse logits", "perplexity gap"}

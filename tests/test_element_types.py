@@ -27,12 +27,13 @@ from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig, SplitConfig
-from gguf_export.split_file import split
-from powerinfer_bridge.engine.arithmetic import rounded, to_q8_0, to_q8_k
-from powerinfer_bridge.engine.engine import Engine, KVCache
+from gguf_export.split_file import SplitResult, split
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.operators import rounded, to_q8_0, to_q8_k
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 CONTEXT = 32
 
@@ -219,7 +220,7 @@ def test_verify_holds_and_finds_a_changed_block(
     quantised: Callable[..., Exported], tmp_path: Path
 ) -> None:
     made = quantised("q4_0", "f16")
-    document = verify(made.bundle.model_file, str(made.written.path))
+    document = verify(made.bundle.model_file, str(made.written.path)).document()
     failed = {check["name"] for check in document["checks"] if not check["ok"]}
     # Four bits move a random model's logits by more than the bound for F16; nothing else fails.
     assert failed <= {"dense logits"}
@@ -228,7 +229,7 @@ def test_verify_holds_and_finds_a_changed_block(
     start = GGUFFile(made.bundle.model_file).tensors["blk.0.ffn_up.weight"].start
     data[start + 5] ^= 1
     damaged.write_bytes(data)
-    document = verify(damaged, str(made.written.path))
+    document = verify(damaged, str(made.written.path)).document()
     broken = {check["name"]: check["detail"] for check in document["checks"] if not check["ok"]}
     assert "blk.0.ffn_up.weight differs" in broken["model tensors"]
 
@@ -243,13 +244,13 @@ def test_a_scale_that_is_no_number_is_found(
         start = GGUFFile(file).tensors[name].start
         data[start : start + 2] = np.float16(np.nan).tobytes()
     damaged.write_bytes(data)
-    checks = {check["name"]: check for check in verify(damaged)["checks"]}
+    checks = {check["name"]: check for check in verify(damaged).document()["checks"]}
     assert "blk.1.ffn_gate.weight holds NaN" in checks["weights finite"]["detail"]
     assert "blk.0.fc2.weight holds NaN" in checks["predictors finite"]["detail"]
     assert checks["norms finite"]["ok"]
 
 
-def split_for(file: Path, ffn_bytes: int) -> dict[str, Any]:
+def split_for(file: Path, ffn_bytes: int) -> SplitResult:
     """Split with so long a context that this much VRAM remains for neurons."""
     budget, a_token = 5 << 18, 2 * 2 * 32 * 2  # both halves of two layers' keys of 32 float16
     settings = MemorySettings(budget=budget, n_layers=2, kv_width=32, n_ctx=1)
@@ -260,19 +261,19 @@ def split_for(file: Path, ffn_bytes: int) -> dict[str, Any]:
 
 def test_q4_0_neurons_go_to_the_gpu_in_groups_of_256(quantised: Callable[..., Exported]) -> None:
     file = quantised("q4_0", "q4_0").bundle.model_file
-    document = split_for(file, 140_000)
+    made = split_for(file, 140_000)
     chosen, _ = read_gpu_index(index_path(file), 2, 1024, Q4_0_GROUPS)
     numbers = [int(layer.sum()) for layer in chosen]
     # Three rows of 64 in 36 bytes each, and four bytes in the bucket.
     assert sum(numbers) == 140_000 // (3 * 36 + 4) // 256 * 256
-    assert document["neuron_share_on_gpu"] == sum(numbers) / 2048
-    assert verify(file)["ok"]
+    assert made.neuron_share_on_gpu == sum(numbers) / 2048
+    assert verify(file).document()["ok"]
     plain = quantised("f16", "f16").bundle.model_file
     split_for(plain, 140_000)
     chosen, _ = read_gpu_index(index_path(plain), 2, 1024)
     assert sum(int(layer.sum()) for layer in chosen) == 140_000 // 388 // 32 * 32
     shutil.copy(index_path(plain), index_path(file))
-    failed = [check for check in verify(file)["checks"] if not check["ok"]]
+    failed = [check for check in verify(file).document()["checks"] if not check["ok"]]
     assert [check["name"] for check in failed] == ["gpu index"]
     assert "multiple of 256" in failed[0]["detail"]
 
@@ -353,7 +354,7 @@ def test_blocks_are_those_of_powerinfer_s_own_quantize(
             )
             assert ((found == own) | exact).all(), name
             assert (found == own).mean() > 0.9999, name
-    assert verify(target)["ok"]
+    assert verify(target).document()["ok"]
 
 
 @pytest.mark.powerinfer

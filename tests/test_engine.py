@@ -14,8 +14,8 @@ from common.errors import EngineError
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
-from powerinfer_bridge.engine.engine import Engine, KVCache
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 
 # Two float16 roundings of relative size 2^-11 a matrix product, a few dozen products deep.

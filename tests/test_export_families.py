@@ -17,10 +17,11 @@ from architectures.registry import ARCHITECTURES
 from architectures.tokenizer import load_tokenizer
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
-from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 NAMES = [variant.name for variant in VARIANTS]
 # PowerInfer runs no smaller FFN, see gguf_export.pwri.schema.SMALLEST_D_FF.
@@ -165,7 +166,7 @@ def test_the_file_names_what_powerinfer_computes_and_what_the_model_does(
 @pytest.mark.parametrize("name", NAMES)
 def test_verify_finds_the_model_in_its_file(exported: Exports, name: str) -> None:
     made = exported(name)
-    document = verify(made.file, str(made.written.path))
+    document = verify(made.file, str(made.written.path)).document()
     failed = [check for check in document["checks"] if not check["ok"]]
     assert not failed
     assert document["logit_difference_dense"] < LOGIT_TOLERANCE * document["logit_spread"]

@@ -22,11 +22,11 @@ from gguf_export.pwri.memory_plan import BUCKET_BYTES, MemorySettings, plan_memo
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
 from gguf_export.tensors import group_qkv
-from powerinfer_bridge.engine.engine import Engine, KVCache
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 
 def make(
@@ -180,7 +180,7 @@ def test_an_opt_is_computed_without_epsilon(tokenizer_bytes: bytes, tmp_path: Pa
     torch.testing.assert_close(ours, theirs, atol=allowed, rtol=0)
     model = written.reference(tokens).logits.float()
     assert float((model - theirs).abs().max()) > 5 * allowed
-    document = verify(bundle.model_file, str(written.path))
+    document = verify(bundle.model_file, str(written.path)).document()
     assert [check["name"] for check in document["checks"] if not check["ok"]] == ["dense logits"]
 
 

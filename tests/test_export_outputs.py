@@ -129,7 +129,7 @@ def test_a_disk_that_is_full_by_the_index_keeps_the_old_one(
 ) -> None:
     out = run(model_dir, exact_dir, tmp_path / "m.powerinfer.gguf").model_file
     config = SplitConfig(file=out, vram_budget="1MiB", force=True)
-    index = Path(split(config)["gpu_index"])
+    index = split(config).gpu_index
     before, content = files(tmp_path), index.read_bytes()
     assert len(content) > 8192
     with files_up_to(8192), refused(OutputError, f"cannot write {index}", "File too large"):

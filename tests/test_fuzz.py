@@ -26,7 +26,7 @@ from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.statistics import read_statistics
 from gguf_export.settings import SplitConfig
 from gguf_export.split_file import split
-from powerinfer_bridge.verification import verification_table, verify
+from powerinfer_bridge.verify.verification import verification_table, verify
 
 ALLOWED_SECONDS = 5.0
 D_MODEL, D_FF, RANK = 32, 64, 32
@@ -66,8 +66,8 @@ def small(exact_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> byt
         if not name.startswith("blk.1.")
     }
     path = content.write(tmp_path_factory.mktemp("small") / "small.powerinfer.gguf")
-    document = verify(path)
-    assert document["ok"], verification_table(document)
+    report = verify(path)
+    assert report.ok, verification_table(report)
     return path.read_bytes()
 
 
@@ -109,13 +109,14 @@ def check(path: Path, model: str | None = None) -> bool:
     """Whether a file passes; anything but documents and one-line errors fails the test."""
     start = time.perf_counter()
     answered(lambda: inspected(path))
-    document = verify(path, model, context=16, chunks=1)
+    report = verify(path, model, context=16, chunks=1)
+    document = report.document()
     json.dumps(document, allow_nan=False)
     for found in document["checks"]:
         assert found["detail"].isprintable()
         assert len(found["detail"]) < 500
         assert "alloc" not in found["detail"]
-    assert verification_table(document)
+    assert verification_table(report)
     assert time.perf_counter() - start < ALLOWED_SECONDS
     return bool(document["ok"])
 

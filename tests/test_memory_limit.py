@@ -11,8 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import ModelMaker, write_predictors
 
 from common.units import MIB
+from gguf_export.bundle import export
+from gguf_export.settings import ExportConfig
 
 CGROUPS = Path("/sys/fs/cgroup")
 LIMIT = 64 * MIB
@@ -21,13 +25,29 @@ LIMIT = 64 * MIB
 PROCESS = """
 import json, os, pathlib, sys
 import torch
+from architectures.checkpoint import Checkpoint
+from architectures.model import load_model
 from common.machine import read_memory, weight_budget
 from powerinfer_bridge.doctor.environment import memory_findings
+from powerinfer_bridge.engine.engine import Engine
 
-pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-memory = read_memory()
-finding = list(memory_findings(memory, None, ()))[0]
-print(json.dumps({"limit": memory.limit, "budget": weight_budget(), "doctor": finding.found}))
+group, model, file = map(pathlib.Path, sys.argv[1:])
+
+def decided():
+    memory = read_memory()
+    finding = list(memory_findings(memory, None, ()))[0]
+    loaded = load_model(Checkpoint.open(model), dtype=torch.float32, device="cpu")
+    return {
+        "limit": memory.limit,
+        "budget": weight_budget(),
+        "doctor": finding.found,
+        "streamed": loaded.streamed,
+        "resident": Engine(file).weights.resident,
+    }
+
+free = decided()
+(group / "cgroup.procs").write_text(str(os.getpid()))
+print(json.dumps([free, decided()]))
 """
 
 
@@ -65,10 +85,29 @@ def limited_group() -> Iterator[Path]:
     pytest.skip(f"no memory-limited process can be made here: {why}")
 
 
-def test_a_limited_process_goes_by_its_limit(limited_group: Path) -> None:
-    command = [sys.executable, "-c", PROCESS, str(limited_group)]
+@pytest.fixture
+def wide_files(make_model: ModelMaker, tmp_path: Path) -> tuple[Path, Path]:
+    """A checkpoint of 52 MB in float32, and its export."""
+    model = make_model(tmp_path / "wide", hidden_size=256, intermediate_size=8192)
+
+    def narrow(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(32, gate.shape[1]), torch.zeros(len(gate), 32)
+
+    write_predictors(model, tmp_path / "predictors", narrow)
+    out = tmp_path / "wide.powerinfer.gguf"
+    predictors = tmp_path / "predictors"
+    config = ExportConfig(model=str(model), predictors=predictors, out=out)
+    return model, export(config).model_file
+
+
+def test_a_limited_process_streams_what_another_keeps_in_memory(
+    limited_group: Path, wide_files: tuple[Path, Path]
+) -> None:
+    command = [sys.executable, "-c", PROCESS, str(limited_group), *map(str, wide_files)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    limited = json.loads(run.stdout)
+    free, limited = json.loads(run.stdout.splitlines()[-1])
+    assert (free["streamed"], free["resident"]) == (False, True)
     assert (limited["limit"], limited["budget"]) == (LIMIT, int(0.6 * LIMIT))
     assert "a container's limit of 64.0 MiB" in limited["doctor"]
+    assert (limited["streamed"], limited["resident"]) == (True, False)

@@ -20,9 +20,12 @@ from tokenizers.processors import TemplateProcessing
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import CheckpointError, ExportError
-from gguf_export.tokens.byte_level_encoder import spell
-from gguf_export.tokens.mixed_texts import MIXED_TEXTS, share_differing
-from gguf_export.tokens.model_vocabulary import read_vocabulary, text_encoder
+from gguf_export.tokens.encoders import spell
+from gguf_export.tokens.model_vocabulary import (
+    MIXED_TEXTS,
+    read_vocabulary,
+    share_differing,
+)
 from gguf_export.tokens.vocabulary import Vocabulary
 
 TEXTS = (TEXT, *TEXT.splitlines(), *MIXED_TEXTS)
@@ -84,7 +87,7 @@ def test_ids_of_pieces_with_added_tokens_are_sentencepieces(
 ) -> None:
     path = kinds.pieces(tmp_path, tokenizer_bytes)
     write(path, "added_tokens.json", CHATML)
-    encode = text_encoder(read_vocabulary(path, 330))
+    encode = read_vocabulary(path, 330).encode
     reference = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_bytes)
     for text in TEXTS:
         assert encode(text) == reference.encode(text), repr(text)
@@ -103,10 +106,10 @@ def test_byte_fallback_without_sentencepiece_is_the_same_vocabulary(
     assert found.tokens[found.eos_id] == b"<|im_end|>", "tokenizer_config.json goes first"
     assert typed(found, "<plain>") == TokenType.USER_DEFINED
     assert found.add_bos is None
-    ours, theirs = text_encoder(found), Tokenizer.from_file(str(path / "tokenizer.json"))
+    ours, theirs = found.encode, Tokenizer.from_file(str(path / "tokenizer.json"))
     for text in TEXTS:
         ids = theirs.encode(text, add_special_tokens=False).ids
-        assert ours(text) == ids == text_encoder(original)(text), repr(text)
+        assert ours(text) == ids == original.encode(text), repr(text)
 
 
 def test_a_tokenizer_that_is_frugal_with_leading_spaces_is_named(
@@ -163,7 +166,7 @@ def test_byte_level_ids_are_the_models_merges_of_powerinfers_words(
     path = kinds.byte_level(tmp_path, kind, ["<|endoftext|>"])
     config = {"bos_token_id": 0, "eos_token_id": 0}
     vocabulary, tokenizer = read_vocabulary(path, 600, config), load_tokenizer(path, 600, config)
-    encode = text_encoder(vocabulary)
+    encode = vocabulary.encode
     word = "transformers"
     assert encode(word) == tokenizer.encode(word) == tokenizer.merge([spell(word)])[0]  # type: ignore[attr-defined]
     share = share_differing(encode, tokenizer.encode)

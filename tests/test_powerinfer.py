@@ -17,8 +17,7 @@ from stand_ins import ESTIMATE, MAIN, TIMINGS, build, in_one_line, write_program
 from common.errors import EngineError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import Phase, RunSample

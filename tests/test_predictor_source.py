@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_export, refused, write_predictors
+from damages import compress
 from families import BY_NAME, write
 from gguf import GGUFValueType
 from published import gated_shapes
@@ -116,14 +116,6 @@ def _save(directory: Path, **changes: Any) -> None:
     torch.save({k: v for k, v in (content | names).items() if v is not None}, file)
 
 
-def _compress(file: Path) -> None:
-    with zipfile.ZipFile(file) as stored:
-        parts = [(name, stored.read(name)) for name in stored.namelist()]
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as deflated:
-        for name, content in parts:
-            deflated.writestr(name, content)
-
-
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "truncated": (
         lambda path: (path / "model_1.pt").write_bytes((path / "model_1.pt").read_bytes()[:100]),
@@ -159,7 +151,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda path: _save(path, fc1_weight=torch.eye(64).to_sparse()),
         "fc1.weight is missing or no matrix",
     ),
-    "compressed": (lambda path: _compress(path / "model_0.pt"), "model_0.pt: is compressed"),
+    "compressed": (lambda path: compress(path / "model_0.pt"), "model_0.pt: is compressed"),
     "ranks differ": (
         lambda path: _save(path, fc1_weight=torch.zeros(64, 64)),
         "layer 0 has fc1 (64, 64) and fc2 (1012, 128)",

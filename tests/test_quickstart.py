@@ -11,8 +11,7 @@ from click.testing import CliRunner
 from cli import main
 from common.errors import OutputError
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from quickstart.corpus import write_corpus

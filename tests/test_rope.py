@@ -23,7 +23,7 @@ from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.engine.attention import Rotary
 from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.verification import verify
+from powerinfer_bridge.verify.verification import verify
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
@@ -218,7 +218,7 @@ def test_verify_finds_another_scaling_than_the_model_s(
     model, bundle = scaled
     content = Content.of(bundle.model_file)
     for path, checks in ((tmp_path / "same.gguf", []), (tmp_path / "other.gguf", ["model sizes"])):
-        document = verify(content.write(path), str(model), run=False)
+        document = verify(content.write(path), str(model), run=False).document()
         assert [check["name"] for check in document["checks"] if not check["ok"]] == checks
         content.set(f"llama.rope.scaling.{key}", data)
 

@@ -21,8 +21,8 @@ from common.decisions import DecisionCounts
 from common.errors import CheckpointError, EngineError, ExportError, OutputError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from powerinfer_bridge.engine.engine import Engine, KVCache
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 
 DENSITIES = {0.05: 51, 0.5: 512, 0.75: 768, 1.0: 1024}

@@ -64,18 +64,18 @@ def test_the_hottest_neurons_that_fit_are_chosen(bundle: Bundle, neurons: int) -
     chosen, capacity = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
     counts = statistics(bundle)
     numbers = [int(mask.sum()) for mask in chosen]
-    assert document["everything_but_ffn_fits"]
-    assert document["kv_cache_in_vram"]
+    assert document.everything_but_ffn_fits
+    assert document.kv_cache_in_vram
     assert neurons - 32 < sum(numbers) <= neurons + 5
     assert all(number % 32 == 0 or number == D_FF for number in numbers)
-    assert capacity == document["ffn_bytes_in_vram"] == sum(numbers) * NEURON
-    for mask, layer, share in zip(chosen, counts, document["layers"], strict=True):
+    assert capacity == document.ffn_bytes_in_vram == sum(numbers) * NEURON
+    for mask, layer, share in zip(chosen, counts, document.layers, strict=True):
         assert share == float(mask.double().mean())
         if 0 < mask.sum() < D_FF:
             assert int(layer[mask].min()) > int(layer[~mask].max())
     total = sum(int(layer.sum()) for layer in counts)
     hot = sum(int(layer[mask].sum()) for layer, mask in zip(counts, chosen, strict=True))
-    assert document["activation_share_on_gpu"] == pytest.approx(hot / total)
+    assert document.activation_share_on_gpu == pytest.approx(hot / total)
 
 
 def test_a_budget_below_the_rest_of_the_model_takes_no_neuron(bundle: Bundle) -> None:
@@ -84,7 +84,7 @@ def test_a_budget_below_the_rest_of_the_model_takes_no_neuron(bundle: Bundle) ->
         SplitConfig(file=bundle.model_file, vram_budget=str(budget), context=64, least_budget=1)
     )
     chosen, capacity = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
-    assert not document["everything_but_ffn_fits"]
+    assert not document.everything_but_ffn_fits
     assert capacity == 0
     assert not any(mask.any() for mask in chosen)
 
@@ -93,9 +93,9 @@ def test_a_budget_beyond_the_model_takes_all(bundle: Bundle) -> None:
     document = split(SplitConfig(file=bundle.model_file, vram_budget="1GiB"))
     chosen, _ = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
     assert all(mask.all() for mask in chosen)
-    assert document["activation_share_on_gpu"] == 1
-    assert document["powerinfer_option"] == "--vram-budget 1"
-    assert document["vram_budget_bytes"] == 1 << 30
+    assert document.activation_share_on_gpu == 1
+    assert document.powerinfer_option == "--vram-budget 1"
+    assert document.vram_budget_bytes == 1 << 30
 
 
 @pytest.mark.parametrize("change", [{"context": 600}, {"kv_type": "f32"}])
@@ -110,7 +110,7 @@ def test_a_larger_cache_leaves_less_for_neurons(bundle: Bundle, change: dict[str
             force=True,
             **settings,  # type: ignore[arg-type]
         )
-        return int(split(run)["ffn_bytes_in_vram"])
+        return split(run).ffn_bytes_in_vram
 
     assert used(**change) < used()
 

@@ -13,6 +13,7 @@ from typing import Any
 import conftest
 import pytest
 import torch
+from damages import compress
 from families import BY_NAME, save_tensors, write
 from safetensors.torch import save_file
 
@@ -149,6 +150,33 @@ def test_a_malicious_shard_of_an_index_is_refused_and_not_run(tmp_path: Path) ->
 def test_a_bin_that_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
     file = save_bin(tmp_path, content)
     with refused(str(file), "not a mapping of names to tensors", AGAIN):
+        _ = TensorFiles(tmp_path).shards
+
+
+ODD_TENSORS = {
+    "terabytes of one number": torch.zeros(1, 1).expand(2**20, 2**20),
+    "no numbers": torch.zeros(2, 2, device="meta"),
+    "sparse": torch.eye(4).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("tensor", ODD_TENSORS.values(), ids=ODD_TENSORS)
+def test_a_tensor_without_all_its_numbers_is_refused_when_read(
+    tmp_path: Path, tensor: torch.Tensor
+) -> None:
+    file = save_bin(tmp_path, {"good": torch.zeros(2), "odd": tensor})
+    files = TensorFiles(tmp_path)
+    assert len(files.read("good")) == 2
+    with refused(str(file), "tensor odd", AGAIN):
+        files.read("odd")
+    with refused(str(file), "tensor odd", AGAIN):
+        files.rows("odd", 1)
+
+
+def test_a_compressed_bin_is_refused(tmp_path: Path) -> None:
+    file = save_bin(tmp_path, {"a": torch.zeros(5000)})
+    compress(file)
+    with refused(str(file), "compressed", AGAIN):
         _ = TensorFiles(tmp_path).shards
 
 

@@ -17,7 +17,7 @@ from test_weights import Change, Content, add, drop, put, value
 
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.gpu_index import index_path, write_gpu_index
-from powerinfer_bridge.verification import verification_table, verify
+from powerinfer_bridge.verify.verification import verification_table, verify
 
 STRUCTURE = [
     "file",
@@ -75,7 +75,7 @@ def fill(name: str, number: float) -> Change:
 
 
 def test_a_good_file_passes_every_check(exact_bundle: Bundle) -> None:
-    document = verify(exact_bundle.model_file)
+    document = verify(exact_bundle.model_file).document()
     assert document["ok"], failures(document)
     assert document["file"] == str(exact_bundle.model_file)
     assert [check["name"] for check in document["checks"]] == STRUCTURE
@@ -232,7 +232,7 @@ def test_damage_is_caught_by_its_check_alone(
     exact_bundle: Bundle, tmp_path: Path, name: str
 ) -> None:
     change, checks, part = DAMAGE[name]
-    found = failures(verify(changed(exact_bundle, tmp_path, change)))
+    found = failures(verify(changed(exact_bundle, tmp_path, change)).document())
     assert found.keys() == checks
     assert any(part in detail for detail in found.values()), found
 
@@ -242,7 +242,7 @@ def test_faults_do_not_hide_one_another(exact_bundle: Bundle, tmp_path: Path) ->
     path = changed(exact_bundle, tmp_path, *(DAMAGE[name][0] for name in names))
     expected = set().union(*(DAMAGE[name][1] for name in names))
     assert len(expected) == len(names)
-    assert failures(verify(path)).keys() == expected
+    assert failures(verify(path).document()).keys() == expected
 
 
 @pytest.mark.parametrize(
@@ -260,16 +260,16 @@ def test_a_damaged_header_is_caught(
     content = exact_bundle.model_file.read_bytes()
     path = tmp_path / FILE_NAME
     path.write_bytes(content[:at] + new + content[at + len(new) :])
-    found = failures(verify(path))
+    found = failures(verify(path).document())
     assert found.keys() == {check}
     assert part in found[check]
 
 
 def test_files_that_cannot_be_opened_fail(exact_bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
-    assert "No such file" in failures(verify(path))["file"]
+    assert "No such file" in failures(verify(path).document())["file"]
     path.write_bytes(exact_bundle.model_file.read_bytes()[:-1])
-    assert "ends after the file does" in failures(verify(path))["file"]
+    assert "ends after the file does" in failures(verify(path).document())["file"]
 
 
 def test_tensors_that_share_bytes_are_caught(exact_bundle: Bundle, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_tensors_that_share_bytes_are_caught(exact_bundle: Bundle, tmp_path: Pat
     struct.pack_into("<Q", content, at, struct.unpack_from("<Q", content, at)[0] - 32)
     path = tmp_path / FILE_NAME
     path.write_bytes(content)
-    found = failures(verify(path))
+    found = failures(verify(path).document())
     assert found.keys() == {"layout"}
     assert "and blk.1.fc1.weight overlap" in found["layout"]
 
@@ -297,7 +297,7 @@ def with_gpu_index(bundle: Bundle, path: Path, change: Callable[[bytes], bytes])
 
 
 def test_a_good_gpu_index_passes(exact_bundle: Bundle, tmp_path: Path) -> None:
-    document = verify(with_gpu_index(exact_bundle, tmp_path, lambda content: content))
+    document = verify(with_gpu_index(exact_bundle, tmp_path, lambda content: content)).document()
     assert document["ok"]
     assert document["checks"][-1]["detail"] == "32 of 2024 neurons on the GPU, 1048576 bytes"
 
@@ -318,5 +318,5 @@ def test_a_good_gpu_index_passes(exact_bundle: Bundle, tmp_path: Path) -> None:
 def test_a_bad_gpu_index_is_caught(
     exact_bundle: Bundle, tmp_path: Path, change: Callable[[bytes], bytes]
 ) -> None:
-    found = failures(verify(with_gpu_index(exact_bundle, tmp_path, change)))
+    found = failures(verify(with_gpu_index(exact_bundle, tmp_path, change)).document())
     assert found.keys() == {"gpu index"}

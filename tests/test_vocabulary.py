@@ -17,8 +17,8 @@ from tokenizer_kinds import real_prompt_ids
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.tokens.file_vocabulary import FileVocabulary
-from gguf_export.tokens.mixed_texts import MIXED_TEXTS
+from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
+from gguf_export.tokens.vocabulary import Vocabulary, read_file_vocabulary
 
 CORPUS = [
     TEXT,
@@ -64,8 +64,8 @@ TEXTS = [*CORPUS, *random_texts(300)]
 
 
 @pytest.fixture(scope="module")
-def vocabulary(exact_bundle: Bundle) -> FileVocabulary:
-    return FileVocabulary(GGUFFile(exact_bundle.model_file))
+def vocabulary(exact_bundle: Bundle) -> Vocabulary:
+    return read_file_vocabulary(GGUFFile(exact_bundle.model_file))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def reference(tokenizer_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 def test_every_text_gives_sentencepiece_s_own_tokens(
-    vocabulary: FileVocabulary, reference: sentencepiece.SentencePieceProcessor
+    vocabulary: Vocabulary, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
     for text in TEXTS:
         assert vocabulary.encode(text) == reference.encode(text), repr(text)
@@ -83,13 +83,13 @@ def test_every_text_gives_sentencepiece_s_own_tokens(
 
 
 def test_a_nul_is_a_byte_like_any_other(
-    vocabulary: FileVocabulary, reference: sentencepiece.SentencePieceProcessor
+    vocabulary: Vocabulary, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
     assert vocabulary.encode("a\0b") == reference.encode("a\0b")
     assert vocabulary.decode(vocabulary.encode("a\0b")) == b" a\0b"
 
 
-def test_decoding_inverts_encoding(vocabulary: FileVocabulary) -> None:
+def test_decoding_inverts_encoding(vocabulary: Vocabulary) -> None:
     for text in TEXTS:
         # U+2581 stands for a space inside the vocabulary, so it comes back as one.
         expected = text.replace("\u2581", " ").encode()
@@ -98,7 +98,7 @@ def test_decoding_inverts_encoding(vocabulary: FileVocabulary) -> None:
 
 
 def test_without_the_prefix_a_text_is_encoded_as_it_is_inside_a_longer_one(
-    vocabulary: FileVocabulary, reference: sentencepiece.SentencePieceProcessor
+    vocabulary: Vocabulary, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
     # No piece holds a newline, so what follows one is encoded without a space in front.
     newline = reference.encode("\n")
@@ -108,26 +108,26 @@ def test_without_the_prefix_a_text_is_encoded_as_it_is_inside_a_longer_one(
         ), repr(text)
 
 
-def test_the_prefix_changes_the_first_token(vocabulary: FileVocabulary) -> None:
+def test_the_prefix_changes_the_first_token(vocabulary: Vocabulary) -> None:
     with_prefix, without = vocabulary.encode("the"), vocabulary.encode("the", space_prefix=False)
     assert vocabulary.tokens[with_prefix[0]] == "\u2581the".encode()
     assert [vocabulary.tokens[token] for token in without] == [b"t", b"he"]
 
 
-def test_no_text_is_no_token(vocabulary: FileVocabulary) -> None:
+def test_no_text_is_no_token(vocabulary: Vocabulary) -> None:
     assert vocabulary.encode("") == []
     assert vocabulary.encode("", space_prefix=False) == []
     assert vocabulary.decode([]) == b""
 
 
-def test_bytes_that_are_no_utf_8_survive(vocabulary: FileVocabulary) -> None:
+def test_bytes_that_are_no_utf_8_survive(vocabulary: Vocabulary) -> None:
     broken = b"ok \xff\xfe\xc3( \xe4\xb8"
     text = broken.decode("utf-8", "surrogateescape")
     assert vocabulary.decode(vocabulary.encode(text, space_prefix=False)) == broken
 
 
 def test_control_tokens_decode_to_nothing_and_unknown_to_a_block(
-    vocabulary: FileVocabulary,
+    vocabulary: Vocabulary,
 ) -> None:
     assert vocabulary.bos_id == 1
     assert vocabulary.decode([1, 2]) == b""
@@ -159,7 +159,7 @@ def keys(pieces: list[tuple[str, float, TokenType]] = PIECES, **changes: Any) ->
     return {key: value for key, value in (made | changes).items() if value is not None}
 
 
-def read(path: Path, found: dict[str, Any]) -> FileVocabulary:
+def read(path: Path, found: dict[str, Any]) -> Vocabulary:
     """Write a PWRI file that holds tokenizer keys alone, and read its vocabulary."""
     writer = GGUFWriter(path, "llama")
     for name, value in found.items():
@@ -174,7 +174,7 @@ def read(path: Path, found: dict[str, Any]) -> FileVocabulary:
     writer.write_kv_data_to_file()
     writer.close()
     path.write_bytes(b"PWRI" + path.read_bytes()[4:])
-    return FileVocabulary(GGUFFile(path))
+    return read_file_vocabulary(GGUFFile(path))
 
 
 def test_the_best_score_merges_first_and_the_leftmost_among_equals(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ def test_the_best_score_merges_first_and_the_leftmost_among_equals(tmp_path: Pat
     assert better.encode("aba", space_prefix=False) == [ids[b"a"], ids[b"ba"]]
 
 
-def test_bos_and_special_tokens_are_main_s_and_perplexity_s(vocabulary: FileVocabulary) -> None:
-    assert vocabulary.add_bos
+def test_bos_and_special_tokens_are_main_s_and_perplexity_s(vocabulary: Vocabulary) -> None:
+    assert vocabulary.bos == vocabulary.bos_id
     assert vocabulary.text_ids("the") == [1, *vocabulary.encode("the")]
     assert vocabulary.text_ids("") == vocabulary.prompt_ids("") == [1]
     t_he = vocabulary.encode("the", space_prefix=False)
@@ -209,7 +209,7 @@ def test_bos_and_special_tokens_are_main_s_and_perplexity_s(vocabulary: FileVoca
 def test_real_prompt_ids_are_the_files(
     powerinfer_bin: Path,
     exact_bundle: Bundle,
-    vocabulary: FileVocabulary,
+    vocabulary: Vocabulary,
     tmp_path: Path,
     text: str,
 ) -> None:
@@ -218,7 +218,7 @@ def test_real_prompt_ids_are_the_files(
 
 
 @pytest.mark.parametrize("text", ["word " * 200_000, "ab" * 500_000])
-def test_a_megabyte_takes_seconds(vocabulary: FileVocabulary, tmp_path: Path, text: str) -> None:
+def test_a_megabyte_takes_seconds(vocabulary: Vocabulary, tmp_path: Path, text: str) -> None:
     start = time.perf_counter()
     assert len(vocabulary.encode(text)) >= 200_000
     large = read(tmp_path / "v.gguf", keys())

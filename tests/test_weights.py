@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from conftest import TEXT
 from gguf import GGUFValueType, GGUFWriter
 
 from common.errors import FormatError
+from common.machine import weight_budget
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.reader import GGUFFile
-from powerinfer_bridge.engine.engine import Engine, KVCache
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine, generate
 
 Change = Callable[["Content"], object]
 ALLOWED_BYTES = 16 << 20
@@ -122,13 +124,13 @@ def test_an_unchanged_copy_gives_the_same_logits(exact_bundle: Bundle, tmp_path:
 )
 def test_a_missing_tensor_is_named(exact_bundle: Bundle, tmp_path: Path, name: str) -> None:
     message = refusal(exact_bundle, tmp_path, drop(name))
-    assert f"tensor {name} is missing; " in message
+    assert f"tensor {name}: missing; " in message
 
 
 @pytest.mark.parametrize("name", ["blk.2.attn_q.weight", "blk.0.ffn_down.weight", "x"])
 def test_an_extra_tensor_is_named(exact_bundle: Bundle, tmp_path: Path, name: str) -> None:
     message = refusal(exact_bundle, tmp_path, add(name))
-    assert f"tensor {name} is not PowerInfer's; " in message
+    assert f"tensor {name}: not PowerInfer's; " in message
 
 
 @pytest.mark.parametrize(
@@ -170,13 +172,14 @@ def test_a_tensor_of_another_type_is_named_with_both_types(
     exact_bundle: Bundle, tmp_path: Path, name: str, dtype: type, found: str, expected: str
 ) -> None:
     message = refusal(exact_bundle, tmp_path, put(name, lambda x: x.astype(dtype)))
-    assert f"tensor {name} has type {found}, expected {expected}" in message
+    assert f"tensor {name} is {found}, expected {expected}" in message
     assert_remedy(message)
 
 
 def test_ranks_of_a_layer_s_two_matrices_must_agree(exact_bundle: Bundle, tmp_path: Path) -> None:
     message = refusal(exact_bundle, tmp_path, put("blk.1.fc1.weight", lambda x: x[:96]))
-    assert "layer 1: fc1 and fc2 ranks are [96, 128]" in message
+    found = "layer 1: ranks of fc1 and fc2 are [96, 128], expected two equal multiples of 32"
+    assert found in message
     assert_remedy(message)
 
 
@@ -301,13 +304,10 @@ def test_a_key_of_another_type_is_named(
     assert_remedy(message)
 
 
-def test_a_file_larger_than_memory_gives_the_same_logits(
-    exact_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_larger_than_memory_gives_the_same_logits(exact_bundle: Bundle) -> None:
     resident = Engine(exact_bundle.model_file)
     assert resident.weights.resident
-    monkeypatch.setattr("powerinfer_bridge.engine.weights._RESIDENT_SHARE", 0.0)
-    streamed = Engine(exact_bundle.model_file)
+    streamed = Engine(exact_bundle.model_file, budget=0)
     assert not streamed.weights.resident
     tokens = [1, *streamed.vocabulary.encode(TEXT)][:40]
     torch.testing.assert_close(
@@ -315,3 +315,26 @@ def test_a_file_larger_than_memory_gives_the_same_logits(
     )
     # Generation goes through the path that reads single rows.
     assert generate(streamed, "def ", 4).tokens == generate(resident, "def ", 4).tokens
+
+
+GROUP_LIMITS = {
+    "version 2": ("0::/job\n", "sys/fs/cgroup/job/memory.max"),
+    "version 2, nested": ("0::/job/step\n", "sys/fs/cgroup/job/memory.max"),
+    "version 1": ("4:memory:/job\n", "sys/fs/cgroup/memory/job/memory.limit_in_bytes"),
+    "version 1, nested": ("4:memory:/job/step\n", "sys/fs/cgroup/memory/job/memory.limit_in_bytes"),
+}
+
+
+@pytest.mark.parametrize(("groups", "file"), GROUP_LIMITS.values(), ids=GROUP_LIMITS)
+@pytest.mark.parametrize("fits", [True, False])
+def test_weights_stay_in_memory_by_the_containers_limit(
+    exact_bundle: Bundle, tmp_path: Path, groups: str, file: str, fits: bool
+) -> None:
+    infos = GGUFFile(exact_bundle.model_file).tensors.values()
+    needed = 4 * sum(math.prod(info.shape) for info in infos)
+    limit = 2 * needed if fits else needed
+    for name, text in ((file, f"{limit}\n"), ("proc/self/cgroup", groups)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    engine = Engine(exact_bundle.model_file, budget=weight_budget("cpu", tmp_path))
+    assert engine.weights.resident == fits

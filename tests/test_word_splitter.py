@@ -8,16 +8,17 @@ import time
 
 import pytest
 
-from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS, ByteLevelEncoder
-from gguf_export.tokens.mixed_texts import MIXED_TEXTS
-from gguf_export.tokens.word_splitter import (
+from gguf_export.tokens.encoders import (
     _DIGIT,
     _LETTER,
     _OTHER,
     _WHITESPACE,
+    BYTE_TOKENS,
+    ByteLevelEncoder,
     _kind,
     split_words,
 )
+from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
 
 WORDS = {
     "": [],

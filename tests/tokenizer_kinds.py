@@ -15,9 +15,8 @@ from gguf import GGUFWriter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.tokens.file_vocabulary import FileVocabulary
-from gguf_export.tokens.mixed_texts import MIXED_TEXTS
-from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
+from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
+from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary, read_file_vocabulary
 
 CORPUS = [TEXT * 20, *MIXED_TEXTS * 5]
 LLAMA_3 = (
@@ -130,7 +129,7 @@ def real_prompt_ids(program: Path, file: Path, text: str, directory: Path) -> li
     return [int(number) for number in printed]
 
 
-def file_of(vocabulary: Vocabulary, path: Path) -> FileVocabulary:
+def file_of(vocabulary: Vocabulary, path: Path) -> Vocabulary:
     """Write a PWRI file that holds a vocabulary alone, and read it."""
     writer = GGUFWriter(path, "llama")
     add_vocabulary(writer, vocabulary)
@@ -138,4 +137,4 @@ def file_of(vocabulary: Vocabulary, path: Path) -> FileVocabulary:
     writer.write_kv_data_to_file()
     writer.close()
     path.write_bytes(b"PWRI" + path.read_bytes()[4:])
-    return FileVocabulary(GGUFFile(path))
+    return read_file_vocabulary(GGUFFile(path))

@@ -7,7 +7,6 @@ ggml.c:ggml_compute_forward_mul_mat_axpy; ggml-cuda.cu asserts the same), so the
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 
 from common.errors import ExportError
-from gguf_export.pwri.schema import BLOCK
+from gguf_export.pwri.schema import BLOCK, HEAD, POSITIONS, parse_name
 
 OUTTYPES = {"f16": GGMLQuantizationType.F16, "q4_0": GGMLQuantizationType.Q4_0}
 """What `--outtype` and `--predictor-type` may be."""
@@ -28,7 +27,6 @@ PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
 }
 """Types whose elements are numpy's."""
 
-_FFN = re.compile(r"blk\.\d+\.(ffn_gate|ffn_up|ffn_down_t)\.weight")
 _QUANTIZE = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K)
 """What PowerInfer's own `quantize` gives the head of a Q4_0 file (llama.cpp:get_k_quant_type)."""
 
@@ -37,13 +35,6 @@ WRITABLE = {*PLAIN, GGMLQuantizationType.Q4_0}
 
 READABLE = {*WRITABLE, *_QUANTIZE}
 """Types whose numbers can be read."""
-
-HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
-"""Of these the head and positions stay F16: the head, whose rounding goes into every logit (as with
-`quantize --leave-output-tensor`), and OPT's positions, of which a token reads a single row. OPT's
-head is its embedding."""
-
-_PREDICTOR = (".fc1.weight", ".fc2.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +62,17 @@ class FileTypes:
     def of(self, name: str, shape: tuple[int, ...], head: str = HEAD) -> GGMLQuantizationType:
         """Return the type of a tensor.
 
+        The head stays F16, whose rounding goes into every logit (as with `quantize
+        --leave-output-tensor`), and so do OPT's positions, of which a token reads a single row.
+
         Args:
             name: its name in the file.
             shape: numpy order; vectors are F32.
-            head: the matrix that makes logits, where it is another.
+            head: the matrix that makes logits, where it is another: OPT's is its embedding.
         """
         if len(shape) == 1:
             return GGMLQuantizationType.F32
-        if name.endswith(_PREDICTOR):
+        if parse_name(name).role == "predictor":
             return OUTTYPES[self.predictors]
         left = name in (head, POSITIONS)
         return GGMLQuantizationType.F16 if left else OUTTYPES[self.weights]
@@ -100,7 +94,7 @@ def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, .
     if len(shape) == 1:
         return (GGMLQuantizationType.F32,)
     both = tuple(OUTTYPES.values())
-    return both if _FFN.fullmatch(name) else (*both, *_QUANTIZE)
+    return both if parse_name(name).neurons else (*both, *_QUANTIZE)
 
 
 def row_block(kind: GGMLQuantizationType) -> int:

@@ -25,9 +25,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from common.errors import ExportError
 from common.files import atomic_path
-from gguf_export.pwri.gpu_split import F16_GROUPS, Groups
+from gguf_export.pwri.gpu_split import F16_GROUPS, Groups, groups_of
 from gguf_export.pwri.reader import GGUFFile, TensorInfo
-from gguf_export.pwri.schema import ALIGNMENT, SPARSE_MAGIC
+from gguf_export.pwri.schema import ALIGNMENT, DOWN, SPARSE_MAGIC
 
 INDEX_ARCHITECTURE = "generic.gpu_index"
 CAPACITY_KEY = "split.vram_capacity"
@@ -47,6 +47,12 @@ whose name the `gguf` package knows it, and moved int32 to 26, which PowerInfer 
 def index_path(model_file: Path) -> Path:
     """Return where PowerInfer looks for a model's index."""
     return model_file.with_name(f"{model_file.name}.generated.gpuidx")
+
+
+def file_groups(file: GGUFFile) -> Groups:
+    """Return what PowerInfer's kernels need for the type of a file's FFN."""
+    down = file.tensors.get(f"blk.0.{DOWN}.weight")
+    return F16_GROUPS if down is None else groups_of(down.kind)
 
 
 def write_gpu_index(

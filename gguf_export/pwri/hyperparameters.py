@@ -128,6 +128,8 @@ def _check(file: GGUFFile, found: Hyperparameters) -> None:
     sizes_fit = found.d_model and found.n_layers and found.context_length
     if not (heads_fit and sizes_fit) or found.d_model % BLOCK or found.d_ff < SMALLEST_D_FF:
         raise file.error(f"sizes do not fit together ({found})")
+    if found.n_layers > len(file.tensors):
+        raise file.error(f"block_count is {found.n_layers}, more than there are tensors")
     constants_fit = (
         0 <= found.norm_eps < 1
         and (0 < found.rope_theta < math.inf or not found.graph.rotary)

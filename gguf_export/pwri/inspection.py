@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,22 @@ from typing import Any
 import numpy as np
 from gguf import GGUFValueType
 
+from common.errors import printable
 from gguf_export.pwri.reader import GGUFFile, TensorInfo, Value
-from gguf_export.pwri.schema import DENSE_MAGIC, SPARSE_MAGIC, VERSION
+from gguf_export.pwri.schema import DENSE_MAGIC, FC1, SPARSE_MAGIC, VERSION, Role, parse_name
 
 _SHOWN_CHARACTERS = 120
 _SHOWN_ELEMENTS = 5
-_KINDS = (
-    ("predictors", r"blk\.[0-9]+\.fc[12]\.weight"),
-    ("norms", r"(blk\.[0-9]+\.)?[a-z_]+_norm(_[0-9]+)?\.(weight|bias)"),
-    ("attention", r"blk\.[0-9]+\.attn_.*"),
-    ("ffn", r"blk\.[0-9]+\.ffn_.*"),
-    ("embeddings_and_output", r"(token_embd|position_embd|output)\.(weight|bias)"),
-    ("other", r"(?s:.*)"),
-)
-"""Kinds of tensors and their names; the first that fits counts."""
-_FC1 = re.compile(r"blk\.([0-9]{1,9})\.fc1\.weight")
-
-
-def printable(text: str, limit: int = _SHOWN_CHARACTERS) -> str:
-    """Return at most `limit` characters of `text` on one line, control characters escaped."""
-    cut = text if len(text) <= limit else text[:limit] + "…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+_KINDS: dict[Role | None, str] = {
+    "predictor": "predictors",
+    "norm": "norms",
+    "attention": "attention",
+    "ffn": "ffn",
+    "embedding": "embeddings_and_output",
+    "output": "embeddings_and_output",
+    None: "other",
+}
+"""What the kinds of tensors are called in a document."""
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
@@ -72,13 +66,15 @@ def _plain(element: Any) -> Any:
     """Return a value as JSON has it."""
     if isinstance(element, bytes):
         # A character takes at most four bytes; the rest would be cut anyway.
-        return printable(element[: 8 * _SHOWN_CHARACTERS].decode("utf-8", "replace"))
+        return printable(
+            element[: 8 * _SHOWN_CHARACTERS].decode("utf-8", "replace"), _SHOWN_CHARACTERS
+        )
     if isinstance(element, np.generic):
         element = element.item()
     return str(element) if isinstance(element, float) and not math.isfinite(element) else element
 
 
-def _value(value: Value) -> dict[str, Any]:
+def _value(value: Value) -> dict[str, object]:
     if value.element is None:
         return {"type": value.kind.name, "value": _plain(value.data)}
     return {
@@ -89,7 +85,7 @@ def _value(value: Value) -> dict[str, Any]:
     }
 
 
-def _tensor(info: TensorInfo) -> dict[str, Any]:
+def _tensor(info: TensorInfo) -> dict[str, object]:
     return {
         "name": printable(info.name, 2**16),
         "shape": list(info.shape),
@@ -103,16 +99,16 @@ def _ranks(file: GGUFFile) -> list[dict[str, int]]:
     """Return the rank of every layer that has a predictor, by layer."""
     ranks = []
     for name, info in file.tensors.items():
-        found = _FC1.fullmatch(name)
-        if found and len(info.shape) == 2:
-            ranks.append({"layer": int(found[1]), "rank": info.shape[0]})
+        layer = parse_name(name).layer
+        if layer is not None and name == FC1.format(layer=layer) and len(info.shape) == 2:
+            ranks.append({"layer": layer, "rank": info.shape[0]})
     return sorted(ranks, key=lambda row: row["layer"])
 
 
 def _bytes_by_kind(file: GGUFFile) -> dict[str, int]:
-    totals = {kind: 0 for kind, _ in _KINDS}
+    totals = dict.fromkeys(_KINDS.values(), 0)
     for name, info in file.tensors.items():
-        totals[next(kind for kind, names in _KINDS if re.fullmatch(names, name))] += info.size
+        totals[_KINDS[parse_name(name).role]] += info.size
     return totals
 
 
@@ -160,6 +156,6 @@ def _value_line(value: Mapping[str, Any]) -> str:
     return f"{value['length']:,} {value['element'].lower()}: {first}{more}"
 
 
-def _aligned(rows: Mapping[str, Any]) -> str:
+def _aligned(rows: Mapping[str, object]) -> str:
     width = min(48, max(map(len, rows), default=0))
     return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items())

@@ -16,24 +16,19 @@ compute buffers, for which PowerInfer keeps 256 MiB free if it is given no budge
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from common.errors import EXPORT_AGAIN, ExportError
 from common.units import GIB
+from gguf_export.pwri.hyperparameters import Hyperparameters
+from gguf_export.pwri.schema import DOWN, STEMS, parse_name
 
-_ATTENTION = ("attn_norm", "attn_norm_2", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output")
-_PREDICTOR = ("fc1", "fc2")
-_FFN_NORM = ("ffn_norm",)
-_PLACED = (*_ATTENTION, *_PREDICTOR, *_FFN_NORM)
-_FFN = ("ffn_gate", "ffn_up", "ffn_down_t")
-_OUTPUT = ("output_norm", "output")
-_ON_CPU = ("token_embd", "position_embd")
-_NAME = re.compile(r"(?:blk\.(\d{1,6})\.)?(\w+)\.(weight|bias)")
+_KV_BYTES = {"f16": 2, "f32": 4}
+_ORDER = {stem: number for number, stem in enumerate(STEMS)}
 
 KEPT_FREE = 256 << 20
 """VRAM that PowerInfer leaves free if it is given no budget (llama.cpp:llama_set_vram_budget)."""
@@ -77,7 +72,7 @@ class MemorySettings:
     n_layers: int
     kv_width: int
     n_ctx: int = 512
-    kv_type: Literal["f16", "f32"] = "f16"
+    kv_type: str = "f16"
 
     def __post_init__(self) -> None:
         """Refuse a budget below zero and an empty context."""
@@ -86,11 +81,23 @@ class MemorySettings:
         if self.n_ctx < 1:
             raise ExportError(f"context {self.n_ctx}: expected at least 1 token")
 
+    @classmethod
+    def of(
+        cls, hyper: Hyperparameters, *, budget: int, n_ctx: int = 512, kv_type: str = "f16"
+    ) -> MemorySettings:
+        """Return the settings for a file of these sizes."""
+        return cls(
+            budget=budget,
+            n_layers=hyper.n_layers,
+            kv_width=hyper.n_kv_heads * hyper.head_dim,
+            n_ctx=n_ctx,
+            kv_type=kv_type,
+        )
+
     @property
     def kv_half(self) -> int:
         """Bytes of all layers' keys, and as many of their values."""
-        item = 2 if self.kv_type == "f16" else 4
-        return self.n_layers * self.n_ctx * self.kv_width * item
+        return self.n_layers * self.n_ctx * self.kv_width * _KV_BYTES[self.kv_type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +158,9 @@ def plan_memory(tensors: Iterable[SizedTensor], settings: MemorySettings) -> Mem
         left -= tensor.size
         offloaded.append(tensor.name)
     kv_halves = 0
-    # One output tensor is enough for PowerInfer to call all layers offloaded (flush).
-    if any(name.startswith(_OUTPUT) for name in offloaded):
+    # One tensor of the output, which no layer has, is enough for PowerInfer to call all layers
+    # offloaded (flush).
+    if any(parse_name(name).layer is None for name in offloaded):
         kv_halves = min(2, left // settings.kv_half)
     return MemoryPlan(
         offloaded=tuple(offloaded),
@@ -168,29 +176,21 @@ def _sort(tensors: Iterable[SizedTensor]) -> tuple[list[SizedTensor], dict[int, 
     ranked: list[tuple[tuple[int, int, int, bool], SizedTensor]] = []
     rows: dict[int, dict[str, int]] = {}
     for tensor in tensors:
-        match = _NAME.fullmatch(tensor.name)
-        stem = match[2] if match else ""
-        layer = int(match[1]) if match and match[1] else None
-        bias = bool(match and match[3] == "bias")
-        if layer is not None and stem in _PLACED:
-            ranked.append(((_level(stem), layer, _PLACED.index(stem), bias), tensor))
-        elif layer is not None and stem in _FFN:
-            if not bias:
-                rows.setdefault(layer, {})[stem] = tensor.size // tensor.shape[0]
-        elif layer is None and stem in _OUTPUT:
-            ranked.append(((3, 0, _OUTPUT.index(stem), bias), tensor))
-        elif layer is not None or stem not in _ON_CPU:
+        name = parse_name(tensor.name)
+        stem, layer = name.known, name.layer or 0
+        if stem is None:
             raise ExportError(f"tensor {tensor.name}: PowerInfer has no place for it", EXPORT_AGAIN)
+        if stem.level is not None:
+            rank = (stem.level, layer, _ORDER[name.stem], name.part == "bias")
+            ranked.append((rank, tensor))
+        elif name.neurons:
+            rows.setdefault(layer, {})[name.stem] = tensor.size // tensor.shape[0]
     return [tensor for _, tensor in sorted(ranked, key=lambda item: item[0])], rows
-
-
-def _level(stem: str) -> int:
-    return 0 if stem in _ATTENTION else 1 if stem in _PREDICTOR else 2
 
 
 def _neuron_bytes(rows: dict[int, dict[str, int]], n_layers: int) -> Iterator[int]:
     for layer in range(n_layers):
         found = rows.get(layer, {})
-        if not {"ffn_up", "ffn_down_t"} <= found.keys():
+        if not {"ffn_up", DOWN} <= found.keys():
             raise ExportError(f"layer {layer} has no FFN matrices", EXPORT_AGAIN)
         yield sum(found.values()) + BUCKET_BYTES

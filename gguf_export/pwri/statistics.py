@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from architectures.tensor_files import is_plain, read_torch_file
 from common.errors import PredictorError
-from gguf_export.tensor_file import is_plain, read_tensor_file
+
+ACTIVATION_DIRECTORY = "activation"
+"""PowerInfer looks for its statistics under this name beside the model file."""
+
+
+def statistics_file(directory: Path, layer: int) -> Path:
+    """Return the file of a layer in such a directory."""
+    return directory / f"activation_{layer}.pt"
+
+
+def read_saved(file: Path) -> Any:
+    """Read a `.pt` file as PowerInfer's own tools write and read it.
+
+    Raises:
+        PredictorError: damaged, or it holds more than tensors.
+    """
+    try:
+        return read_torch_file(file)
+    except ValueError as error:
+        raise PredictorError(f"{file}: {error}", "fetch the predictors again") from error
 
 
 def _statistics(directory: Path, layer: int) -> Path:
-    return directory / "activation" / f"activation_{layer}.pt"
+    return statistics_file(directory / ACTIVATION_DIRECTORY, layer)
 
 
 def has_statistics(directory: Path, n_layers: int) -> bool:
@@ -26,7 +47,7 @@ def layer_statistics(directory: Path, layer: int) -> torch.Tensor:
         PredictorError: missing, damaged, or no counts.
     """
     file = _statistics(directory, layer)
-    counts = read_tensor_file(file)
+    counts = read_saved(file)
     if not (
         is_plain(counts) and counts.dim() == 1 and bool(((counts >= 0) & (counts < 2**62)).all())
     ):
@@ -42,7 +63,7 @@ def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Ten
     """
     if not has_statistics(directory, n_layers):
         raise PredictorError(
-            f"{directory}/activation: holds no statistics of {n_layers} layers",
+            f"{directory / ACTIVATION_DIRECTORY}: holds no statistics of {n_layers} layers",
             "export with predictors from psp train-predictor",
         )
     counts = [layer_statistics(directory, layer) for layer in range(n_layers)]

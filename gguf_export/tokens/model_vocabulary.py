@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any
 
 from architectures.tokenizer import RustTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
 from common.errors import ExportError
-from gguf_export.tokens.added_tokens import TokenizerFiles
-from gguf_export.tokens.byte_level_encoder import ByteLevelEncoder
-from gguf_export.tokens.byte_level_vocabulary import read_byte_level
-from gguf_export.tokens.json_tokenizer import JsonTokenizer
-from gguf_export.tokens.mixed_texts import share_differing
-from gguf_export.tokens.piece_encoder import PieceEncoder
-from gguf_export.tokens.ranked_vocabulary import read_ranked
+from gguf_export.tokens.json_vocabulary import JsonTokenizer, read_json_vocabulary
 from gguf_export.tokens.sentencepiece_vocabulary import read_sentencepiece
+from gguf_export.tokens.tokenizer_files import TokenizerFiles
 from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, Vocabulary, vocabulary_problems
 
+MIXED_TEXTS = (
+    "It was late. The lamps along the harbour had gone out one by one, and nobody spoke.",
+    "I'll say it isn't so; they've come, we're here, she'd know, he's gone, I'm sure.",
+    "In 1984 about 12,345.67 people (3.5 %) paid $99, i.e. 1/3 of 2²³ or ½ of it.",
+    "def f(x):\n    return [y ** 2 for y in range(x) if y % 3 == 0]  # squares\n",
+    "class Shop:\n\tname = 'shop'\n\n\tdef __init__(self, path=\"/tmp/x\"):\n\t\tself.p = path\n",
+    "for (int i = 0; i < n; ++i) {\n    sum += a[i] * b[i];\n}\n\n\n// done\r\nreturn sum;\r\n",
+    "SELECT name, age FROM people WHERE id IN (1, 22, 333) AND city <> 'Rome';",
+    '{"key": [1, 2.5e-3, null, true], "text": "a\\nb", "url": "https://example.org/?q=1&r=2"}',
+    "中文字符，夹杂 english 和数字123。预测神经元的激活。",
+    "日本語のテキストと、한국어 문장, и немного кириллицы; ελληνικά, עברית, العربية ١٢٣.",
+    "naïve Café, Ångström, e\u0301 \ufb01 \u2014 \u201cquotes\u201d \u2026 \u00a0nbsp\u200b",
+    "emoji 😀 👩\u200d👩\u200d👧 🏳️\u200d🌈 🇫🇷 ☃",
+    "control \x01\x02\x07\x1b[0m\x7f characters \ufeff\ufffd \x1c\x1f\x85 \u2028",
+    "   leading, trailing spaces   ",
+    "a  b   c    d\t\te \t f\n\n\ng \n h",
+    " ",
+    "\n",
+    "x",
+)
+"""Texts of many kinds, on which an exported tokenizer is measured against the model's own."""
 
-def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, Any] = {}) -> Vocabulary:
+
+def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = {}) -> Vocabulary:
     """Read a checkpoint's tokenizer: tokenizer.model, tokenizer.json or vocab.json and merges.txt.
 
     Args:
@@ -42,8 +59,7 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, Any] = {})
         file = tokenizer.file
         source = JsonTokenizer(file, tokenizer.document())
         source.check()
-        read = read_byte_level if source.byte_level else read_ranked
-        vocabulary = read(source, tokenizer, files, vocab_size)
+        vocabulary = read_json_vocabulary(source, tokenizer, files, vocab_size)
     else:
         file = path / "tokenizer.model"
         pieces = load_sentencepiece(path, vocab_size)
@@ -54,17 +70,9 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, Any] = {})
     return _measured(vocabulary, tokenizer)
 
 
-def text_encoder(vocabulary: Vocabulary) -> Callable[[str], list[int]]:
-    """Return PowerInfer's encoding of whole texts, without BOS, as its `perplexity` does it."""
-    if vocabulary.kind == BYTE_LEVEL:
-        return ByteLevelEncoder(vocabulary.ids, vocabulary.merges).encode
-    encoder = PieceEncoder(vocabulary.ids, vocabulary.scores)
-    return lambda text: encoder.encode(f" {text}".encode()) if text else []
-
-
 def _measured(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Vocabulary:
     """Add the share of ids that differ, on texts of many kinds."""
-    share = share_differing(text_encoder(vocabulary), tokenizer.encode)
+    share = share_differing(vocabulary.encode, tokenizer.encode)
     reasons, warnings = list(vocabulary.differences), list(vocabulary.warnings)
     if share and not reasons:
         reasons = ["PowerInfer's ids differ from those of the model's tokenizer"]
@@ -77,3 +85,27 @@ def _measured(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Vocabulary:
             f"no end-of-sequence id is known, PowerInfer takes {default}; add it to config.json"
         )
     return replace(vocabulary, differences=tuple(reasons), warnings=tuple(warnings))
+
+
+def share_differing(
+    ours: Callable[[str], list[int]],
+    theirs: Callable[[str], list[int]],
+    texts: tuple[str, ...] = MIXED_TEXTS,
+) -> float:
+    """Return the share of ids, of the longer list, that do not match when aligned in order.
+
+    Args:
+        ours: gives a text's ids.
+        theirs: gives its ids too.
+        texts: what to measure on, short ones: aligning takes quadratic time.
+    """
+    same, total = 0, 0
+    for text in texts:
+        mine, other = ours(text), theirs(text)
+        total += max(len(mine), len(other))
+        if mine == other:
+            same += len(mine)
+        else:
+            matcher = SequenceMatcher(None, mine, other, autojunk=False)
+            same += sum(block.size for block in matcher.get_matching_blocks())
+    return 1 - same / total if total else 0.0

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
-from common.errors import CheckpointError, ExportError
-from gguf_export.tokens.added_tokens import AddedToken, TokenizerFiles
-from gguf_export.tokens.vocabulary import NONE, PIECES, Vocabulary, lay_out
+from common.errors import ExportError
+from gguf_export.tokens.tokenizer_files import TokenizerFiles, lay_out
+from gguf_export.tokens.vocabulary import PIECES, Vocabulary
 
 if TYPE_CHECKING:
     import sentencepiece
 
 _PADDING_SCORE = -1000.0
 _BPE, _USER_DEFINED = 2, 4
-_REPLACEABLE = (TokenType.CONTROL, TokenType.UNUSED, TokenType.UNKNOWN)
 
 
 def read_sentencepiece(
@@ -53,54 +52,20 @@ def read_sentencepiece(
         number: (tokenizer.id_to_piece(number).encode(), _type(tokenizer, number))
         for number in range(size)
     }
-    beyond = place_added(file, files.added, found, vocab_size)
-    tokens, types = lay_out(found, vocab_size)
-    scores = [tokenizer.get_score(number) for number in range(size)]
-    ids = {token: number for number, token in enumerate(tokens)}
-    eos, unk, padding = (files.special_id(kind, ids) for kind in ("eos", "unk", "pad"))
-    return Vocabulary(
+    vocabulary = lay_out(
+        file,
+        files,
+        found,
+        vocab_size,
         kind=PIECES,
-        tokens=tokens,
-        types=types,
-        scores=scores + [_PADDING_SCORE] * (vocab_size - size),
-        merges=[],
         bos_id=tokenizer.bos_id(),
-        eos_id=tokenizer.eos_id() if eos is None else eos,
-        unk_id=tokenizer.unk_id() if unk is None else unk,
-        pad_id=NONE if padding is None else padding,
+        eos_id=tokenizer.eos_id(),
+        unk_id=tokenizer.unk_id(),
         add_bos=files.add_bos,
-        differences=tuple(traits.differences()),
-        warnings=tuple(beyond),
     )
-
-
-def place_added(
-    file: Path, added: Mapping[int, AddedToken], found: dict[int, tuple[bytes, int]], rows: int
-) -> list[str]:
-    """Put added tokens at their ids among `found`, text and type by id.
-
-    Returns:
-        A warning for each that has no row.
-
-    Raises:
-        CheckpointError: one whose id belongs to an ordinary token of another text.
-    """
-    warnings: list[str] = []
-    for number, token in sorted(added.items()):
-        if number >= rows:
-            warnings.append(f"token {token.content!r} has id {number}, beyond the model's rows")
-            continue
-        text = token.content.encode("utf-8", "replace")
-        held, kind = found.get(number, (text, int(TokenType.NORMAL)))
-        if held != text and kind not in _REPLACEABLE:
-            raise CheckpointError(
-                f"{file}: id {number} is token {held.decode('utf-8', 'replace')!r}, an added token "
-                f"calls it {token.content!r}",
-                "use the model's own tokenizer files",
-            )
-        if held != text or kind in (TokenType.NORMAL, TokenType.USER_DEFINED):
-            found[number] = text, token.type
-    return warnings
+    scores = [tokenizer.get_score(number) for number in range(size)]
+    scores += [_PADDING_SCORE] * (vocab_size - size)
+    return replace(vocabulary, scores=scores, differences=tuple(traits.differences()))
 
 
 def _type(tokenizer: sentencepiece.SentencePieceProcessor, number: int) -> int:

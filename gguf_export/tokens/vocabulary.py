@@ -1,15 +1,28 @@
-"""A vocabulary as PowerInfer reads it: what its keys hold, and what would stop PowerInfer."""
+"""A vocabulary as PowerInfer has it: its keys, what would stop PowerInfer, texts to ids and back.
+
+Source: PowerInfer@d3ebd7c llama.cpp:llm_load_vocab, llama_tokenize_internal and
+llama_token_to_piece.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
-from gguf import TokenType
+from gguf import GGUFValueType, TokenType
 
-from gguf_export.tokens.byte_level_encoder import BYTE_TOKENS
+from common.errors import DataError
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.tokens.encoders import (
+    BYTE_TOKENS,
+    SPACE,
+    ByteLevelEncoder,
+    PieceEncoder,
+    characters,
+)
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -21,6 +34,9 @@ BYTE_LEVEL = "gpt2"
 BYTE_PIECES = tuple(b"<0x%02X>" % byte for byte in range(256))
 NONE = -1
 
+_UNKNOWN = "\u2585".encode()
+_BYTES = {character: bytes([byte]) for byte, character in enumerate(BYTE_TOKENS)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -30,9 +46,9 @@ class Vocabulary:
         kind: `PIECES` or `BYTE_LEVEL`.
         tokens: UTF-8 text of each token; byte-level ones in GPT-2's alphabet of bytes.
         types: `gguf.TokenType` of each.
+        bos_id: begin-of-sequence id.
         scores: SentencePiece score of each; empty for byte-level BPE.
         merges: `left right` by rank; empty for pieces.
-        bos_id: begin-of-sequence id.
         eos_id: end-of-sequence id, or -1.
         unk_id: unknown id, or -1.
         pad_id: padding id, or -1.
@@ -45,9 +61,9 @@ class Vocabulary:
     kind: str
     tokens: list[bytes]
     types: list[int]
-    scores: list[float]
-    merges: list[bytes]
     bos_id: int
+    scores: list[float] = field(default_factory=list)
+    merges: list[bytes] = field(default_factory=list)
     eos_id: int = NONE
     unk_id: int = NONE
     pad_id: int = NONE
@@ -59,6 +75,130 @@ class Vocabulary:
     def ids(self) -> dict[bytes, int]:
         """The id of each token."""
         return {token: number for number, token in enumerate(self.tokens)}
+
+    @cached_property
+    def encoder(self) -> PieceEncoder | ByteLevelEncoder:
+        """PowerInfer's way of finding them in texts."""
+        if self.kind == BYTE_LEVEL:
+            return ByteLevelEncoder(self.ids, self.merges)
+        return PieceEncoder(self.ids, self.scores)
+
+    def mark_control(self) -> None:
+        """Give BOS, EOS and padding the type of control tokens, which print nothing."""
+        for number in (self.bos_id, self.eos_id, self.pad_id):
+            if number != NONE and self.types[number] == TokenType.NORMAL:
+                self.types[number] = int(TokenType.CONTROL)
+
+    @property
+    def bos(self) -> int | None:
+        """The id that PowerInfer puts before texts: BOS before pieces, whatever the keys say."""
+        return self.bos_id if self.kind == PIECES else None
+
+    @property
+    def _begin(self) -> list[int]:
+        return [] if self.bos is None else [self.bos]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids that PowerInfer's `perplexity` makes of a text, BOS included."""
+        return [*self._begin, *self.encode(text)]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the ids that PowerInfer's `main` makes of a prompt, BOS included.
+
+        Texts of special tokens become these tokens. Where several begin at the same place the
+        longest counts here, in PowerInfer the first of a hash table.
+        """
+        ids = [*self._begin]
+        for part in self._partition(_to_bytes(prompt)):
+            ids += [part] if isinstance(part, int) else self._encode(part)
+        return ids or [self.bos_id]
+
+    def encode(self, text: str, *, space_prefix: bool = True) -> list[int]:
+        """Return the token ids of `text`, without BOS.
+
+        Args:
+            text: any text.
+            space_prefix: put a space in front, as PowerInfer's `perplexity` does for pieces and its
+                `main` does not (it parses special tokens, which turns the prefix off).
+
+        Raises:
+            DataError: a text that is no UTF-8, at which PowerInfer stops with byte-level tokens.
+        """
+        if not text:
+            return []
+        return self._encode(_to_bytes(" " * (space_prefix and self.kind == PIECES) + text))
+
+    def _encode(self, data: bytes) -> list[int]:
+        encoder = self.encoder
+        if isinstance(encoder, PieceEncoder):
+            return encoder.encode(data)
+        try:
+            return encoder.encode(data.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"the text is no UTF-8 ({error.reason}), at which PowerInfer stops with this "
+                "model's tokenizer",
+                "convert it",
+            ) from error
+
+    @cached_property
+    def special_tokens(self) -> dict[bytes, int]:
+        """Tokens that `main` finds whole in prompts: those that no two other tokens make up.
+
+        Their types do not matter (llm_load_vocab, special_tokens_cache).
+        """
+        return {token: number for token, number in self.ids.items() if self._whole(token)}
+
+    def _whole(self, token: bytes) -> bool:
+        parts, ids, sizes = characters(token), self.ids, self._sizes
+        return len(parts) > 1 and not any(
+            at in sizes and len(token) - at in sizes and token[:at] in ids and token[at:] in ids
+            for at in accumulate(map(len, parts[:-1]))
+        )
+
+    @cached_property
+    def _sizes(self) -> set[int]:
+        return set(map(len, self.tokens))
+
+    def _partition(self, data: bytes) -> Iterator[bytes | int]:
+        """Cut a prompt at special tokens."""
+        sizes = {len(token) for token in self.special_tokens if len(token) <= len(data)}
+        start = at = 0
+        while at < len(data):
+            pieces = (data[at : at + size] for size in sorted(sizes, reverse=True))
+            found = next((piece for piece in pieces if piece in self.special_tokens), None)
+            if found is None:
+                at += 1
+                continue
+            if start < at:
+                yield data[start:at]
+            yield self.special_tokens[found]
+            start = at = at + len(found)
+        if start < len(data):
+            yield data[start:]
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """Return the text of token ids as bytes; control tokens give nothing."""
+        return b"".join(self._piece(number) for number in ids)
+
+    def _piece(self, number: int) -> bytes:
+        kind, token = self.types[number], self.tokens[number]
+        if self.kind == BYTE_LEVEL:
+            spelt = token.decode() if kind == TokenType.NORMAL else ""
+            return b"".join(_BYTES[character] for character in spelt)
+        if kind == TokenType.NORMAL:
+            return token.replace(SPACE, b" ")
+        if kind == TokenType.BYTE:
+            return bytes([int(token[3:5], 16)])
+        return _UNKNOWN if kind == TokenType.UNKNOWN else b""
+
+
+def _to_bytes(text: str) -> bytes:
+    """Return a text's bytes; bytes that are no UTF-8 come as Python's surrogate escapes."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise DataError("the text holds half of a surrogate pair", "mend its encoding") from error
 
 
 def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
@@ -82,29 +222,44 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
         writer.add_add_bos_token(vocabulary.add_bos)
 
 
-def lay_out(found: Mapping[int, tuple[bytes, int]], rows: int) -> tuple[list[bytes], list[int]]:
-    """Return tokens and types of all rows; rows without a token get an unused one.
+def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
+    """Read the keys back.
 
-    Args:
-        found: text and type by id.
-        rows: rows of the embedding.
+    Raises:
+        FormatError: they are missing, of other types or lengths, or of another kind, or PowerInfer
+            would stop at them.
     """
-    taken = {token for token, _ in found.values()}
-    tokens, types = [], []
-    for number in range(rows):
-        token, kind = found.get(number, (f"<pad_{number}>".encode(), int(TokenType.UNUSED)))
-        while number not in found and token in taken:
-            token = b"<" + token + b">"
-        tokens.append(token)
-        types.append(kind)
-    return tokens, types
+    kind = file.value("tokenizer.ggml.model", GGUFValueType.STRING)
+    if kind not in (PIECES, BYTE_LEVEL):
+        raise file.error(
+            f"tokenizer {kind!r} is not supported, expected {PIECES!r} or {BYTE_LEVEL!r}"
+        )
 
+    def array(name: str, element: GGUFValueType) -> Any:
+        return file.value(f"tokenizer.ggml.{name}", GGUFValueType.ARRAY, element)
 
-def mark_control(types: list[int], *numbers: int | None) -> None:
-    """Give special ids, where they are known, the type of control tokens, which print nothing."""
-    for number in numbers:
-        if number is not None and types[number] == TokenType.NORMAL:
-            types[number] = int(TokenType.CONTROL)
+    def number(name: str) -> int:
+        key = f"tokenizer.ggml.{name}_token_id"
+        return file.value(key, GGUFValueType.UINT32) if key in file.values else NONE
+
+    tokens = array("tokens", GGUFValueType.STRING)
+    merges = array("merges", GGUFValueType.STRING) if kind == BYTE_LEVEL else []
+    scores = array("scores", GGUFValueType.FLOAT32).tolist() if kind == PIECES else []
+    vocabulary = Vocabulary(
+        kind=kind,
+        tokens=tokens,
+        types=array("token_type", GGUFValueType.INT32).tolist(),
+        scores=scores,
+        merges=merges,
+        bos_id=file.value("tokenizer.ggml.bos_token_id", GGUFValueType.UINT32),
+        eos_id=number("eos"),
+        unk_id=number("unknown"),
+        pad_id=number("padding"),
+    )
+    problem = next(vocabulary_problems(vocabulary), None)
+    if problem is not None:
+        raise file.error(problem)
+    return vocabulary
 
 
 def vocabulary_problems(vocabulary: Vocabulary) -> Iterator[str]:

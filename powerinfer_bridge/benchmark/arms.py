@@ -14,8 +14,7 @@ from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.subject import Subject, element_type
-from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.generate import generate
+from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import Phase, RunSample
 

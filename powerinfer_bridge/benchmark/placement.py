@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from common.errors import FormatError
-from gguf_export.pwri.gpu_index import read_gpu_index
-from gguf_export.pwri.gpu_split import captured_share, groups_of, split_bytes
+from gguf_export.pwri.gpu_index import file_groups, read_gpu_index
+from gguf_export.pwri.gpu_split import captured_share, split_bytes
 from gguf_export.pwri.memory_plan import (
     BUCKET_BYTES,
     KEPT_FREE,
@@ -66,7 +66,7 @@ def read_hot_neurons(subject: Subject) -> HotNeurons:
         counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     if subject.index is None:
         return HotNeurons(counts=counts)
-    groups = groups_of(subject.file.tensors["blk.0.ffn_down_t.weight"].kind)
+    groups = file_groups(subject.file)
     try:
         chosen, capacity = read_gpu_index(subject.index, hyper.n_layers, hyper.d_ff, groups)
     except FormatError as error:
@@ -134,12 +134,7 @@ def place(subject: Subject, hot: HotNeurons, budget: int | None, room: int) -> d
         room: tokens of context of the runs.
     """
     hyper = subject.engine.hyper
-    settings = MemorySettings(
-        budget=budget or 0,
-        n_layers=hyper.n_layers,
-        kv_width=hyper.n_kv_heads * hyper.head_dim,
-        n_ctx=room,
-    )
+    settings = MemorySettings.of(hyper, budget=budget or 0, n_ctx=room)
     plan = plan_memory(subject.file.tensors.values(), settings)
     total, gpu = dict.fromkeys(PLACED_KINDS, 0), dict.fromkeys(PLACED_KINDS, 0)
     for name, info in subject.file.tensors.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.documents import read_documents
 from common.errors import DataError
-from gguf_export.tokens.file_vocabulary import FileVocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
 
 
@@ -52,9 +52,7 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def room_for(
-    prompts: list[str], vocabulary: FileVocabulary, generate: int, context_length: int
-) -> int:
+def room_for(prompts: list[str], vocabulary: Vocabulary, generate: int, context_length: int) -> int:
     """Return the tokens that the longest prompt and its continuation take.
 
     Raises:

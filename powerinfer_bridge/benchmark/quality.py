@@ -156,7 +156,7 @@ class QualityRun:
         checkpoint = Checkpoint.open(str(self.config.model))
         vocabulary = self.subject.engine.vocabulary
         ids = vocabulary.text_ids(self.text.removesuffix("\n"))  # as PowerInfer reads files
-        bos = vocabulary.bos_id if vocabulary.add_bos else None
+        bos = vocabulary.bos
         windows = perplexity_windows(ids, bos, self.context, self.config.chunks)
         model = load_model(checkpoint, dtype=torch.float32, device="cpu")
 

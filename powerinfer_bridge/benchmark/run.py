@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from common.documents import read_text
+from common.documents import read_text, sample_text
 from common.version import tool_version
 from powerinfer_bridge.benchmark.arms import DENSE_LLAMA_CPP, DENSE_POWERINFER, make_arms
 from powerinfer_bridge.benchmark.document import KIND, SCHEMA, SCHEMA_VERSION
@@ -31,7 +31,6 @@ from powerinfer_bridge.benchmark.shape import problems
 from powerinfer_bridge.benchmark.subject import Subject, architecture, open_subject
 from powerinfer_bridge.benchmark.summary import summarise_speeds, summarise_texts
 from powerinfer_bridge.benchmark.warnings import Circumstances, find_warnings
-from powerinfer_bridge.sample_text import sample_text
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:

@@ -15,11 +15,11 @@ from common.errors import FormatError, PredictorError, PspError
 from common.files import read_json
 from common.machine import Gpu
 from common.units import GIB, size
-from gguf_export.pwri.gpu_index import index_path, read_gpu_index
-from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of, split_bytes
+from gguf_export.contract import OpenedFile
+from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
+from gguf_export.pwri.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
 from gguf_export.pwri.statistics import read_statistics
-from powerinfer_bridge.contract import Subject
 from powerinfer_bridge.doctor.finding import (
     Finding,
     from_error,
@@ -42,12 +42,12 @@ _SORTED_AS_TEXT = 10
 """Up to so many layers, file names sorted as text come in the order of the layers."""
 
 
-def check_companions(subject: Subject, gpus: Sequence[Gpu]) -> Iterator[Finding]:
+def check_companions(opened: OpenedFile, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Judge what lies beside a sound file, each on the ground of the others."""
-    path, hyper = subject.path, subject.hyper
+    path, hyper = opened.path, opened.hyper
     facts = read_statistics_facts(path, hyper.n_layers, hyper.d_ff)
     yield from statistics_findings(facts, has_gpu=bool(gpus))
-    yield from guarded("GPU index", lambda: check_index(subject, facts.counts, gpus))
+    yield from guarded("GPU index", lambda: check_index(opened, facts.counts, gpus))
     yield from guarded(
         "predictors",
         lambda: directory_findings(read_directory(path), hyper.n_layers, hyper.threshold),
@@ -144,40 +144,40 @@ class IndexFacts:
 
 
 def check_index(
-    subject: Subject, counts: Sequence[torch.Tensor] | None, gpus: Sequence[Gpu]
+    opened: OpenedFile, counts: Sequence[torch.Tensor] | None, gpus: Sequence[Gpu]
 ) -> Iterator[Finding]:
     """Read the index beside a file, or say what follows from its absence."""
-    path = index_path(subject.path)
+    path = index_path(opened.path)
     memory = max((gpu.memory for gpu in gpus), default=0)
     if not os.path.lexists(path):
         yield absent(
-            subject.path,
-            len(subject.layers),
+            opened.path,
+            opened.hyper.n_layers,
             has_statistics=counts is not None,
             has_gpu=bool(gpus),
             memory=memory,
         )
         return
     try:
-        facts = read_index_facts(subject, path, counts, memory)
+        facts = read_index_facts(opened, path, counts, memory)
     except FormatError as error:
-        yield problem("GPU index", error.problem, remake(subject.path, memory, force=True))
+        yield problem("GPU index", error.problem, remake(opened.path, memory, force=True))
         return
-    yield from index_findings(facts, subject.path)
+    yield from index_findings(facts, opened.path)
 
 
 def read_index_facts(
-    subject: Subject, path: Path, counts: Sequence[torch.Tensor] | None, memory: int
+    opened: OpenedFile, path: Path, counts: Sequence[torch.Tensor] | None, memory: int
 ) -> IndexFacts:
     """Read an index and compare it.
 
     Raises:
         FormatError: damaged, of another model, or one that PowerInfer would refuse or misread.
     """
-    d_ff, layers = subject.hyper.d_ff, len(subject.layers)
-    groups = groups_of(subject.file.tensors["blk.0.ffn_down_t.weight"].kind)
+    d_ff, layers = opened.hyper.d_ff, opened.hyper.n_layers
+    groups = file_groups(opened.file)
     chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
-    plan = _plan(subject, max(0, memory - KEPT_FREE))
+    plan = _plan(opened, max(0, memory - KEPT_FREE))
     share = best = None
     if counts is not None:
         share = captured_share(counts, chosen)
@@ -188,7 +188,7 @@ def read_index_facts(
         total=layers * d_ff,
         capacity=capacity,
         needed=split_bytes(chosen, plan.bytes_per_neuron),
-        older=path.stat().st_mtime < subject.path.stat().st_mtime,
+        older=path.stat().st_mtime < opened.path.stat().st_mtime,
         share=share,
         best=best,
         memory=memory,
@@ -196,12 +196,9 @@ def read_index_facts(
     )
 
 
-def _plan(subject: Subject, budget: int) -> MemoryPlan:
-    hyper = subject.hyper
-    settings = MemorySettings(
-        budget=budget, n_layers=hyper.n_layers, kv_width=hyper.n_kv_heads * hyper.head_dim
-    )
-    return plan_memory(subject.file.tensors.values(), settings)
+def _plan(opened: OpenedFile, budget: int) -> MemoryPlan:
+    settings = MemorySettings.of(opened.hyper, budget=budget)
+    return plan_memory(opened.file.tensors.values(), settings)
 
 
 def absent(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from common.errors import printable
 from common.machine import Gpu, Gpus, read_gpus, read_memory, read_processor, usable_threads
 from common.typed_json import plain
 from common.version import tool_version
-from gguf_export.pwri.inspection import printable
 from powerinfer_bridge.doctor.environment import (
     gpu_findings,
     memory_findings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -11,44 +11,32 @@ from shlex import quote
 from gguf import GGUFValueType
 
 from architectures.checkpoint import Checkpoint
-from common.errors import CheckpointError, FormatError, PspError
+from common.errors import CheckpointError, FormatError, PspError, printable
 from common.machine import Gpu
 from common.units import size
-from gguf_export.pwri.inspection import printable
+from gguf_export.contract import OpenedFile, Report, check_structure
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.pwri.schema import SMALLEST_D_FF
-from powerinfer_bridge.contract import Report, Subject, check_structure
+from gguf_export.pwri.schema import FINGERPRINT_KEY, SMALLEST_D_FF
 from powerinfer_bridge.doctor.companions import check_companions
 from powerinfer_bridge.doctor.finding import Finding, Status, from_error, ok, problem, warning
 
-FINGERPRINT_KEY = "psp.model_fingerprint"
 _F16_BYTES = 2
 _SMALLEST_RANK = 32
 
 
 def check_file(path: Path, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Judge a file; what lies beside it only if the file itself is sound."""
-    subject = Subject(path)
-    findings = list(file_findings(subject))
+    opened = OpenedFile(path)
+    findings = list(file_findings(opened))
     yield from findings
     if all(finding.status is not Status.PROBLEM for finding in findings):
-        yield from check_companions(subject, gpus)
+        yield from check_companions(opened, gpus)
 
 
-@dataclass
-class HeaderReport(Report):
-    """The checks of `contract.check_structure` that the header alone decides."""
-
-    def check(self, name: str, run: Callable[[], str], *needs: str) -> None:
-        """Run a check unless it reads every number, or is that of the GPU index."""
-        if not name.endswith(" finite") and name != "gpu index":
-            super().check(name, run, *needs)
-
-
-def file_findings(subject: Subject) -> Iterator[Finding]:
+def file_findings(opened: OpenedFile) -> Iterator[Finding]:
     """Judge a file by PowerInfer's contract, one problem for each thing that it breaks."""
     try:
-        file = subject.file
+        file = opened.file
     except PspError as error:
         yield from_error("file", error)
         return
@@ -60,12 +48,12 @@ def file_findings(subject: Subject) -> Iterator[Finding]:
             "use a model with a wider FFN",
         )
         return
-    report = HeaderReport(subject.path)
-    check_structure(report, subject)
+    report = Report(opened.path)
+    check_structure(report, opened, header_only=True)
     bad = list(_broken(report))
     yield from bad
     if not bad:
-        path, hyper, types = subject.path, subject.hyper, report.checks["types"].detail
+        path, hyper, types = opened.path, opened.hyper, report.checks["types"].detail
         yield ok(
             "file",
             f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "

@@ -9,41 +9,45 @@ and a stand-in; its speed says nothing about PowerInfer's.
 from __future__ import annotations
 
 import copy
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from common.decisions import DecisionCounts
 from common.errors import EngineError
+from common.machine import weight_budget
+from gguf_export.contract import OpenedFile, require_layout
 from gguf_export.pwri.graph import POSITION_OFFSET, POSITION_ROWS
-from gguf_export.pwri.hyperparameters import read_hyperparameters
-from gguf_export.pwri.reader import GGUFFile
-from gguf_export.tokens.file_vocabulary import FileVocabulary
-from powerinfer_bridge.engine.attention import Attention
-from powerinfer_bridge.engine.attention import KVCache as KVCache
+from powerinfer_bridge.engine.attention import Attention, KVCache
 from powerinfer_bridge.engine.feed_forward import FeedForward
-from powerinfer_bridge.engine.operators import Operators
-from powerinfer_bridge.engine.weights import Weights
+from powerinfer_bridge.engine.operators import Operators, Weights
 
 
 class Engine:
     """A sparse model loaded from a PWRI file."""
 
-    def __init__(self, path: Path, *, threshold: float | None = None) -> None:
+    def __init__(
+        self, path: Path, *, threshold: float | None = None, budget: int | None = None
+    ) -> None:
         """Open and check a file.
 
         Args:
             path: `*.powerinfer.gguf`.
             threshold: replaces the file's, as PowerInfer's environment variable
                 LLAMA_SPARSE_PRED_THRESHOLD does.
+            budget: bytes of weights, as float32, that may stay in memory; a larger model is read
+                from the file at every use. By default `common.machine.weight_budget`.
 
         Raises:
             FormatError: the file breaks the contract.
         """
-        file = GGUFFile(path)
-        self.hyper = read_hyperparameters(file)
-        self.vocabulary = FileVocabulary(file)
-        self.weights = Weights(file, self.hyper, len(self.vocabulary.tokens))
+        opened = OpenedFile(path)
+        self.hyper = opened.hyper
+        self.vocabulary = opened.vocabulary
+        require_layout(opened)
+        self.weights = Weights(opened.file, weight_budget() if budget is None else budget)
         self.threshold = self.hyper.threshold if threshold is None else threshold
         self.counts: list[DecisionCounts] | None = None
         self._operators = Operators(self.weights, self.hyper)
@@ -120,3 +124,39 @@ class Engine:
     def _ffn(self, layer: int, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
         counts = None if self.counts is None else self.counts[layer]
         return self._feed_forward(layer, residual, normed, self.threshold, counts)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A greedy continuation.
+
+    Attributes:
+        text: the continuation, without the prompt.
+        tokens: its ids.
+        seconds: time to decode all but the first token.
+    """
+
+    text: str
+    tokens: list[int]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, prompt excluded."""
+        return (len(self.tokens) - 1) / self.seconds
+
+
+def generate(engine: Engine, prompt: str, count: int) -> Generation:
+    """Continue a prompt greedily by `count` tokens (at least 2), end-of-sequence ignored.
+
+    The prompt is encoded as PowerInfer's `main` does, see `Vocabulary.prompt_ids`.
+    """
+    vocabulary = engine.vocabulary
+    cache = KVCache(engine.hyper.n_layers)
+    logits = engine.forward(vocabulary.prompt_ids(prompt), cache, last_only=True)
+    made = [int(logits.argmax())]
+    start = time.perf_counter()
+    while len(made) < count:
+        made.append(int(engine.forward(made[-1:], cache, last_only=True).argmax()))
+    seconds = time.perf_counter() - start
+    return Generation(vocabulary.decode(made).decode("utf-8", "replace"), made, seconds)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.decisions import DecisionCounts
-from powerinfer_bridge.engine.arithmetic import rounded
-from powerinfer_bridge.engine.operators import Operators
+from powerinfer_bridge.engine.operators import Operators, rounded
 
 
 class FeedForward:

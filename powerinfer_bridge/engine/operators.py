@@ -1,13 +1,72 @@
-"""Norms and matrix products as PowerInfer's CPU computes them."""
+"""The weights of an exported file, and the norms and matrix products that PowerInfer's CPU makes.
+
+The vector that multiplies a weight is rounded by the weight's type. Results are float32: a dot
+product of blocks is an exact sum of integers times both scales, which float32 reproduces up to the
+order of summation. Source: PowerInfer@d3ebd7c ggml.c:type_traits (`vec_dot_type`) and
+ggml-quants.c:quantize_row_q8_0, quantize_row_q8_K_reference.
+"""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from torch.nn import functional
 
 from gguf_export.pwri.hyperparameters import Hyperparameters
-from powerinfer_bridge.engine.arithmetic import rounded
-from powerinfer_bridge.engine.weights import Weights
+from gguf_export.pwri.reader import GGUFFile
+
+_Q8_0_BLOCK, _Q8_K_BLOCK = 32, 256
+
+
+class Weights:
+    """Gives out tensors as float32: kept in memory if they fit, else converted at every use."""
+
+    def __init__(self, file: GGUFFile, budget: int) -> None:
+        """Take a file whose tensors are those of its contract.
+
+        Args:
+            file: the opened file.
+            budget: bytes of weights, as float32, that may stay in memory.
+        """
+        self._file = file
+        elements = sum(math.prod(info.shape) for info in file.tensors.values())
+        self.resident = 4 * elements <= budget
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return tensor `name` (without `.weight`) as float32."""
+        return self._whole(f"{name}.weight")
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """Return the bias that goes with `name`, if there is one."""
+        return self._whole(f"{name}.bias") if f"{name}.bias" in self._file.tensors else None
+
+    def _whole(self, name: str) -> torch.Tensor:
+        kept = self._kept.get(name)
+        if kept is None:
+            kept = torch.from_numpy(self._file.tensor(name).astype(np.float32))
+            if self.resident:
+                self._kept[name] = kept
+        return kept
+
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """Return the type in which tensor `name` (without `.weight`) is stored."""
+        return self._file.tensors[f"{name}.weight"].kind
+
+    def width(self, name: str) -> float:
+        """Return the bytes that a number of tensor `name` (without `.weight`) takes."""
+        info = self._file.tensors[f"{name}.weight"]
+        return info.size / math.prod(info.shape)
+
+    def rows(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """Return the chosen rows of a matrix as float32."""
+        if self.resident:
+            return self(name)[index]
+        chosen = self._file.tensor(f"{name}.weight", index.numpy())
+        return torch.from_numpy(chosen.astype(np.float32))
 
 
 class Operators:
@@ -40,3 +99,32 @@ class Operators:
         if bias is not None and rows is not None:
             bias = bias[rows]
         return functional.linear(rounded(x, self.weights.kind(name)), matrix, bias)
+
+
+def rounded(x: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
+    """Round (..., n) float32 as ggml does before it multiplies with weights of type `kind`."""
+    if kind is GGMLQuantizationType.F16:
+        return to_f16(x)
+    return to_q8_k(x) if kind is GGMLQuantizationType.Q6_K else to_q8_0(x)
+
+
+def to_f16(x: torch.Tensor) -> torch.Tensor:
+    """Round float32 to the nearest float16 value, kept as float32."""
+    return x.half().float()
+
+
+def to_q8_0(x: torch.Tensor) -> torch.Tensor:
+    """Round to 8 bits in blocks of 32: the scale is a float16, ties go to even."""
+    blocks = x.reshape(-1, _Q8_0_BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0)
+    return ((blocks * inverse).round() * to_f16(largest / 127)).reshape(x.shape)
+
+
+def to_q8_k(x: torch.Tensor) -> torch.Tensor:
+    """Round to 8 bits in blocks of 256: the value of largest magnitude becomes -128."""
+    blocks = x.reshape(-1, _Q8_K_BLOCK)
+    extreme = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    inverse = torch.where(extreme != 0, -128 / extreme, 0)
+    numbers = (blocks * inverse).round().clamp(max=127)
+    return torch.where(inverse != 0, numbers / inverse, 0).reshape(x.shape)

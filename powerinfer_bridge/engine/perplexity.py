@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from common.errors import DataError
-from powerinfer_bridge.engine.engine import Engine, KVCache
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine
 
 
 def perplexity_windows(
@@ -75,8 +76,7 @@ def engine_perplexity(
     # PowerInfer drops one final newline when it reads the file (common.cpp, option -f).
     text = text.removesuffix("\n")
     vocabulary = engine.vocabulary
-    bos = vocabulary.bos_id if vocabulary.add_bos else None
-    windows = perplexity_windows(vocabulary.text_ids(text), bos, context, chunks)
+    windows = perplexity_windows(vocabulary.text_ids(text), vocabulary.bos, context, chunks)
 
     def evaluate(ids: list[int]) -> torch.Tensor:
         return engine.forward(ids, KVCache(engine.hyper.n_layers))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cost_model.model_bytes import LayerBytes, LayerPlace, ModelBytes, Place
-from gguf_export.pwri.gpu_split import captured_share, choose_neurons, groups_of
+from gguf_export.pwri.gpu_index import file_groups
+from gguf_export.pwri.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
@@ -52,8 +53,6 @@ class EstimatedFile:
         self.path = path
         self.file = GGUFFile(path)
         self.hyper: Hyperparameters = read_hyperparameters(self.file)
-        if self.hyper.n_layers > len(self.file.tensors):
-            raise self.file.error(f"{self.hyper.n_layers} layers are impossible")
         self.bytes = _model_bytes(self.file, self.hyper)
 
     @property
@@ -79,7 +78,7 @@ class EstimatedFile:
             PspError: a tensor that PowerInfer does not know, or no statistics beside the file.
         """
         plan = plan_memory(self.file.tensors.values(), self._settings(budget, context))
-        groups = groups_of(self.file.tensors["blk.0.ffn_down_t.weight"].kind)
+        groups = file_groups(self.file)
         chosen = choose_neurons(
             self.statistics, plan.bytes_per_neuron, plan.ffn_budget, groups=groups
         )
@@ -119,13 +118,7 @@ class EstimatedFile:
         )
 
     def _settings(self, budget: int, context: int) -> MemorySettings:
-        hyper = self.hyper
-        return MemorySettings(
-            budget=budget,
-            n_layers=hyper.n_layers,
-            kv_width=hyper.n_kv_heads * hyper.head_dim,
-            n_ctx=context,
-        )
+        return MemorySettings.of(self.hyper, budget=budget, n_ctx=context)
 
     def _placed_names(self) -> tuple[str, ...]:
         total = sum(info.size for info in self.file.tensors.values())

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError
+from common.errors import ExportError, printable
 from common.table import fact_table
-from gguf_export.pwri.inspection import printable
-from powerinfer_bridge.comparison import CompareSettings, check_model
-from powerinfer_bridge.contract import Report, Subject, check_structure
-
-_SMALL_BYTES = 64 << 20
-"""Files up to this size are also run when they are exported: seconds, not minutes."""
+from common.units import MIB
+from gguf_export.contract import OpenedFile, Report, check_structure
+from powerinfer_bridge.verify.comparison import CompareSettings, check_model
 
 
 def verify(
@@ -27,7 +22,7 @@ def verify(
     context: int = 256,
     chunks: int = 4,
     run: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Check a file, and compare it with its model if one is named.
 
     Args:
@@ -39,21 +34,20 @@ def verify(
         run: run both models too, for logits and perplexity.
 
     Returns:
-        A JSON-ready document: `ok` (all checks hold), `checks` with `name`, `ok` and a line of
-        `detail` each; with a model also `logit_spread`, `logit_difference_dense` and
+        The checks; with a model its figures are `logit_spread`, `logit_difference_dense` and
         `logit_difference_sparse` (largest), `ppl_dense`, `ppl_sparse` and `ppl_gap`, absent where
-        not measured and null where no finite number.
+        not measured and None where no finite number.
 
     Raises:
         CheckpointError: the model to compare with cannot be used.
     """
     checkpoint = None if model is None else Checkpoint.open(model)
-    report, subject = Report(path), Subject(path)
-    check_structure(report, subject)
+    report, opened = Report(path), OpenedFile(path)
+    check_structure(report, opened)
     if checkpoint is not None:
         settings = CompareSettings(max_ppl_gap=max_ppl_gap, context=context, chunks=chunks, run=run)
-        check_model(report, subject, checkpoint, settings)
-    return report.document()
+        check_model(report, opened, checkpoint, settings)
+    return report
 
 
 @dataclass
@@ -63,12 +57,14 @@ class ExportCheck:
     Attributes:
         model: checkpoint that it was made from.
         target: the name it is about to get.
-        document: what was found, see `verify`.
+        most_bytes: files up to this size are also run: seconds, not minutes.
+        report: what was found; None before.
     """
 
     model: str
     target: Path
-    document: dict[str, Any] = field(default_factory=dict)
+    most_bytes: int = 64 * MIB
+    report: Report | None = None
 
     def __call__(self, path: Path) -> None:
         """Verify the file under its temporary name.
@@ -76,20 +72,20 @@ class ExportCheck:
         Raises:
             ExportError: a check failed.
         """
-        found = verify(path, self.model, run=path.stat().st_size <= _SMALL_BYTES)
-        for check in found["checks"]:
-            if not check["ok"]:
+        found = verify(path, self.model, run=path.stat().st_size <= self.most_bytes)
+        for name, outcome in found.checks.items():
+            if not outcome.ok:
                 raise ExportError(
-                    f"{self.target}: the written file failed verification at '{check['name']}' "
-                    f"({check['detail']}) and was not kept",
+                    f"{self.target}: the written file failed verification at '{name}' "
+                    f"({outcome.line}) and was not kept",
                     "report this, or look into the file with --no-verify and 'psp verify'",
                 )
-        self.document = {**found, "file": str(self.target)}
+        self.report = replace(found, path=self.target)
 
     @property
     def hint(self) -> str:
         """What was left out, and how to do it; empty if nothing was."""
-        if "ppl_gap" in self.document:
+        if self.report is None or "ppl_gap" in self.report.figures:
             return ""
         return (
             "logits and perplexity were not compared, which takes a while; run "
@@ -97,10 +93,10 @@ class ExportCheck:
         )
 
 
-def verification_table(document: Mapping[str, Any]) -> str:
-    """Return a document of `verify` as text."""
-    checks = document["checks"]
-    lines = {c["name"]: f"{'ok    ' if c['ok'] else 'FAILED'}  {c['detail']}" for c in checks}
-    failed = sum(not check["ok"] for check in checks)
+def verification_table(report: Report) -> str:
+    """Return the checks as text."""
+    checks = report.checks
+    lines = {n: f"{'ok    ' if c.ok else 'FAILED'}  {c.line}" for n, c in checks.items()}
+    failed = sum(not outcome.ok for outcome in checks.values())
     verdict = f"{failed} of {len(checks)} checks failed" if failed else "all checks hold"
-    return f"{fact_table(lines)}\n\n{printable(document['file'], 1000)}: {verdict}"
+    return f"{fact_table(lines)}\n\n{printable(str(report.path), 1000)}: {verdict}"

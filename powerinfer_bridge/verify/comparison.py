@@ -19,19 +19,18 @@ from architectures.model import load_model
 from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
 from architectures.tokenizer import RustTokenizer, load_tokenizer
+from common.documents import sample_text
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
+from gguf_export.contract import RUNNABLE, OpenedFile, Report
 from gguf_export.pwri.element_types import WRITABLE, decode, encode
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.pwri.schema import DENSE_THRESHOLD
-from gguf_export.tokens.byte_level_encoder import spell
-from gguf_export.tokens.mixed_texts import share_differing
-from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.pwri.schema import DENSE_THRESHOLD, FINGERPRINT_KEY
+from gguf_export.tokens.encoders import spell, split_words
+from gguf_export.tokens.model_vocabulary import read_vocabulary, share_differing
 from gguf_export.tokens.vocabulary import BYTE_LEVEL
-from gguf_export.tokens.word_splitter import split_words
-from powerinfer_bridge.contract import RUNNABLE, Report, Subject
-from powerinfer_bridge.engine.engine import KVCache
+from powerinfer_bridge.engine.attention import KVCache
+from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
-from powerinfer_bridge.sample_text import sample_text
 
 LOGIT_TOLERANCE = 0.05
 """Largest difference between the engine's and transformers' logits, in standard deviations of the
@@ -45,7 +44,6 @@ _EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 
 _CHARACTERS = 20_000
 _LEAST_CONTEXT = 8
-_MODEL_KEY = "psp.model_fingerprint"
 _MIXED = (
     "def f(x):\n\treturn [y ** 2 for y in x]  # naïve Café\r\n   three spaces, 中文字符 и кириллица"
     ", 😀👩\u200d👧 emoji \x01\x07\x1b[0m\x7f control, e\u0301 \ufeff\ufffd \n\n    trailing  "
@@ -70,34 +68,36 @@ class CompareSettings:
 
 
 def check_model(
-    report: Report, subject: Subject, checkpoint: Checkpoint, settings: CompareSettings
+    report: Report, opened: OpenedFile, checkpoint: Checkpoint, settings: CompareSettings
 ) -> None:
     """Compare a file with the checkpoint that it was made from; figures go to the report."""
     text, ready = sample_text()[:_CHARACTERS], (*RUNNABLE, "model sizes")
-    report.check("model fingerprint", lambda: _fingerprint(subject.file, checkpoint), "file")
-    report.check("model sizes", lambda: _sizes(subject, checkpoint), "keys", "tokenizer")
-    report.check("model tensors", lambda: _same_tensors(subject.file, checkpoint), "layout")
-    report.check("model tokenizer", lambda: _same_ids(subject, checkpoint, text), "tokenizer")
+    report.check("model fingerprint", lambda: _fingerprint(opened.file, checkpoint), "file")
+    report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
+    report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint), "layout")
+    report.check("model tokenizer", lambda: _same_ids(opened, checkpoint, text), "tokenizer")
     if not settings.run:
         return
-    comparison = _Comparison(subject, checkpoint, settings, text, report.figures)
+    comparison = _Comparison(opened, checkpoint, settings, text, report.figures)
     report.check("dense logits", comparison.dense, *ready)
     report.check("sparse logits", comparison.sparse, *ready)
     report.check("perplexity gap", comparison.gap, *ready)
 
 
 def _fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
-    if file.value(_MODEL_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
-        raise FormatError(f"{_MODEL_KEY} is another model's", "pass the --model it was made from")
+    if file.value(FINGERPRINT_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
+        raise FormatError(
+            f"{FINGERPRINT_KEY} is another model's", "pass the --model it was made from"
+        )
     return "the file was made from this model"
 
 
-def _sizes(subject: Subject, checkpoint: Checkpoint) -> str:
-    hyper, shape = subject.hyper, checkpoint.shape
-    architecture = subject.file.value("general.architecture", GGUFValueType.STRING)
+def _sizes(opened: OpenedFile, checkpoint: Checkpoint) -> str:
+    hyper, shape = opened.hyper, checkpoint.shape
+    architecture = opened.file.value("general.architecture", GGUFValueType.STRING)
     pairs: list[tuple[str, Any, Any]] = [
         ("architecture", architecture, checkpoint.architecture.gguf_name),
-        ("vocabulary", len(subject.vocabulary.tokens), shape.vocab_size),
+        ("vocabulary", len(opened.vocabulary.tokens), shape.vocab_size),
         ("matrices of an FFN", 3 if hyper.graph.gated else 2, checkpoint.architecture.ffn_matrices),
         ("scaling of positions", _scaling(hyper.rope_scaling), _scaling(shape.rope_scaling)),
     ]
@@ -176,15 +176,15 @@ def _qkv_rows(shape: ModelShape) -> torch.Tensor:
     return (heads[:, None] * shape.head_dim + torch.arange(shape.head_dim)).reshape(-1)
 
 
-def _same_ids(subject: Subject, checkpoint: Checkpoint, text: str) -> str:
+def _same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
     """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them."""
-    vocabulary, rows = subject.vocabulary, len(subject.vocabulary.tokens)
+    vocabulary, rows = opened.vocabulary, len(opened.vocabulary.tokens)
     tokenizer = load_tokenizer(checkpoint.path, rows, checkpoint.config)
     expected = read_vocabulary(checkpoint.path, rows, checkpoint.config)
     if vocabulary.bos_id != expected.bos_id:
         raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
-        if getattr(vocabulary.vocabulary, name) != getattr(expected, name):
+        if getattr(vocabulary, name) != getattr(expected, name):
             raise FormatError(f"tokenizer: {name} differ from the model's", "export it again")
     if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
         raise FormatError("tokenizer: scores differ from the model's", "export it again")
@@ -209,7 +209,7 @@ def _same_ids(subject: Subject, checkpoint: Checkpoint, text: str) -> str:
 class _Comparison:
     """The file's numbers against its model's, both with ReLU: FATReLU is not PowerInfer's."""
 
-    subject: Subject
+    opened: OpenedFile
     checkpoint: Checkpoint
     settings: CompareSettings
     text: str
@@ -218,14 +218,18 @@ class _Comparison:
     @cached_property
     def context(self) -> int:
         """Tokens of a window."""
-        context = min(self.settings.context, self.subject.hyper.context_length)
+        context = min(self.settings.context, self.opened.hyper.context_length)
         if context < _LEAST_CONTEXT:
             raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
         return context
 
     @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.opened.path)
+
+    @cached_property
     def ids(self) -> list[int]:
-        return self.subject.vocabulary.text_ids(self.text)[: self.context]
+        return self.opened.vocabulary.text_ids(self.text)[: self.context]
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -237,7 +241,7 @@ class _Comparison:
         return model.logits(torch.tensor([self.ids]))[0]
 
     def _logits(self, threshold: float) -> torch.Tensor:
-        engine = self.subject.engine.with_threshold(threshold)
+        engine = self.engine.with_threshold(threshold)
         return engine.forward(self.ids, KVCache(engine.hyper.n_layers))
 
     def _difference(self, name: str, logits: torch.Tensor) -> tuple[float, float]:
@@ -255,7 +259,7 @@ class _Comparison:
         _ = self.reference  # first: its weights are dropped before the engine's fill memory
         largest, spread = self._difference("dense", self._logits(DENSE_THRESHOLD))
         line = f"largest difference {largest:.4g}, spread {spread:.4g}"
-        if any(info.kind not in _EXACT for info in self.subject.file.tensors.values()):
+        if any(info.kind not in _EXACT for info in self.opened.file.tensors.values()):
             return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
         if not largest <= LOGIT_TOLERANCE * spread:
             raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", EXPORT_AGAIN)
@@ -263,7 +267,7 @@ class _Comparison:
 
     def sparse(self) -> str:
         """Report how far predictors move the logits; only what is no number fails."""
-        logits = self._logits(self.subject.hyper.threshold)
+        logits = self._logits(self.opened.hyper.threshold)
         largest, spread = self._difference("sparse", logits)
         same = float((logits.argmax(-1) == self.reference.argmax(-1)).double().mean())
         return (
@@ -273,7 +277,7 @@ class _Comparison:
 
     def gap(self) -> str:
         """Report the perplexity gap, and judge it where a bound is given."""
-        thresholds = {"dense": DENSE_THRESHOLD, "sparse": self.subject.hyper.threshold}
+        thresholds = {"dense": DENSE_THRESHOLD, "sparse": self.opened.hyper.threshold}
         ppl = {name: self._perplexity(name, number) for name, number in thresholds.items()}
         gap = ppl["sparse"] / ppl["dense"] - 1
         self.figures.update({f"ppl_{name}": _json_number(ppl[name]) for name in ppl})
@@ -287,7 +291,7 @@ class _Comparison:
         return line + (", not judged" if bound is None else f", at most {bound:.3%}")
 
     def _perplexity(self, name: str, threshold: float) -> float:
-        engine = self.subject.engine.with_threshold(threshold)
+        engine = self.engine.with_threshold(threshold)
         return engine_perplexity(engine, self.text, self.context, self.settings.chunks, name)
 
 

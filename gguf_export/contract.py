@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,14 @@ import numpy as np
 from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
-from common.errors import FormatError, PspError
+from common.errors import FormatError, PspError, printable
 from gguf_export.pwri.element_types import runnable
-from gguf_export.pwri.gpu_index import index_path, read_gpu_index
-from gguf_export.pwri.gpu_split import F16_GROUPS, groups_of
+from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
-from gguf_export.pwri.inspection import printable
+from gguf_export.pwri.layout import expected_shapes
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
-from gguf_export.tokens.file_vocabulary import FileVocabulary
-from gguf_export.tokens.vocabulary import PIECES
-from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.weights import expected_shapes
+from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY, parse_name
+from gguf_export.tokens.vocabulary import PIECES, Vocabulary, read_file_vocabulary
 
 RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
 """What must hold before the embedded engine can run the file."""
@@ -77,23 +73,23 @@ class Report:
             problem = error.problem.removeprefix(f"{self.path}: ")
             self.checks[name] = Outcome(False, printable(problem, _DETAIL), error.remedy)
 
+    @property
+    def ok(self) -> bool:
+        """Whether all checks hold."""
+        return all(outcome.ok for outcome in self.checks.values())
+
     def document(self) -> dict[str, Any]:
-        """Return the results, ready for JSON."""
+        """Return the results, ready for JSON: `checks` have `name`, `ok` and a line of `detail`."""
         checks = [
             {"name": name, "ok": outcome.ok, "detail": outcome.line}
             for name, outcome in self.checks.items()
         ]
-        return {
-            "file": str(self.path),
-            "ok": all(check["ok"] for check in checks),
-            "checks": checks,
-            **self.figures,
-        }
+        return {"file": str(self.path), "ok": self.ok, "checks": checks, **self.figures}
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The file's parts, each read when first needed; each raises `FormatError`."""
+class OpenedFile:
+    """The parts of a model file, each read when first needed; each raises `FormatError`."""
 
     path: Path
 
@@ -108,55 +104,57 @@ class Subject:
         return read_hyperparameters(self.file)
 
     @cached_property
-    def vocabulary(self) -> FileVocabulary:
+    def vocabulary(self) -> Vocabulary:
         """Its tokenizer."""
-        return FileVocabulary(self.file)
-
-    @cached_property
-    def engine(self) -> Engine:
-        """The embedded engine on it."""
-        return Engine(self.path)
-
-    @cached_property
-    def layers(self) -> range:
-        """Numbers of the layers, as few as there are tensors at most."""
-        if self.hyper.n_layers > len(self.file.tensors):
-            problem = f"block_count is {self.hyper.n_layers}, more than there are tensors"
-            raise self.file.error(problem)
-        return range(self.hyper.n_layers)
+        return read_file_vocabulary(self.file)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the keys imply, -1 where any size will do."""
         value = self.file.values.get("tokenizer.ggml.tokens")
         tokens = value.data if value is not None else None
-        rows = len(tokens) if self.layers and isinstance(tokens, list) else -1
+        rows = len(tokens) if isinstance(tokens, list) else -1
         return expected_shapes(self.hyper, rows)
 
 
-def check_structure(report: Report, subject: Subject) -> None:
-    """Check what holds of a file alone."""
+def check_structure(report: Report, opened: OpenedFile, *, header_only: bool = False) -> None:
+    """Check what holds of a file alone.
 
-    def finite(kind: str) -> Callable[[], str]:
-        return lambda: _finite(subject.file, kind)
-
-    report.check("file", lambda: _file(subject))
-    report.check("layout", lambda: _layout(subject.file), "file")
-    report.check("magic", lambda: _magic(subject.file), "file")
-    report.check("keys", lambda: _keys(subject), "magic")
-    report.check("threshold", lambda: _threshold(subject.file), "file")
-    report.check("tokenizer", lambda: _tokenizer(subject), "file")
-    report.check("tensor set", lambda: _tensor_set(subject), "keys")
-    report.check("shapes", lambda: _shapes(subject), "keys")
-    report.check("types", lambda: _types(subject.file), "file")
-    report.check("predictor ranks", lambda: _ranks(subject), "keys")
+    Args:
+        report: takes the results.
+        opened: the file.
+        header_only: read neither the tensors' numbers nor the GPU index beside the file.
+    """
+    report.check("file", lambda: _file(opened.file))
+    report.check("layout", lambda: _layout(opened.file), "file")
+    report.check("magic", lambda: _magic(opened.file), "file")
+    report.check("keys", lambda: _keys(opened), "magic")
+    report.check("threshold", lambda: _threshold(opened.file), "file")
+    report.check("tokenizer", lambda: _tokenizer(opened), "file")
+    report.check("tensor set", lambda: _tensor_set(opened), "keys")
+    report.check("shapes", lambda: _shapes(opened), "keys")
+    report.check("types", lambda: _types(opened.file), "file")
+    report.check("predictor ranks", lambda: _ranks(opened), "keys")
+    if header_only:
+        return
     for kind in ("predictors", "norms", "weights"):
-        report.check(f"{kind} finite", finite(kind), "layout")
-    report.check("gpu index", lambda: _gpu_index(subject), "keys")
+        report.check(f"{kind} finite", partial(_finite, opened, kind), "layout")
+    report.check("gpu index", lambda: _gpu_index(opened), "keys")
 
 
-def _file(subject: Subject) -> str:
-    file = subject.file
+def require_layout(opened: OpenedFile) -> None:
+    """Demand exactly the tensors that PowerInfer expects, as the embedded engine needs them.
+
+    Raises:
+        FormatError: a tensor too many, too few, of a wrong shape or type; unequal ranks.
+    """
+    _tensor_set(opened)
+    _shapes(opened)
+    _types(opened.file)
+    _ranks(opened)
+
+
+def _file(file: GGUFFile) -> str:
     return f"GGUF version 3, {len(file.values)} keys, {len(file.tensors)} tensors, all inside"
 
 
@@ -179,14 +177,14 @@ def _magic(file: GGUFFile) -> str:
     return "PWRI, run sparsely"
 
 
-def _keys(subject: Subject) -> str:
-    file, hyper = subject.file, subject.hyper
+def _keys(opened: OpenedFile) -> str:
+    file, hyper = opened.file, opened.hyper
     architecture = file.value("general.architecture", GGUFValueType.STRING)
     key = f"{architecture}.rope.dimension_count"
     if key in file.values and file.value(key, GGUFValueType.UINT32) != hyper.head_dim:
         raise file.error(f"{key} is not the head size {hyper.head_dim}")
     return (
-        f"{len(subject.layers)} layers, d_model {hyper.d_model}, d_ff {hyper.d_ff}, "
+        f"{hyper.n_layers} layers, d_model {hyper.d_model}, d_ff {hyper.d_ff}, "
         f"{hyper.n_heads} heads, {hyper.n_kv_heads} for keys, context {hyper.context_length}"
     )
 
@@ -198,8 +196,8 @@ def _threshold(file: GGUFFile) -> str:
     return f"neurons with a logit below {threshold:g} are skipped"
 
 
-def _tokenizer(subject: Subject) -> str:
-    file, vocabulary = subject.file, subject.vocabulary
+def _tokenizer(opened: OpenedFile) -> str:
+    file, vocabulary = opened.file, opened.vocabulary
     types = vocabulary.types
     unknown = sorted(set(types) - set(map(int, TokenType)))
     if unknown:
@@ -215,27 +213,27 @@ def _tokenizer(subject: Subject) -> str:
         key = f"tokenizer.ggml.{name}_token_id"
         if key in file.values and file.value(key, GGUFValueType.UINT32) >= len(types):
             raise file.error(f"{key} is outside the vocabulary")
-    kind = "SentencePiece" if pieces else f"byte-level, {len(vocabulary.vocabulary.merges)} merges"
+    kind = "SentencePiece" if pieces else f"byte-level, {len(vocabulary.merges)} merges"
     return f"{kind}, {len(types)} {'pieces' if pieces else 'tokens'}, BOS {vocabulary.bos_id}"
 
 
-def _tensor_set(subject: Subject) -> str:
-    found, expected = subject.file.tensors.keys(), subject.shapes.keys()
+def _tensor_set(opened: OpenedFile) -> str:
+    found, expected = opened.file.tensors.keys(), opened.shapes.keys()
     for kind, names in (("missing", expected - found), ("not PowerInfer's", found - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise subject.file.error(f"tensor {min(names)}{more}: {kind}")
+            raise opened.file.error(f"tensor {min(names)}{more}: {kind}")
     return f"exactly PowerInfer's {len(expected)}"
 
 
-def _shapes(subject: Subject) -> str:
-    for name, shape in subject.shapes.items():
-        info = subject.file.tensors.get(name)
+def _shapes(opened: OpenedFile) -> str:
+    for name, shape in opened.shapes.items():
+        info = opened.file.tensors.get(name)
         if info is not None and not (
             len(info.shape) == len(shape)
             and all(want in (-1, size) for want, size in zip(shape, info.shape, strict=True))
         ):
-            raise subject.file.error(f"tensor {name} has shape {info.shape}, expected {shape}")
+            raise opened.file.error(f"tensor {name} has shape {info.shape}, expected {shape}")
     return "as the keys and the vocabulary imply"
 
 
@@ -249,13 +247,13 @@ def _types(file: GGUFFile) -> str:
     return f"matrices {' and '.join(matrices)}, vectors F32"
 
 
-def _ranks(subject: Subject) -> str:
+def _ranks(opened: OpenedFile) -> str:
     ranks: list[int] = []
-    for layer in subject.layers:
-        pair = [subject.file.tensors.get(f"blk.{layer}.fc{part}.weight") for part in (1, 2)]
+    for layer in range(opened.hyper.n_layers):
+        pair = [opened.file.tensors.get(f"blk.{layer}.fc{part}.weight") for part in (1, 2)]
         sides = [info.shape[at] for at, info in enumerate(pair) if info and len(info.shape) == 2]
         if len(sides) < 2 or sides[0] != sides[1] or sides[0] % BLOCK:
-            raise subject.file.error(
+            raise opened.file.error(
                 f"layer {layer}: ranks of fc1 and fc2 are {sides}, expected two equal multiples "
                 f"of {BLOCK}"
             )
@@ -264,13 +262,14 @@ def _ranks(subject: Subject) -> str:
 
 
 def _kind(name: str, dimensions: int) -> str:
-    if name.endswith((".fc1.weight", ".fc2.weight")):
+    if parse_name(name).role == "predictor":
         return "predictors"
     return "norms" if dimensions == 1 else "weights"
 
 
-def _finite(file: GGUFFile, kind: str) -> str:
+def _finite(opened: OpenedFile, kind: str) -> str:
     """Look at every number of one kind of tensors, a piece in memory at a time."""
+    file = opened.file
     names = [name for name, info in file.tensors.items() if _kind(name, len(info.shape)) == kind]
     for name in tqdm(names, unit="tensor", desc=f"check {kind}", disable=None):
         shape = file.tensors[name].shape
@@ -283,13 +282,11 @@ def _finite(file: GGUFFile, kind: str) -> str:
     return f"{len(names)} tensors"
 
 
-def _gpu_index(subject: Subject) -> str:
+def _gpu_index(opened: OpenedFile) -> str:
     """Check the index of neurons to place on the GPU, if one lies beside the file."""
-    path, layers, d_ff = index_path(subject.path), len(subject.layers), subject.hyper.d_ff
+    path, layers, d_ff = index_path(opened.path), opened.hyper.n_layers, opened.hyper.d_ff
     if not os.path.exists(path):  # a name too long for the suffix has none either
         return f"none beside the file ({path.name})"
-    down = subject.file.tensors.get("blk.0.ffn_down_t.weight")
-    groups = F16_GROUPS if down is None else groups_of(down.kind)
-    chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
+    chosen, capacity = read_gpu_index(path, layers, d_ff, file_groups(opened.file))
     total = sum(int(layer.sum()) for layer in chosen)
     return f"{total} of {layers * d_ff} neurons on the GPU, {capacity} bytes"

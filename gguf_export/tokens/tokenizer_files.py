@@ -1,4 +1,4 @@
-"""Added tokens and special ids, which a checkpoint spreads over several files."""
+"""What a checkpoint's files say around its tokenizer: added tokens and special ids."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from gguf import TokenType
 
 from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
+from gguf_export.tokens.vocabulary import NONE, Vocabulary
+
+_REPLACEABLE = (TokenType.CONTROL, TokenType.UNUSED, TokenType.UNKNOWN)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class AddedToken:
 class TokenizerFiles:
     """The settings around a checkpoint's tokenizer."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, config: Mapping[str, object]) -> None:
         """Read those that are there.
 
         Raises:
@@ -46,7 +49,7 @@ class TokenizerFiles:
         self._json = self._read("tokenizer.json")
         self.added = self._added()
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, object]:
         file = self._path / name
         return read_json(file, CheckpointError, FETCH_AGAIN) if file.is_file() else {}
 
@@ -89,8 +92,8 @@ class TokenizerFiles:
             number = token.get("id") if isinstance(token, dict) else token
             yield "tokenizer.json", number, _content(token), _flag(token)
 
-    def special_id(self, kind: str, ids: Mapping[bytes, int]) -> int | None:
-        """Return the id of `eos`, `unk` or `pad`, None if no file tells.
+    def special_id(self, kind: str, ids: Mapping[bytes, int], default: int = NONE) -> int:
+        """Return the id of `eos`, `unk` or `pad`.
 
         The order is that of PowerInfer's converters (gguf-py/gguf/vocab.py:SpecialVocab): the token
         that tokenizer_config.json names, if tokenizer.json adds it; then config.json's number, of
@@ -99,6 +102,7 @@ class TokenizerFiles:
         Args:
             kind: which.
             ids: id of each token of the vocabulary.
+            default: what it is if no file tells.
         """
         text = _content(self.settings.get(f"{kind}_token"))
         if text is not None and text in self._json_texts():
@@ -110,7 +114,7 @@ class TokenizerFiles:
             number = number[0]
         if isinstance(number, int) and _is_id(number) and number < len(ids):
             return number
-        return None if text is None else ids.get(text.encode("utf-8", "replace"))
+        return default if text is None else ids.get(text.encode("utf-8", "replace"), default)
 
     @property
     def add_bos(self) -> bool | None:
@@ -136,7 +140,7 @@ def _flag(token: object) -> bool:
     return isinstance(token, dict) and token.get("special") is True
 
 
-def _special_texts(source: Mapping[str, Any]) -> Iterator[str]:
+def _special_texts(source: Mapping[str, object]) -> Iterator[str]:
     """Yield the special tokens that a settings file names."""
     for key, value in source.items():
         if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens"):
@@ -144,3 +148,83 @@ def _special_texts(source: Mapping[str, Any]) -> Iterator[str]:
                 text = _content(token)
                 if text:
                     yield text
+
+
+def lay_out(
+    file: Path,
+    files: TokenizerFiles,
+    found: dict[int, tuple[bytes, int]],
+    rows: int,
+    *,
+    kind: str,
+    bos_id: int,
+    eos_id: int = NONE,
+    unk_id: int = NONE,
+    add_bos: bool | None,
+) -> Vocabulary:
+    """Return a vocabulary of all rows with added tokens and special ids, but no scores or merges.
+
+    Args:
+        file: the tokenizer's own file, for messages.
+        files: the settings around it.
+        found: text and type by id, without added tokens.
+        rows: rows of the embedding; those without a token get an unused one.
+        kind: the vocabulary's.
+        bos_id: begin-of-sequence id.
+        eos_id: the tokenizer's own end-of-sequence id, used where no setting names another.
+        unk_id: its unknown id, likewise.
+        add_bos: whether it puts BOS before a text.
+
+    Raises:
+        CheckpointError: an added token in the place of an ordinary one.
+    """
+    warnings = _place_added(file, files.added, found, rows)
+    taken = {token for token, _ in found.values()}
+    tokens, types = [], []
+    for number in range(rows):
+        token, token_type = found.get(number, (f"<pad_{number}>".encode(), int(TokenType.UNUSED)))
+        while number not in found and token in taken:
+            token = b"<" + token + b">"
+        tokens.append(token)
+        types.append(token_type)
+    ids = {token: number for number, token in enumerate(tokens)}
+    return Vocabulary(
+        kind=kind,
+        tokens=tokens,
+        types=types,
+        bos_id=bos_id,
+        eos_id=files.special_id("eos", ids, eos_id),
+        unk_id=files.special_id("unk", ids, unk_id),
+        pad_id=files.special_id("pad", ids),
+        add_bos=add_bos,
+        warnings=tuple(warnings),
+    )
+
+
+def _place_added(
+    file: Path, added: Mapping[int, AddedToken], found: dict[int, tuple[bytes, int]], rows: int
+) -> list[str]:
+    """Put added tokens at their ids among `found`, text and type by id.
+
+    Returns:
+        A warning for each that has no row.
+
+    Raises:
+        CheckpointError: one whose id belongs to an ordinary token of another text.
+    """
+    warnings: list[str] = []
+    for number, token in sorted(added.items()):
+        if number >= rows:
+            warnings.append(f"token {token.content!r} has id {number}, beyond the model's rows")
+            continue
+        text = token.content.encode("utf-8", "replace")
+        held, kind = found.get(number, (text, int(TokenType.NORMAL)))
+        if held != text and kind not in _REPLACEABLE:
+            raise CheckpointError(
+                f"{file}: id {number} is token {held.decode('utf-8', 'replace')!r}, an added token "
+                f"calls it {token.content!r}",
+                "use the model's own tokenizer files",
+            )
+        if held != text or kind in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            found[number] = text, token.type
+    return warnings

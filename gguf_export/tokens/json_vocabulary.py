@@ -1,0 +1,259 @@
+"""A vocabulary from tokenizer.json (or vocab.json with merges.txt), as far as PowerInfer can do it.
+
+Byte-level BPE stays what it is; BPE that falls back to bytes becomes pieces with scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+from architectures.tokenizer import RustTokenizer
+from common.errors import ExportError
+from gguf_export.tokens.encoders import BYTE_TOKENS, SPACE
+from gguf_export.tokens.tokenizer_files import TokenizerFiles, lay_out
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, BYTE_PIECES, NONE, PIECES, Vocabulary
+
+Step = dict[str, Any]
+"""A part of the description: its `type` and the settings of that type."""
+
+_ALPHABET = frozenset(BYTE_TOKENS)
+
+
+@dataclass(frozen=True)
+class JsonTokenizer:
+    """A description in the form of tokenizer.json.
+
+    Attributes:
+        file: where it came from.
+        document: the description, merges as pairs.
+    """
+
+    file: Path
+    document: Step
+
+    @property
+    def model(self) -> Step:
+        """Its model: vocabulary and merges."""
+        model: Step = self.document["model"]
+        return model
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether texts are spelt in GPT-2's bytes."""
+        return any(step["type"] == "ByteLevel" for step in self.pre_tokenisers)
+
+    @property
+    def pre_tokenisers(self) -> list[Step]:
+        """The steps that split texts into words."""
+        return list(_steps(self.document.get("pre_tokenizer"), "pretokenizers"))
+
+    @property
+    def normalisers(self) -> list[Step]:
+        """The steps that change texts before."""
+        return list(_steps(self.document.get("normalizer"), "normalizers"))
+
+    @property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs by rank; of a pair that occurs twice the last counts, as in `tokenizers`."""
+        pairs = [(left, right) for left, right in self.model["merges"]]
+        return list(dict.fromkeys(reversed(pairs)))[::-1]
+
+    def refusal(self, reason: str) -> ExportError:
+        """Return the error for what a file for PowerInfer cannot hold."""
+        return ExportError(
+            f"{self.file}: {reason}, which PowerInfer cannot do",
+            "use a model with the tokenizer "
+            "of LLaMA or GPT-2, or change the file if texts come out the same",
+        )
+
+    def check(self) -> None:
+        """Refuse what PowerInfer cannot do whatever the vocabulary.
+
+        Raises:
+            ExportError: another kind of model, or a step that changes texts.
+        """
+        kind = self.model["type"]
+        if kind != "BPE":
+            raise self.refusal(f"its model is {kind}, not BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if self.model.get(key):
+                raise self.refusal(f"its model has {key} {self.model[key]!r}")
+        for step in self.normalisers:
+            if self.byte_level or not _marks_spaces(step):
+                raise self.refusal(f"its normalizer {step['type']} changes texts")
+        if not self.byte_level and not self.model.get("byte_fallback"):
+            raise self.refusal("it has neither byte-level tokens nor byte fallback")
+
+
+def _steps(step: Step | None, inner: str) -> Iterator[Step]:
+    if step is None:
+        return
+    if step["type"] == "Sequence":
+        for part in step[inner]:
+            yield from _steps(part, inner)
+    else:
+        yield step
+
+
+def _marks_spaces(step: Step) -> bool:
+    """Tell whether a normaliser only turns spaces into U+2581 or puts one in front."""
+    if step["type"] == "Prepend":
+        return bool(step["prepend"] == SPACE.decode())
+    return bool(
+        step["type"] == "Replace"
+        and step["pattern"] == {"String": " "}
+        and step["content"] == SPACE.decode()
+    )
+
+
+def pre_tokeniser_name(steps: list[Step]) -> str:
+    """Return whose way of splitting texts into words it is, as far as known by its steps."""
+    kinds = [step["type"] for step in steps]
+    patterns = [str(s["pattern"].get("Regex", "")) for s in steps if s["type"] == "Split"]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "GPT-2"
+    if kinds == ["Punctuation", "ByteLevel", "Digits", "Split"]:
+        return "Falcon"
+    if kinds == ["Split", "ByteLevel"] and r"\p{N}{1,3}" in patterns[0]:
+        return "Llama-3"
+    if kinds == ["Split", "ByteLevel"] and re.search(r"\|\s?\\p\{N\}\|", patterns[0]):
+        return "Qwen2"
+    return "+".join(kinds)
+
+
+def read_json_vocabulary(
+    source: JsonTokenizer, tokenizer: RustTokenizer, files: TokenizerFiles, vocab_size: int
+) -> Vocabulary:
+    """Turn vocabulary and merges into PowerInfer's lists.
+
+    Args:
+        source: the description, already checked.
+        tokenizer: the same, loaded.
+        files: the settings around it.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        CheckpointError: an added token in the place of an ordinary one.
+    """
+    vocab: dict[str, int] = source.model["vocab"]
+    unknown = None if source.byte_level else source.model.get("unk_token")
+    type_of = _spelt_type if source.byte_level else partial(_piece_type, unknown)
+    vocabulary = lay_out(
+        source.file,
+        files,
+        {number: (token.encode(), type_of(token)) for token, number in vocab.items()},
+        vocab_size,
+        kind=BYTE_LEVEL if source.byte_level else PIECES,
+        bos_id=tokenizer.bos_id(),
+        unk_id=vocab.get(unknown or "", NONE),
+        add_bos=tokenizer.adds_bos() or files.add_bos,
+    )
+    vocabulary.mark_control()
+    if not source.byte_level:
+        differences = (*_inconsistencies(vocab, source.merges), *_splits(source))
+        scores = _scores(vocab, source.merges, vocab_size)
+        return replace(vocabulary, scores=scores, differences=differences)
+    return replace(
+        vocabulary,
+        merges=[f"{left} {right}".encode() for left, right in source.merges],
+        differences=tuple(_spelling_differences(source, tokenizer)),
+        warnings=(*_bos_warning(vocabulary), *vocabulary.warnings),
+    )
+
+
+def _spelt_type(token: str) -> int:
+    """Return a type with which PowerInfer can print it: normal tokens are spelt in bytes."""
+    spelt = _ALPHABET.issuperset(token)
+    return int(TokenType.NORMAL if spelt else TokenType.USER_DEFINED)
+
+
+def _bos_warning(vocabulary: Vocabulary) -> Iterator[str]:
+    if vocabulary.add_bos:
+        token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
+        yield f"the model's tokenizer puts {token} before a text, PowerInfer does not"
+
+
+def _spelling_differences(source: JsonTokenizer, tokenizer: RustTokenizer) -> Iterator[str]:
+    name = pre_tokeniser_name(source.pre_tokenisers)
+    if name == "GPT-2":
+        yield (
+            "PowerInfer splits words only almost as GPT-2 does: not at newlines, punctuation and "
+            "quotes inside a text, runs of spaces and its last character"
+        )
+    else:
+        yield f"PowerInfer splits words as GPT-2 does, the model's tokenizer as {name}"
+    if any(s["type"] == "ByteLevel" and s.get("add_prefix_space") for s in source.pre_tokenisers):
+        yield "the model's tokenizer puts a space before a text, PowerInfer does not"
+    if source.model.get("ignore_merges"):
+        unreachable = _unreachable(source, tokenizer)
+        if unreachable:
+            yield f"{unreachable} tokens are found without merges, PowerInfer never finds them"
+
+
+def _unreachable(source: JsonTokenizer, tokenizer: RustTokenizer) -> int:
+    """Count tokens that their own text does not merge to."""
+    added = {token["content"] for token in source.document.get("added_tokens", ())}
+    vocab = {t: n for t, n in source.model["vocab"].items() if t not in added}
+    merged = tokenizer.merge(vocab)
+    return sum(ids != [n] for ids, n in zip(merged, vocab.values(), strict=True))
+
+
+def _scores(vocab: dict[str, int], merges: list[tuple[str, str]], rows: int) -> list[float]:
+    """Return scores by which PowerInfer finds what `tokenizers` finds by ranks, as far as it can.
+
+    `tokenizers` merges the pair of the best rank, PowerInfer the pair whose joined token has the
+    best score. A token's score is therefore minus the best rank of the merges that make it. Both
+    find the same ids if every pair of tokens that joins to a token is a merge, and a token's merges
+    follow each other, as in files made from a SentencePiece model.
+    """
+    scores = [-float(len(merges))] * rows
+    for rank, (left, right) in reversed([*enumerate(merges)]):
+        scores[vocab[left + right]] = -float(rank)
+    return scores
+
+
+def _piece_type(unknown: str | None, token: str) -> int:
+    if token == unknown:
+        return int(TokenType.UNKNOWN)
+    return int(TokenType.BYTE if token.encode() in BYTE_PIECES else TokenType.NORMAL)
+
+
+def _inconsistencies(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield how scores of tokens cannot say what the ranks of pairs say."""
+    last: dict[str, int] = {}
+    apart = 0
+    for rank, (left, right) in enumerate(merges):
+        token = left + right
+        apart += last.get(token, rank - 1) != rank - 1
+        last[token] = rank
+    if apart:
+        yield f"{apart} of {len(merges)} merges make a token whose other merges rank elsewhere"
+    known = set(merges)
+    missing = sum(
+        token[:at] in vocab and token[at:] in vocab and (token[:at], token[at:]) not in known
+        for token in vocab
+        for at in range(1, len(token))
+    )
+    if missing:
+        yield f"{missing} pairs join to a token without a merge, and PowerInfer merges them too"
+
+
+def _splits(source: JsonTokenizer) -> Iterator[str]:
+    """Yield how texts are prepared otherwise than PowerInfer prepares them."""
+    prefixes = [step["type"] == "Prepend" for step in source.normalisers]
+    for step in source.pre_tokenisers:
+        if step["type"] == "Metaspace":
+            prefixes.append(step.get("prepend_scheme", "always") != "never")
+            if prefixes[-1]:
+                yield "a text that starts with a space gets none in front, PowerInfer adds one"
+        else:
+            yield f"the model's tokenizer splits words by {step['type']}, PowerInfer does not"
+    if not any(prefixes):
+        yield "the model's tokenizer puts no space before a text, PowerInfer does"

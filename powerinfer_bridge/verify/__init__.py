@@ -1,0 +1,1 @@
+"""`psp verify`: an exported file against the contract and its model."""
