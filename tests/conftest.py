@@ -79,6 +79,7 @@ def _no_cache() -> None:
 @pytest.fixture(scope="session")
 def trainer_is_imported() -> Iterator[None]:
     """Take what transformers' Trainer imports out of the garbage that every run of it collects."""
+    import torch.utils.tensorboard  # noqa: F401
 
     import prosparse.trainer  # noqa: F401
 
