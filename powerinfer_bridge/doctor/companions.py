@@ -19,7 +19,7 @@ from gguf_export.contract import OpenedFile
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
-from gguf_export.pwri.statistics import read_statistics
+from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
 from powerinfer_bridge.doctor.finding import (
     Finding,
     from_error,
@@ -75,7 +75,7 @@ class StatisticsFacts:
 
 def read_statistics_facts(file: Path, n_layers: int, d_ff: int) -> StatisticsFacts:
     """Read the statistics beside a model file."""
-    files = len(list((file.parent / "activation").glob("activation_*.pt")))
+    files = len(list((file.parent / ACTIVATION_DIRECTORY).glob("activation_*.pt")))
     others = sorted(path.name for path in file.parent.glob("*.powerinfer.gguf"))
     foreign = tuple(name for name in others if name != file.name)
     counts, error = None, None
