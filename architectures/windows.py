@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from architectures.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_TOKENS = 64
+"""With fewer tokens a perplexity says nothing."""
 
 
 def document_windows(
@@ -25,3 +32,28 @@ def document_windows(
         tokens = tokenizer.encode(document)
         for start in range(0, len(tokens), context - 1):
             yield number, [bos, *tokens[start : start + context - 1]]
+
+
+def first_tokens(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """Yield windows of at most `tokens` in all; a window of one token predicts nothing."""
+    for window in windows:
+        taken = window[:tokens]
+        if len(taken) > 1:
+            yield taken
+        tokens -= len(taken)
+        if tokens < 2:
+            return
+
+
+def growth_error(growths: torch.Tensor, tokens: torch.Tensor, growth: torch.Tensor) -> float:
+    """Return the standard error of the logarithm of a perplexity's growth.
+
+    Windows are drawn, not tokens, which hang together: it is told by how windows differ.
+
+    Args:
+        growths: (windows,) float64, what the sum of negative log-likelihoods grew by in each.
+        tokens: (windows,) float64, of each that are predicted.
+        growth: of all windows together, a token.
+    """
+    scatter = growths - growth * tokens
+    return float(scatter.square().sum().sqrt() / tokens.sum())

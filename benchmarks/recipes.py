@@ -23,17 +23,17 @@ import torch
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
+from architectures.windows import document_windows
 from common.decisions import DecisionCounts, mean_metrics
 from gguf_export.bundle import export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
-from predictor.calibration.predicted_model import PredictedModel
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from predictor.collection.windows import cut_windows
 from predictor.module import Predictor
+from predictor.thresholds.predicted_model import PredictedModel
 from predictor.training.recipes import RECIPES, published_rank
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
@@ -181,8 +181,8 @@ def masked_model(model: str, text: str, context: int, chunks: int) -> PredictedM
     """Return the model with windows of the text that start with BOS, as PowerInfer's do."""
     checkpoint = Checkpoint.open(model)
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
-    windows = islice(cut_windows([text], tokenizer, context), chunks)
-    return PredictedModel(checkpoint, list(windows), "cpu")
+    windows = islice(document_windows([text], tokenizer, context), chunks)
+    return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
 
 
 def text_metrics(engine: Engine, counts: list[DecisionCounts]) -> dict[str, float]:

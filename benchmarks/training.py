@@ -26,9 +26,9 @@ import click
 import torch
 
 from predictor.collection.recorder import row_importance
-from predictor.traces.bits import active_places, pack_active
-from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.manifest import TraceHeader
+from predictor.traces.packing import active_places, pack_active
+from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import BatchRows
 from predictor.traces.store import TraceStore
 from predictor.training.recipes import RECIPES, recipe_named

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import click
 
 from commands.options import json_option, settings_options, threads_option
@@ -19,17 +17,12 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
-    from cost_model.hardware import load_hardware
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
     from predictor.training.run import train_predictors
 
-    if config.hardware is not None:
-        if config.rank != AUTO:
-            raise click.UsageError("--hardware goes with --rank auto")
-        weight = load_hardware(config.hardware, threads).predictor_weight
-        config = replace(config, predictor_weight=weight)
-        note(f"a predictor's byte costs {weight:.2g} of a neuron's on {config.hardware}")
+    if config.hardware is not None and config.rank != AUTO:
+        raise click.UsageError("--hardware goes with --rank auto")
     artifact = train_predictors(config, note)
     if config.report is not None:
         traces = TraceStore.open(config.traces)

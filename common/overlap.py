@@ -1,4 +1,4 @@
-"""Work that goes on in the background: what is needed next, and what can be flushed already."""
+"""Work that goes on at the same time: several things, what is needed next, what can be flushed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -58,3 +58,44 @@ def flushed_meanwhile(descriptor: int) -> Iterator[None]:
         thread.join()
     if errors:
         raise errors[0]
+
+
+class StoppedError(Exception):
+    """Raised inside work that nobody waits for any more."""
+
+
+def several_at_once(
+    work: Callable[[Item, Callable[[], None]], Made], items: Iterable[Item], jobs: int
+) -> Iterator[tuple[Item, Made]]:
+    """Yield every item with what is made of it, as they finish, each by a thread of its own.
+
+    Torch computes outside Python's global lock, and small matrices keep only one core busy. The
+    first exception comes out and stops the rest.
+
+    Args:
+        work: takes an item and a function to be called now and then, which raises once the result
+            is not wanted any more.
+        items: such as layer numbers.
+        jobs: items at once; they share torch's threads.
+    """
+    import torch
+
+    threads, stop = torch.get_num_threads(), threading.Event()
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise StoppedError
+
+    torch.set_num_threads(max(1, threads // jobs))
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(work, item, go_on): item for item in items}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            except BaseException:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)

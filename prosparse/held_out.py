@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
-from architectures.windows import document_windows
+from architectures.windows import LEAST_TOKENS, document_windows, first_tokens
 from common.documents import read_documents
 from common.errors import DataError
-
-LEAST_TOKENS = 64
-"""With fewer tokens a perplexity says nothing."""
 
 
 def held_out_windows(
@@ -33,7 +28,7 @@ def held_out_windows(
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
     longest = min(context, checkpoint.shape.context_length)
     cut = document_windows(read_documents(data, field), tokenizer, longest)
-    windows = list(_first((window for _, window in cut), tokens))
+    windows = list(first_tokens((window for _, window in cut), tokens))
     found = sum(map(len, windows))
     if found < LEAST_TOKENS:
         raise DataError(
@@ -41,14 +36,3 @@ def held_out_windows(
             "pass more text or raise --tokens",
         )
     return windows
-
-
-def _first(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
-    """Yield windows of at most `tokens` in all; a window of one token predicts nothing."""
-    for window in windows:
-        taken = window[:tokens]
-        if len(taken) > 1:
-            yield taken
-        tokens -= len(taken)
-        if tokens < 2:
-            return

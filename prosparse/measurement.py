@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
+from architectures.windows import growth_error
 from common.errors import CheckpointError
 from prosparse.activation import Setting, exchange, has_one_gate
 
@@ -53,11 +54,8 @@ class Measurement:
 
     def standard_error(self, base: Measurement) -> float:
         """Standard error of the logarithm of that growth, told by how windows differ."""
-        difference = self.losses[:, 0] - base.losses[:, 0]
-        count = self.losses[:, 1]
-        # Windows are drawn, not tokens, which hang together.
-        scatter = difference - difference.sum() / count.sum() * count
-        return float(scatter.square().sum().sqrt() / count.sum())
+        growths, tokens = self.losses[:, 0] - base.losses[:, 0], self.losses[:, 1]
+        return growth_error(growths, tokens, growths.sum() / tokens.sum())
 
 
 class ExchangeableModel:

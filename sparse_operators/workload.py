@@ -12,7 +12,7 @@ from torch import Tensor
 
 from architectures.model import check_device
 from common.errors import EngineError, SettingsError
-from predictor.traces.bits import unpack_active
+from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
 from sparse_operators.settings import SHAPES, OperatorBenchConfig
 

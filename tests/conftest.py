@@ -31,7 +31,7 @@ POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
-SHARD_ROWS = (1024, 1024)
+SHARD_ROWS = 1024
 """A tiny model would never fill a shard of the usual size."""
 
 TEXT = (
@@ -201,6 +201,7 @@ def settings(model_dir: Path, long_data: Path) -> Callable[..., CollectConfig]:
             "field": "body",
             "tokens": TRACE_TOKENS,
             "context": TRACE_CONTEXT,
+            "shard_rows": SHARD_ROWS,
         }
         return CollectConfig(out=out, **(chosen | changes))
 
@@ -212,9 +213,7 @@ def traces(
     settings: Callable[..., CollectConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
     """Traces of three shards, made in one go."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
-        store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
+    store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
     assert len(store.progress.shards) == 3
     return store
 

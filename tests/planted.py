@@ -7,14 +7,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor
-from predictor.traces.bits import active_places, pack_active
-from predictor.traces.importance import pack_codes
-from predictor.traces.layer_weights import LayerWeights
-from predictor.traces.rows import LabelledRows
+from predictor.traces.packing import active_places, pack_active, pack_codes
+from predictor.traces.rows import LabelledRows, LayerWeights
 from predictor.traces.store import LayerRows
 from predictor.training.coordinates import Moments
-from predictor.training.initialise import directions_of, pairs_start
-from predictor.training.recipes import PSP
+from predictor.training.recipes import PSP, Recipe
+from predictor.training.start import Start, Starter, directions_of, pairs_start, start_sample
 
 D_MODEL, D_FF = 64, 96
 TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)
@@ -67,6 +65,21 @@ def planted_layer(mean: float) -> tuple[LayerRows, LayerWeights]:
 def pairs(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
     """Return the start of a gate in pairs of units."""
     return pairs_start(directions_of(gate, moments.factor), moments.factor, rank)
+
+
+def labels_of(rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:
+    """Return (n, d_ff) bool labels to train on."""
+    labels = torch.zeros(len(index), rows.d_ff, dtype=torch.bool)
+    labels.view(-1)[rows.positives(index, importance=False)[0]] = True
+    return labels
+
+
+def starting_at(
+    recipe: Recipe, rows: LabelledRows, train: torch.Tensor, generator: torch.Generator
+) -> Start:
+    """Return the start of rank 32 as a training makes it."""
+    sample = start_sample(recipe, train, generator)
+    return Starter(recipe, rows, sample, torch.device("cpu")).at(32, generator)
 
 
 def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import SHARD_ROWS, TRACE_TOKENS, ModelMaker, refused
+from conftest import TRACE_TOKENS, ModelMaker, refused
 
 from architectures.checkpoint import Checkpoint
 from common.errors import OutputError
@@ -22,11 +22,6 @@ from predictor.traces.store import TraceStore
 
 Psp = Callable[..., Result]
 Settings = Callable[..., CollectConfig]
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -122,7 +117,7 @@ def test_layers_beyond_the_model_are_refused(run: Psp, tmp_path: Path, text: str
 def test_importance_takes_the_bits_asked_for(run: Psp, tmp_path: Path, bits: int) -> None:
     document = strict_json(succeeded(run("--importance-bits", bits, "--json")))
     assert document["importance_bits"] == bits
-    rows = TraceStore.open(tmp_path / "out").layer(0)
+    (rows,) = TraceStore.open(tmp_path / "out").layer(0).pieces
     assert len(rows.importance) == -(-int(rows.counts.sum()) * bits // 8)
 
 

@@ -188,7 +188,7 @@ def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str)
     assert document["seconds"]["predicted"]["overlap"] == 0
 
 
-def test_a_benchmark_tells_each_layer(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> None:
+def test_a_benchmark_tells_several_at_once(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(bench(predicted_sparsity=0.6)))
     config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=tmp_path)
     activity = estimate(config)["activity"]

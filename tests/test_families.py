@@ -20,7 +20,7 @@ from architectures.model import load_model
 from architectures.tokenizer import load_tokenizer
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from predictor.traces.bits import unpack_active
+from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
@@ -30,13 +30,6 @@ TOLERANCE = 5e-5
 """Float32 noise of logits of standard deviation 0.3 to 1.4."""
 
 Write = Callable[..., Written]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_shards() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collection.collect._SHARD_ROWS", (SHARD_ROWS, SHARD_ROWS))
-        yield
 
 
 @pytest.fixture
@@ -78,6 +71,7 @@ def settings(written: Written, documents: Path, out: Path, **changes: Any) -> Co
         "context": CONTEXT,
         "batch": 3,
         "importance_bits": 8,
+        "shard_rows": SHARD_ROWS,
     }
     return CollectConfig(out=out, **(chosen | changes))
 
@@ -264,8 +258,10 @@ def test_collected_rows_equal_recomputed_ones(
     for number, layer in enumerate(facts.layers):
         rows = store.layer(number)
         # Half a step of float16, and float32 noise.
-        torch.testing.assert_close(rows.inputs.double(), layer.residual, rtol=2**-10.9, atol=1e-5)
-        active = unpack_active(rows.active, layer.gate.shape[1])
+        every = torch.arange(len(rows))
+        inputs = rows.inputs_at(every).double()
+        torch.testing.assert_close(inputs, layer.residual, rtol=2**-10.9, atol=1e-5)
+        active = unpack_active(rows.active_at(every), layer.gate.shape[1])
         sure = clear(layer, threshold)
         assert sure.double().mean() > 0.999
         assert torch.equal(active[sure], layer.active[sure])
@@ -281,13 +277,15 @@ def test_collected_importance_equals_recomputed_one_within_a_step(
 ) -> None:
     for number, layer in enumerate(facts.layers):
         rows = store.layer(number)
-        active = unpack_active(rows.active, layer.gate.shape[1])
+        every = torch.arange(len(rows))
+        active = unpack_active(rows.active_at(every), layer.gate.shape[1])
         expected = (layer.intermediate.abs() * down_norms(written, number)) * active
         scale = expected.sum(1) / active.sum(1)
-        torch.testing.assert_close(rows.scale.double(), scale, rtol=1e-4, atol=0)
-        assert len(rows.importance) == active.sum()
+        torch.testing.assert_close(rows.scale_at(every).double(), scale, rtol=1e-4, atol=0)
+        assert sum(len(piece.importance) for piece in rows.pieces) == active.sum()
         found = torch.zeros_like(expected)
-        found[active] = torch.exp2((rows.importance.double() + 0.5) / 8 - 20)
+        codes = rows.codes_at(every, active.sum(1))
+        found[active] = torch.exp2((codes.double() + 0.5) / 8 - 20)
         found *= scale[:, None]
         # A step is an eighth of an octave, so its middle is off by a 16th at most.
         allowed = (2 ** (1 / 16) - 1 + 1e-3) * expected + 2e-5 * scale[:, None]

@@ -17,8 +17,7 @@ from common.errors import TraceError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.layer_rows import LayerRows, ShardedRows
-from predictor.traces.layer_weights import LayerWeights
-from predictor.traces.rows import LabelledRows, normalise_rms
+from predictor.traces.rows import LabelledRows, LayerWeights, normalise_rms
 from predictor.traces.store import TraceStore
 
 ROWS, D_MODEL, D_FF = 3000, 64, 1012
@@ -42,25 +41,45 @@ def stores(
 ) -> dict[int, TraceStore]:
     """Return stores of three shards or more by their bits of importance."""
     made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
-        for bits in (2, 4, 8):
-            run = CollectConfig(
-                model=str(model_dir),
-                data=str(long_data),
-                out=tmp_path_factory.mktemp("s") / "s",
-                field="body",
-                tokens=ROWS,
-                context=100,
-                dtype=request.param,
-                importance_bits=bits,
-            )
-            made[bits] = collect(run)
+    for bits in (2, 4, 8):
+        run = CollectConfig(
+            model=str(model_dir),
+            data=str(long_data),
+            out=tmp_path_factory.mktemp("s") / "s",
+            field="body",
+            tokens=ROWS,
+            context=100,
+            dtype=request.param,
+            importance_bits=bits,
+            shard_rows=SHARD_ROWS,
+        )
+        made[bits] = collect(run)
     return made
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def in_one_piece(sharded: ShardedRows) -> LayerRows:
+    """Copy all rows into one piece."""
+    starts, code_bytes = [], 0
+    for piece in sharded.pieces:
+        starts.append(piece.starts + code_bytes * 8 // piece.importance_bits)
+        code_bytes += len(piece.importance)
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(piece, name) for piece in sharded.pieces])
+
+    return replace(
+        sharded.pieces[0],
+        inputs=joined("inputs"),
+        active=joined("active"),
+        counts=sharded.counts,
+        scale=joined("scale"),
+        starts=torch.cat(starts),
+        importance=joined("importance"),
+    )
 
 
 # --- gathering -----------------------------------------------------------------------------------
@@ -75,7 +94,7 @@ def test_rows_across_shards_are_those_of_one_piece(
     sharded, weights = store.layer(1), store.weights(1)
     assert len(sharded.pieces) >= 3
     assert len(sharded) == ROWS
-    whole = sharded.joined
+    whole = in_one_piece(sharded)
     assert torch.equal(sharded.inputs_at(index), whole.inputs[index].float())
     assert torch.equal(sharded.active_at(index), whole.active[index])
     assert torch.equal(sharded.scale_at(index), whole.scale[index])
@@ -85,12 +104,14 @@ def test_rows_across_shards_are_those_of_one_piece(
             LabelledRows(sharded, weights, **options),
             LabelledRows(whole, weights, **options),
         )
-        for name in ("inputs", "active", "labels", "importance"):
+        for name in ("inputs", "active", "importance"):
             found, expected = getattr(ours, name)(index), getattr(plain, name)(index)
             assert found.shape == expected.shape
             assert torch.equal(found, expected), name
         for found, expected in zip(
-            ours.contributions(index), plain.contributions(index), strict=True
+            (*ours.positives(index, importance=True), *ours.contributions(index)),
+            (*plain.positives(index, importance=True), *plain.contributions(index)),
+            strict=True,
         ):
             assert torch.equal(found, expected)
 
@@ -126,10 +147,9 @@ def test_a_row_that_is_not_there_is_no_other_row(stores: dict[int, TraceStore], 
 
 
 def test_opening_a_layer_and_gathering_a_batch_copies_no_other_rows(
-    stores: dict[int, TraceStore], monkeypatch: pytest.MonkeyPatch
+    stores: dict[int, TraceStore],
 ) -> None:
     """Shards stay mapped: their tensors' memory is that of the files."""
-    monkeypatch.setattr(ShardedRows, "joined", property(lambda self: pytest.fail("joined")))
     store = stores[2]
     sharded = store.layer(0)
     rows = LabelledRows(sharded, store.weights(0), normalise=True)
@@ -157,7 +177,7 @@ def test_contributions_are_relative_to_raw_inputs(
 ) -> None:
     store, index = stores[8], torch.randperm(ROWS, generator=seeded(3))[:300]
     rows = LabelledRows(store.layer(1), store.weights(1), normalise=normalise)
-    raw = store.layer(1).joined.inputs[index].float()
+    raw = in_one_piece(store.layer(1)).inputs[index].float()
     assert torch.equal(rows.raw(index), raw)
     assert torch.equal(rows.inputs(index), normalise_rms(raw) if normalise else raw)
     squares = raw.double().square().sum(1)

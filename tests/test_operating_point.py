@@ -8,9 +8,10 @@ from conftest import refused
 
 from common.decisions import DecisionCounts
 from common.errors import PredictorError
-from predictor.calibration.operating_point import Curves, fold, mean_positive, trace_curves
-from predictor.calibration.predicted_model import Quality
-from predictor.calibration.search import (
+from predictor.module import Predictor, logits_of, to_half
+from predictor.thresholds.curves import Curves, factors, fold, mean_positive, reached, trace_curves
+from predictor.thresholds.predicted_model import Quality
+from predictor.thresholds.search import (
     Priced,
     at_price,
     best_ranks,
@@ -22,8 +23,6 @@ from predictor.calibration.search import (
     within_bytes,
     within_gap,
 )
-from predictor.calibration.threshold_grid import factors, reached
-from predictor.module import Predictor, logits_of, to_half
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 

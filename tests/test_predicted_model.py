@@ -12,24 +12,23 @@ from torch.nn.functional import cross_entropy
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
-from predictor.calibration.predicted_model import PredictedModel, _quality
-from predictor.collection.windows import Window
 from predictor.module import Predictor
+from predictor.thresholds.predicted_model import PredictedModel, _quality
 
 NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
 
 
-def windows_of(written: Written) -> list[Window]:
+def windows_of(written: Written) -> list[list[int]]:
     tokens = load_tokenizer(written.path, 320, written.variant.config).encode(TEXT)
-    return [Window(0, [1, *tokens[:30]]), Window(1, [1, *tokens[30:50]])]
+    return [[1, *tokens[:30]], [1, *tokens[30:50]]]
 
 
-def loss(written: Written, windows: list[Window]) -> float:
+def loss(written: Written, windows: list[list[int]]) -> float:
     """Mean negative log-likelihood by the formula."""
     parts = []
     for window in windows:
-        logits = written.reference(window.tokens).logits[:-1]
-        parts.append(cross_entropy(logits, torch.tensor(window.tokens[1:]), reduction="none"))
+        logits = written.reference(window).logits[:-1]
+        parts.append(cross_entropy(logits, torch.tensor(window[1:]), reduction="none"))
     return float(torch.cat(parts).mean())
 
 
@@ -94,8 +93,7 @@ def test_fatrelu_models_miss_what_their_threshold_lets_through(
         parts = []
         for window in windows:
             own, other = (
-                model.reference(window.tokens).logits[:-1].log_softmax(-1)
-                for model in (written, without)
+                model.reference(window).logits[:-1].log_softmax(-1) for model in (written, without)
             )
             parts.append((own.exp() * (own - other)).sum(-1))
         return float(torch.cat(parts).mean())

@@ -13,23 +13,23 @@ from planted import (
     HOLDOUT,
     TRAIN,
     importance_loss,
+    labels_of,
     normal,
     pairs,
     planted_layer,
     rows_from,
     seeded,
+    starting_at,
 )
 
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor, decide, to_half
-from predictor.traces.importance import decode_importance
-from predictor.traces.layer_weights import LayerWeights
-from predictor.traces.rows import LabelledRows, normalise_rms
+from predictor.traces.packing import decode_importance
+from predictor.traces.rows import LabelledRows, LayerWeights, normalise_rms
 from predictor.traces.store import LayerRows
-from predictor.training.fit import evaluate, train_layer
-from predictor.training.initialise import moments_of, random_start
+from predictor.training.layer import evaluate, train_layer
 from predictor.training.recipes import DEJAVU, PSP, Recipe
-from predictor.training.start import Starter
+from predictor.training.start import moments_of, random_start
 
 RANK = 32
 
@@ -145,7 +145,7 @@ def test_rows_are_gathered_in_any_order(
     rows = LabelledRows(stored, unweighted(37), normalise=False)
     assert torch.equal(rows.inputs(index), inputs.half().float()[index])
     assert torch.equal(rows.active(index), active[index])
-    assert torch.equal(rows.labels(index), active[index])
+    assert torch.equal(labels_of(rows, index), active[index])
     # Half a step of the code either way.
     torch.testing.assert_close(rows.importance(index), importance[index], rtol=0.045, atol=0)
 
@@ -173,7 +173,8 @@ def test_clipped_labels_are_exactly_the_largest(
     active, importance, _, stored = coded
     norms = torch.exp2(torch.randint(-3, 4, (37,), generator=seeded(1)) + 0.0)
     weights = LayerWeights(torch.zeros(37, 8), norms)
-    labels = LabelledRows(stored, weights, normalise=False, top=top).labels(torch.arange(50))
+    rows = LabelledRows(stored, weights, normalise=False, top=top)
+    labels = labels_of(rows, torch.arange(50))
     for label, row, values in zip(labels, active, importance / norms, strict=True):
         largest = sorted(row.nonzero()[:, 0].tolist(), key=lambda n: -float(values[n]))[:top]
         kept = label.nonzero()[:, 0].tolist()
@@ -187,7 +188,7 @@ def test_clipping_keeps_no_more_labels_than_asked_for_where_magnitudes_tie() -> 
     active = torch.ones(4, 40, dtype=torch.bool)
     stored = rows_from(active, torch.full((4, 40), 3.0), normal(4, 8))
     rows = LabelledRows(stored, unweighted(40), normalise=False, top=10)
-    assert rows.labels(torch.arange(4)).sum(1).tolist() == [10] * 4
+    assert labels_of(rows, torch.arange(4)).sum(1).tolist() == [10] * 4
 
 
 def test_normalised_inputs_have_unit_root_mean_square(
@@ -213,7 +214,7 @@ def trained(
 ) -> tuple[LabelledRows, Predictor]:
     rows = LabelledRows(*planted, normalise=recipe.normalise)
     generator = seeded(seed)
-    start = Starter(recipe, rows, TRAIN, generator, torch.device("cpu")).at(RANK)
+    start = starting_at(recipe, rows, TRAIN, generator)
     chosen: dict[str, Any] = {"holdout": HOLDOUT, "generator": generator} | options
     return rows, train_layer(start, rows, train=TRAIN, **chosen)
 

@@ -20,9 +20,8 @@ from predictor.reporting.metrics import (
     pareto_front,
 )
 from predictor.reporting.sweep import sweep_thresholds
-from predictor.traces.importance import pack_codes
-from predictor.traces.layer_weights import LayerWeights
-from predictor.traces.rows import LabelledRows
+from predictor.traces.packing import pack_codes
+from predictor.traces.rows import LabelledRows, LayerWeights
 from predictor.traces.store import LayerRows
 
 FC1 = torch.eye(2)
@@ -168,13 +167,10 @@ def test_a_sweep_goes_through_the_threshold_itself(threshold: float) -> None:
     assert (thresholds.diff() > 0).all()
 
 
-def test_batches_add_up(
-    random: tuple[LabelledRows, LayerPredictor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_add_up(random: tuple[LabelledRows, LayerPredictor]) -> None:
     rows, predictor = random
     whole = measure(rows, torch.arange(50), predictor=predictor).metrics
-    monkeypatch.setattr("predictor.reporting.metrics._DECISIONS_AT_ONCE", 40 * 7)
-    pieces = measure(rows, torch.arange(50), predictor=predictor).metrics
+    pieces = measure(rows, torch.arange(50), predictor=predictor, at_once=40 * 7).metrics
     # Average precision is that of a sample of seven rows now.
     assert pieces.pop("average_precision") != pytest.approx(whole.pop("average_precision"))
     assert pieces == pytest.approx(whole)

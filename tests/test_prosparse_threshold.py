@@ -54,7 +54,7 @@ def test_a_common_threshold_is_the_lowest_that_turns_off_the_share() -> None:
         assert statistics.common(share) == (threshold,) * 2
 
 
-def test_thresholds_for_each_layer_go_where_they_cost_least() -> None:
+def test_thresholds_for_several_at_once_go_where_they_cost_least() -> None:
     # In the second layer every neuron costs a hundredth of what it costs in the first.
     errors = [[1.0, 2.0, 4.0, 8.0], [0.01, 0.02, 0.04, 0.08]]
     statistics = statistics_of([[10.0] * 4] * 2, errors)
@@ -132,7 +132,7 @@ def relu_logits(path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["prosparse", "relu-llama", "minicpm-s", "relu-mistral"])
-def test_thresholds_of_each_layer_are_carried_by_the_weights(
+def test_thresholds_of_several_at_once_are_carried_by_the_weights(
     name: str, tokenizer_bytes: bytes, tmp_path: Path
 ) -> None:
     written = make(name, tmp_path / "model", tokenizer_bytes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARD_ROWS, refused
+from conftest import refused
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -17,14 +17,17 @@ from common.errors import TraceError
 from predictor.collection.collect import collect, most_bytes
 from predictor.collection.recorder import row_importance
 from predictor.collection.settings import CollectConfig
-from predictor.traces.bits import (
+from predictor.traces.packing import (
     active_places,
+    codes_at,
     count_active,
+    decode_importance,
+    encode_importance,
     pack_active,
+    pack_codes,
     pack_on_device,
     unpack_active,
 )
-from predictor.traces.importance import codes_at, decode_importance, encode_importance, pack_codes
 from predictor.traces.shard_file import (
     INPUT_DTYPES,
     BatchRows,
@@ -386,14 +389,12 @@ def test_a_row_whose_active_neurons_add_nothing_has_the_lowest_codes() -> None:
 )
 def test_no_store_is_larger_than_predicted_nor_much_smaller(
     settings: Callable[..., CollectConfig],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     text: str,
     bits: int,
     tokens: int,
     factor: float,
 ) -> None:
-    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
     run = settings(tmp_path / "out", tokens=tokens, importance_bits=bits)
     if text == "tiny":
         (tmp_path / "tiny.jsonl").write_text('{"body": "a"}\n' * 1500)

@@ -24,11 +24,6 @@ Settings = Callable[..., CollectConfig]
 Change = Callable[[dict[str, Any]], object]
 
 
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
-
-
 @pytest.fixture
 def copy(traces: TraceStore, tmp_path: Path) -> Path:
     """Return a copy of the traces that a test may damage."""
@@ -59,6 +54,7 @@ OTHER_SETTINGS: list[tuple[str, str, object]] = [
     ("data", "data", "other.txt"),
     ("chat_template", "chat_template", "minicpm"),
     ("layers", "layers", (1,)),
+    ("shard_rows", "shard_rows", 512),
 ]
 
 
@@ -77,6 +73,14 @@ def test_no_setting_that_changes_the_bytes_is_left_out_above() -> None:
     known = {key for key, _, _ in OTHER_SETTINGS}
     elsewhere = {"model", "out", "weights", "device", "force", "resume"}
     assert {field.name for field in fields(CollectConfig)} == known | elsewhere
+
+
+def test_a_store_that_was_begun_with_other_shards_goes_on_with_them(
+    settings: Settings, copy: Path
+) -> None:
+    before = contents(copy)
+    assert collect(settings(copy, resume=True, shard_rows=None)).header.shard_rows == SHARD_ROWS
+    assert contents(copy) == before
 
 
 def test_resume_with_another_model_is_refused(

@@ -19,9 +19,7 @@ from common.errors import PspError, TraceError
 from predictor.collection.collect import collect
 from predictor.collection.recorder import passes
 from predictor.collection.settings import CollectConfig
-from predictor.traces.bits import unpack_active
-from predictor.traces.importance import codes_at
-from predictor.traces.layer_rows import LayerRows
+from predictor.traces.packing import unpack_active
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
@@ -32,11 +30,6 @@ D_FF = 1012
 # Octaves a step, and where the first code begins, written down anew.
 STEP_AND_LOW = {2: (2.0, -4.0), 4: (1.0, -11.0), 8: (0.125, -20.0)}
 Settings = Callable[..., CollectConfig]
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -55,7 +48,7 @@ class Reference:
         """Return number and rows of every window as stored: shards, each longest window first."""
         shards: list[list[tuple[int, int]]] = [[]]
         for number, (_, window) in enumerate(self.windows):
-            if sum(rows for _, rows in shards[-1]) >= SHARD_ROWS[0]:
+            if sum(rows for _, rows in shards[-1]) >= SHARD_ROWS:
                 shards.append([])
             rows = min(len(window), tokens)
             tokens -= rows
@@ -134,19 +127,16 @@ def test_traces_equal_plain_pytorch(traces: TraceStore, reference: Reference) ->
     """Same windows in the stored order, same residual, same active neurons."""
     for layer in range(2):
         expected, rows = reference.rows(layer, TOKENS), traces.layer(layer)
-        torch.testing.assert_close(rows.inputs.float(), expected["residual"], atol=1e-3, rtol=2e-3)
-        active = unpack_active(rows.active, D_FF)
+        every = torch.arange(TOKENS)
+        inputs = rows.inputs_at(every)
+        torch.testing.assert_close(inputs, expected["residual"], atol=1e-3, rtol=2e-3)
+        active = unpack_active(rows.active_at(every), D_FF)
         # A gate within float32 noise of zero may fall on either side.
         clear = expected["gate"].abs() > 1e-4
         assert clear.float().mean() > 0.999
         assert torch.equal(active[clear], (expected["gate"] > 0)[clear])
         assert 0.2 < active.float().mean() < 0.8
         assert torch.equal(rows.counts, active.sum(0))
-
-
-def row_codes(rows: LayerRows, row: int, count: int) -> torch.Tensor:
-    places = rows.starts[row] + torch.arange(count)
-    return codes_at(rows.importance, places, rows.importance_bits).long()
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -160,15 +150,16 @@ def test_importance_is_that_of_plain_pytorch(
     for layer in range(2):
         expected, rows, weights = (
             reference.rows(layer, 1500),
-            store.layer(layer).joined,
+            store.layer(layer),
             store.weights(layer),
         )
-        active = unpack_active(rows.active, D_FF)
+        every = torch.arange(1500)
+        active = unpack_active(rows.active_at(every), D_FF)
         product = (expected["gate"].relu() * expected["up"]).abs()
         importance = product * weights.down_norms
         mean = torch.where(active, importance, 0).sum(1) / active.sum(1)
-        torch.testing.assert_close(rows.scale, mean, atol=1e-6, rtol=1e-4)
-        codes = torch.cat([row_codes(rows, n, int(active[n].sum())) for n in range(1500)])
+        torch.testing.assert_close(rows.scale_at(every), mean, atol=1e-6, rtol=1e-4)
+        codes = rows.codes_at(every, active.sum(1)).long()
         # Float32 noise of gate and up.
         noise, relative = 1e-5 * weights.down_norms / mean[:, None], importance / mean[:, None]
         bounds = [
@@ -178,7 +169,7 @@ def test_importance_is_that_of_plain_pytorch(
         assert ((bounds[0] <= codes) & (codes <= bounds[1])).all()
         assert (bounds[0] == bounds[1]).float().mean() > 0.98, "the bounds leave no choice"
         assert len(set(codes.tolist())) >= min(2**bits, 80)
-        decoded = LabelledRows(rows, weights, normalise=False).importance(torch.arange(1500))
+        decoded = LabelledRows(rows, weights, normalise=False).importance(every)
         near = active & (relative > 2.0 ** (low + 1)) & (relative < 2.0 ** (low + step * 2**bits))
         off = (decoded / importance).log2().abs()
         assert off[near & (product > 1e-3)].max() < step / 2 + 0.02
@@ -203,10 +194,12 @@ def test_without_importance_the_rest_is_the_same(
     store = collect(settings(tmp_path / "out", importance_bits=0))
     for layer in range(2):
         bare, whole = store.layer(layer), traces.layer(layer)
-        for name in ("inputs", "active", "counts"):
-            assert torch.equal(getattr(bare, name), getattr(whole, name))
+        assert torch.equal(bare.counts, whole.counts)
         assert bare.importance_bits == 0
-        assert len(bare.scale) == len(bare.starts) == len(bare.importance) == 0
+        for found, expected in zip(bare.pieces, whole.pieces, strict=True):
+            assert torch.equal(found.inputs, expected.inputs)
+            assert torch.equal(found.active, expected.active)
+            assert len(found.scale) == len(found.starts) == len(found.importance) == 0
     store.check()
 
 
@@ -214,7 +207,8 @@ def test_sparsity_is_the_share_of_neurons_that_are_not_active(traces: TraceStore
     sparsity = traces.activation_sparsity()
     assert list(sparsity) == [0, 1]
     for layer, value in sparsity.items():
-        active = unpack_active(traces.layer(layer).active, D_FF)
+        rows = traces.layer(layer).active_at(torch.arange(TOKENS))
+        active = unpack_active(rows, D_FF)
         assert value == pytest.approx(1 - float(active.double().mean()))
 
 
@@ -250,7 +244,7 @@ def test_documents_are_counted_and_the_last_is_cut_to_the_exact_number(
     assert traces.rows == sum(counts) == len(stored) == TOKENS
     assert counts[:-1] == expected[: len(counts) - 1]
     assert 0 < counts[-1] < expected[len(counts) - 1]
-    assert all(shard.rows >= SHARD_ROWS[0] for shard in traces.progress.shards[:-1])
+    assert all(shard.rows >= SHARD_ROWS for shard in traces.progress.shards[:-1])
 
 
 @pytest.mark.parametrize("tokens", [1, CONTEXT, 1024, 1025])
@@ -260,7 +254,7 @@ def test_exactly_as_many_tokens_as_asked_for(
     store = collect(settings(tmp_path / "out", tokens=tokens))
     assert store.rows == sum(shard.rows for shard in store.progress.shards) == tokens
     for layer in range(2):
-        assert len(store.layer(layer).inputs) == tokens
+        assert len(store.layer(layer)) == tokens
 
 
 @pytest.mark.parametrize(
@@ -290,7 +284,7 @@ def test_a_d_ff_that_fills_no_byte_is_recorded_as_well(
     run = settings(tmp_path / "out", model=str(model), tokens=200, importance_bits=bits)
     store = collect(run)
     store.check()
-    rows = store.layer(1)
+    (rows,) = store.layer(1).pieces
     active = unpack_active(rows.active, 109)
     assert Checkpoint.open(model).shape.d_ff == active.shape[1] == 109
     assert torch.equal(active.sum(0), rows.counts)
@@ -365,7 +359,7 @@ def test_a_residual_beyond_float16_is_counted_and_asks_for_bfloat16_which_works(
     model = heated(make_model(tmp_path / "hot"), name, factor)
     run = {"model": str(model), "tokens": 200}
     store = collect(settings(tmp_path / "brain", dtype="bfloat16", **run))
-    inputs = store.layer(layer).inputs
+    (inputs,) = (piece.inputs for piece in store.layer(layer).pieces)
     assert inputs.dtype == torch.bfloat16
     assert torch.isfinite(inputs).all()
     assert inputs.float().abs().max() > 65504

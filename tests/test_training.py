@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from planted import labels_of
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from common.errors import CheckpointError, PredictorError
-from common.overlap import made_ahead
+from common.overlap import StoppedError, made_ahead, several_at_once
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.batches import Batch, batches
-from predictor.training.fit import train_layer
-from predictor.training.gradient import set_gradients
-from predictor.training.parallel import StoppedError, each_layer
+from predictor.training.layer import jobs_for, product_dtype, train_layer
+from predictor.training.loss import Batch, batches, set_gradients
 from predictor.training.recipes import DEJAVU, PSP, Recipe
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
@@ -39,7 +38,7 @@ def rows(ranked_traces: TraceStore) -> LabelledRows:
 
 def expected_weights(recipe: Recipe, rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:
     """Return the weight of every label, written down from `Recipe`'s own words."""
-    labels = rows.labels(index)
+    labels = labels_of(rows, index)
     negative = recipe.negative_weight * labels.float().mean() + recipe.negative_floor
     positive = torch.ones(labels.shape)
     if recipe.importance:
@@ -64,7 +63,7 @@ def test_gradients_are_those_of_the_weighted_cross_entropy(
     ):
         loss = binary_cross_entropy_with_logits(
             predictor(rows.inputs(part)),
-            rows.labels(part).float(),
+            labels_of(rows, part).float(),
             weight=expected_weights(recipe, rows, part),
         )
         expected = torch.autograd.grad(loss, [predictor.fc1, predictor.fc2])
@@ -88,10 +87,9 @@ def test_batches_do_not_depend_on_how_many_are_read_together(
     order = torch.randperm(1500)[:1001]
 
     def read(together: int, ahead: bool) -> list[Batch]:
-        monkeypatch.setattr("predictor.training.batches._READ_ROWS", together)
         if ahead:  # the way to a GPU, with the rows left on the CPU
             monkeypatch.setattr("builtins.map", made_ahead)
-        return list(batches(replace(PSP, batch=100), rows, CPU, order))
+        return list(batches(replace(PSP, batch=100), rows, CPU, order, together=together))
 
     alone = read(1, ahead=False)
     assert [len(batch.inputs) for batch in alone] == [100] * 10 + [1]
@@ -151,8 +149,8 @@ def test_the_bar_ends_full_where_layers_take_more_steps(
         return bars[-1]
 
     monkeypatch.setattr("predictor.training.run.tqdm", shown)
-    monkeypatch.setattr("predictor.training.coordinates._STEADY", 0.0)
-    train_predictors(settings(ranked_traces, tmp_path / "p", jobs=2))
+    # A rank that is beyond the units of a start around the constant.
+    train_predictors(settings(ranked_traces, tmp_path / "p", rank=96, jobs=2))
     batches = -(-int((~ranked_traces.holdout(0.1, 0)).sum()) // PSP.batch)
     assert [bars[0].n, bars[0].total] == [2 * 4 * PSP.epochs * batches] * 2
 
@@ -191,7 +189,7 @@ def test_memory_that_runs_out_keeps_finished_layers(
             raise error
         return train_layer(*args, **kwargs)
 
-    monkeypatch.setattr("predictor.training.layer_result.train_layer", train)
+    monkeypatch.setattr("predictor.training.layer.train_layer", train)
     config = settings(ranked_traces, tmp_path / "p", jobs=1)
     with refused(PredictorError, "layer 1: out of memory", "--jobs or --rank", "--resume"):
         train_predictors(config)
@@ -217,7 +215,7 @@ def test_the_first_failure_stops_the_rest() -> None:
 
     threads = torch.get_num_threads()
     with refused(PredictorError, "layer 0 is damaged"):
-        list(each_layer(work, [0, 1, 2], 2))
+        list(several_at_once(work, [0, 1, 2], 2))
     # Layer 2 may have begun before the failure was seen.
     assert ended in ({1: "stopped"}, {1: "stopped", 2: "stopped"})
     assert torch.get_num_threads() == threads
@@ -228,7 +226,7 @@ def test_jobs_share_the_threads() -> None:
     torch.set_num_threads(4)
     try:
         for jobs, share in ((1, 4), (2, 2), (3, 1), (8, 1)):
-            found = each_layer(lambda layer, go_on: torch.get_num_threads(), range(3), jobs)
+            found = several_at_once(lambda layer, go_on: torch.get_num_threads(), range(3), jobs)
             assert dict(found) == dict.fromkeys(range(3), share)
             assert torch.get_num_threads() == 4
     finally:
@@ -237,10 +235,11 @@ def test_jobs_share_the_threads() -> None:
 
 def test_small_layers_take_a_thread_each() -> None:
     config = TrainConfig(traces=Path("t"), out=Path("o"), rank=32)
-    assert config.jobs_for(512, 1536) == torch.get_num_threads()
-    assert config.jobs_for(4096, 11008) == 1
-    assert replace(config, jobs=3).jobs_for(4096, 11008) == 3
-    assert replace(config, device="cuda").jobs_for(512, 1536) == 1
-    assert config.dtype == torch.float32
-    assert replace(config, device="cuda").dtype == torch.bfloat16
-    assert replace(config, device="cuda", precision="float32").dtype == torch.float32
+    assert jobs_for(config, 512, 1536) == torch.get_num_threads()
+    assert jobs_for(config, 4096, 11008) == 1
+    assert jobs_for(replace(config, jobs=3), 4096, 11008) == 3
+    on_gpu = replace(config, device="cuda")
+    assert jobs_for(on_gpu, 512, 1536) == 1
+    assert product_dtype(config) == torch.float32
+    assert product_dtype(on_gpu) == torch.bfloat16
+    assert product_dtype(replace(on_gpu, precision="float32")) == torch.float32

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
+from conftest import TEXT, ModelMaker, refused
 from letters import BOS, Letters
 
 from architectures.tokenizer import load_tokenizer
@@ -31,9 +31,8 @@ from predictor.collection.windows import (
     segments_of,
     text_sha256,
 )
-from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, write_manifest
-from predictor.traces.store import TraceStore
+from predictor.traces.store import TraceStore, hold_out
 
 
 def lengths_of(windows: list[Window]) -> list[int]:
@@ -262,11 +261,6 @@ def test_the_holdout_never_takes_everything_nor_nothing() -> None:
 Settings = Callable[..., CollectConfig]
 
 
-@pytest.fixture
-def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("predictor.collection.collect._SHARD_ROWS", SHARD_ROWS)
-
-
 def contents(directory: Path) -> dict[str, bytes]:
     """Return all files but the manifest, which names the text's file."""
     files = (path for path in directory.rglob("*.safetensors*"))
@@ -293,7 +287,6 @@ TEXT_CHANGES: dict[str, Callable[[list[str]], list[str]]] = {
 }
 
 
-@pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("change", TEXT_CHANGES)
 def test_a_text_that_has_changed_is_refused_until_it_is_restored(
     traces: TraceStore, settings: Settings, long_data: Path, tmp_path: Path, change: str
@@ -313,7 +306,6 @@ def test_a_text_that_has_changed_is_refused_until_it_is_restored(
     assert contents(run.out) == contents(traces.path)
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_document_boundaries_that_have_moved_are_noticed(
     settings: Settings, model_dir: Path, tmp_path: Path
 ) -> None:
@@ -335,7 +327,6 @@ def test_document_boundaries_that_have_moved_are_noticed(
         collect(run)
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_a_tokenizer_that_has_changed_is_refused(
     make_model: ModelMaker, settings: Settings, tokenizer_bytes: bytes, tmp_path: Path
 ) -> None:
@@ -349,7 +340,6 @@ def test_a_tokenizer_that_has_changed_is_refused(
         collect(run)
 
 
-@pytest.mark.usefixtures("small_shards")
 def test_a_bad_line_amid_the_text_costs_nothing_that_is_recorded(
     traces: TraceStore, settings: Settings, long_data: Path, tmp_path: Path
 ) -> None:

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, check_device, load_model
-from architectures.tokenizer import Tokenizer, load_tokenizer
+from architectures.tokenizer import Tokenizer, chat_template_of, load_tokenizer
+from common import chat
 from common.documents import read_documents
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
-from predictor.collection.recorder import Recorder
+from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
-from predictor.collection.templates import choose_template
 from predictor.collection.windows import (
     cut_batches,
     cut_shards,
@@ -27,8 +27,8 @@ from predictor.collection.windows import (
     segments_of,
     text_sha256,
 )
-from predictor.traces.layer_weights import LayerWeights, read_layer_weights
 from predictor.traces.manifest import TraceHeader
+from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import INPUT_DTYPES
 from predictor.traces.store import TraceStore
 
@@ -58,8 +58,10 @@ def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceS
     template = choose_template(checkpoint, config.chat_template, report)
     header = trace_header(config, checkpoint, template)
     store = _begun_store(config, header)
-    if store is not None and store.progress.complete:
-        return store
+    if store is not None:
+        header = store.header
+        if store.progress.complete:
+            return store
     # Nothing that cannot run costs an existing store.
     next(read_documents(config.data, config.field, template))
     _check_disk(config, header, store, report)
@@ -143,6 +145,8 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
     compute = torch.float32 if on_cpu else checkpoint.dtype
     row_bytes = 2 * shape.d_model + shape.d_ff // 8
     least, most = _SHARD_ROWS
+    # Not by the layers recorded: passes over the layers must cut the text alike.
+    usual = max(least, min(most, _SHARD_BYTES // (row_bytes * shape.n_layers)))
     return TraceHeader(
         model=config.model,
         model_fingerprint=checkpoint.fingerprint,
@@ -163,10 +167,33 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         tokens=config.tokens,
         context=min(config.context, shape.context_length),
         batch=config.batch,
-        # Not by the layers recorded: passes over the layers must cut the text alike.
-        shard_rows=max(least, min(most, _SHARD_BYTES // (row_bytes * shape.n_layers))),
+        shard_rows=config.shard_rows or usual,
         seed=config.seed,
     )
+
+
+def choose_template(checkpoint: Checkpoint, choice: str, report: Report) -> str:
+    """Return the name of the template to use.
+
+    Args:
+        checkpoint: the model's.
+        choice: `auto` goes by the checkpoint's own template, anything else is returned as it is.
+        report: receives a line where the user should know what was chosen.
+    """
+    if choice != "auto":
+        return choice
+    found = chat.detect(chat_template_of(checkpoint.path))
+    if found is None:
+        report(
+            "chat template: the model has one that psp does not know, text is used as it is; pass "
+            "--chat-template none to accept that silently, or data that is already in its form"
+        )
+        return "none"
+    if found == "none" and checkpoint.architecture.name == "minicpm":
+        report("chat template: none found; MiniCPM's SFT models want --chat-template minicpm")
+    if found != "none":
+        report(f"chat template: {found}, as in the model's own; see --chat-template")
+    return found
 
 
 def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | None:
@@ -174,6 +201,8 @@ def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | Non
     if config.resume and exists(config.out / "manifest.json"):
         store = TraceStore.open(config.out)
         for key, value in vars(header).items():
+            if key == "shard_rows" and config.shard_rows is None:
+                continue
             if getattr(store.header, key) != value:
                 raise TraceError(
                     f"{config.out}: was collected with {key} {getattr(store.header, key)!r}, not "

@@ -12,8 +12,8 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel
 from common.errors import TraceError
 from predictor.collection.windows import Window
-from predictor.traces.bits import active_places, pack_active
-from predictor.traces.importance import encode_importance
+from predictor.traces.packing import active_places, encode_importance, pack_active
+from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import BatchRows
 
 _BLOCK = 1 << 19
@@ -172,3 +172,18 @@ def row_importance(
     sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
     scale = sums / counts.clamp_min(1)
     return scale, encode_importance(values / scale[row].clamp_min(1e-30), bits)
+
+
+def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
+    """Read one layer.
+
+    RMSNorm scales its input x by γ/rms(x), so the gate is W·diag(γ)·x up to a positive factor.
+    LayerNorm also subtracts the mean: W·diag(γ)·(I − 11ᵀ/d)·x, which takes each row's mean off.
+    """
+    architecture = checkpoint.architecture
+    gate = checkpoint.layer_tensor(layer, architecture.gate).float()
+    gate = gate * checkpoint.layer_tensor(layer, architecture.ffn_norm).float()
+    if architecture.centred:
+        gate = gate - gate.mean(1, keepdim=True)
+    down = checkpoint.layer_tensor(layer, architecture.ffn_down).float()
+    return LayerWeights(gate, torch.linalg.vector_norm(down, dim=0))

@@ -24,7 +24,12 @@ from common.settings import (
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Settings of a collection."""
+    """Settings of a collection.
+
+    Attributes:
+        shard_rows: rows after which a shard is closed; None goes by their size, or by a store that
+            was begun.
+    """
 
     model: ModelName
     data: Annotated[str, Option(help=f"Text to run the model on.{DATA_HELP}", metavar=DATA_KINDS)]
@@ -66,6 +71,7 @@ class CollectConfig:
             choices=("auto", "resident", "streamed"),
         ),
     ] = "auto"
+    shard_rows: int | None = None
     device: Device = "cpu"
     seed: Seed = 0
     resume: Resume = False

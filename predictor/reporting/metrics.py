@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from predictor.module import Predictor, logits_of
 from predictor.reporting.sweep import Curve, Sweep, sweep_thresholds
 from predictor.traces.rows import LabelledRows
 
-_DECISIONS_AT_ONCE = 2**22
+DECISIONS_AT_ONCE = 2**22
 """Decisions of a batch, and of the sample that average precision is taken on."""
 
 _HOT_SHARES = np.linspace(0, 1, 101)
@@ -43,9 +43,9 @@ class LayerMeasurement:
     activation_counts: torch.Tensor
 
 
-def sample_rows(d_ff: int) -> int:
+def sample_rows(d_ff: int, at_once: int = DECISIONS_AT_ONCE) -> int:
     """Return how many rows average precision is taken on at most."""
-    return max(1, _DECISIONS_AT_ONCE // d_ff)
+    return max(1, at_once // d_ff)
 
 
 def measure_predictor(
@@ -58,6 +58,7 @@ def measure_predictor(
     ffn_matrices: int = 3,
     predictor_width: float = 1.0,
     seed: int = 0,
+    at_once: int = DECISIONS_AT_ONCE,
 ) -> LayerMeasurement:
     """Measure a predictor on held-out rows, a batch at a time.
 
@@ -77,7 +78,7 @@ def measure_predictor(
 
     The last is the squared error of the FFN's output relative to the residual if neurons'
     contributions are orthogonal. The last two are left out where the traces hold no importance, and
-    as coarse as its codes: see `predictor.traces.importance`.
+    as coarse as its codes: see `predictor.traces.packing`.
 
     Args:
         rows: the layer's rows, not normalised.
@@ -88,11 +89,13 @@ def measure_predictor(
         ffn_matrices: matrices of the FFN, 3 if gated, else 2.
         predictor_width: bytes of a predictor's weight relative to one of the FFN.
         seed: seed of the sample for average precision.
+        at_once: decisions of a batch and of that sample.
     """
     # A threshold other than 0 is in units of the residual itself.
     assert not rows.normalise
     net = Predictor(predictor.fc1.float(), predictor.fc2.float())
-    curve = _sweep(net, rows, held, threshold)
+    batch = sample_rows(rows.d_ff, at_once)
+    curve = _sweep(net, rows, torch.split(held, batch), threshold)
     chosen, rank = curve.position(threshold), len(predictor.fc1)
     metrics = curve.counts(chosen).metrics(
         rank=rank,
@@ -101,7 +104,7 @@ def measure_predictor(
         ffn_matrices=ffn_matrices,
         predictor_width=predictor_width,
     )
-    metrics["average_precision"] = _sampled_average_precision(net, rows, held, seed)
+    metrics["average_precision"] = _sampled_average_precision(net, rows, held, batch, seed)
     for name in ("missed_importance", "ffn_output_error"):
         if (values := getattr(curve, name)) is not None:
             metrics[name] = float(values[chosen])
@@ -117,9 +120,11 @@ def measure_predictor(
 
 
 @torch.inference_mode()
-def _sweep(net: Predictor, rows: LabelledRows, held: torch.Tensor, threshold: float) -> Curve:
+def _sweep(
+    net: Predictor, rows: LabelledRows, batches: Iterable[torch.Tensor], threshold: float
+) -> Curve:
     sweep = Sweep(sweep_thresholds(threshold))
-    for index in torch.split(held, sample_rows(rows.d_ff)):
+    for index in batches:
         inputs, active = rows.inputs(index), rows.active(index)
         importance = rows.importance(index) if rows.rows.importance_bits else None
         sweep.add(logits_of(net, inputs), active, importance, inputs.square().sum(1))
@@ -128,10 +133,10 @@ def _sweep(net: Predictor, rows: LabelledRows, held: torch.Tensor, threshold: fl
 
 @torch.inference_mode()
 def _sampled_average_precision(
-    net: Predictor, rows: LabelledRows, held: torch.Tensor, seed: int
+    net: Predictor, rows: LabelledRows, held: torch.Tensor, sample: int, seed: int
 ) -> float:
     order = torch.randperm(len(held), generator=torch.Generator().manual_seed(seed))
-    index = held[order[: sample_rows(rows.d_ff)].sort().values]
+    index = held[order[:sample].sort().values]
     return average_precision(logits_of(net, rows.inputs(index)), rows.active(index))
 
 

@@ -27,7 +27,7 @@ from common.errors import PredictorError
 from common.files import atomic_directory, refuse_existing, write_json
 from common.version import tool_version
 from predictor.artifact import PredictorArtifact
-from predictor.calibration.element_cost import ElementCost
+from predictor.module import PredictorType
 from predictor.reporting.metrics import (
     LayerMeasurement,
     hot_neuron_curve,
@@ -70,7 +70,7 @@ def report_predictors(
         PspError: traces of another collection, no finished layer in them, or existing output.
     """
     refuse_existing(out, force=force, marker="report.json")
-    measured = measure_predictors(store, artifact, ElementCost(predictor_type))
+    measured = measure_predictors(store, artifact, PredictorType(predictor_type))
     header = artifact.header
     known = {
         "model": header.model,
@@ -85,7 +85,7 @@ def report_predictors(
 
 
 def measure_predictors(
-    store: TraceStore, artifact: PredictorArtifact, element: ElementCost
+    store: TraceStore, artifact: PredictorArtifact, element: PredictorType
 ) -> list[LayerMeasurement]:
     """Measure every finished layer that the traces hold, one in memory at a time.
 

@@ -10,7 +10,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import TraceError
-from predictor.traces.importance import codes_at
+from predictor.traces.packing import codes_at
 
 Places = npt.NDArray[np.int64]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -68,7 +67,7 @@ class StoredRows(ABC):
     def codes_at(self, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Return the uint8 codes of the rows (n,) int64, which have `counts` (n,) int64, in order.
 
-        A row's codes are those of its active neurons, see `predictor.traces.importance`.
+        A row's codes are those of its active neurons, see `predictor.traces.packing`.
         """
         each, lengths = 8 // self.importance_bits, counts.numpy()
         taken: list[npt.NDArray[np.uint8]] = [np.zeros(0, np.uint8)] * len(index)
@@ -121,7 +120,7 @@ class LayerRows(StoredRows):
         importance_bits: bits of a code; 0 where no importance is stored.
         scale: (rows,) float32, mean importance of a row's active neurons, or empty.
         starts: (rows,) int64, position of each row's first code, or empty.
-        importance: (bytes,) uint8, packed codes, see `predictor.traces.importance`.
+        importance: (bytes,) uint8, packed codes, see `predictor.traces.packing`.
         file: the file that holds the rows, for errors.
     """
 
@@ -165,48 +164,6 @@ class ShardedRows(StoredRows):
             # Without rows the first piece still tells shapes.
             if part.start < part.stop or not len(rows) + number:
                 yield piece, order[part], rows[part] - self._first[number]
-
-    @cached_property
-    def joined(self) -> LayerRows:
-        """All rows copied into one piece in memory; training never does that."""
-        starts, code_bytes = [], 0
-        for piece in self.pieces:
-            starts.append(piece.starts + code_bytes * 8 // max(self.importance_bits, 1))
-            code_bytes += len(piece.importance)
-        return LayerRows(
-            inputs=torch.cat([piece.inputs for piece in self.pieces]),
-            active=torch.cat([piece.active for piece in self.pieces]),
-            counts=self.counts,
-            importance_bits=self.importance_bits,
-            scale=torch.cat([piece.scale for piece in self.pieces]),
-            starts=torch.cat(starts),
-            importance=torch.cat([piece.importance for piece in self.pieces]),
-        )
-
-    @property
-    def inputs(self) -> torch.Tensor:
-        """Those of `joined`."""
-        return self.joined.inputs
-
-    @property
-    def active(self) -> torch.Tensor:
-        """Those of `joined`."""
-        return self.joined.active
-
-    @property
-    def scale(self) -> torch.Tensor:
-        """That of `joined`."""
-        return self.joined.scale
-
-    @property
-    def starts(self) -> torch.Tensor:
-        """Those of `joined`."""
-        return self.joined.starts
-
-    @property
-    def importance(self) -> torch.Tensor:
-        """That of `joined`."""
-        return self.joined.importance
 
 
 def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import read_json, write_json
 from common.version import tool_version
-from predictor.traces.importance import BITS
+from predictor.traces.packing import BITS
 from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2

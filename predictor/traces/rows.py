@@ -6,10 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.traces.bits import active_places, unpack_active
-from predictor.traces.importance import decode_importance
 from predictor.traces.layer_rows import StoredRows
-from predictor.traces.layer_weights import LayerWeights
+from predictor.traces.packing import active_places, decode_importance, unpack_active
 
 _TINY = 1e-20
 
@@ -17,6 +15,20 @@ _TINY = 1e-20
 def normalise_rms(inputs: torch.Tensor) -> torch.Tensor:
     """Scale every row (n, d_model) to unit root mean square."""
     return inputs * torch.rsqrt(inputs.square().mean(dim=-1, keepdim=True) + _TINY)
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A layer's weights as seen from the predictor's input.
+
+    Attributes:
+        gate: (d_ff, d_model) float32, linear map from the predictor's input to the gate, but for
+            the norm's division by the input's length and, where a model has them, biases.
+        down_norms: (d_ff,) float32, norm of each column of the down projection.
+    """
+
+    gate: torch.Tensor
+    down_norms: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -68,12 +80,6 @@ class LabelledRows:
     def active(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) bool labels of the chosen rows, uncut."""
         return unpack_active(self.rows.active_at(index), self.d_ff)
-
-    def labels(self, index: torch.Tensor) -> torch.Tensor:
-        """Return (n, d_ff) bool labels to train on: `active`, cut if asked for."""
-        labels = torch.zeros(len(index), self.d_ff, dtype=torch.bool)
-        labels.view(-1)[self.positives(index, importance=False)[0]] = True
-        return labels
 
     def importance(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 |act(g)·u|·‖down column‖ as stored, zero where not active."""

@@ -31,8 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import write_error
-from predictor.traces.bits import unpack_active
-from predictor.traces.importance import pack_codes
+from predictor.traces.packing import pack_codes, unpack_active
 
 _PREFIX = 1024
 """Bytes before the data: the header's length (8) and the header, padded with spaces."""

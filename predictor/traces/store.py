@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
@@ -27,11 +28,10 @@ from safetensors.torch import load_file, save
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
-from predictor.traces.bits import count_active
-from predictor.traces.holdout import hold_out
 from predictor.traces.layer_rows import LayerRows, ShardedRows
-from predictor.traces.layer_weights import LayerWeights
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
+from predictor.traces.packing import count_active
+from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import (
     ShardLayout,
     ShardWriter,
@@ -87,7 +87,7 @@ class TraceStore:
     @property
     def documents(self) -> int:
         """Documents with at least one row."""
-        return len({number for shard in self.progress.shards for number, _ in shard.segments})
+        return len({number for number, _ in self._segments()})
 
     @property
     def identity(self) -> str:
@@ -257,14 +257,50 @@ class TraceStore:
         Raises:
             TraceError: fewer than two documents.
         """
-        segments = [segment for shard in self.progress.shards for segment in shard.segments]
-        if len({document for document, _ in segments}) < 2:
+        if self.documents < 2:
             raise TraceError(
                 f"{self.path}: holds {self.documents} document, a holdout by document needs at "
                 "least 2",
                 "collect from more documents or more --tokens",
             )
-        return hold_out(segments, share, seed)
+        return hold_out(list(self._segments()), share, seed)
+
+    def held_documents(self, share: float, seed: int) -> set[int]:
+        """Return the numbers of the documents that `holdout` holds out."""
+        return choose_documents(list(self._segments()), share, seed)
+
+    def _segments(self) -> Iterator[Sequence[int]]:
+        """Yield document number and rows of each run of rows, in order."""
+        for shard in self.progress.shards:
+            yield from shard.segments
+
+
+def choose_documents(segments: Sequence[Sequence[int]], share: float, seed: int) -> set[int]:
+    """Choose the documents to hold out.
+
+    Args:
+        segments: document number and rows of each run of rows, of at least two documents.
+        share: share of rows to hold out, at least, unless all documents but one fall short.
+        seed: seed of the choice.
+    """
+    lengths: dict[int, int] = {}
+    for document, rows in segments:
+        lengths[document] = lengths.get(document, 0) + rows
+    documents = sorted(lengths)
+    wanted, held, taken = share * sum(lengths.values()), set(), 0
+    for place in np.random.default_rng(seed).permutation(len(documents))[:-1]:
+        if taken >= wanted:
+            break
+        held.add(documents[place])
+        taken += lengths[documents[place]]
+    return held
+
+
+def hold_out(segments: Sequence[Sequence[int]], share: float, seed: int) -> torch.Tensor:
+    """Return which rows belong to held-out documents, (rows,) bool; see `choose_documents`."""
+    held = choose_documents(segments, share, seed)
+    chosen = torch.tensor([document in held for document, _ in segments])
+    return torch.repeat_interleave(chosen, torch.tensor([rows for _, rows in segments]))
 
 
 def _is_ours(file: Path) -> bool:

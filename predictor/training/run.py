@@ -6,32 +6,33 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
+import torch
 from tqdm import tqdm
 
+from architectures.checkpoint import Checkpoint
 from architectures.model import check_device
+from architectures.windows import LEAST_TOKENS
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
+from common.overlap import several_at_once
+from cost_model.hardware import load_hardware
 from predictor.artifact import PredictorArtifact, PredictorHeader
-from predictor.calibration.calibrate import calibrate
-from predictor.calibration.element_cost import ElementCost
+from predictor.module import PredictorType
+from predictor.thresholds.choose import choose_thresholds
+from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
+from predictor.thresholds.search import Bound, candidate_ranks
+from predictor.traces.packing import RANKING_BITS
 from predictor.traces.store import TraceStore
-from predictor.training.evaluation_text import held_out_model
-from predictor.training.layer_result import LayerResult, LayerTraining
-from predictor.training.parallel import each_layer
+from predictor.training.layer import LayerResult, LayerTrainer
 from predictor.training.ranks import choose_ranks
-from predictor.training.recipes import DEJAVU, Recipe, published_rank, recipe_named
-from predictor.training.requirements import (
-    check_activity,
-    check_importance,
-    check_ranks,
-    chosen_layers,
-)
-from predictor.training.settings import AUTO, TrainConfig
+from predictor.training.recipes import DEJAVU, published_rank, recipe_named
+from predictor.training.settings import AUTO, RANK_MULTIPLE, TrainConfig
+
+_DEFAULT_GAP = 0.001
+Note = Callable[[str], None]
 
 
-def train_predictors(
-    config: TrainConfig, note: Callable[[str], None] = lambda line: None
-) -> PredictorArtifact:
+def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> PredictorArtifact:
     """Train, measure on held-out documents and store a predictor for every recorded layer.
 
     Traces made in passes over the layers are trained one store after the other into one artifact,
@@ -45,90 +46,142 @@ def train_predictors(
         PspError: unusable traces, existing output, a bound out of reach, or an artifact made with
             other settings under `resume`.
     """
+    weight = _predictor_weight(config, note)
     check_device(config.device)
     store = TraceStore.open(config.traces)
     store.require_complete()
-    recipe = _recipe_for(config)
-    config = _settled(config, store)
-    layers = chosen_layers(config, store)
-    held = store.holdout(config.holdout, config.seed)
-    check_ranks(config, store, recipe, int((~held).sum()))
-    check_importance(config, store, recipe)
-    check_activity(store, layers)
-    training = LayerTraining(
-        config=config,
-        store=store,
-        recipe=recipe,
-        train=(~held).nonzero()[:, 0],
-        holdout=held.nonzero()[:, 0],
-    )
-    artifact = _open_artifact(config, store, recipe)
-    _set_ranks(training, artifact)
-    _train_missing(training, artifact, layers)
-    if config.bound is not None and artifact.complete:
-        calibrate(
+    layers = _chosen_layers(config, store)
+    trainer = _trainer(config, store)
+    _check_ranks(trainer)
+    _check_importance(trainer)
+    _check_activity(store, layers)
+    artifact = _open_artifact(trainer)
+    _set_ranks(trainer, artifact, weight)
+    _train_missing(trainer, artifact, layers)
+    if trainer.bound is not None and artifact.complete:
+        choose_thresholds(
             artifact,
-            config.bound,
-            ElementCost(config.predictor_type),
+            trainer.bound,
+            PredictorType(config.predictor_type),
             store.header.ffn_matrices,
-            lambda: held_out_model(config, store, note),
+            lambda: _held_out_model(config, store, note),
         )
     return artifact
 
 
-def _train_missing(training: LayerTraining, artifact: PredictorArtifact, layers: list[int]) -> None:
-    """Train the layers that are not there yet and commit each as it is ready."""
-    recipe, header = training.recipe, training.store.header
-    steps = math.ceil(len(training.train) / recipe.batch) * recipe.epochs
-    missing = [layer for layer in layers if layer not in artifact.layers]
-    jobs = min(training.config.jobs_for(header.d_model, header.d_ff), max(len(missing), 1))
-    expected = dict.fromkeys(missing, steps)
-    with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
-        bar.update((len(layers) - len(missing)) * steps)
-
-        def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
-            def on_step(steps: int) -> None:
-                go_on()
-                bar.total += steps - expected[layer]
-                expected[layer] = steps
-                bar.update()
-
-            return training(layer, artifact.rank(layer), on_step)
-
-        for done, (layer, result) in enumerate(each_layer(work, missing, jobs), 1):
-            if result.curves is not None:
-                artifact.add_curves(layer, result.curves.tensors())
-            artifact.add(layer, result.predictor, result.metrics)
-            bar.set_postfix(layers=f"{len(layers) - len(missing) + done}/{len(layers)}")
-        bar.update(bar.total - bar.n)  # a recipe may stop early
+def _predictor_weight(config: TrainConfig, note: Note) -> float:
+    """Return what a predictor's byte costs relative to one of a neuron, where ranks are chosen."""
+    if config.hardware is None:
+        return 1.0
+    hardware = load_hardware(config.hardware, torch.get_num_threads())
+    weight = hardware.predictor_weight
+    note(f"a predictor's byte costs {weight:.2g} of a neuron's on {config.hardware}")
+    return weight
 
 
-def _recipe_for(config: TrainConfig) -> Recipe:
+def _trainer(config: TrainConfig, store: TraceStore) -> LayerTrainer:
     recipe = recipe_named(config.recipe)
-    return recipe if ElementCost(config.predictor_type).fine else recipe.with_pairs()
+    if not PredictorType(config.predictor_type).fine:
+        recipe = recipe.with_pairs()
+    if recipe.name == DEJAVU.name and config.rank == AUTO:
+        config = replace(config, rank=published_rank(store.header.d_model))
+    held = store.holdout(config.holdout, config.seed)
+    return LayerTrainer(
+        config=config,
+        store=store,
+        recipe=recipe,
+        bound=_bound(config),
+        train=(~held).nonzero()[:, 0],
+        holdout=held.nonzero()[:, 0],
+    )
 
 
-def _settled(config: TrainConfig, store: TraceStore) -> TrainConfig:
-    """Give the published recipe its published rank, a quarter of d_model, and threshold 0."""
-    if config.recipe != DEJAVU.name or config.rank != AUTO:
-        return config
-    return replace(config, rank=published_rank(store.header.d_model))
+def _bound(config: TrainConfig) -> Bound | None:
+    gap = config.max_ppl_gap
+    if gap is None and config.ffn_bytes is None:
+        if config.rank != AUTO:
+            return None
+        gap = _DEFAULT_GAP
+    return Bound(max_ppl_gap=gap, ffn_bytes=config.ffn_bytes)
 
 
-def _set_ranks(training: LayerTraining, artifact: PredictorArtifact) -> None:
-    """Settle the rank of every layer of the store that has none."""
-    config, before = training.config, dict(artifact.ranks)
-    if isinstance(config.rank, tuple):
-        artifact.ranks = dict(enumerate(config.rank))
-    recorded = training.store.header.layers
-    missing = [layer for layer in recorded if layer not in artifact.ranks]
-    if config.rank == AUTO and missing:
-        artifact.ranks |= choose_ranks(training, missing)
-    if artifact.ranks != before:
-        artifact.write_header()
+def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
+    """Return the layers to train; refuse one that the traces lack."""
+    recorded = store.header.layers
+    if config.layers is None:
+        return recorded
+    if unknown := [layer for layer in config.layers if layer not in recorded]:
+        raise PredictorError(
+            f"--layers: {store.path} has no layer {unknown[0]}",
+            f"it holds {len(recorded)} layers from {recorded[0]} to {recorded[-1]}",
+        )
+    return list(config.layers)
 
 
-def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> PredictorArtifact:
+def _check_ranks(trainer: LayerTrainer) -> None:
+    """Refuse ranks that the model or the rows cannot fill, and another number than of layers."""
+    config, store, train = trainer.config, trainer.store, len(trainer.train)
+    n_layers, d_model = store.header.n_layers, store.header.d_model
+    if isinstance(config.rank, tuple) and len(config.rank) != n_layers:
+        raise PredictorError(
+            f"--rank names {len(config.rank)} ranks, the model has {n_layers} layers",
+            "pass one for each or a single one",
+        )
+    for rank in config.fixed_ranks:
+        if trainer.recipe.start != "random" and rank // 2 > d_model:
+            raise PredictorError(
+                f"rank {rank} exceeds twice d_model ({2 * d_model}), which is exact already",
+                "lower --rank",
+            )
+    largest = max(config.fixed_ranks or candidate_ranks(d_model, RANK_MULTIPLE))
+    if train < largest:
+        raise PredictorError(
+            f"{store.path}: {train} rows to train on are too few for rank {largest}",
+            "collect more --tokens, or pass a lower --rank",
+        )
+
+
+def _check_importance(trainer: LayerTrainer) -> None:
+    """Refuse traces without the importance that is asked for, with the bits to collect."""
+    store, recipe = trainer.store, trainer.recipe
+    bits = store.header.importance_bits
+    if recipe.importance and not bits:
+        raise PredictorError(
+            f"{store.path}: holds no importance, by which recipe {recipe.name} weighs",
+            "collect with --importance-bits 2, or pass --recipe dejavu",
+        )
+    if trainer.config.label_top_fraction is not None and bits < RANKING_BITS:
+        raise PredictorError(
+            f"{store.path}: its importance of {bits} bits cannot rank neurons",
+            f"collect with --importance-bits {RANKING_BITS}, or leave out --label-top-fraction",
+        )
+    if trainer.bound is not None and not bits:
+        raise PredictorError(
+            f"{store.path}: holds no importance, by which thresholds are chosen",
+            "collect with --importance-bits 2, or leave out the bound",
+        )
+
+
+def _check_activity(store: TraceStore, layers: list[int]) -> None:
+    """Refuse layers in which there is nothing to tell apart."""
+    sparsity = store.activation_sparsity()
+    for layer in layers:
+        if sparsity[layer] == 1:
+            raise PredictorError(
+                f"{store.path}: no neuron of layer {layer} was ever active, so its predictor has "
+                "nothing to learn from",
+                "collect from other text, or check the model's weights",
+            )
+        if sparsity[layer] == 0:
+            raise PredictorError(
+                f"{store.path}: every neuron of layer {layer} was always active, so there is "
+                "nothing to skip",
+                "make the model sparse first (psp sparsify)",
+            )
+
+
+def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
+    config, store = trainer.config, trainer.store
     header = PredictorHeader(
         model=store.header.model,
         model_fingerprint=store.header.model_fingerprint,
@@ -139,9 +192,9 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
         d_ff=store.header.d_ff,
         rank=config.rank if isinstance(config.rank, int) else str(config.rank),
         threshold=0.0,
-        own_thresholds=config.bound is not None,
+        own_thresholds=trainer.bound is not None,
         traces_identity=store.identity,
-        recipe=asdict(recipe),
+        recipe=asdict(trainer.recipe),
         holdout=config.holdout,
         label_top_fraction=config.label_top_fraction,
         seed=config.seed,
@@ -160,3 +213,65 @@ def _open_artifact(config: TrainConfig, store: TraceStore, recipe: Recipe) -> Pr
     artifact = PredictorArtifact(config.out, header)
     artifact.write_header()
     return artifact
+
+
+def _set_ranks(trainer: LayerTrainer, artifact: PredictorArtifact, weight: float) -> None:
+    """Settle the rank of every layer of the store that has none."""
+    rank, before = trainer.config.rank, dict(artifact.ranks)
+    if isinstance(rank, tuple):
+        artifact.ranks = dict(enumerate(rank))
+    missing = [layer for layer in trainer.store.header.layers if layer not in artifact.ranks]
+    if rank == AUTO and missing:
+        artifact.ranks |= choose_ranks(trainer, missing, weight)
+    if artifact.ranks != before:
+        artifact.write_header()
+
+
+def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: list[int]) -> None:
+    """Train the layers that are not there yet and commit each as it is ready."""
+    recipe = trainer.recipe
+    steps = math.ceil(len(trainer.train) / recipe.batch) * recipe.epochs
+    missing = [layer for layer in layers if layer not in artifact.layers]
+    expected = dict.fromkeys(missing, steps)
+    with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
+        bar.update((len(layers) - len(missing)) * steps)
+
+        def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
+            def on_step(steps: int) -> None:
+                go_on()
+                bar.total += steps - expected[layer]
+                expected[layer] = steps
+                bar.update()
+
+            return trainer.run(layer, artifact.rank(layer), on_step)
+
+        results = several_at_once(work, missing, trainer.jobs(len(missing)))
+        for done, (layer, result) in enumerate(results, 1):
+            if result.curves is not None:
+                artifact.add_curves(layer, result.curves.tensors())
+            artifact.add(layer, result.predictor, result.metrics)
+            bar.set_postfix(layers=f"{len(layers) - len(missing) + done}/{len(layers)}")
+        bar.update(bar.total - bar.n)  # a recipe may stop early
+
+
+def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> PredictedModel:
+    """Load the traces' model with held-out windows to run."""
+    checkpoint = Checkpoint.open(config.model or store.header.model)
+    if checkpoint.fingerprint != store.header.model_fingerprint:
+        raise PredictorError(
+            f"{checkpoint.path}: its weights or sizes differ from the model that {store.path} was "
+            "made of",
+            "pass that one as --model",
+        )
+    held = store.held_documents(config.holdout, config.seed)
+    windows = held_out_windows(
+        store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens
+    )
+    tokens = sum(map(len, windows))
+    if tokens < LEAST_TOKENS:
+        raise PredictorError(
+            f"{tokens} tokens of held-out text are too few to measure a perplexity gap",
+            "collect from more text, raise --holdout, or pass --data",
+        )
+    note(f"measuring the perplexity gap on {tokens} held-out tokens")
+    return PredictedModel(checkpoint, windows, config.device)

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from common.errors import PredictorError
 from common.settings import Force, Option, Resume, Seed, check_settings, layer_numbers
 
-if TYPE_CHECKING:
-    import torch
-
-    from predictor.calibration.calibrate import Bound
-
 AUTO = "auto"
-DEFAULT_GAP = 0.001
 RANK_MULTIPLE = 32
 """Ranks that PowerInfer's kernels can run are multiples of this."""
-
-_SMALL_LAYER = 1 << 22
-"""Entries of a gate matrix below which threads do better on a layer each than on one together."""
 
 
 def rank_of(text: str) -> int | str | tuple[int, ...]:
@@ -40,12 +31,7 @@ def rank_of(text: str) -> int | str | tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Settings of a training.
-
-    Attributes:
-        predictor_weight: what a predictor's byte costs relative to one of a neuron, where ranks are
-            chosen; see `cost_model.devices.Hardware.predictor_weight`.
-    """
+    """Settings of a training."""
 
     traces: Annotated[Path, Option(help="Directory from psp collect.", metavar="TRACES")]
     out: Annotated[Path, Option(help="Directory for the predictors.", metavar="PREDICTORS")]
@@ -86,7 +72,6 @@ class TrainConfig:
             choices=("f16", "q4_0"),
         ),
     ] = "f16"
-    predictor_weight: float = 1.0
     model: Annotated[
         str | None,
         Option(help="To measure with.", metavar="DIR|HUB_ID", unset="the traces' own"),
@@ -161,10 +146,6 @@ class TrainConfig:
             raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")
         if self.max_ppl_gap is not None and self.ffn_bytes is not None:
             raise PredictorError("--max-ppl-gap and --ffn-bytes are two bounds", "pass one of them")
-        if not 0 < self.predictor_weight < float("inf"):
-            raise PredictorError(
-                f"predictor weight {self.predictor_weight:g}: expected a number above 0"
-            )
 
     @property
     def fixed_ranks(self) -> tuple[int, ...]:
@@ -172,33 +153,3 @@ class TrainConfig:
         if isinstance(self.rank, str):
             return ()
         return (self.rank,) if isinstance(self.rank, int) else self.rank
-
-    @property
-    def bound(self) -> Bound | None:
-        """What thresholds must keep to."""
-        from predictor.calibration.calibrate import Bound
-
-        gap = self.max_ppl_gap
-        if gap is None and self.ffn_bytes is None:
-            if self.rank != AUTO:
-                return None
-            gap = DEFAULT_GAP
-        return Bound(max_ppl_gap=gap, ffn_bytes=self.ffn_bytes)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of training's matrix products."""
-        import torch
-
-        automatic = "float32" if torch.device(self.device).type == "cpu" else "bfloat16"
-        name = automatic if self.precision == "auto" else self.precision
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-    def jobs_for(self, d_model: int, d_ff: int) -> int:
-        """Return how many layers of this size are trained at once."""
-        import torch
-
-        if self.jobs:
-            return self.jobs
-        alone = torch.device(self.device).type != "cpu" or d_model * d_ff > _SMALL_LAYER
-        return 1 if alone else torch.get_num_threads()

@@ -1,27 +1,18 @@
-"""What training begins with: matrices, the coordinates they are in, and the recipe that fits."""
+"""Where training starts: at random, or at the best low-rank approximation of the gate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
-from predictor.training.batches import Batch, read_batches
 from predictor.training.coordinates import Coordinates, Moments, whitening_of
-from predictor.training.gradient import loss_of
-from predictor.training.initialise import (
-    Directions,
-    constant_start,
-    directions_of,
-    matching_biases,
-    moments_of,
-    pairs_start,
-    random_start,
-)
+from predictor.training.loss import Batch, loss_of, read_batches
 from predictor.training.recipes import Recipe
 
 _MOMENT_ROWS = 32768
@@ -30,6 +21,11 @@ _SETTLE_ROWS = 512
 _PART = 2048
 _FACTORS = (1.0, 1.5, 2.0, 3.0)
 _SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+_OFFSETS = (0.5, 8.0)
+"""Of units, in standard deviations."""
+
+_LEAST_CONSTANT = 0.05
+_NEURONS = 1024
 
 
 @dataclass(frozen=True)
@@ -55,34 +51,40 @@ class Start:
         return Predictor(fc1.clone(), fc2.clone())
 
 
+def start_sample(recipe: Recipe, train: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw the rows that starts are made of from `train`, (n,) int64; a random start needs none."""
+    if recipe.start == "random":
+        return train[:0]
+    order = torch.randperm(len(train), generator=generator)
+    return train[order[:_MOMENT_ROWS]]
+
+
 class Starter:
     """Makes the starts of a layer, of any rank; what they share is computed once."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        rows: LabelledRows,
-        train: torch.Tensor,
-        generator: torch.Generator,
-        device: torch.device,
+        self, recipe: Recipe, rows: LabelledRows, sample: torch.Tensor, device: torch.device
     ) -> None:
         """Name what starts are made of.
 
         Args:
             recipe: settings.
             rows: the layer's trace rows.
-            train: (n,) int64, rows to train on.
-            generator: source of a random start and of the rows that others are made of.
+            sample: (n,) int64, rows to measure inputs on, from `start_sample`.
             device: torch device to train on.
         """
-        self._recipe, self._rows, self._train = recipe, rows, train
-        self._generator, self._device = generator, device
+        self._recipe, self._rows, self._sample, self._device = recipe, rows, sample, device
 
-    def at(self, rank: int) -> Start:
-        """Return the start of a rank."""
+    def at(self, rank: int, generator: torch.Generator) -> Start:
+        """Return the start of a rank.
+
+        Args:
+            rank: ReLU units.
+            generator: source of a random start; others draw nothing.
+        """
         gate = self._rows.weights.gate
         if self._recipe.start == "random":
-            drawn = random_start(rank, gate.shape[1], len(gate), self._generator)
+            drawn = random_start(rank, gate.shape[1], len(gate), generator)
             return Start(self._recipe, drawn.to(self._device))
         constant = self._recipe.start == "constant" and rank <= gate.shape[1] + 1
         if not constant or self._whitened is None:
@@ -100,11 +102,6 @@ class Starter:
             read_batches(self._recipe, self._rows, self._device, seen[:_SETTLE_ROWS]),
         )
         return Start(self._recipe, predictor, coordinates)
-
-    @cached_property
-    def _sample(self) -> torch.Tensor:
-        order = torch.randperm(len(self._train), generator=self._generator)
-        return self._train[order[:_MOMENT_ROWS]]
 
     @cached_property
     def _moments(self) -> Moments:
@@ -156,3 +153,134 @@ def _settle(
     factor, scale = divmod(int(losses.argmin()), len(_SCALES))
     predictor.fc2[:, -1] = biases[factor]
     predictor.fc2.mul_(_SCALES[scale])
+
+
+def random_start(rank: int, d_model: int, d_ff: int, generator: torch.Generator) -> Predictor:
+    """Draw both matrices as `torch.nn.Linear` does: uniform within 1/sqrt(fan-in)."""
+
+    def uniform(rows: int, columns: int) -> torch.Tensor:
+        weight = torch.empty(rows, columns)
+        return weight.uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+
+    return Predictor(uniform(rank, d_model), uniform(d_ff, rank))
+
+
+def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
+    """Return the moments of rows that come in parts (n, d_model)."""
+    second, first, rows = torch.zeros(()), torch.zeros(()), 0
+    for part in parts:
+        second, first = second + part.T @ part, first + part.sum(0)
+        rows += len(part)
+    return Moments(second / rows, first / rows)
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The singular value decomposition of a whitened gate, as far as starts of any rank need it.
+
+    Attributes:
+        scaled: (d_ff, d_model) float64, the gate times the whitening factor, rows of norm 1.
+        right: (d_model, d_model) float64, right singular vectors as columns, the first ones last.
+    """
+
+    scaled: torch.Tensor
+    right: torch.Tensor
+
+    def truncated(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return U·Σ, (d_ff, k), and V, (d_model, k), both float64."""
+        right = self.right[:, -k:]
+        return self.scaled @ right, right
+
+
+def directions_of(gate: torch.Tensor, factor: torch.Tensor) -> Directions:
+    """Decompose a gate.
+
+    Args:
+        gate: (d_ff, d_model) float32, gate matrix times the norm's weight.
+        factor: (d_model, d_model) float64, Cholesky factor of the inputs' moments, on its device.
+    """
+    scaled = gate.double() @ factor
+    scaled /= torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1e-30)
+    # Vectors come from the small Gram matrix: d_ff may be far larger than d_model.
+    return Directions(scaled, torch.linalg.eigh(scaled.T @ scaled).eigenvectors)
+
+
+def pairs_start(directions: Directions, factor: torch.Tensor, rank: int) -> Predictor:
+    """Return the activation-whitened truncated SVD of the gate as pairs of units.
+
+    With S Sᵀ = E[x xᵀ] and W the gate matrix, its rows scaled so that every neuron's gate has unit
+    second moment, the rank-k matrix A that minimises E‖(W − A)x‖² is the truncated SVD of W·S times
+    S⁻¹ (arXiv 2603.14110 whitens by the Cholesky factor likewise). A linear map of rank k takes
+    2k ReLU units: `[V; −V]` and `[U, −U]`, because relu(a) − relu(−a) = a.
+
+    Args:
+        directions: of the gate and S.
+        factor: S, see `Moments.factor`.
+        rank: ReLU units, even.
+    """
+    left, right = directions.truncated(rank // 2)
+    down = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False)
+    u, v = left.float(), down.float()
+    return Predictor(torch.cat([v, -v]), torch.cat([u, -u], dim=1))
+
+
+@torch.no_grad()
+def constant_start(
+    directions: Directions, basis: torch.Tensor, rank: int, x: torch.Tensor
+) -> tuple[Predictor, Coordinates]:
+    """Return the truncated SVD of the gate with a unit for the constant, in its coordinates.
+
+    The same approximation as `pairs_start`'s, of rank `rank` − 1 and of what is not constant. Every
+    unit is signed for its smaller side to be the closed one, and its offset keeps it open on all
+    of `x`, or up to 8 standard deviations. Biases are 0.
+
+    Args:
+        directions: of the gate and the whitening's factor.
+        basis: the whitening's.
+        rank: ReLU units, at most d_model + 1.
+        x: (n, d_model) float32, normalised inputs.
+    """
+    left, right = directions.truncated(rank - 1)
+    fc1, fc2 = right.T.float(), left.float()
+    inputs = x @ basis
+    relative = (inputs[:, :-1] @ fc1.T) / inputs[:, -1:].clamp_min(_LEAST_CONSTANT)
+    low, high = -relative.amin(0), relative.amax(0)
+    signs = torch.where(low <= high, 1.0, -1.0)
+    offsets = torch.minimum(low, high).clamp(*_OFFSETS)
+    start = Predictor(
+        torch.cat([fc1 * signs[:, None], offsets[:, None]], dim=1),
+        torch.cat([fc2 * signs, torch.zeros(len(fc2), 1, device=fc2.device)], dim=1),
+    )
+    return start, Coordinates(basis, offsets)
+
+
+@torch.no_grad()
+def matching_biases(
+    hidden: torch.Tensor, fc2: torch.Tensor, active: torch.Tensor, factors: Sequence[float]
+) -> torch.Tensor:
+    """Return biases with which neurons are predicted in proportion to how often they are active.
+
+    Args:
+        hidden: (n, units + 1) float32, the last column s.
+        fc2: (d_ff, units + 1) float32; its biases are not looked at.
+        active: (n, d_ff) bool, on any device.
+        factors: how many times as often.
+
+    Returns:
+        (factors, d_ff) float32.
+    """
+    biases, rows = [], len(hidden)
+    relative = hidden[:, :-1] / hidden[:, -1:].clamp_min(_LEAST_CONSTANT)
+    counts = active.sum(0).cpu()
+    wanted = torch.stack([(counts * factor).long().clamp_max(rows) for factor in factors])
+    for matrix, many in zip(
+        torch.split(fc2[:, :-1], _NEURONS), torch.split(wanted, _NEURONS, dim=1), strict=True
+    ):
+        # NumPy sorts many times as fast as torch does on a CPU.
+        logits = torch.from_numpy(np.sort((matrix @ relative.T).cpu().numpy()))
+        # Past the last row on either side, none or all are predicted.
+        before, after = 2 * logits[:, :1] - logits[:, 1:2], 2 * logits[:, -1:] - logits[:, -2:-1]
+        logits = torch.cat([before, logits, after], dim=1)
+        edges = (logits[:, :-1] + logits[:, 1:]) / 2
+        biases.append(-edges.gather(1, (rows - many).T))
+    return torch.cat(biases).T.to(fc2.device)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from common.errors import PredictorError
-from predictor.calibration.operating_point import Curves, OperatingPoint
-from predictor.calibration.predicted_model import Quality
+from predictor.thresholds.curves import Curves, OperatingPoint
+from predictor.thresholds.predicted_model import Quality
 
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40
@@ -24,6 +24,34 @@ _ERRORS = 2
 _TYPICAL = 0.5
 """Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.36 to 0.48
 in all but the first layer of the testbed (docs/decisions/0007)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What thresholds must keep to; one of the two is given.
+
+    Attributes:
+        max_ppl_gap: largest growth of perplexity, a fraction.
+        ffn_bytes: largest mean FFN bytes ratio.
+    """
+
+    max_ppl_gap: float | None = None
+    ffn_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        """Hold what callers rely on."""
+        assert (self.max_ppl_gap is None) != (self.ffn_bytes is None)
+
+    def leaves_room(self, share: float = 1.0) -> Callable[[float, float], bool]:
+        """Return the test of `best_ranks` for some of the layers.
+
+        Args:
+            share: of the model's layers, which may use that share of a growth of perplexity.
+        """
+        if self.ffn_bytes is not None:
+            return within_bytes(self.ffn_bytes)
+        assert self.max_ppl_gap is not None
+        return within_gap(self.max_ppl_gap * share)
 
 
 @dataclass(frozen=True, kw_only=True)

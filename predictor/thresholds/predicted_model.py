@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.gated import FATReLU
 from architectures.model import LoadedModel, load_model
-from predictor.collection.windows import Window
+from architectures.tokenizer import load_tokenizer
+from architectures.windows import document_windows, first_tokens, growth_error
+from common.documents import read_documents
 from predictor.module import Predictor, logits_of
+from predictor.traces.manifest import TraceHeader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,31 @@ class Quality:
         return self.ppl_sparse / self.ppl_dense - 1
 
 
+def held_out_windows(
+    header: TraceHeader, checkpoint: Checkpoint, held: set[int], *, data: str | None, tokens: int
+) -> list[list[int]]:
+    """Return windows of text that training never saw, of at most `tokens` token ids in all.
+
+    Args:
+        header: of the traces that predictors were trained from.
+        checkpoint: the traces' model.
+        held: numbers of the documents that were held out.
+        data: other text instead, all of it.
+        tokens: most token ids, BOS included.
+
+    Raises:
+        PspError: the text or the tokenizer cannot be read.
+    """
+    texts = read_documents(data or header.data, header.field, header.chat_template)
+    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    numbered = document_windows(texts, tokenizer, header.context)
+    if data is None:
+        last = max(held)
+        seen = takewhile(lambda found: found[0] <= last, numbered)
+        numbered = (found for found in seen if found[0] in held)
+    return list(first_tokens((window for _, window in numbered), tokens))
+
+
 class PredictedModel:
     """A model whose FFN neurons can be masked by predictors.
 
@@ -54,8 +83,13 @@ class PredictedModel:
     What that changes is no fault of the predictors: see `Quality.kl_divergence`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: Sequence[Window], device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, windows: Sequence[list[int]], device: str) -> None:
         """Load the model and compute its own predictions on the windows.
+
+        Args:
+            checkpoint: the model.
+            windows: token ids, each window by itself.
+            device: torch device; on the CPU the model runs in float32.
 
         Raises:
             CheckpointError: the device is not there or too small.
@@ -104,9 +138,9 @@ class PredictedModel:
         return (args[0].masked_fill(skipped, 0),)
 
     @torch.inference_mode()
-    def _log_probabilities(self, window: Window) -> torch.Tensor:
+    def _log_probabilities(self, window: list[int]) -> torch.Tensor:
         """Return (tokens - 1, vocab_size) float32 log-probabilities on the CPU."""
-        logits = self._model.logits(torch.tensor([window.tokens]))[0, :-1]
+        logits = self._model.logits(torch.tensor([window]))[0, :-1]
         return log_softmax(logits.float(), dim=-1).cpu()
 
     def quality(self, predictors: Mapping[int, Predictor], threshold: float) -> Quality:
@@ -126,7 +160,7 @@ class PredictedModel:
         self._masks = {}
         return _quality(torch.stack(windows))
 
-    def _compared(self, window: Window, dense: torch.Tensor) -> torch.Tensor:
+    def _compared(self, window: list[int], dense: torch.Tensor) -> torch.Tensor:
         complete = dense
         if self._fatrelu:
             self._complete = True
@@ -149,22 +183,20 @@ class PredictedModel:
 def _quality(sums: torch.Tensor) -> Quality:
     """Judge (windows, 4) float64 sums of `_compare`."""
     dense, sparse, divergence, tokens = sums.sum(0).tolist()
-    growth = (sparse - dense) / tokens
-    # Windows are drawn, not tokens, which hang together.
-    scatter = sums[:, 1] - sums[:, 0] - growth * sums[:, 3]
+    growth = torch.tensor((sparse - dense) / tokens, dtype=torch.float64)
     return Quality(
         ppl_dense=math.exp(dense / tokens),
         ppl_sparse=math.exp(sparse / tokens),
         kl_divergence=divergence / tokens,
-        standard_error=float(scatter.square().sum().sqrt()) / tokens,
+        standard_error=growth_error(sums[:, 1] - sums[:, 0], sums[:, 3], growth),
     )
 
 
 def _compare(
-    window: Window, dense: torch.Tensor, complete: torch.Tensor, sparse: torch.Tensor
+    window: list[int], dense: torch.Tensor, complete: torch.Tensor, sparse: torch.Tensor
 ) -> torch.Tensor:
     """Return sums over tokens: both negative log-likelihoods, the divergence, and the count."""
-    following = torch.tensor(window.tokens[1:])[:, None]
+    following = torch.tensor(window[1:])[:, None]
     divergence = (complete.exp() * (complete - sparse)).sum()
     sums = [-dense.gather(1, following).sum(), -sparse.gather(1, following).sum(), divergence]
     return torch.stack([*sums, torch.tensor(float(len(following)))]).double()

@@ -8,17 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from predictor.artifact import PredictorArtifact
-from predictor.calibration.element_cost import ElementCost
-from predictor.calibration.operating_point import (
+from predictor.module import Predictor, PredictorType
+from predictor.thresholds.curves import (
     Curves,
     OperatingPoint,
     fold,
     mean_positive,
     trace_curves,
 )
-from predictor.calibration.predicted_model import PredictedModel, Quality
-from predictor.calibration.search import Priced, price_for_bytes, price_for_gap
-from predictor.module import Predictor
+from predictor.thresholds.predicted_model import PredictedModel, Quality
+from predictor.thresholds.search import Bound, Priced, price_for_bytes, price_for_gap
 from predictor.traces.rows import LabelledRows
 
 _CURVE_ROWS = 65536
@@ -77,27 +76,10 @@ def measure_layer(
     return LayerCurves(trace_curves(predictor, rows, sample, scale), held, active)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bound:
-    """What thresholds must keep to; one of the two is given.
-
-    Attributes:
-        max_ppl_gap: largest growth of perplexity, a fraction.
-        ffn_bytes: largest mean FFN bytes ratio.
-    """
-
-    max_ppl_gap: float | None = None
-    ffn_bytes: float | None = None
-
-    def __post_init__(self) -> None:
-        """Hold what callers rely on."""
-        assert (self.max_ppl_gap is None) != (self.ffn_bytes is None)
-
-
-def calibrate(
+def choose_thresholds(
     artifact: PredictorArtifact,
     bound: Bound,
-    element: ElementCost,
+    stored: PredictorType,
     ffn_matrices: int,
     open_model: Callable[[], PredictedModel],
 ) -> None:
@@ -106,7 +88,7 @@ def calibrate(
     Args:
         artifact: complete, with curves.
         bound: what to keep to.
-        element: type that predictors will be exported in.
+        stored: type that predictors will be exported in.
         ffn_matrices: matrices of an FFN.
         open_model: loads the model; called only to keep to a gap.
 
@@ -117,7 +99,7 @@ def calibrate(
     layers = {n: LayerCurves.read(artifact.curves(n)) for n in range(header.n_layers)}
     curves = {n: layer.train for n, layer in layers.items()}
     sizes = {"d_model": header.d_model, "d_ff": header.d_ff, "ffn_matrices": ffn_matrices}
-    costs = {n: element.relative(artifact.rank(n), **sizes) for n in layers}
+    costs = {n: stored.relative(artifact.rank(n), **sizes) for n in layers}
     if bound.ffn_bytes is not None:
         chosen, points = price_for_bytes(curves, costs, bound.ffn_bytes)
     else:
@@ -130,8 +112,8 @@ def calibrate(
         chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
     for n, point in chosen.points.items():
         counts = layers[n].holdout.counts(point.steps, layers[n].active)
-        rank = element.stored_rank(artifact.rank(n))
-        metrics = counts.metrics(rank=rank, predictor_width=element.width, **sizes)
+        rank = stored.stored_rank(artifact.rank(n))
+        metrics = counts.metrics(rank=rank, predictor_width=stored.width, **sizes)
         error = layers[n].holdout.choose(point.steps).error
         artifact.layers[n] = {**metrics, "ffn_output_error": error}
     artifact.search = [point.as_dict() for point in points]

@@ -6,6 +6,11 @@ model shares the bytes out between layers. PowerInfer has one threshold for all 
 row of fc2 by the size of its own is the same (fc2's rows are free to scale), as long as all have
 one sign: above zero neurons are computed more sparsely than training left them, below zero more
 densely.
+
+The thresholds that are measured are, in units of a neuron's mean positive logit, the numbers at
+which a float32's sign, exponent or first two digits change: four in each octave, on both sides of
+zero. So the leading bits of a logit say which of them it reaches, several times as fast as
+comparisons.
 """
 
 from __future__ import annotations
@@ -16,7 +21,6 @@ import torch
 
 from common.decisions import DecisionCounts
 from predictor.artifact import fold_rows
-from predictor.calibration.threshold_grid import factors, reached
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
 
@@ -24,6 +28,16 @@ _SHARED = 0.5
 """Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
 
 _ROWS = 1024
+_BELOW, _ABOVE = (-4, 2), (-7, 3)
+"""Octaves from and to which thresholds below and above zero reach: next to all neurons are computed
+at one end, next to none at the other."""
+
+_QUARTERS = 4
+_LOWER_BITS = 21
+"""Bits of a float32 behind those that tell quarters of an octave."""
+
+_BIAS = 127
+"""Of a float32's exponent."""
 
 
 @dataclass(frozen=True)
@@ -157,3 +171,34 @@ def fold(predictor: Predictor, thresholds: torch.Tensor) -> Predictor:
     """
     fc2 = fold_rows(predictor.fc2.detach(), thresholds)
     return Predictor(predictor.fc1.detach(), fc2.float())
+
+
+def factors() -> torch.Tensor:
+    """Return the thresholds, (steps,) float32, rising from below zero to above it."""
+    quarters = 1 + torch.arange(_QUARTERS) / _QUARTERS
+    below, above = (
+        torch.outer(torch.exp2(torch.arange(*ends)), quarters).flatten()
+        for ends in (_BELOW, _ABOVE)
+    )
+    return torch.cat([-below.flip(0), above])
+
+
+def reached(values: torch.Tensor) -> torch.Tensor:
+    """Return how many of the thresholds are not above each value.
+
+    Args:
+        values: float32, any shape.
+
+    Returns:
+        int32 of that shape.
+    """
+    bits = values.view(torch.int32)
+    negative = bits >> 31
+    # Sign and magnitude become a whole number that rises by one from quarter to quarter.
+    steps = (
+        (negative & 0x7FFFFFFF).bitwise_xor_(bits).sub_(negative).bitwise_right_shift_(_LOWER_BITS)
+    )
+    start, end = (_QUARTERS * (_BIAS + octave) for octave in (_ABOVE[0], _BELOW[1]))
+    below = (steps + end).clamp_(0, _QUARTERS * (_BELOW[1] - _BELOW[0]))
+    above = steps.sub_(start - 1).clamp_(0, _QUARTERS * (_ABOVE[1] - _ABOVE[0]))
+    return below.add_(above)

@@ -1,0 +1,260 @@
+"""Training of one layer's predictor, from its traces to what is stored of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from common.decisions import DecisionCounts
+from common.errors import PredictorError
+from predictor.artifact import LayerPredictor
+from predictor.module import Predictor, PredictorType, decide, to_half
+from predictor.thresholds.choose import LayerCurves, measure_layer
+from predictor.thresholds.search import Bound
+from predictor.traces.rows import LabelledRows
+from predictor.traces.store import TraceStore
+from predictor.training.loss import batches, set_gradients
+from predictor.training.recipes import Recipe
+from predictor.training.settings import TrainConfig
+from predictor.training.start import Start, Starter, start_sample
+
+_EVALUATION_ROWS = 2048
+_TUNED_WIDTH = 512
+_TUNED_RANK = 128
+_WHITENED = 0.25
+"""Of the rate, for fc1 where it takes whitened inputs."""
+
+_SMALL_LAYER = 1 << 22
+"""Entries of a gate matrix below which threads do better on a layer each than on one together."""
+
+
+def train_layer(
+    start: Start,
+    rows: LabelledRows,
+    *,
+    train: torch.Tensor,
+    holdout: torch.Tensor,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    on_step: Callable[[int], object] = lambda steps: None,
+) -> Predictor:
+    """Train a predictor at threshold 0, where its start is.
+
+    Args:
+        start: with the recipe to train by; it is trained in place.
+        rows: the layer's trace rows.
+        train: (n,) int64, rows to train on.
+        holdout: (m,) int64, rows that choose the epoch where the recipe asks for that.
+        generator: source of the order of rows.
+        dtype: type of matrix products; weights and optimiser are float32.
+        on_step: called after every step with the number of steps in all.
+
+    Returns:
+        float32 predictor on the CPU; round it with `module.to_half` before it is measured.
+    """
+    recipe, predictor = start.recipe, start.predictor
+    device = predictor.fc1.device
+    rates = _rates(start)
+    optimiser = torch.optim.AdamW(
+        [{"params": [matrix], "lr": rate} for matrix, rate in rates],
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
+    step, best, best_recall, bad = 0, start.plain(), -1.0, 0
+    for _ in range(recipe.epochs):
+        order = train[torch.randperm(len(train), generator=generator)]
+        for batch in batches(recipe, rows, device, order):
+            if recipe.cosine:
+                for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            set_gradients(predictor, batch, dtype, start.coordinates)
+            optimiser.step()
+            step += 1
+            on_step(steps)
+        trained = start.plain()
+        if not recipe.best_recall:
+            best = trained
+            continue
+        counts = evaluate(trained, rows, holdout)
+        recall = counts.hits / max(counts.active, 1)
+        if recall > best_recall:
+            best, best_recall, bad = trained, recall, 0
+        else:
+            bad += 1
+        if recall >= recipe.stop_recall or bad >= recipe.patience:
+            break
+    return best
+
+
+def _rates(start: Start) -> list[tuple[torch.nn.Parameter, float]]:
+    recipe, predictor = start.recipe, start.predictor
+    rank, d_model = predictor.fc2.shape[1], predictor.fc1.shape[1]
+    if not recipe.scale_rate:
+        return [(matrix, recipe.learning_rate) for matrix in (predictor.fc1, predictor.fc2)]
+    share = _WHITENED if start.coordinates else 1.0
+    return [
+        (predictor.fc1, share * recipe.learning_rate * min(1.0, _TUNED_WIDTH / d_model)),
+        (predictor.fc2, recipe.learning_rate * min(1.0, _TUNED_RANK / rank)),
+    ]
+
+
+def evaluate(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> DecisionCounts:
+    """Count decisions at threshold 0 against the uncut labels of the chosen rows."""
+    counts, device = DecisionCounts(), predictor.fc1.device
+    for part in torch.split(index, _EVALUATION_ROWS):
+        predicted = decide(predictor, rows.inputs(part).to(device), 0.0)
+        counts.add(rows.active(part), predicted.cpu())
+    return counts
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A trained layer.
+
+    Attributes:
+        predictor: as it will be exported at threshold 0.
+        metrics: on held-out documents, at threshold 0.
+        curves: what other thresholds lead to; None where nobody will choose some.
+    """
+
+    predictor: LayerPredictor
+    metrics: dict[str, float]
+    curves: LayerCurves | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTrainer:
+    """Trains layers by number and rank.
+
+    Attributes:
+        config: settings of the run.
+        store: the traces.
+        recipe: settings of the recipe.
+        bound: what thresholds must keep to, None where all are 0.
+        train: (n,) int64, rows to train on.
+        holdout: (m,) int64, rows of held-out documents.
+    """
+
+    config: TrainConfig
+    store: TraceStore
+    recipe: Recipe
+    bound: Bound | None
+    train: torch.Tensor
+    holdout: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of matrix products."""
+        return product_dtype(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where predictors are trained."""
+        return torch.device(self.config.device)
+
+    def jobs(self, layers: int) -> int:
+        """Return how many of some layers are trained at once, sharing the threads."""
+        header = self.store.header
+        return min(jobs_for(self.config, header.d_model, header.d_ff), max(layers, 1))
+
+    def rows(self, layer: int) -> LabelledRows:
+        """Return a layer's rows as the recipe wants them."""
+        share = self.config.label_top_fraction
+        return LabelledRows(
+            self.store.layer(layer),
+            self.store.weights(layer),
+            normalise=self.recipe.normalise,
+            top=0 if share is None else max(1, int(share * self.store.header.d_ff)),
+        )
+
+    def generator(self, layer: int) -> torch.Generator:
+        """Return a layer's source of random numbers, from its beginning."""
+        return torch.Generator().manual_seed(self.config.seed * 1000 + layer)
+
+    def run(self, layer: int, rank: int, on_step: Callable[[int], object]) -> LayerResult:
+        """Train and measure a layer.
+
+        Raises:
+            PredictorError: training diverged, or memory ran out.
+            TraceError: inputs hold NaN or inf.
+        """
+        with _enough_memory(layer):
+            rows = self.rows(layer)
+            return self._measured(layer, rank, rows, self._trained(layer, rank, rows, on_step))
+
+    def _trained(
+        self, layer: int, rank: int, rows: LabelledRows, on_step: Callable[[int], object]
+    ) -> Predictor:
+        generator = self.generator(layer)
+        sample = start_sample(self.recipe, self.train, generator)
+        trained = train_layer(
+            Starter(self.recipe, rows, sample, self.device).at(rank, generator),
+            rows,
+            train=self.train,
+            holdout=self.holdout,
+            generator=generator,
+            dtype=self.dtype,
+            on_step=on_step,
+        )
+        if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
+            raise PredictorError(
+                f"layer {layer}: training diverged",
+                "check the traces of this layer, or try --recipe psp",
+            )
+        return to_half(trained)
+
+    def _measured(
+        self, layer: int, rank: int, rows: LabelledRows, predictor: Predictor
+    ) -> LayerResult:
+        header, element = self.store.header, PredictorType(self.config.predictor_type)
+        metrics = evaluate(predictor, rows, self.holdout).metrics(
+            rank=element.stored_rank(rank),
+            d_model=header.d_model,
+            d_ff=header.d_ff,
+            ffn_matrices=header.ffn_matrices,
+            predictor_width=element.width,
+        )
+        curves = None
+        if self.bound is not None:
+            generator = self.generator(layer)
+            curves = measure_layer(predictor, rows, self.train, self.holdout, generator)
+        stored = LayerPredictor(
+            fc1=predictor.fc1.detach().half(),
+            fc2=predictor.fc2.detach().half(),
+            activation_counts=rows.rows.counts,
+        )
+        return LayerResult(stored, metrics, curves)
+
+
+def product_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the type of training's matrix products."""
+    automatic = "float32" if torch.device(config.device).type == "cpu" else "bfloat16"
+    name = automatic if config.precision == "auto" else config.precision
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def jobs_for(config: TrainConfig, d_model: int, d_ff: int) -> int:
+    """Return how many layers of this size are trained at once."""
+    if config.jobs:
+        return config.jobs
+    alone = torch.device(config.device).type != "cpu" or d_model * d_ff > _SMALL_LAYER
+    return 1 if alone else torch.get_num_threads()
+
+
+@contextmanager
+def _enough_memory(layer: int) -> Iterator[None]:
+    """Name the options that lower what training holds; torch's own message names none."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not memory and "allocate memory" not in str(error):
+            raise
+        raise PredictorError(
+            f"layer {layer}: out of memory", "lower --jobs or --rank, then go on with --resume"
+        ) from error

@@ -1,0 +1,131 @@
+"""The loss of training: rows in batches, the weight of every label, and the gradient, written out.
+
+With z the logits, σ the logistic function and w the weight of a label, the loss is the mean over
+all n·d_ff labels of w·log(1 + e^z) where a neuron is inactive and w·log(1 + e^-z) where it is
+active, so its derivative by z is w·σ(z) and w·(σ(z) − 1) over n·d_ff. Active neurons are few: two
+passes over all labels and a correction at some places replace those of automatic differentiation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.functional import softplus
+
+from common.overlap import made_ahead
+from predictor.module import Predictor
+from predictor.traces.rows import LabelledRows
+from predictor.training.coordinates import Coordinates
+from predictor.training.recipes import Recipe
+
+READ_ROWS = 4096
+"""Rows that are read together."""
+
+_SUREST = -30.0
+"""Logit below which a neuron is sure to be inactive, 1e-13: what σ makes of less is soon subnormal,
+and a processor multiplies such numbers many times slower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows to take one step on.
+
+    Attributes:
+        inputs: (n, d_model) float32.
+        places: (k,) int64, the positive labels' places in (n, d_ff), flattened.
+        positive: (k,) float32, what each of them weighs.
+        negative: what every other label weighs.
+    """
+
+    inputs: torch.Tensor
+    places: torch.Tensor
+    positive: torch.Tensor
+    negative: float
+
+
+def read_batches(
+    recipe: Recipe, rows: LabelledRows, device: torch.device, index: torch.Tensor
+) -> list[Batch]:
+    """Read the rows (n,) int64, cut them into batches and weigh their labels as the recipe says."""
+    places, importance = rows.positives(index, importance=recipe.importance)
+    power = importance.pow(recipe.importance_power)
+    inputs, d_ff, batches = rows.inputs(index), rows.d_ff, []
+    firsts = range(0, len(index), recipe.batch)
+    cuts = torch.searchsorted(places, torch.tensor([*firsts, len(index)]) * d_ff).tolist()
+    for first, low, high in zip(firsts, cuts[:-1], cuts[1:], strict=True):
+        part = inputs[first : first + recipe.batch]
+        positive = torch.ones(high - low)
+        if recipe.importance:
+            mean = power[low:high].mean() if high > low else positive.sum()
+            positive = (power[low:high] / mean.clamp_min(1e-30)).clamp_max_(recipe.importance_cap)
+        density = (high - low) / (len(part) * d_ff)
+        batches.append(
+            Batch(
+                inputs=part.to(device),
+                places=(places[low:high] - first * d_ff).to(device),
+                positive=positive.to(device),
+                negative=recipe.negative_weight * density + recipe.negative_floor,
+            )
+        )
+    return batches
+
+
+def batches(
+    recipe: Recipe,
+    rows: LabelledRows,
+    device: torch.device,
+    order: torch.Tensor,
+    *,
+    together: int = READ_ROWS,
+) -> Iterator[Batch]:
+    """Yield the rows `order`, (n,) int64, in batches.
+
+    Several are read together, which costs less than one by one; for a GPU the next ones are read
+    while the last are in use.
+    """
+    read = partial(read_batches, recipe, rows, device)
+    parts = torch.split(order, recipe.batch * max(1, together // recipe.batch))
+    through: Callable[..., Iterable[list[Batch]]] = map if device.type == "cpu" else made_ahead
+    for several in through(read, parts):
+        yield from several
+
+
+@torch.no_grad()
+def set_gradients(
+    predictor: Predictor, batch: Batch, dtype: torch.dtype, coordinates: Coordinates | None = None
+) -> None:
+    """Set the `grad` of both matrices.
+
+    Args:
+        predictor: float32, on the batch's device.
+        batch: rows and labels.
+        dtype: type of the matrix products; gradients are float32 whatever it is.
+        coordinates: what the predictor is in, None for those of the inputs.
+    """
+    inputs = coordinates.inputs(batch.inputs) if coordinates else batch.inputs
+    fc1, fc2, x = (t.to(dtype) for t in (predictor.fc1, predictor.fc2, inputs))
+    before = x @ fc1.T
+    hidden = before.relu()
+    if coordinates:
+        hidden = coordinates.hidden(hidden.float(), inputs).to(dtype)
+    # σ(z) − 1 needs more digits than bfloat16 has where z is large.
+    slope = (hidden @ fc2.T).float().clamp_min_(_SUREST).sigmoid_()
+    flat, labels = slope.view(-1), slope.numel()
+    positive = (flat[batch.places] - 1) * (batch.positive / labels)
+    slope.mul_(batch.negative / labels)
+    flat[batch.places] = positive
+    slope = slope.to(dtype)
+    predictor.fc2.grad = (slope.T @ hidden).float()
+    back = slope @ fc2[:, : len(fc1)]
+    predictor.fc1.grad = (back.mul_(before > 0).T @ x).float()
+
+
+def loss_of(logits: torch.Tensor, batch: Batch) -> float:
+    """Return the loss of logits (n, d_ff)."""
+    flat = logits.reshape(-1)
+    found = flat[batch.places]
+    positive = batch.positive * softplus(-found) - batch.negative * softplus(found)
+    return float(batch.negative * softplus(flat).mean() + positive.sum() / len(flat))
