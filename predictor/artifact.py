@@ -2,8 +2,8 @@
 
 Layout of a directory::
 
-    predictors.json             schema, model, recipe, threshold, one entry a finished layer, and
-                                the operating points that were tried
+    predictors.json             schema, model, recipe, threshold, one entry a finished layer, how
+                                its training went, and the operating points that were tried
     layer-00.safetensors        fc1 (rank, d_model) float16, fc2 (d_ff, rank) float16,
                                 activation_counts (d_ff,) int64; thresholds (d_ff,) float32 if each
                                 neuron has its own
@@ -12,7 +12,7 @@ Layout of a directory::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,21 @@ class LayerPredictor:
     activation_counts: torch.Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """How the training of a layer went, told after each pass over the rows.
+
+    Attributes:
+        loss: the recipe's, mean over the epoch on rows of every batch.
+        held_out_loss: the same after the epoch, on a sample of the held-out rows.
+        held_out_error: share of the sample's decisions at threshold 0 that are wrong.
+    """
+
+    loss: float
+    held_out_loss: float
+    held_out_error: float
+
+
 def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """Divide each row of fc2 (d_ff, rank) by the size of its neuron's threshold, (d_ff,).
 
@@ -104,6 +119,7 @@ class PredictorArtifact:
         layers: layer number to metrics, of the finished layers.
         ranks: layer number to rank, where ranks were chosen for each layer.
         search: operating points that were tried, see `search.Point`.
+        epochs: layer number to its epochs; none of layers that an older psp trained.
     """
 
     path: Path
@@ -111,6 +127,7 @@ class PredictorArtifact:
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
     search: list[dict[str, Any]] = field(default_factory=list)
+    epochs: dict[int, list[Epoch]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -131,7 +148,11 @@ class PredictorArtifact:
             layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
             ranks = {int(layer): int(rank) for layer, rank in document["ranks"].items()}
             search = list(document["search"])
-            return cls(path, PredictorHeader(**document["header"]), layers, ranks, search)
+            epochs = {
+                int(layer): [Epoch(**epoch) for epoch in told]
+                for layer, told in document.get("epochs", {}).items()
+            }
+            return cls(path, PredictorHeader(**document["header"]), layers, ranks, search, epochs)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
@@ -182,6 +203,10 @@ class PredictorArtifact:
                 "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
                 "search": self.search,
                 "layers": self.rows(),
+                "epochs": {
+                    str(layer): [asdict(epoch) for epoch in self.epochs[layer]]
+                    for layer in sorted(self.epochs)
+                },
                 "mean": mean_metrics(list(self.layers.values())) if self.complete else None,
             },
         )
@@ -190,10 +215,17 @@ class PredictorArtifact:
         """Return the metrics of the finished layers in order, each with its number."""
         return [{"layer": layer, **self.layers[layer]} for layer in sorted(self.layers)]
 
-    def add(self, layer: int, predictor: LayerPredictor, metrics: dict[str, float]) -> None:
+    def add(
+        self,
+        layer: int,
+        predictor: LayerPredictor,
+        metrics: dict[str, float],
+        epochs: Sequence[Epoch] = (),
+    ) -> None:
         """Commit a layer: first its file, then the index that counts it."""
         self._write(layer, vars(predictor))
         self.layers[layer] = metrics
+        self.epochs[layer] = list(epochs)
         self.write_header()
 
     def _write(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -22,6 +22,7 @@ from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor, decide
 from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
+from predictor.training.recipes import PSP
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 
@@ -130,6 +131,8 @@ def test_the_index_names_model_traces_recipe_and_means(
     assert document["layers"] == [{"layer": n, **artifact.layers[n]} for n in range(2)]
     assert len(artifact.layers) == 2
     assert document["mean"] == mean_metrics(list(artifact.layers.values()))
+    assert document["epochs"] == {str(n): [vars(e) for e in artifact.epochs[n]] for n in range(2)}
+    assert [len(epochs) for epochs in artifact.epochs.values()] == [PSP.epochs] * 2
     assert contents(artifact.path).keys() == {
         *("predictors.json", "layer-00.safetensors", "layer-01.safetensors"),
     }
@@ -368,6 +371,13 @@ def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
         PredictorArtifact.open(copy)
 
 
+def test_predictors_from_before_epochs_were_told_are_read(copy: Path) -> None:
+    edit(copy / "predictors.json", lambda document: document.pop("epochs"))
+    artifact = PredictorArtifact.open(copy)
+    artifact.require_complete()
+    assert artifact.epochs == {}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -375,8 +385,10 @@ def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
         lambda document: document.pop("layers"),
         lambda document: document["header"].pop("rank"),
         lambda document: document["header"].update(extra=1),
+        lambda document: document.update(epochs=[]),
+        lambda document: document["epochs"].update({"0": [{"loss": 1.0}]}),
     ],
-    ids=["no header", "no layers", "no rank", "extra key"],
+    ids=["no header", "no layers", "no rank", "extra key", "epochs a list", "half an epoch"],
 )
 def test_a_damaged_index_is_refused(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
     edit(copy / "predictors.json", change)

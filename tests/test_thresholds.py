@@ -213,7 +213,8 @@ def test_predictors_without_their_thresholds_are_not_exported(
 def test_training_that_diverges_is_refused_with_its_layer(
     ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hot = replace(DEJAVU, name="hot", learning_rate=1e25, epochs=1)
+    """At the end of the epoch in which it does."""
+    hot = replace(DEJAVU, name="hot", learning_rate=1e25, epochs=1000, patience=1000)
     monkeypatch.setitem(RECIPES, "dejavu", hot)
     config = TrainConfig(traces=ranked_traces.path, out=tmp_path / "p", rank=32, recipe="dejavu")
     with refused(PredictorError, "layer 0", "diverged", "check the traces"):

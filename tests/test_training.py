@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
-from planted import labels_of
+from planted import labels_of, starting_at
 from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from common.errors import CheckpointError, PredictorError
 from common.overlap import StoppedError, made_ahead, several_at_once
-from predictor.artifact import PredictorArtifact
+from predictor.artifact import Epoch, PredictorArtifact
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -47,6 +47,18 @@ def expected_weights(recipe: Recipe, rows: LabelledRows, index: torch.Tensor) ->
     return torch.where(labels, positive, negative)
 
 
+def weighted_losses(
+    logits: torch.Tensor, recipe: Recipe, rows: LabelledRows, index: torch.Tensor
+) -> torch.Tensor:
+    """Return the loss of every label."""
+    return binary_cross_entropy_with_logits(
+        logits,
+        labels_of(rows, index).float(),
+        weight=expected_weights(recipe, rows, index),
+        reduction="none",
+    )
+
+
 @pytest.mark.parametrize("top", [0, 20])
 @pytest.mark.parametrize("recipe", [PSP, DEJAVU], ids=lambda recipe: recipe.name)
 def test_gradients_are_those_of_the_weighted_cross_entropy(
@@ -61,13 +73,10 @@ def test_gradients_are_those_of_the_weighted_cross_entropy(
     for batch, part in zip(
         batches(replace(recipe, batch=96), rows, CPU, index), torch.split(index, 96), strict=True
     ):
-        loss = binary_cross_entropy_with_logits(
-            predictor(rows.inputs(part)),
-            labels_of(rows, part).float(),
-            weight=expected_weights(recipe, rows, part),
-        )
-        expected = torch.autograd.grad(loss, [predictor.fc1, predictor.fc2])
-        set_gradients(predictor, batch, torch.float32)
+        losses = weighted_losses(predictor(rows.inputs(part)), recipe, rows, part)
+        expected = torch.autograd.grad(losses.mean(), [predictor.fc1, predictor.fc2])
+        told = set_gradients(predictor, batch, torch.float32)
+        torch.testing.assert_close(told, losses[:16].mean().detach(), rtol=1e-5, atol=0)
         for matrix, gradient in zip(predictor.parameters(), expected, strict=True):
             assert matrix.grad is not None
             torch.testing.assert_close(matrix.grad, gradient, rtol=1e-4, atol=1e-9)
@@ -97,6 +106,34 @@ def test_batches_do_not_depend_on_how_many_are_read_together(
         for found, expected in zip(other, alone, strict=True):
             for name, value in vars(expected).items():
                 torch.testing.assert_close(getattr(found, name), value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("recipe", [PSP, DEJAVU], ids=lambda recipe: recipe.name)
+def test_epochs_are_told_by_rows_held_out_and_change_no_weight(
+    recipe: Recipe, rows: LabelledRows
+) -> None:
+    rows = replace(rows, normalise=recipe.normalise)
+    train, holdout = torch.arange(700), torch.arange(700, 900)
+    recipe = replace(recipe, epochs=3, batch=256, stop_recall=1.1)
+
+    def trained(**options: Any) -> Predictor:
+        generator = torch.Generator().manual_seed(0)
+        start = starting_at(recipe, rows, train, generator)
+        chosen: dict[str, Any] = {"train": train, "holdout": holdout, "generator": generator}
+        return train_layer(start, rows, **(chosen | options))
+
+    epochs: list[Epoch] = []
+    predictor = trained(on_epoch=epochs.append)
+    for matrix, alone in zip(predictor.parameters(), trained().parameters(), strict=True):
+        assert torch.equal(matrix, alone)
+    assert len(epochs) == 3
+    assert epochs[0].loss > epochs[1].loss > epochs[2].loss > 0
+    with torch.no_grad():
+        logits = predictor(rows.inputs(holdout))
+    losses = weighted_losses(logits, recipe, rows, holdout)
+    assert epochs[-1].held_out_loss == pytest.approx(float(losses.mean()), rel=1e-3)
+    wrong = (logits >= 0) != rows.active(holdout)
+    assert epochs[-1].held_out_error == pytest.approx(float(wrong.float().mean()), abs=1e-4)
 
 
 def settings(ranked_traces: TraceStore, out: Path, **changes: Any) -> TrainConfig:
@@ -139,20 +176,23 @@ def test_products_in_bfloat16_train_as_well(ranked_traces: TraceStore, tmp_path:
             assert rounded.layers[layer][key] == pytest.approx(exact.layers[layer][key], abs=0.02)
 
 
-def test_the_bar_ends_full_where_layers_take_more_steps(
+def test_the_bar_tells_epochs_and_ends_full_where_layers_take_more_steps(
     ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bars: list[Any] = []
+    bars, told = [], io.StringIO()
 
     def shown(**values: Any) -> Any:
-        bars.append(tqdm(**(values | {"disable": False, "file": io.StringIO()})))
+        bars.append(tqdm(**(values | {"disable": False, "file": told, "ncols": 200})))
         return bars[-1]
 
     monkeypatch.setattr("predictor.training.run.tqdm", shown)
     # A rank that is beyond the units of a start around the constant.
-    train_predictors(settings(ranked_traces, tmp_path / "p", rank=96, jobs=2))
+    artifact = train_predictors(settings(ranked_traces, tmp_path / "p", rank=96, jobs=2))
     batches = -(-int((~ranked_traces.holdout(0.1, 0)).sum()) // PSP.batch)
     assert [bars[0].n, bars[0].total] == [2 * 4 * PSP.epochs * batches] * 2
+    last = artifact.epochs[1][-1]
+    assert f"loss={last.loss:.3g}, held_out_loss={last.held_out_loss:.3g}" in told.getvalue()
+    assert "layers=2/2" in told.getvalue()
 
 
 def test_a_layer_that_is_not_there_is_refused(ranked_traces: TraceStore, tmp_path: Path) -> None:

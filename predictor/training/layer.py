@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
 from common.decisions import DecisionCounts
 from common.errors import PredictorError
-from predictor.artifact import LayerPredictor
+from predictor.artifact import Epoch, LayerPredictor
 from predictor.module import Predictor, PredictorType, decide, to_half
 from predictor.thresholds.choose import LayerCurves, measure_layer
 from predictor.thresholds.search import Bound
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.loss import batches, set_gradients
+from predictor.training.loss import Batch, batches, loss_of, read_batches, set_gradients
 from predictor.training.recipes import Recipe
 from predictor.training.settings import TrainConfig
 from predictor.training.start import Start, Starter, start_sample
 
 _EVALUATION_ROWS = 2048
+_TOLD_ROWS = 1024
+"""Held-out rows that epochs are told by, at most."""
+
 _TUNED_WIDTH = 512
 _TUNED_RANK = 128
 _WHITENED = 0.25
@@ -41,6 +44,7 @@ def train_layer(
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
     on_step: Callable[[int], object] = lambda steps: None,
+    on_epoch: Callable[[Epoch], object] | None = None,
 ) -> Predictor:
     """Train a predictor at threshold 0, where its start is.
 
@@ -52,6 +56,7 @@ def train_layer(
         generator: source of the order of rows.
         dtype: type of matrix products; weights and optimiser are float32.
         on_step: called after every step with the number of steps in all.
+        on_epoch: called after every epoch, before the epoch may be the last.
 
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
@@ -65,18 +70,22 @@ def train_layer(
         fused=True,
     )
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
+    held = [] if on_epoch is None else read_batches(recipe, rows, device, _sample(holdout))
     step, best, best_recall, bad = 0, start.plain(), -1.0, 0
     for _ in range(recipe.epochs):
+        losses = []
         order = train[torch.randperm(len(train), generator=generator)]
         for batch in batches(recipe, rows, device, order):
             if recipe.cosine:
                 for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            set_gradients(predictor, batch, dtype, start.coordinates)
+            losses.append(set_gradients(predictor, batch, dtype, start.coordinates))
             optimiser.step()
             step += 1
             on_step(steps)
         trained = start.plain()
+        if on_epoch is not None:
+            on_epoch(_epoch(losses, trained, held))
         if not recipe.best_recall:
             best = trained
             continue
@@ -103,6 +112,37 @@ def _rates(start: Start) -> list[tuple[torch.nn.Parameter, float]]:
     ]
 
 
+def _sample(holdout: torch.Tensor) -> torch.Tensor:
+    """Return held-out rows to tell epochs by, from all of their documents."""
+    return holdout[:: math.ceil(len(holdout) / _TOLD_ROWS) or 1]
+
+
+@torch.no_grad()
+def _epoch(losses: list[torch.Tensor], trained: Predictor, held: Sequence[Batch]) -> Epoch:
+    """Tell of an epoch.
+
+    Args:
+        losses: of its batches.
+        trained: what it ended with, on the CPU.
+        held: held-out rows, on the device of training.
+    """
+    rows, loss, wrong, decisions = 0, 0.0, 0, 0
+    device = losses[0].device
+    predictor = Predictor(trained.fc1.detach().to(device), trained.fc2.detach().to(device))
+    for batch in held:
+        logits = predictor(batch.inputs)
+        loss += len(logits) * float(loss_of(logits, batch))
+        predicted = (logits >= 0).view(-1)
+        hits = int(predicted[batch.places].sum())
+        wrong += int(predicted.sum()) - hits + len(batch.places) - hits
+        rows, decisions = rows + len(logits), decisions + logits.numel()
+    return Epoch(
+        loss=float(torch.stack(losses).mean()),
+        held_out_loss=loss / rows,
+        held_out_error=wrong / decisions,
+    )
+
+
 def evaluate(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> DecisionCounts:
     """Count decisions at threshold 0 against the uncut labels of the chosen rows."""
     counts, device = DecisionCounts(), predictor.fc1.device
@@ -120,11 +160,13 @@ class LayerResult:
         predictor: as it will be exported at threshold 0.
         metrics: on held-out documents, at threshold 0.
         curves: what other thresholds lead to; None where nobody will choose some.
+        epochs: how training went.
     """
 
     predictor: LayerPredictor
     metrics: dict[str, float]
     curves: LayerCurves | None
+    epochs: Sequence[Epoch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,19 +218,44 @@ class LayerTrainer:
         """Return a layer's source of random numbers, from its beginning."""
         return torch.Generator().manual_seed(self.config.seed * 1000 + layer)
 
-    def run(self, layer: int, rank: int, on_step: Callable[[int], object]) -> LayerResult:
+    def run(
+        self,
+        layer: int,
+        rank: int,
+        on_step: Callable[[int], object],
+        on_epoch: Callable[[Sequence[Epoch]], object],
+    ) -> LayerResult:
         """Train and measure a layer.
+
+        Args:
+            layer: its number.
+            rank: of its predictor.
+            on_step: see `train_layer`.
+            on_epoch: called after every epoch with all so far.
 
         Raises:
             PredictorError: training diverged, or memory ran out.
             TraceError: inputs hold NaN or inf.
         """
         with _enough_memory(layer):
-            rows = self.rows(layer)
-            return self._measured(layer, rank, rows, self._trained(layer, rank, rows, on_step))
+            rows, epochs = self.rows(layer), list[Epoch]()
+
+            def told(epoch: Epoch) -> None:
+                if not all(map(math.isfinite, astuple(epoch))):
+                    raise _diverged(layer)
+                epochs.append(epoch)
+                on_epoch(epochs)
+
+            predictor = self._trained(layer, rank, rows, on_step, told)
+            return self._measured(layer, rank, rows, predictor, epochs)
 
     def _trained(
-        self, layer: int, rank: int, rows: LabelledRows, on_step: Callable[[int], object]
+        self,
+        layer: int,
+        rank: int,
+        rows: LabelledRows,
+        on_step: Callable[[int], object],
+        on_epoch: Callable[[Epoch], object],
     ) -> Predictor:
         generator = self.generator(layer)
         sample = start_sample(self.recipe, self.train, generator)
@@ -200,16 +267,19 @@ class LayerTrainer:
             generator=generator,
             dtype=self.dtype,
             on_step=on_step,
+            on_epoch=on_epoch,
         )
         if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
-            raise PredictorError(
-                f"layer {layer}: training diverged",
-                "check the traces of this layer, or try --recipe psp",
-            )
+            raise _diverged(layer)
         return to_half(trained)
 
     def _measured(
-        self, layer: int, rank: int, rows: LabelledRows, predictor: Predictor
+        self,
+        layer: int,
+        rank: int,
+        rows: LabelledRows,
+        predictor: Predictor,
+        epochs: Sequence[Epoch],
     ) -> LayerResult:
         header, element = self.store.header, PredictorType(self.config.predictor_type)
         metrics = evaluate(predictor, rows, self.holdout).metrics(
@@ -228,7 +298,7 @@ class LayerTrainer:
             fc2=predictor.fc2.detach().half(),
             activation_counts=rows.rows.counts,
         )
-        return LayerResult(stored, metrics, curves)
+        return LayerResult(stored, metrics, curves, epochs)
 
 
 def product_dtype(config: TrainConfig) -> torch.dtype:
@@ -244,6 +314,12 @@ def jobs_for(config: TrainConfig, d_model: int, d_ff: int) -> int:
         return config.jobs
     alone = torch.device(config.device).type != "cpu" or d_model * d_ff > _SMALL_LAYER
     return 1 if alone else torch.get_num_threads()
+
+
+def _diverged(layer: int) -> PredictorError:
+    return PredictorError(
+        f"layer {layer}: training diverged", "check the traces of this layer, or try --recipe psp"
+    )
 
 
 @contextmanager

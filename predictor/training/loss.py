@@ -9,7 +9,7 @@ passes over all labels and a correction at some places replace those of automati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,9 @@ from predictor.training.recipes import Recipe
 
 READ_ROWS = 4096
 """Rows that are read together."""
+
+_TOLD_ROWS = 16
+"""Rows of a batch that its loss is told by: of all it would cost a third of a step."""
 
 _SUREST = -30.0
 """Logit below which a neuron is sure to be inactive, 1e-13: what σ makes of less is soon subnormal,
@@ -44,6 +47,12 @@ class Batch:
     places: torch.Tensor
     positive: torch.Tensor
     negative: float
+
+    def first(self, rows: int, d_ff: int) -> Batch:
+        """Return the first rows as a batch, their labels as they are weighed in this one."""
+        few = int(torch.searchsorted(self.places, rows * d_ff))
+        places, positive = self.places[:few], self.positive[:few]
+        return replace(self, inputs=self.inputs[:rows], places=places, positive=positive)
 
 
 def read_batches(
@@ -96,7 +105,7 @@ def batches(
 @torch.no_grad()
 def set_gradients(
     predictor: Predictor, batch: Batch, dtype: torch.dtype, coordinates: Coordinates | None = None
-) -> None:
+) -> torch.Tensor:
     """Set the `grad` of both matrices.
 
     Args:
@@ -104,6 +113,9 @@ def set_gradients(
         batch: rows and labels.
         dtype: type of the matrix products; gradients are float32 whatever it is.
         coordinates: what the predictor is in, None for those of the inputs.
+
+    Returns:
+        The loss of the batch's first rows, 0-dimensional float32, on the device.
     """
     inputs = coordinates.inputs(batch.inputs) if coordinates else batch.inputs
     fc1, fc2, x = (t.to(dtype) for t in (predictor.fc1, predictor.fc2, inputs))
@@ -112,7 +124,9 @@ def set_gradients(
     if coordinates:
         hidden = coordinates.hidden(hidden.float(), inputs).to(dtype)
     # σ(z) − 1 needs more digits than bfloat16 has where z is large.
-    slope = (hidden @ fc2.T).float().clamp_min_(_SUREST).sigmoid_()
+    logits = (hidden @ fc2.T).float()
+    loss = loss_of(logits[:_TOLD_ROWS], batch.first(_TOLD_ROWS, logits.shape[1]))
+    slope = logits.clamp_min_(_SUREST).sigmoid_()
     flat, labels = slope.view(-1), slope.numel()
     positive = (flat[batch.places] - 1) * (batch.positive / labels)
     slope.mul_(batch.negative / labels)
@@ -121,11 +135,12 @@ def set_gradients(
     predictor.fc2.grad = (slope.T @ hidden).float()
     back = slope @ fc2[:, : len(fc1)]
     predictor.fc1.grad = (back.mul_(before > 0).T @ x).float()
+    return loss
 
 
-def loss_of(logits: torch.Tensor, batch: Batch) -> float:
-    """Return the loss of logits (n, d_ff)."""
+def loss_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the loss of logits (n, d_ff), 0-dimensional float32."""
     flat = logits.reshape(-1)
     found = flat[batch.places]
     positive = batch.positive * softplus(-found) - batch.negative * softplus(found)
-    return float(batch.negative * softplus(flat).mean() + positive.sum() / len(flat))
+    return batch.negative * softplus(flat).mean() + positive.sum() / len(flat)

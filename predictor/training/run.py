@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -16,7 +17,7 @@ from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.overlap import several_at_once
 from cost_model.hardware import load_hardware
-from predictor.artifact import PredictorArtifact, PredictorHeader
+from predictor.artifact import Epoch, PredictorArtifact, PredictorHeader
 from predictor.module import PredictorType
 from predictor.thresholds.choose import choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
@@ -232,26 +233,64 @@ def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: l
     recipe = trainer.recipe
     steps = math.ceil(len(trainer.train) / recipe.batch) * recipe.epochs
     missing = [layer for layer in layers if layer not in artifact.layers]
-    expected = dict.fromkeys(missing, steps)
     with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
         bar.update((len(layers) - len(missing)) * steps)
+        shown = _Shown(bar, dict.fromkeys(missing, steps), len(layers))
 
         def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
             def on_step(steps: int) -> None:
                 go_on()
-                bar.total += steps - expected[layer]
-                expected[layer] = steps
-                bar.update()
+                shown.step(layer, steps)
 
-            return trainer.run(layer, artifact.rank(layer), on_step)
+            return trainer.run(layer, artifact.rank(layer), on_step, partial(shown.epoch, layer))
 
-        results = several_at_once(work, missing, trainer.jobs(len(missing)))
-        for done, (layer, result) in enumerate(results, 1):
+        for layer, result in several_at_once(work, missing, trainer.jobs(len(missing))):
             if result.curves is not None:
                 artifact.add_curves(layer, result.curves.tensors())
-            artifact.add(layer, result.predictor, result.metrics)
-            bar.set_postfix(layers=f"{len(layers) - len(missing) + done}/{len(layers)}")
+            artifact.add(layer, result.predictor, result.metrics, result.epochs)
+            shown.finished(layer)
         bar.update(bar.total - bar.n)  # a recipe may stop early
+
+
+class _Shown:
+    """What the progress bar of a training tells."""
+
+    def __init__(self, bar: tqdm, expected: dict[int, int], layers: int) -> None:
+        """Name what is told of.
+
+        Args:
+            bar: counts the steps of all layers.
+            expected: number of a layer that is missing to the steps that it is counted with.
+            layers: how many there are, with those that are finished.
+        """
+        self._bar, self._expected, self._layers = bar, expected, layers
+        self._missing = set(expected)
+
+    def step(self, layer: int, steps: int) -> None:
+        """Count a step of a layer that takes so many in all."""
+        self._bar.total += steps - self._expected[layer]
+        self._expected[layer] = steps
+        self._bar.update()
+
+    def epoch(self, layer: int, epochs: Sequence[Epoch]) -> None:
+        """Tell the last epoch of a layer."""
+        last = epochs[-1]
+        self._tell(
+            layer=layer,
+            epoch=len(epochs),
+            loss=f"{last.loss:.3g}",
+            held_out_loss=f"{last.held_out_loss:.3g}",
+            held_out_error=f"{last.held_out_error:.2%}",
+        )
+
+    def finished(self, layer: int) -> None:
+        """Count a layer."""
+        self._missing.discard(layer)
+        self._tell()
+
+    def _tell(self, **last: object) -> None:
+        done = self._layers - len(self._missing)
+        self._bar.set_postfix({"layers": f"{done}/{self._layers}", **last})
 
 
 def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> PredictedModel:

@@ -149,7 +149,7 @@ def _settle(
         for number, bias in enumerate(biases):
             predictor.fc2[:, -1] = bias
             logits = units @ predictor.fc2.T
-            losses[number] += torch.tensor([loss_of(logits * scale, batch) for scale in _SCALES])
+            losses[number] += torch.stack([loss_of(logits * s, batch) for s in _SCALES]).cpu()
     factor, scale = divmod(int(losses.argmin()), len(_SCALES))
     predictor.fc2[:, -1] = biases[factor]
     predictor.fc2.mul_(_SCALES[scale])
