@@ -180,7 +180,7 @@ def header(tokens: int, d_model: int, d_ff: int) -> TraceHeader:
         model_fingerprint="synthetic",
         activation_threshold=0.0,
         n_layers=1,
-        layers=[0],
+        layers=(0,),
         d_model=d_model,
         d_ff=d_ff,
         input_dtype="float16",

@@ -24,13 +24,14 @@ from safetensors.torch import load_file, save
 from common.decisions import mean_metrics
 from common.errors import TRAIN_AGAIN, PredictorError
 from common.files import read_json, write_bytes, write_json
+from common.typed_json import Closed, Count, parse
 from common.version import tool_version
 
 SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictorHeader:
+class PredictorHeader(Closed):
     """What predictors were made for and from.
 
     Attributes:
@@ -56,13 +57,13 @@ class PredictorHeader:
     model_fingerprint: str
     architecture: str
     activation: str
-    n_layers: int
-    d_model: int
-    d_ff: int
+    n_layers: Count
+    d_model: Count
+    d_ff: Count
     rank: int | str
     threshold: float
     traces_identity: str
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     holdout: float
     label_top_fraction: float | None
     seed: int
@@ -86,7 +87,7 @@ class LayerPredictor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Epoch:
+class Epoch(Closed):
     """How the training of a layer went, told after each pass over the rows.
 
     Attributes:
@@ -109,6 +110,15 @@ def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     return (fc2.float() / thresholds.abs()[:, None]).half()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    header: PredictorHeader
+    ranks: dict[str, int]
+    search: tuple[dict[str, object], ...]
+    layers: tuple[dict[str, float], ...]
+    epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class PredictorArtifact:
     """A predictor directory, opened for reading or for appending layers.
@@ -127,7 +137,7 @@ class PredictorArtifact:
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
     search: list[dict[str, Any]] = field(default_factory=list)
-    epochs: dict[int, list[Epoch]] = field(default_factory=dict)
+    epochs: dict[int, tuple[Epoch, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -145,15 +155,12 @@ class PredictorArtifact:
                 TRAIN_AGAIN,
             )
         try:
-            layers = {int(entry.pop("layer")): entry for entry in document["layers"]}
-            ranks = {int(layer): int(rank) for layer, rank in document["ranks"].items()}
-            search = list(document["search"])
-            epochs = {
-                int(layer): [Epoch(**epoch) for epoch in told]
-                for layer, told in document.get("epochs", {}).items()
-            }
-            return cls(path, PredictorHeader(**document["header"]), layers, ranks, search, epochs)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            index = parse(_Index, document)
+            layers = {int(entry.pop("layer")): entry for entry in index.layers}
+            ranks = {int(layer): rank for layer, rank in index.ranks.items()}
+            epochs = {int(layer): told for layer, told in index.epochs.items()}
+            return cls(path, index.header, layers, ranks, list(index.search), epochs)
+        except (KeyError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
             ) from error
@@ -225,7 +232,7 @@ class PredictorArtifact:
         """Commit a layer: first its file, then the index that counts it."""
         self._write(layer, vars(predictor))
         self.layers[layer] = metrics
-        self.epochs[layer] = list(epochs)
+        self.epochs[layer] = tuple(epochs)
         self.write_header()
 
     def _write(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:

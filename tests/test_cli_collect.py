@@ -91,7 +91,7 @@ def test_layers_are_recorded_as_asked_for(
 ) -> None:
     document = strict_json(succeeded(run("--layers", text, "--json")))
     assert [layer["layer"] for layer in document["layers"]] == layers
-    assert TraceStore.open(tmp_path / "out").header.layers == layers
+    assert TraceStore.open(tmp_path / "out").header.layers == tuple(layers)
     directories = sorted(path.name for path in (tmp_path / "out").glob("layer-*"))
     assert directories == [f"layer-{layer:02d}" for layer in layers]
 

@@ -245,7 +245,7 @@ def test_headers_say_what_was_collected(store: TraceStore, written: Written) -> 
     assert (header.activation, header.activation_threshold) == (activation, threshold)
     assert header.ffn_matrices == (3 if gated else 2)
     assert header.context == min(CONTEXT, written.variant.config.get("sliding_window", CONTEXT))
-    assert header.layers == list(range(written.variant.config["num_hidden_layers"]))
+    assert header.layers == tuple(range(written.variant.config["num_hidden_layers"]))
     store.check()
 
 
@@ -374,7 +374,7 @@ def test_predictors_are_trained_and_find_what_is_active(
     store: TraceStore, written: Written, facts: Facts, tmp_path: Path
 ) -> None:
     artifact = train_predictors(TrainConfig(traces=store.path, out=tmp_path / "p", rank=32))
-    assert list(artifact.layers) == store.header.layers
+    assert tuple(artifact.layers) == store.header.layers
     held = store.holdout(0.1, 0)
     assert 0.1 <= held.double().mean() < 0.4
     for number, metrics in artifact.layers.items():

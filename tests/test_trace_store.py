@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -173,7 +173,7 @@ WRONG: dict[object, list[object]] = {
     str: [None, 1, [], {}],
     int: [None, "1", [1], 1.5, {}, -1],
     float: [None, "0", [], {}],
-    list[int]: [None, "01", {}, 0, ["0"], [0.0], [None], [], [-1], [2], [0, 0]],
+    tuple[int, ...]: [None, "01", {}, 0, ["0"], [0.0], [None], [], [-1], [2], [0, 0]],
 }
 
 
@@ -368,7 +368,7 @@ def test_files_that_have_changed_places_are_noticed(even: TraceStore, one: str, 
 def test_a_holdout_needs_two_documents(settings: Settings, tmp_path: Path, documents: int) -> None:
     store = collect(settings(tmp_path / "out", tokens=50))
     if not documents:
-        store.progress.shards.clear()
+        store.progress = replace(store.progress, shards=())
     with refused(TraceError, str(store.path), f"{documents} document", "at least 2", "--tokens"):
         store.holdout(0.1, 0)
 

@@ -314,7 +314,7 @@ def test_layers_collected_in_passes_are_those_of_one_pass(
         assert len(files) == 1 + len(store.header.layers) * 3
         together |= files
         assert store.identity == whole.identity
-        assert list(store.activation_sparsity()) == store.header.layers
+        assert tuple(store.activation_sparsity()) == store.header.layers
     expected = contents(whole.path)
     assert together | {"manifest.json": b""} == expected | {"manifest.json": b""}
     with refused(TraceError, str(passes[0].path), "layer 1 was not collected", "--layers"):

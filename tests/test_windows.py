@@ -166,9 +166,9 @@ def test_sorted_short_documents_cost_little_padding() -> None:
 def test_segments_join_neighbouring_windows_of_a_document() -> None:
     order = [(0, 5), (0, 3), (2, 3), (0, 2), (1, 2), (1, 1)]
     windows = [Window(document, [0] * rows) for document, rows in order]
-    assert segments_of(windows) == [[0, 8], [2, 3], [0, 2], [1, 3]]
+    assert segments_of(windows) == ((0, 8), (2, 3), (0, 2), (1, 3))
     assert segments_of(iter(windows)) == segments_of(windows)
-    assert segments_of([]) == []
+    assert segments_of([]) == ()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -274,7 +274,11 @@ def write_texts(path: Path, texts: list[str]) -> None:
 def collect_half(run: CollectConfig) -> None:
     """Leave a store as a kill does that comes before the second manifest."""
     store = collect(run)
-    write_manifest(store.path, store.header, Progress(store.progress.shards[:1]))
+    write_manifest(
+        store.path,
+        store.header,
+        Progress(shards=store.progress.shards[:1], weights=(), complete=False),
+    )
 
 
 TEXT_CHANGES: dict[str, Callable[[list[str]], list[str]]] = {

@@ -136,7 +136,7 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         TraceError: a layer that the model does not have.
     """
     shape = checkpoint.shape
-    layers = list(range(shape.n_layers)) if config.layers is None else list(config.layers)
+    layers = tuple(range(shape.n_layers)) if config.layers is None else config.layers
     if not layers or layers[0] < 0 or layers[-1] >= shape.n_layers:
         raise TraceError(
             f"--layers: the model has layers 0 to {shape.n_layers - 1}", "choose among those"
@@ -204,14 +204,18 @@ def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | Non
             if key == "shard_rows" and config.shard_rows is None:
                 continue
             if getattr(store.header, key) != value:
+                begun = getattr(store.header, key)
                 raise TraceError(
-                    f"{config.out}: was collected with {key} {getattr(store.header, key)!r}, not "
-                    f"{value!r}",
+                    f"{config.out}: was collected with {key} {_shown(begun)}, not {_shown(value)}",
                     "use the same settings, or --force to start over",
                 )
         return store
     refuse_existing(config.out, force=config.force, marker="manifest.json", resumable=True)
     return None
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _check_disk(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -78,15 +79,10 @@ def cut_batches(windows: Sequence[Window], tokens: int) -> Iterator[Sequence[Win
         start += size
 
 
-def segments_of(windows: Iterable[Window]) -> list[list[int]]:
+def segments_of(windows: Iterable[Window]) -> tuple[tuple[int, int], ...]:
     """Return document number and rows of each run of rows of one document."""
-    segments: list[list[int]] = []
-    for window in windows:
-        if segments and segments[-1][0] == window.document:
-            segments[-1][1] += len(window.tokens)
-        else:
-            segments.append([window.document, len(window.tokens)])
-    return segments
+    runs = groupby(windows, key=lambda window: window.document)
+    return tuple((document, sum(len(window.tokens) for window in run)) for document, run in runs)
 
 
 def text_sha256(windows: Iterable[Window]) -> str:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import read_json, write_json
+from common.typed_json import Closed, Count, JsonError, Misfit, Range, parse
 from common.version import tool_version
 from predictor.traces.packing import BITS
 from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2
+_MOST = 1 << 40
+Size = Annotated[int, Range(1, _MOST)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraceHeader:
+class TraceHeader(Closed):
     """What a store was made from; two stores with equal headers and data are interchangeable.
 
     Attributes:
@@ -49,26 +51,36 @@ class TraceHeader:
     architecture: str
     activation: str
     activation_threshold: float
-    ffn_matrices: int
-    n_layers: int
-    layers: list[int]
-    d_model: int
-    d_ff: int
+    ffn_matrices: Size
+    n_layers: Size
+    layers: tuple[Count, ...]
+    d_model: Size
+    d_ff: Size
     input_dtype: str
     importance_bits: int
     compute_dtype: str
     data: str
     field: str
     chat_template: str
-    tokens: int
-    context: int
-    batch: int
-    shard_rows: int
-    seed: int
+    tokens: Size
+    context: Size
+    batch: Size
+    shard_rows: Size
+    seed: Count
+
+    def __post_init__(self) -> None:
+        """Hold what no single type says."""
+        if self.input_dtype not in INPUT_DTYPES:
+            raise Misfit("input_dtype", f"one of {', '.join(INPUT_DTYPES)}")
+        if self.importance_bits not in BITS:
+            raise Misfit("importance_bits", f"one of {', '.join(map(str, BITS))}")
+        ascending = tuple(sorted(set(self.layers)))
+        if not self.layers or self.layers != ascending or self.layers[-1] >= self.n_layers:
+            raise Misfit("layers", "numbers of layers, ascending")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
+class Shard(Closed):
     """A committed shard.
 
     Attributes:
@@ -77,9 +89,14 @@ class Shard:
         sha256: SHA-256 over the files' checksums, layer after layer.
     """
 
-    segments: list[list[int]]
+    segments: tuple[tuple[Count, Size], ...]
     text_sha256: str
     sha256: str
+
+    def __post_init__(self) -> None:
+        """Refuse a shard without rows."""
+        if not self.segments:
+            raise Misfit("segments", "at least one")
 
     @property
     def rows(self) -> int:
@@ -87,19 +104,26 @@ class Shard:
         return sum(rows for _, rows in self.segments)
 
 
-@dataclass
-class Progress:
+@dataclass(frozen=True, kw_only=True)
+class Progress(Closed):
     """What is committed.
 
     Attributes:
-        shards: in order.
-        weights: XXH3 checksum of each recorded layer's weights file.
-        complete: nothing is missing.
+        shards: committed shards, in order.
+        weights: XXH3 of the weight file of each recorded layer, in order; empty before they are
+            written.
+        complete: whether the collection reached its end.
     """
 
-    shards: list[Shard] = field(default_factory=list)
-    weights: list[str] = field(default_factory=list)
-    complete: bool = False
+    shards: tuple[Shard, ...]
+    weights: tuple[str, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    header: TraceHeader
+    progress: Progress
 
 
 def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
@@ -117,64 +141,10 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
             f"{COLLECT_AGAIN}",
         )
     try:
-        header, progress = TraceHeader(**manifest["header"]), manifest["progress"]
-        _check_header(header)
-        shards = [_shard(entry) for entry in _list(progress["shards"])]
-        weights = [_text(digest) for digest in _list(progress["weights"])]
-        return header, Progress(shards, weights, progress["complete"] is True)
-    except (KeyError, TypeError, ValueError) as error:
+        found = parse(_Manifest, manifest)
+    except JsonError as error:
         raise TraceError(f"{path}/manifest.json: damaged ({error})", COLLECT_AGAIN) from error
-
-
-_MOST = 1 << 40
-_COUNTS = ("ffn_matrices", "n_layers", "d_model", "d_ff", "tokens", "context", "batch")
-_TEXTS = ("model", "model_fingerprint", "architecture", "activation", "compute_dtype")
-_SOURCES = ("data", "field", "chat_template")
-
-
-def _check_header(header: TraceHeader) -> None:
-    values = vars(header)
-    for name in (*_COUNTS, "shard_rows"):
-        _count(values[name], 1)
-    for name in (*_TEXTS, *_SOURCES):
-        _text(values[name])
-    _count(header.seed, 0)
-    threshold = header.activation_threshold
-    layers = [_count(layer, 0) for layer in _list(header.layers)]
-    known = header.input_dtype in list(INPUT_DTYPES) and header.importance_bits in BITS
-    if not known or type(header.importance_bits) is not int or type(threshold) is not float:
-        raise ValueError("a setting has an impossible value")
-    if not layers or layers != sorted(set(layers)) or layers[-1] >= header.n_layers:
-        raise ValueError("layers are impossible")
-
-
-def _shard(entry: Mapping[str, Any]) -> Shard:
-    shard = Shard(**entry)
-    _text(shard.text_sha256), _text(shard.sha256)
-    for segment in _list(shard.segments):
-        document, rows = _list(segment)
-        _count(document, 0), _count(rows, 1)
-    if not shard.segments:
-        raise ValueError("a shard has no rows")
-    return shard
-
-
-def _count(value: object, least: int) -> int:
-    if type(value) is not int or not least <= value <= _MOST:
-        raise ValueError(f"{value!r:.40} is no count")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is no text")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{value!r:.40} is no list")
-    return value
+    return found.header, found.progress
 
 
 def write_manifest(path: Path, header: TraceHeader, progress: Progress) -> None:

@@ -17,8 +17,9 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,8 @@ class TraceStore:
     @classmethod
     def create(cls, path: Path, header: TraceHeader) -> TraceStore:
         """Start an empty store."""
-        store = cls(path, header, Progress())
-        store._write_manifest()
+        store = cls(path, header, Progress(shards=(), weights=(), complete=False))
+        store._commit()
         return store
 
     @classmethod
@@ -99,7 +100,9 @@ class TraceStore:
         texts = [shard.text_sha256 for shard in self.progress.shards]
         return sha256(json.dumps([header, texts], sort_keys=True).encode())
 
-    def _write_manifest(self) -> None:
+    def _commit(self, **progress: Any) -> None:
+        """Write the manifest with progress that has been made."""
+        self.progress = replace(self.progress, **progress)
         write_manifest(self.path, self.header, self.progress)
 
     def _layer_file(self, layer: int, name: str) -> Path:
@@ -140,9 +143,9 @@ class TraceStore:
                 writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), file))
             yield writers
         digest = _joined(writers[layer].digest for layer in self.header.layers)
-        shard = Shard(segments=[list(s) for s in segments], text_sha256=text_sha256, sha256=digest)
-        self.progress.shards.append(shard)
-        self._write_manifest()
+        kept = tuple((document, rows) for document, rows in segments)
+        shard = Shard(segments=kept, text_sha256=text_sha256, sha256=digest)
+        self._commit(shards=(*self.progress.shards, shard))
 
     def finish(self) -> None:
         """Mark the store complete and remove what killed runs left behind."""
@@ -151,8 +154,7 @@ class TraceStore:
             for file in self._layer_file(layer, "weights").parent.iterdir():
                 if _is_ours(file) and file.name not in wanted:
                     file.unlink()
-        self.progress.complete = True
-        self._write_manifest()
+        self._commit(complete=True)
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
@@ -162,8 +164,7 @@ class TraceStore:
             data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
             write_bytes(self._layer_file(layer, "weights"), data)
             digests.append(xxhash.xxh3_128_hexdigest(data))
-        self.progress.weights = digests
-        self._write_manifest()
+        self._commit(weights=tuple(digests))
 
     def weights(self, layer: int) -> LayerWeights:
         """Read what `save_weights` stored.

@@ -110,7 +110,7 @@ def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
     """Return the layers to train; refuse one that the traces lack."""
     recorded = store.header.layers
     if config.layers is None:
-        return recorded
+        return list(recorded)
     if unknown := [layer for layer in config.layers if layer not in recorded]:
         raise PredictorError(
             f"--layers: {store.path} has no layer {unknown[0]}",
