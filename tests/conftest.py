@@ -31,6 +31,7 @@ POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
+NARROW_D_FF = 348
 SHARD_ROWS = 1024
 """A tiny model would never fill a shard of the usual size."""
 
@@ -219,6 +220,13 @@ def traces(
 
 
 @pytest.fixture(scope="session")
+def narrow_model(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of the same kind, a third as wide, for what runs it many times."""
+    path = tmp_path_factory.mktemp("narrow") / "random-reglu"
+    return make_model(path, intermediate_size=NARROW_D_FF)
+
+
+@pytest.fixture(scope="session")
 def ranked_traces(
     model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
@@ -226,6 +234,16 @@ def ranked_traces(
     out = tmp_path_factory.mktemp("ranked") / "traces"
     sizes: dict[str, Any] = {"tokens": 2000, "context": 64, "importance_bits": 8}
     return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
+
+
+@pytest.fixture(scope="session")
+def narrow_traces(
+    narrow_model: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    """Return traces of the narrow model, to train whole sets of predictors from."""
+    out = tmp_path_factory.mktemp("narrow") / "traces"
+    sizes: dict[str, Any] = {"tokens": 1000, "context": 64, "importance_bits": 8}
+    return collect(CollectConfig(model=str(narrow_model), data=str(data_file), out=out, **sizes))
 
 
 def exact(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARD_ROWS, refused
+from conftest import NARROW_D_FF, SHARD_ROWS, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import TraceError
@@ -20,7 +20,7 @@ from predictor.traces.layer_rows import LayerRows, ShardedRows
 from predictor.traces.rows import LabelledRows, LayerWeights, normalise_rms
 from predictor.traces.store import TraceStore
 
-ROWS, D_MODEL, D_FF = 3000, 64, 1012
+ROWS, D_MODEL, D_FF = 3000, 64, NARROW_D_FF
 INDICES: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
     "shuffled": lambda g: torch.randperm(ROWS, generator=g)[:400],
     "ascending": lambda g: torch.arange(0, ROWS, 11),
@@ -36,14 +36,14 @@ INDICES: dict[str, Callable[[torch.Generator], torch.Tensor]] = {
 def stores(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    model_dir: Path,
+    narrow_model: Path,
     long_data: Path,
 ) -> dict[int, TraceStore]:
     """Return stores of three shards or more by their bits of importance."""
     made = {}
     for bits in (2, 4, 8):
         run = CollectConfig(
-            model=str(model_dir),
+            model=str(narrow_model),
             data=str(long_data),
             out=tmp_path_factory.mktemp("s") / "s",
             field="body",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from conftest import refused
+from conftest import NARROW_D_FF, refused
 from safetensors.torch import load_file, save_file
 
 from common.decisions import DecisionCounts, mean_metrics
@@ -30,12 +30,8 @@ RANK = 32
 
 
 @pytest.fixture(scope="module")
-def traces(
-    model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TraceStore:
-    out = tmp_path_factory.mktemp("traces") / "traces"
-    sizes: dict[str, Any] = {"tokens": 1500, "context": 64, "importance_bits": 8}
-    return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
+def traces(narrow_traces: TraceStore) -> TraceStore:
+    return narrow_traces
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +100,14 @@ def test_predictors_are_measured_as_stored_on_documents_held_out(
         stored, rows = artifact.layer(number), traces.layer(number)
         assert (stored.fc1.dtype, stored.fc2.dtype) == (torch.float16, torch.float16)
         assert stored.fc1.shape == (RANK, 64)
-        assert stored.fc2.shape == (1012, RANK)
+        assert stored.fc2.shape == (NARROW_D_FF, RANK)
         assert stored.activation_counts is not None
         assert torch.equal(stored.activation_counts, rows.counts)
         predictor = Predictor(stored.fc1.float(), stored.fc2.float())
         counts = DecisionCounts()
         decided = decide(predictor, rows.inputs_at(held), 0.0)
-        counts.add(unpack_active(rows.active_at(held), 1012), decided)
-        expected = counts.metrics(rank=RANK, d_model=64, d_ff=1012)
+        counts.add(unpack_active(rows.active_at(held), NARROW_D_FF), decided)
+        expected = counts.metrics(rank=RANK, d_model=64, d_ff=NARROW_D_FF)
         # Normalised inputs, which psp trains and measures on, may round the other way at zero.
         assert metrics == pytest.approx(expected, abs=1e-4)
         # Better than guessing at the same density, whose recall is that density.
@@ -126,7 +122,7 @@ def test_the_index_names_model_traces_recipe_and_means(
     assert header["model"] == traces.header.model
     assert header["model_fingerprint"] == traces.header.model_fingerprint
     assert header["traces_identity"] == traces.identity
-    assert (header["n_layers"], header["d_model"], header["d_ff"]) == (2, 64, 1012)
+    assert (header["n_layers"], header["d_model"], header["d_ff"]) == (2, 64, NARROW_D_FF)
     assert (header["rank"], header["threshold"], header["recipe"]["name"]) == (RANK, 0, "psp")
     assert document["layers"] == [{"layer": n, **artifact.layers[n]} for n in range(2)]
     assert len(artifact.layers) == 2

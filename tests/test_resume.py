@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import TRACE_CONTEXT, TRACE_TOKENS, refused
+from conftest import refused
 
 from common.errors import TraceError
 from predictor.collection.collect import collect
@@ -29,8 +29,36 @@ from predictor.traces.shard_file import ShardWriter
 from predictor.traces.store import TraceStore
 from predictor.traces.summary import trace_summary
 
+TOKENS, CONTEXT, BATCH, SHARD_ROWS = 900, 100, 2, 300
 Settings = Callable[..., CollectConfig]
 Arm = Callable[[], None]
+
+
+@pytest.fixture(scope="module")
+def settings(narrow_model: Path, long_data: Path) -> Settings:
+    """Make settings of a collection of three small shards."""
+
+    def make(out: Path, **changes: Any) -> CollectConfig:
+        chosen: dict[str, Any] = {
+            "model": str(narrow_model),
+            "data": str(long_data),
+            "field": "body",
+            "tokens": TOKENS,
+            "context": CONTEXT,
+            "batch": BATCH,
+            "shard_rows": SHARD_ROWS,
+        }
+        return CollectConfig(out=out, **(chosen | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def traces(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> TraceStore:
+    """Traces made in one go."""
+    store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
+    assert len(store.progress.shards) == 3
+    return store
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -187,7 +215,7 @@ def check_what_is_committed(out: Path) -> None:
             store.check()
 
 
-MOMENTS = 12
+MOMENTS = 8
 
 
 @pytest.mark.parametrize("moment", range(MOMENTS))
@@ -281,8 +309,8 @@ def limit_files(size: int, handler: Any) -> Arm:
     return arm
 
 
-# The weights take 134 kB, a shard of one layer 400 kB.
-@pytest.mark.parametrize("size", [100_000, 150_000, 400_000], ids=["weights", "inputs", "codes"])
+# The weights take 46 kB, the first shard of a layer 88 kB; its codes begin at 71 kB.
+@pytest.mark.parametrize("size", [35_000, 50_000, 80_000], ids=["weights", "inputs", "codes"])
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "refused"])
 def test_a_run_that_ends_amid_a_write_resumes_to_the_same_bytes(
     traces: TraceStore,
@@ -345,8 +373,8 @@ def test_the_command_killed_twice_resumes_to_the_same_bytes(
     run = settings(tmp_path / "out")
     TraceStore.create(run.out, traces.header)  # the command would fill no shard of the usual size
     inputs = ("--model", run.model, "--data", run.data, "--field", run.field, "--out", run.out)
-    sizes = ("--tokens", TRACE_TOKENS, "--context", TRACE_CONTEXT, "--threads", 1)
-    command = [str(word) for word in ("collect", *inputs, *sizes)]
+    sizes = ("--tokens", TOKENS, "--context", CONTEXT, "--batch", BATCH)
+    command = [str(word) for word in ("collect", *inputs, *sizes, "--threads", 1)]
     for shard in (0, 1):
         kill_command(
             [*command, "--resume"], run.out / f"layer-00/.shard-{shard:05d}.safetensors.part"

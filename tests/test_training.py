@@ -136,8 +136,8 @@ def test_epochs_are_told_by_rows_held_out_and_change_no_weight(
     assert epochs[-1].held_out_error == pytest.approx(float(wrong.float().mean()), abs=1e-4)
 
 
-def settings(ranked_traces: TraceStore, out: Path, **changes: Any) -> TrainConfig:
-    values: dict[str, Any] = {"traces": ranked_traces.path, "out": out, "rank": 32, "recipe": "psp"}
+def settings(narrow_traces: TraceStore, out: Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {"traces": narrow_traces.path, "out": out, "rank": 32, "recipe": "psp"}
     return TrainConfig(**(values | changes))
 
 
@@ -146,28 +146,28 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_layers_at_once_and_in_parts_are_those_of_one_run(
-    ranked_traces: TraceStore, tmp_path: Path
+    narrow_traces: TraceStore, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         bound: dict[str, Any] = {"rank": "auto", "ffn_bytes": 0.6}
-        one = train_predictors(settings(ranked_traces, tmp_path / "one", jobs=1, **bound))
-        both = train_predictors(settings(ranked_traces, tmp_path / "both", jobs=2, **bound))
+        one = train_predictors(settings(narrow_traces, tmp_path / "one", jobs=1, **bound))
+        both = train_predictors(settings(narrow_traces, tmp_path / "both", jobs=2, **bound))
         assert contents(both.path) == contents(one.path)
         parts = tmp_path / "parts"
-        first = train_predictors(settings(ranked_traces, parts, layers=(1,), **bound))
+        first = train_predictors(settings(narrow_traces, parts, layers=(1,), **bound))
         assert list(first.layers) == [1]
         assert not first.search
-        rest = train_predictors(settings(ranked_traces, parts, resume=True, **bound))
+        rest = train_predictors(settings(narrow_traces, parts, resume=True, **bound))
         assert contents(rest.path) == contents(one.path)
     finally:
         torch.set_num_threads(threads)
 
 
-def test_products_in_bfloat16_train_as_well(ranked_traces: TraceStore, tmp_path: Path) -> None:
+def test_products_in_bfloat16_train_as_well(narrow_traces: TraceStore, tmp_path: Path) -> None:
     exact, rounded = (
-        train_predictors(settings(ranked_traces, tmp_path / precision, precision=precision))
+        train_predictors(settings(narrow_traces, tmp_path / precision, precision=precision))
         for precision in ("float32", "bfloat16")
     )
     assert not torch.equal(exact.layer(0).fc2, rounded.layer(0).fc2)
@@ -177,7 +177,7 @@ def test_products_in_bfloat16_train_as_well(ranked_traces: TraceStore, tmp_path:
 
 
 def test_the_bar_tells_epochs_and_ends_full_where_layers_take_more_steps(
-    ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    narrow_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bars, told = [], io.StringIO()
 
@@ -187,25 +187,25 @@ def test_the_bar_tells_epochs_and_ends_full_where_layers_take_more_steps(
 
     monkeypatch.setattr("predictor.training.run.tqdm", shown)
     # A rank that is beyond the units of a start around the constant.
-    artifact = train_predictors(settings(ranked_traces, tmp_path / "p", rank=96, jobs=2))
-    batches = -(-int((~ranked_traces.holdout(0.1, 0)).sum()) // PSP.batch)
+    artifact = train_predictors(settings(narrow_traces, tmp_path / "p", rank=96, jobs=2))
+    batches = -(-int((~narrow_traces.holdout(0.1, 0)).sum()) // PSP.batch)
     assert [bars[0].n, bars[0].total] == [2 * 4 * PSP.epochs * batches] * 2
     last = artifact.epochs[1][-1]
     assert f"loss={last.loss:.3g}, held_out_loss={last.held_out_loss:.3g}" in told.getvalue()
     assert "layers=2/2" in told.getvalue()
 
 
-def test_a_layer_that_is_not_there_is_refused(ranked_traces: TraceStore, tmp_path: Path) -> None:
+def test_a_layer_that_is_not_there_is_refused(narrow_traces: TraceStore, tmp_path: Path) -> None:
     with refused(PredictorError, "--layers", "no layer 2", "from 0 to 1"):
-        train_predictors(settings(ranked_traces, tmp_path / "p", layers=(1, 2)))
+        train_predictors(settings(narrow_traces, tmp_path / "p", layers=(1, 2)))
     assert not (tmp_path / "p").exists()
 
 
 def test_a_device_that_is_not_there_is_refused_first(
-    ranked_traces: TraceStore, tmp_path: Path
+    narrow_traces: TraceStore, tmp_path: Path
 ) -> None:
     with refused(CheckpointError, "'cuda:77'", "check --device"):
-        train_predictors(settings(ranked_traces, tmp_path / "p", device="cuda:77"))
+        train_predictors(settings(narrow_traces, tmp_path / "p", device="cuda:77"))
     assert not (tmp_path / "p").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_device_that_is_not_there_is_refused_first(
     ids=["python", "cuda", "cpu"],
 )
 def test_memory_that_runs_out_keeps_finished_layers(
-    ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    narrow_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     calls: list[int] = []
 
@@ -230,7 +230,7 @@ def test_memory_that_runs_out_keeps_finished_layers(
         return train_layer(*args, **kwargs)
 
     monkeypatch.setattr("predictor.training.layer.train_layer", train)
-    config = settings(ranked_traces, tmp_path / "p", jobs=1)
+    config = settings(narrow_traces, tmp_path / "p", jobs=1)
     with refused(PredictorError, "layer 1: out of memory", "--jobs or --rank", "--resume"):
         train_predictors(config)
     assert list(PredictorArtifact.open(config.out).layers) == [0]
