@@ -41,3 +41,13 @@ def size(number: float) -> str:
         number /= 1024
     digits = 0 if unit == "B" or number >= 100 else 1
     return f"{number:,.{digits}f} {unit}"
+
+
+def decimal_size(count: int) -> str:
+    """Return bytes in the largest decimal unit, as disks are sold, three digits at most."""
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"

@@ -183,7 +183,8 @@ def test_gradients_in_coordinates_are_those_of_the_loss(dtype: torch.dtype) -> N
     active = torch.rand(200, D_FF, generator=seeded(7)) < 0.1
     places = active.flatten().nonzero()[:, 0]
     positive = torch.rand(len(places), generator=seeded(8)) + 0.5
-    batch = Batch(inputs=x, places=places, positive=positive, negative=0.2)
+    told = int((places < 16 * D_FF).sum())
+    batch = Batch(inputs=x, places=places, positive=positive, negative=0.2, told=told)
     weight = torch.full((200 * D_FF,), 0.2)
     weight[places] = positive
     logits = logits_in(predictor, coordinates, x)
@@ -206,7 +207,7 @@ def test_very_negative_logits_leave_no_subnormal_numbers() -> None:
     place = torch.zeros(1, dtype=torch.int64)
     for scale in (1.0, 0.06, 0.04):  # logits around -2000, -120 and -80
         x = torch.full((10, D_MODEL), scale)
-        batch = Batch(inputs=x, places=place, positive=torch.ones(1), negative=0.01)
+        batch = Batch(inputs=x, places=place, positive=torch.ones(1), negative=0.01, told=1)
         set_gradients(predictor, batch, torch.float32)
         assert predictor.fc2.grad is not None
         assert float(predictor.fc2.grad[1:].min()) > 1e-25

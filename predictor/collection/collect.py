@@ -17,6 +17,7 @@ from common import chat
 from common.documents import read_documents
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
+from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import (
@@ -228,10 +229,11 @@ def _check_disk(
     free = shutil.disk_usage(place).free
     if store is None and isdir(config.out) and not islink(config.out):
         free += sum(file.lstat().st_size for file in config.out.rglob("*"))
-    report(f"disk: needs at most {_size(needed)}, {_size(free)} free")
+    most, left = decimal_size(needed), decimal_size(free)
+    report(f"disk: needs at most {most}, {left} free")
     if needed > free:
         raise OutputError(
-            f"{config.out}: the traces need up to {_size(needed)}, {_size(free)} are free",
+            f"{config.out}: the traces need up to {most}, {left} are free",
             "collect fewer --tokens, or some --layers at a time, or choose another --out",
         )
 
@@ -249,15 +251,6 @@ def most_bytes(header: TraceHeader, rows: int) -> int:
     layer = rows * row + shards * (8 * header.d_ff + 1024) + weights
     # The manifest: at worst every window, of two rows, is a document of its own.
     return len(header.layers) * layer + 4096 + 256 * shards + 24 * rows
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
 
 
 def _save_weights(store: TraceStore, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:

@@ -56,7 +56,7 @@ def train_layer(
         generator: source of the order of rows.
         dtype: type of matrix products; weights and optimiser are float32.
         on_step: called after every step with the number of steps in all.
-        on_epoch: called after every epoch, before the epoch may be the last.
+        on_epoch: called after every epoch; without it none is measured.
 
     Returns:
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.

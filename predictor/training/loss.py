@@ -41,18 +41,23 @@ class Batch:
         places: (k,) int64, the positive labels' places in (n, d_ff), flattened.
         positive: (k,) float32, what each of them weighs.
         negative: what every other label weighs.
+        told: how many of the places are in the first 16 rows, which the loss is told by.
     """
 
     inputs: torch.Tensor
     places: torch.Tensor
     positive: torch.Tensor
     negative: float
+    told: int
 
-    def first(self, rows: int, d_ff: int) -> Batch:
+    def first(self) -> Batch:
         """Return the first rows as a batch, their labels as they are weighed in this one."""
-        few = int(torch.searchsorted(self.places, rows * d_ff))
-        places, positive = self.places[:few], self.positive[:few]
-        return replace(self, inputs=self.inputs[:rows], places=places, positive=positive)
+        return replace(
+            self,
+            inputs=self.inputs[:_TOLD_ROWS],
+            places=self.places[: self.told],
+            positive=self.positive[: self.told],
+        )
 
 
 def read_batches(
@@ -63,8 +68,11 @@ def read_batches(
     power = importance.pow(recipe.importance_power)
     inputs, d_ff, batches = rows.inputs(index), rows.d_ff, []
     firsts = range(0, len(index), recipe.batch)
-    cuts = torch.searchsorted(places, torch.tensor([*firsts, len(index)]) * d_ff).tolist()
-    for first, low, high in zip(firsts, cuts[:-1], cuts[1:], strict=True):
+    cuts, told = (
+        torch.searchsorted(places, torch.tensor(ends) * d_ff).tolist()
+        for ends in ([*firsts, len(index)], [first + _TOLD_ROWS for first in firsts])
+    )
+    for first, low, few, high in zip(firsts, cuts[:-1], told, cuts[1:], strict=True):
         part = inputs[first : first + recipe.batch]
         positive = torch.ones(high - low)
         if recipe.importance:
@@ -77,6 +85,7 @@ def read_batches(
                 places=(places[low:high] - first * d_ff).to(device),
                 positive=positive.to(device),
                 negative=recipe.negative_weight * density + recipe.negative_floor,
+                told=min(few, high) - low,
             )
         )
     return batches
@@ -125,7 +134,7 @@ def set_gradients(
         hidden = coordinates.hidden(hidden.float(), inputs).to(dtype)
     # σ(z) − 1 needs more digits than bfloat16 has where z is large.
     logits = (hidden @ fc2.T).float()
-    loss = loss_of(logits[:_TOLD_ROWS], batch.first(_TOLD_ROWS, logits.shape[1]))
+    loss = loss_of(logits[:_TOLD_ROWS], batch.first())
     slope = logits.clamp_min_(_SUREST).sigmoid_()
     flat, labels = slope.view(-1), slope.numel()
     positive = (flat[batch.places] - 1) * (batch.positive / labels)
