@@ -12,15 +12,12 @@ a whole collection beyond that of a process that loads the model and runs one ba
 
 from __future__ import annotations
 
-import json
-import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from architectures.tokenizer import load_tokenizer
-from benchmarks.random_models import random_llama_7b
+from benchmarks.shared import in_process, peak_rss_bytes, print_line, random_llama_7b
 from common.documents import read_documents
 from predictor.collection.collect import collect, record, trace_header
 from predictor.collection.settings import CollectConfig
@@ -48,7 +45,6 @@ from predictor.traces.store import TraceStore
 @click.option("--rounds", default=3, show_default=True, help="Runs of each kind, in turn.")
 @click.option("--importance-bits", default=2, show_default=True)
 @click.option("--memory", multiple=True, type=int, help="Measure memory at this many tokens.")
-@click.option("--child", type=click.Choice(["base", "collect"]), hidden=True)
 @click.option("--tokenizer", help="tokenizer.model for the random model.  [default: of --model]")
 def main(
     model: str | None,
@@ -59,7 +55,6 @@ def main(
     rounds: int,
     importance_bits: int,
     memory: tuple[int, ...],
-    child: str | None,
     tokenizer: str | None,
 ) -> None:
     """Run the comparison."""
@@ -79,12 +74,10 @@ def main(
             context=context,
             importance_bits=importance_bits,
         )
-        if child:
-            run_child(child, config)
-        elif memory:
-            click.echo(json.dumps(measure_memory(config, memory)))
+        if memory:
+            print_line(measure_memory(config, memory))
         else:
-            click.echo(json.dumps(measure_time_and_disk(config, rounds)))
+            print_line(measure_time_and_disk(config, rounds))
 
 
 def batches(config: CollectConfig, header: TraceHeader, checkpoint: Checkpoint) -> Iterator[Any]:
@@ -106,7 +99,7 @@ def loaded(config: CollectConfig, checkpoint: Checkpoint) -> LoadedModel:
     return load_model(checkpoint, dtype=torch.float32, device="cpu", head=False)
 
 
-def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, Any]:
+def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, object]:
     """Time both in turn on one machine and weigh the store."""
     checkpoint = Checkpoint.open(config.model)
     header = trace_header(config, checkpoint, "none")
@@ -144,33 +137,31 @@ def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, Any]:
     }
 
 
-def run_child(kind: str, config: CollectConfig) -> None:
-    """Do one part in this process and print its peak resident memory, bytes."""
-    if kind == "base":
-        checkpoint = Checkpoint.open(config.model)
-        header = trace_header(config, checkpoint, "none")
-        loaded(config, checkpoint).run(padded(next(batches(config, header, checkpoint))))
-    else:
-        collect(config)
-    click.echo(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def measure_memory(config: CollectConfig, counts: tuple[int, ...]) -> dict[str, Any]:
+def measure_memory(config: CollectConfig, counts: tuple[int, ...]) -> dict[str, object]:
     """Compare peaks of processes of their own."""
-
-    def peak(kind: str, tokens: int) -> int:
-        command = [sys.executable, __file__, "--child", kind, "--model", config.model]
-        command += ["--data", config.data, "--tokens", str(tokens)]
-        command += ["--context", str(config.context)]
-        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-
-    base = peak("base", counts[0])
+    base = in_process(peak_of_one_batch, replace(config, tokens=counts[0]))
+    peaks = [in_process(peak_of_collection, replace(config, tokens=count)) for count in counts]
     return {
         "model": config.model,
         "base_rss_bytes": base,
         "tokens": list(counts),
-        "extra_rss_bytes": [peak("collect", tokens) - base for tokens in counts],
+        "extra_rss_bytes": [peak - base for peak in peaks],
     }
+
+
+def peak_of_one_batch(config: CollectConfig) -> int:
+    """Load the model and run one batch; return the peak of this process's memory, bytes."""
+    checkpoint = Checkpoint.open(config.model)
+    header = trace_header(config, checkpoint, "none")
+    loaded(config, checkpoint).run(padded(next(batches(config, header, checkpoint))))
+    return peak_rss_bytes()
+
+
+def peak_of_collection(config: CollectConfig) -> int:
+    """Collect, and return the peak of this process's memory, bytes."""
+    with tempfile.TemporaryDirectory() as work:
+        collect(replace(config, out=Path(work) / "traces"))
+    return peak_rss_bytes()
 
 
 if __name__ == "__main__":

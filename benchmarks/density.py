@@ -10,8 +10,8 @@ far, and the benchmark's own results in `bench-0.10/`. Points that are there are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,34 @@ from tqdm import tqdm
 from benchmarks.exact_density import FixtureShape
 from benchmarks.speed_fixture import FILE, FixtureConfig, make_and_check, shape_options
 from common.errors import OutputError, PspError
-from common.files import read_json, remove_output, sha256, write_error, write_json
-from common.plot_style import style
+from common.files import remove_output, sha256, write_error
 from common.table import table
+from common.typed_json import plain
 from common.version import tool_version
 from gguf_export.pwri.element_types import OUTTYPES
+from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
+from powerinfer_bridge.benchmark.setup import this_machine
+from report.figures.speed import density_figure
+from report.figures.style import save, style
+from results.bench import (
+    ALL_NEURONS,
+    DENSE_LLAMA_CPP,
+    DENSE_POWERINFER,
+    PREDICTED,
+    Bench,
+)
+from results.density import DENSITY, Density, Point, Shape
+from results.measures import Speed
 
-_ARMS = {
-    "predicted": "predicted",
-    "all_neurons": "all_neurons",
-    "dense": "dense_powerinfer",
-    "dense_llama_cpp": "dense_llama_cpp",
-}
-"""Arms of a point, and what the benchmark calls them."""
+_ARMS = ("predicted", "all_neurons", "dense", "dense_llama_cpp")
+"""Arms of a point, in the table's order."""
 
 _CONTEXT, _CHUNKS = 128, 2
 """Enough text to see that the predictions change nothing: speed is the question here."""
 
-Bench = Callable[["DensityConfig", float], Mapping[str, Any]]
-"""Measures one density and returns the benchmark's document."""
+Measure = Callable[["DensityConfig", float], Bench]
+"""Benchmarks one density."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +90,17 @@ class DensityConfig:
         """Return the shape of one density."""
         return replace(self.shape, density=density)
 
-    def settings(self) -> dict[str, Any]:
+    def sizes(self) -> Shape:
+        """Return the sizes that all models share."""
+        return Shape(**{key: size for key, size in vars(self.shape).items() if key != "density"})
+
+    def settings(self) -> dict[str, object]:
         """Return what every point of one `density.json` must share, ready for JSON."""
-        kept = asdict(self)
-        for key in ("out", "densities", "tokenizer", "shape"):
-            del kept[key]
+        apart = ("out", "densities", "tokenizer", "shape")
         return {
-            **{key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
-            | {"tokenizer_sha256": sha256(self.tokenizer.read_bytes())},
-            "shape": {key: size for key, size in asdict(self.shape).items() if key != "density"},
+            **{key: value for key, value in plain(self).items() if key not in apart},
+            "tokenizer_sha256": sha256(self.tokenizer.read_bytes()),
+            "shape": plain(self.sizes()),
         }
 
 
@@ -98,11 +109,8 @@ def label(density: float) -> str:
     return f"{density:.2f}" if round(density, 2) == density else f"{density:g}"
 
 
-def bench_fixture(config: DensityConfig, density: float) -> Mapping[str, Any]:
+def bench_fixture(config: DensityConfig, density: float) -> Bench:
     """Make the fixture of a density, time PowerInfer on it, and remove it."""
-    from powerinfer_bridge.benchmark.run import bench
-    from powerinfer_bridge.benchmark.settings import BenchConfig
-
     place = config.out / f"fixture-{label(density)}"
     fixture = FixtureConfig(
         shape=config.at(density),
@@ -134,51 +142,48 @@ def bench_fixture(config: DensityConfig, density: float) -> Mapping[str, Any]:
         remove_output(place)
 
 
-def point(shape: FixtureShape, bench: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a benchmark's document says of one density, ready for JSON."""
-    arms = {arm["name"]: arm["decode"] for arm in bench["arms"]}
+def point(shape: FixtureShape, measured: Bench) -> Point:
+    """Return what a benchmark says of one density."""
     speeds = {
-        name: {key: arms[arm][key] for key in ("tokens_per_second", "quartiles")}
-        for name, arm in _ARMS.items()
-        if arm in arms
+        arm.name: Speed(
+            tokens_per_second=arm.decode.tokens_per_second, quartiles=arm.decode.quartiles
+        )
+        for arm in measured.arms
     }
-    ratios = (each for each in bench["speedups"] if each["over"] == "all_neurons")
-    estimate = bench.get("estimate")
-    return {
-        "density": shape.exact_density,
-        "density_wanted": shape.density,
-        "dense": None,
-        **speeds,
-        "speedup": next(ratios),
-        "estimate": None if estimate is None else estimate["tokens_per_second"],
-        "ppl_gap": bench["ppl_gap"],
-        "greedy_text_same": bench["greedy_text_same"],
-    }
+    estimate = measured.estimate
+    return Point(
+        density=shape.exact_density,
+        density_wanted=shape.density,
+        dense=speeds.get(DENSE_POWERINFER),
+        predicted=speeds[PREDICTED],
+        all_neurons=speeds[ALL_NEURONS],
+        dense_llama_cpp=speeds.get(DENSE_LLAMA_CPP),
+        speedup=next(each for each in measured.speedups if each.over == ALL_NEURONS),
+        estimate=None if estimate is None else estimate.tokens_per_second,
+        ppl_gap=measured.ppl_gap,
+        greedy_text_same=bool(measured.greedy_text_same),
+    )
 
 
-def begin(config: DensityConfig) -> dict[str, Any]:
+def begin(config: DensityConfig) -> Density:
     """Return the document to add points to: the one in `out`, or a new one.
 
     Raises:
-        OutputError: one with other settings, or of another machine, is there.
+        PspError: one with other settings, of another machine or damaged is there.
     """
-    from powerinfer_bridge.benchmark.machine import this_machine
-
-    settings = config.settings()
-    head = {
-        "kind": "psp.density",
-        "schema_version": 1,
-        "tool_version": tool_version(),
-        "shape": settings["shape"],
-        "hardware": this_machine().document(),
-        "threads": config.threads,
-        "settings": settings,
-    }
-    file = config.out / "density.json"
+    new = Density(
+        tool_version=tool_version(),
+        shape=config.sizes(),
+        hardware=this_machine().facts,
+        threads=config.threads,
+        settings=config.settings(),
+        points=(),
+    )
+    file = config.out / DENSITY.name
     if not file.exists():
-        return {**head, "points": []}
-    found = read_json(file, OutputError, "choose another --out")
-    if differing := _differing(head, found):
+        return new
+    found = DENSITY.read(file, "choose another --out")
+    if differing := _differing(new, found):
         raise OutputError(
             f"{file} was measured with another {' and '.join(differing)}",
             "go on as it began, or choose another --out",
@@ -186,17 +191,14 @@ def begin(config: DensityConfig) -> dict[str, Any]:
     return found
 
 
-def _differing(head: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def _differing(new: Density, found: Density) -> list[str]:
     """Return what keeps points from standing in one document, by name."""
-    kept = found.get("settings")
-    if not isinstance(kept, dict) or not isinstance(found.get("points"), list):
-        return ["schema"]
-    keys = ("kind", "schema_version", "tool_version", "hardware")
-    settings = [key for key, value in head["settings"].items() if kept.get(key) != value]
-    return [key for key in keys if found.get(key) != head[key]] + settings
+    keys = ("tool_version", "hardware")
+    settings = [key for key, value in new.settings.items() if found.settings.get(key) != value]
+    return [key for key in keys if getattr(found, key) != getattr(new, key)] + settings
 
 
-def run(config: DensityConfig, bench: Bench = bench_fixture) -> dict[str, Any]:
+def run(config: DensityConfig, measure: Measure = bench_fixture) -> Density:
     """Measure the densities that are not measured yet; every one is kept at once.
 
     Raises:
@@ -207,46 +209,47 @@ def run(config: DensityConfig, bench: Bench = bench_fixture) -> dict[str, Any]:
     except OSError as error:
         raise write_error(config.out, error) from error
     document = begin(config)
-    done = {each["density_wanted"] for each in document["points"]}
+    done = {each.density_wanted for each in document.points}
     wanted = [density for density in dict.fromkeys(config.densities) if density not in done]
     for density in tqdm(wanted, unit="density", disable=None):
-        found = bench(config, density)
-        points = [*document["points"], point(config.at(density), found)]
-        document["points"] = sorted(points, key=lambda each: float(each["density"]))
-        write_json(config.out / "density.json", document)
+        found = point(config.at(density), measure(config, density))
+        points = sorted([*document.points, found], key=lambda each: each.density)
+        document = replace(document, points=tuple(points))
+        DENSITY.write(config.out, document)
         draw(document, config.out)
     return document
 
 
-def draw(document: Mapping[str, Any], out: Path) -> None:
+def draw(document: Density, out: Path) -> None:
     """Write the picture as PNG and SVG."""
-    from powerinfer_bridge.report.density_figure import density_figure
-
-    shape, threads = document["shape"], document["threads"]
+    shape, threads = document.shape, document.threads
     with style():
-        figure = density_figure(document, width=6.4)
+        figure = density_figure(document.points, width=6.4)
         figure.axes[0].set_title(
-            f"{shape['n_layers']} layers of d_model {shape['d_model']}, d_ff {shape['d_ff']}, rank "
-            f"{shape['rank']}; {threads} {'thread' if threads == 1 else 'threads'}",
+            f"{shape.n_layers} layers of d_model {shape.d_model}, d_ff {shape.d_ff}, rank "
+            f"{shape.rank}; {threads} {'thread' if threads == 1 else 'threads'}",
             loc="left",
         )
-        figure.savefig(out / "density.png")
-        figure.savefig(out / "density.svg", metadata={"Date": None})
+        save(figure, out, "density")
 
 
-def lines(document: Mapping[str, Any]) -> str:
+def lines(document: Density) -> str:
     """Return the table of the medians, in tokens per second, and what predictions gain."""
-    arms = [arm for arm in _ARMS if any(each.get(arm) for each in document["points"])]
+    arms = [arm for arm in _ARMS if any(getattr(each, arm) for each in document.points)]
     rows = [
         [
-            f"{each['density']:.4f}",
-            *(f"{each[arm]['tokens_per_second']:.2f}" if each.get(arm) else "–" for arm in arms),
-            f"{each['speedup']['ratio']:.2f}",
+            f"{each.density:.4f}",
+            *(_median(getattr(each, arm)) for arm in arms),
+            f"{each.speedup.ratio:.2f}",
         ]
-        for each in document["points"]
+        for each in document.points
     ]
     names = [arm.replace("_", " ") for arm in arms]
     return table(["density", *names, "predicted / all"], rows)
+
+
+def _median(speed: Speed | None) -> str:
+    return "–" if speed is None else f"{speed.tokens_per_second:.2f}"
 
 
 def read_densities(_: click.Context, option: click.Parameter, value: str) -> tuple[float, ...]:

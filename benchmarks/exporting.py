@@ -9,21 +9,23 @@ tensor and 500 MB), seconds of the export and of a copy of the written file, eac
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 
-from benchmarks.random_models import made_header, random_llama_7b
+from benchmarks.shared import (
+    in_process,
+    made_header,
+    peak_rss_bytes,
+    print_line,
+    random_llama_7b,
+)
 from gguf_export.bundle import export
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
@@ -36,19 +38,8 @@ from predictor.artifact import LayerPredictor, PredictorArtifact
 @click.option("--rank", default=1024, show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--child", nargs=3, type=click.Path(path_type=Path), hidden=True)
-def main(
-    tokenizer: Path,
-    layers: int,
-    rank: int,
-    dtype: str,
-    rounds: int,
-    child: tuple[Path, Path, Path] | None,
-) -> None:
+def main(tokenizer: Path, layers: int, rank: int, dtype: str, rounds: int) -> None:
     """Run the comparison."""
-    if child:
-        click.echo(json.dumps(export_once(*child)))
-        return
     with tempfile.TemporaryDirectory() as work:
         model = random_llama_7b(Path(work) / "model", layers, tokenizer, getattr(torch, dtype))
         predictors = random_predictors(Path(work) / "predictors", model, rank)
@@ -56,12 +47,9 @@ def main(
         runs, copies = [], []
         for _ in range(rounds):
             shutil.rmtree(out.parent, ignore_errors=True)  # a copy goes to a new file too
-            command = [sys.executable, __file__, "--tokenizer", str(tokenizer), "--child"]
-            command += [str(model), str(predictors), str(out)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-            runs.append(json.loads(done.stdout))
+            runs.append(in_process(export_once, model, predictors, out))
             copies.append(copy_once(out, Path(work) / "copy"))
-        click.echo(json.dumps({"dtype": dtype, **summary(out, runs, copies)}))
+        print_line({"dtype": dtype, **summary(out, runs, copies)})
 
 
 def random_predictors(path: Path, model: Path, rank: int) -> Path:
@@ -75,18 +63,11 @@ def random_predictors(path: Path, model: Path, rank: int) -> Path:
     return path
 
 
-def export_once(model: Path, predictors: Path, out: Path) -> dict[str, Any]:
-    """Export in this process; return seconds and peak resident memory."""
+def export_once(model: Path, predictors: Path, out: Path) -> tuple[float, int]:
+    """Export in this process; return seconds and peak resident memory in bytes."""
     start = time.perf_counter()
     export(ExportConfig(model=str(model), predictors=predictors, out=out, force=True))
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
-
-
-def peak_rss_bytes() -> int:
-    """Return this program's peak. Not getrusage's, which a process inherits from its parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return time.perf_counter() - start, peak_rss_bytes()
 
 
 def copy_once(source: Path, target: Path) -> float:
@@ -99,18 +80,18 @@ def copy_once(source: Path, target: Path) -> float:
     return time.perf_counter() - start
 
 
-def summary(out: Path, runs: list[dict[str, Any]], copies: list[float]) -> dict[str, Any]:
+def summary(out: Path, runs: list[tuple[float, int]], copies: list[float]) -> dict[str, object]:
     """Return medians and the bound."""
     largest = max(info.size for info in GGUFFile(out).tensors.values())
-    seconds = statistics.median(run["seconds"] for run in runs)
+    seconds, peaks = zip(*runs, strict=True)
     return {
         "bytes": out.stat().st_size,
         "largest_tensor_bytes": largest,
-        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+        "peak_rss_bytes": max(peaks),
         "bound_rss_bytes": 3 * largest + 500_000_000,
-        "seconds_export": [run["seconds"] for run in runs],
+        "seconds_export": seconds,
         "seconds_copy": copies,
-        "throughput_ratio": statistics.median(copies) / seconds,
+        "throughput_ratio": statistics.median(copies) / statistics.median(seconds),
     }
 
 

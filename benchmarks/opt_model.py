@@ -20,6 +20,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from benchmarks.shared import print_line
 from common.documents import read_documents
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def main(
         "seconds": time.perf_counter() - start,
         "threads": torch.get_num_threads(),
     }
-    click.echo(json.dumps(row))
+    print_line(row)
 
 
 def train_tokenizer(documents: list[str], vocab: int) -> tokenizers.Tokenizer:

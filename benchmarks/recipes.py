@@ -9,7 +9,6 @@ next-token distributions on it (the expected gap, which scatters far less), seco
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -24,10 +23,13 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from architectures.windows import document_windows
-from common.decisions import DecisionCounts, mean_metrics
+from benchmarks.shared import print_line
+from common.decisions import mean_metrics
+from common.typed_json import plain
 from gguf_export.bundle import export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
+from powerinfer_bridge.benchmark.quality import count_layers, mean_layer
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from predictor.collection.collect import collect
@@ -119,8 +121,8 @@ def main(
                 engine = Engine(file)
                 counts = engine.count()
                 sparse = engine_perplexity(engine, text, context, chunks, name)
-                metrics = text_metrics(engine, counts)
-                read[name] = metrics["ffn_bytes_ratio"]
+                metrics = mean_layer(count_layers(engine, counts))
+                read[name] = metrics.ffn_bytes_ratio
                 if not wanted or abs(read[name] / wanted - 1) <= NEAR or tries == TRIES:
                     break
                 values["ffn_bytes"] *= wanted / read[name]
@@ -141,16 +143,16 @@ def main(
                 "ranks": [artifact.rank(layer) for layer in range(len(counts))],
                 "tokens": store.rows,
                 "holdout": mean_metrics(list(artifact.layers.values())),
-                **metrics,
+                **vars(metrics),
                 "kl_divergence": quality.kl_divergence,
                 "ppl_dense": dense,
                 "ppl_sparse": sparse,
                 "ppl_gap": sparse / dense - 1,
-                "search": artifact.search,
+                "search": plain(artifact.search),
                 "seconds": seconds,
                 "threads": torch.get_num_threads(),
             }
-            click.echo(json.dumps(row))
+            print_line(row)
 
 
 def settings(
@@ -183,17 +185,6 @@ def masked_model(model: str, text: str, context: int, chunks: int) -> PredictedM
     tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
     windows = islice(document_windows([text], tokenizer, context), chunks)
     return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
-
-
-def text_metrics(engine: Engine, counts: list[DecisionCounts]) -> dict[str, float]:
-    """Return the mean metrics of what the engine decided on the text."""
-    hyper = engine.hyper
-    return mean_metrics(
-        [
-            layer.metrics(rank=engine.rank(number), d_model=hyper.d_model, d_ff=hyper.d_ff)
-            for number, layer in enumerate(counts)
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ engine and prints one JSON line: the files and their bytes, the density, peak me
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -29,8 +28,7 @@ from benchmarks.exact_density import (
     outer_weights,
     predictor,
 )
-from benchmarks.exporting import peak_rss_bytes
-from benchmarks.random_models import made_header, reglu_settings
+from benchmarks.shared import made_header, peak_rss_bytes, print_line, reglu_settings
 from common.errors import CheckpointError, EngineError, PspError
 from common.files import refuse_existing, write_error, write_json
 from gguf_export.bundle import Bundle, export
@@ -182,7 +180,7 @@ def predicted_neurons(file: Path, count: int = _CHECKED_TOKENS) -> set[int]:
     return found
 
 
-def make_and_check(config: FixtureConfig) -> dict[str, Any]:
+def make_and_check(config: FixtureConfig) -> dict[str, object]:
     """Make a fixture and hold it to its density.
 
     Returns:
@@ -267,7 +265,7 @@ def main(
                 f"{shape.exact_density:.6g}",
                 err=True,
             )
-        click.echo(json.dumps(make_and_check(config)))
+        print_line(make_and_check(config))
     except PspError as error:
         raise click.ClickException(str(error)) from error
 

@@ -11,20 +11,19 @@ the system drops when somebody needs memory; `peak_rss_bytes` is the peak of bot
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
+from benchmarks.shared import print_line
 from predictor.collection.recorder import row_importance
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.packing import active_places, pack_active
@@ -48,8 +47,6 @@ PLANTED_RANK, NOISE = 64, 0.3
 @click.option("--epochs", default=1, show_default=True)
 @click.option("--recipe", default="psp", show_default=True, type=click.Choice(list(RECIPES)))
 @click.option("--work", type=click.Path(path_type=Path), help="Make a temporary directory here.")
-@click.option("--child", type=click.Choice(["write", "train"]), hidden=True)
-@click.option("--directory", type=click.Path(path_type=Path), hidden=True)
 def main(
     tokens: int,
     d_model: int,
@@ -59,22 +56,14 @@ def main(
     epochs: int,
     recipe: str,
     work: Path | None,
-    child: str | None,
-    directory: Path | None,
 ) -> None:
     """Write a synthetic layer's traces, train on them and print what it took."""
-    if child and directory:
-        if child == "write":
-            write_traces(directory / "traces", tokens, d_model, d_ff, sparsity)
-        else:
-            train(directory, rank, epochs, recipe)
-        return
     with tempfile.TemporaryDirectory(dir=work) as temporary:
-        arguments = [*sys.argv[1:], "--directory", temporary]
-        written = measured([*arguments, "--child", "write"])
-        trained = measured([*arguments, "--child", "train"])
-        files = [file for file in Path(temporary, "traces").rglob("shard-*") if file.is_file()]
-        store = TraceStore.open(Path(temporary, "traces"))
+        traces = Path(temporary, "traces")
+        written = measured(write_traces, traces, tokens, d_model, d_ff, sparsity)
+        trained = measured(train, traces, rank, epochs, recipe)
+        files = [file for file in traces.rglob("shard-*") if file.is_file()]
+        store = TraceStore.open(traces)
         row = {
             "tokens": tokens,
             "d_model": d_model,
@@ -89,22 +78,23 @@ def main(
             "writing": written,
             "threads": torch.get_num_threads(),
         }
-    click.echo(json.dumps(row))
+    print_line(row)
 
 
-def measured(arguments: list[str]) -> dict[str, float]:
-    """Run this program and sample its memory until it ends; return bytes and seconds."""
+def measured(function: Callable[..., None], *arguments: object) -> dict[str, float]:
+    """Run a function in a new process, sampling its memory; return bytes and seconds."""
     start, peaks = time.perf_counter(), dict.fromkeys(("VmHWM", "RssAnon", "RssFile"), 0)
-    process = subprocess.Popen([sys.executable, __file__, *arguments])
-    while process.poll() is None:
+    process = get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    while process.is_alive():
         # A process that has just ended has no such lines any more.
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
             if name in peaks:
                 peaks[name] = max(peaks[name], 1024 * int(value.split()[0]))
         time.sleep(0.01)
-    if process.returncode:
-        raise click.ClickException(f"{' '.join(arguments)} failed")
+    if process.exitcode:
+        raise click.ClickException(f"{function.__name__} failed")
     return {
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": peaks["VmHWM"],
@@ -113,11 +103,11 @@ def measured(arguments: list[str]) -> dict[str, float]:
     }
 
 
-def train(directory: Path, rank: int, epochs: int, recipe: str) -> None:
+def train(traces: Path, rank: int, epochs: int, recipe: str) -> None:
     """Train as `psp train-predictor` does, for another number of epochs."""
     RECIPES[recipe] = replace(recipe_named(recipe), epochs=epochs)
-    out = directory / "predictors"
-    train_predictors(TrainConfig(traces=directory / "traces", out=out, rank=rank, recipe=recipe))
+    out = traces.with_name("predictors")
+    train_predictors(TrainConfig(traces=traces, out=out, rank=rank, recipe=recipe))
 
 
 def write_traces(path: Path, tokens: int, d_model: int, d_ff: int, sparsity: float) -> None:

@@ -18,10 +18,11 @@ def estimate(config: EstimateConfig, as_json: bool) -> None:
     Bytes are summed over bandwidths, device by device, with PowerInfer's own placement under a VRAM
     budget; with a GPU a table shows which budget is the best.
     """
+    from common.typed_json import plain
     from powerinfer_bridge.estimate.run import estimate as run
     from powerinfer_bridge.estimate.table import estimate_table
 
-    document = run(config)
+    found = run(config)
     if as_json:
-        return print_json(document)
-    echo(estimate_table(document))
+        return print_json(plain(found))
+    echo(estimate_table(found))

@@ -17,13 +17,14 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
 
     Text: the source of the Python standard library. A second run reuses finished steps.
     """
+    from common.typed_json import plain
     from powerinfer_bridge.benchmark.table import bench_table
     from quickstart.pipeline import quickstart as run
 
     result, paths = run(config)
     if as_json:
         files = {name: str(path) for name, path in paths.all().items()}
-        return print_json({**result, "files": files})
+        return print_json({**plain(result), "files": files})
     echo(bench_table(result))
     echo("\nFiles")
     for name, path in paths.all().items():

@@ -6,7 +6,7 @@ import click
 
 from commands.options import settings_options
 from commands.printing import echo
-from powerinfer_bridge.report.settings import ReportConfig
+from report.settings import ReportConfig
 
 
 @click.command("report", short_help="Make one HTML page of results.")
@@ -16,7 +16,7 @@ def report(config: ReportConfig) -> None:
 
     A DIR holds bench.json, report.json, estimate.json or density.json, or directories that do.
     """
-    from powerinfer_bridge.report.page import write_page
+    from report.page import write_page
 
     write_page(config)
     echo(str(config.out))

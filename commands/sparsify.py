@@ -29,9 +29,9 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     """
     from common.table import fact_table, layer_table
     from prosparse.journal import read_log
-    from prosparse.plots import draw_training
     from prosparse.training import is_main_process
     from prosparse.training import sparsify as run
+    from report.figures.training_curves import draw_training
 
     result = run(config, note)
     if not is_main_process():

@@ -17,9 +17,11 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
+    from common.typed_json import plain
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
     from predictor.training.run import train_predictors
+    from report.figures.predictors import draw_report
 
     if config.hardware is not None and config.rank != AUTO:
         raise click.UsageError("--hardware goes with --rank auto")
@@ -27,12 +29,14 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     if config.report is not None:
         traces = TraceStore.open(config.traces)
         kind, force = config.predictor_type, config.force
-        report_predictors(config.report, traces, artifact, predictor_type=kind, force=force)
+        report_predictors(
+            config.report, traces, artifact, draw=draw_report, predictor_type=kind, force=force
+        )
     layers = artifact.rows()
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         recipe = artifact.header.recipe["name"]
-        search = {"ranks": artifact.ranks, "search": artifact.search}
+        search = {"ranks": artifact.ranks, "search": plain(artifact.search)}
         names = {"predictors": str(artifact.path), "recipe": recipe}
         document = {**names, **mean, **search, "layers": layers}
         return print_json(document)

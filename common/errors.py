@@ -78,5 +78,9 @@ class EngineError(PspError):
     """An engine, embedded or PowerInfer's, that cannot run or did not answer."""
 
 
+class ResultError(PspError):
+    """A file of results that is missing, damaged or of another kind."""
+
+
 class OutputError(PspError):
     """An output that exists already or cannot be written."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cost_model.devices import Device, Efficiency, HardwareError
+from cost_model.hardware import Device, Efficiency, HardwareError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,34 +1,153 @@
-"""Descriptions of hardware as YAML: the presets, and files of one's own."""
+"""Hardware: what decides how fast weights are read, and its descriptions as YAML.
+
+Devices, their memories and the link between them come from presets (`hardware.yaml`), from files of
+one's own, or are measured (`cost_model.measure`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from common.errors import PspError
 from common.files import write_bytes
-from cost_model.devices import (
-    BYTES_OF_GB,
-    BYTES_OF_GIB,
-    Device,
-    Efficiency,
-    Hardware,
-    HardwareError,
-    Link,
-)
+from common.typed_json import Closed, JsonError, Range, parse, plain
+from common.units import GIB
 
 THIS = "this"
-__all__ = ["Hardware", "HardwareError", "load_hardware", "preset_names", "save_hardware"]
+_GB = 1e9
 _LARGEST_FILE = 1 << 20
-_SHOWN = 60
-_DEVICE = ("bandwidth_gb_per_s", "memory_gib", "efficiency", "layer_microseconds")
-_LINK = ("bandwidth_gb_per_s", "efficiency", "copy_microseconds")
+
+# Above 1e15 no figure here means anything.
+_Figure = Annotated[float, Range(0, 1e15, open=True)]
+_Delay = Annotated[float, Range(0)]
 
 
-def preset_names() -> list[str]:
-    """Return the names that `load_hardware` knows besides `this`."""
-    return sorted(_presets())
+class HardwareError(PspError):
+    """A description of hardware that is damaged, incomplete or impossible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency(Closed):
+    """What share of a memory's bandwidth each kind of read reaches.
+
+    The kinds are those of PowerInfer's kernels: a dense matrix times a vector
+    (ggml.c:ggml_compute_forward_mul_mat), rows of gate and up that the predictor lets through
+    (ggml_compute_forward_mul_mat_sparse), and rows of the transposed down matrix
+    (ggml_compute_forward_mul_mat_axpy). All PowerInfer@d3ebd7c.
+
+    Attributes:
+        matrix: share of a dense product.
+        rows: share of chosen rows of gate and up.
+        columns: share of chosen columns of down.
+    """
+
+    matrix: _Figure
+    rows: _Figure
+    columns: _Figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A CPU or a GPU with its memory.
+
+    Attributes:
+        name: of the device.
+        bandwidth: bytes per second; the theoretical peak of a datasheet, or a measured streaming
+            read.
+        memory: bytes.
+        efficiency: shares of `bandwidth` that are reached.
+        layer_seconds: what a layer costs beside its reads: starting kernels, threads waiting for
+            each other, activations and norms.
+        source: where the figures come from.
+    """
+
+    name: str
+    bandwidth: float
+    memory: int
+    efficiency: Efficiency
+    layer_seconds: float
+    source: str = ""
+
+    def seconds(self, *, matrix: float = 0.0, rows: float = 0.0, columns: float = 0.0) -> float:
+        """Return Σ bytes / (bandwidth · efficiency) over the kinds of reads.
+
+        Args:
+            matrix: bytes of dense products.
+            rows: bytes of chosen rows.
+            columns: bytes of chosen columns.
+        """
+        share = self.efficiency
+        read = matrix / share.matrix + rows / share.rows + columns / share.columns
+        return read / self.bandwidth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What connects both memories.
+
+    Attributes:
+        bandwidth: bytes per second in one direction.
+        efficiency: share of it that copies reach.
+        copy_seconds: what each copy costs, however small.
+        source: where the figures come from.
+    """
+
+    bandwidth: float
+    efficiency: float
+    copy_seconds: float
+    source: str = ""
+
+    def seconds(self, size: float, copies: float) -> float:
+        """Return size / (bandwidth · efficiency) + copies · copy_seconds."""
+        return size / (self.bandwidth * self.efficiency) + copies * self.copy_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A machine.
+
+    Attributes:
+        name: preset, file or `this`.
+        cpu: the CPU and its memory.
+        gpu: the GPU, or None.
+        link: between them; there if and only if a GPU is.
+        threads: CPU threads that measured figures are for; None for datasheets' figures.
+        notes: what a reader of its estimates must know.
+    """
+
+    name: str
+    cpu: Device
+    gpu: Device | None = None
+    link: Link | None = None
+    threads: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a GPU without a link and the reverse."""
+        if (self.gpu is None) != (self.link is None):
+            raise HardwareError("expected both gpu and link, or neither", "add the missing one")
+
+    def byte_seconds(self) -> dict[str, float]:
+        """Return what one byte of an FFN neuron costs on either device, seconds.
+
+        Of a gated neuron two bytes in three are rows (gate and up), one is a column (down). A
+        choice of neurons, ranks or thresholds may weigh bytes by it.
+        """
+        devices = {"cpu": self.cpu} | ({"gpu": self.gpu} if self.gpu else {})
+        return {name: device.seconds(rows=2 / 3, columns=1 / 3) for name, device in devices.items()}
+
+    @property
+    def predictor_weight(self) -> float:
+        """What a predictor's byte costs relative to one of a neuron, for models beyond the VRAM.
+
+        PowerInfer puts predictors into VRAM before any neuron, and it is the neurons left to the
+        CPU that a token waits for (`cost_model.roofline`). Without a GPU the CPU reads both.
+        """
+        place = self.gpu or self.cpu
+        return place.seconds(matrix=1.0) / self.byte_seconds()["cpu"]
 
 
 def load_hardware(name_or_path: str, threads: int = 1) -> Hardware:
@@ -52,50 +171,118 @@ def load_hardware(name_or_path: str, threads: int = 1) -> Hardware:
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join([THIS, *sorted(presets)])
         raise HardwareError(f"hardware {name_or_path!r}: expected FILE.yaml or one of {known}")
-    return _hardware(_read(path), path.stem, str(path))
+    return _hardware(_read_yaml(path), path.stem, str(path))
 
 
 def save_hardware(path: Path, hardware: Hardware) -> None:
     """Write hardware as a YAML file that `load_hardware` reads."""
     import yaml
 
-    document: dict[str, Any] = {"cpu": _device_entry(hardware.cpu)}
-    if hardware.gpu and hardware.link:
-        document["gpu"] = _device_entry(hardware.gpu)
-        document["link"] = {
-            "bandwidth_gb_per_s": hardware.link.bandwidth / BYTES_OF_GB,
-            "efficiency": hardware.link.efficiency,
-            "copy_microseconds": hardware.link.copy_seconds * 1e6,
-            "source": hardware.link.source,
-        }
-    if hardware.threads is not None:
-        document["threads"] = hardware.threads
-    document["notes"] = list(hardware.notes)
+    entry = _HardwareEntry(
+        cpu=_device_entry(hardware.cpu),
+        gpu=_device_entry(hardware.gpu) if hardware.gpu else None,
+        link=_link_entry(hardware.link) if hardware.link else None,
+        threads=hardware.threads,
+        notes=hardware.notes,
+    )
+    document = {key: value for key, value in plain(entry).items() if value is not None}
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
     write_bytes(path, text.encode())
 
 
-def _device_entry(device: Device) -> dict[str, Any]:
-    share = device.efficiency
-    return {
-        "name": device.name,
-        "bandwidth_gb_per_s": device.bandwidth / BYTES_OF_GB,
-        "memory_gib": device.memory / BYTES_OF_GIB,
-        "efficiency": {"matrix": share.matrix, "rows": share.rows, "columns": share.columns},
-        "layer_microseconds": device.layer_seconds * 1e6,
-        "source": device.source,
-    }
+@dataclass(frozen=True, kw_only=True)
+class _DeviceEntry(Closed):
+    name: str = ""
+    bandwidth_gb_per_s: _Figure
+    memory_gib: _Figure
+    efficiency: Efficiency
+    layer_microseconds: _Delay
+    source: str = ""
 
 
-def _presets() -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class _LinkEntry(Closed):
+    bandwidth_gb_per_s: _Figure
+    efficiency: _Figure
+    copy_microseconds: _Delay
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _HardwareEntry(Closed):
+    cpu: _DeviceEntry
+    gpu: _DeviceEntry | None = None
+    link: _LinkEntry | None = None
+    threads: Annotated[int, Range(1)] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def _hardware(value: Any, name: str, where: str) -> Hardware:
+    try:
+        entry = parse(_HardwareEntry, value)
+        return Hardware(
+            name=name,
+            cpu=_device(entry.cpu),
+            gpu=_device(entry.gpu) if entry.gpu else None,
+            link=_link(entry.link) if entry.link else None,
+            threads=entry.threads,
+            notes=entry.notes,
+        )
+    except JsonError as error:
+        raise HardwareError(f"{where}: {error}", "mend the file") from error
+    except HardwareError as error:
+        raise HardwareError(f"{where}: {error.problem}", error.remedy) from error
+
+
+def _device(entry: _DeviceEntry) -> Device:
+    return Device(
+        name=entry.name,
+        bandwidth=entry.bandwidth_gb_per_s * _GB,
+        memory=int(entry.memory_gib * GIB),
+        efficiency=entry.efficiency,
+        layer_seconds=entry.layer_microseconds / 1e6,
+        source=entry.source,
+    )
+
+
+def _device_entry(device: Device) -> _DeviceEntry:
+    return _DeviceEntry(
+        name=device.name,
+        bandwidth_gb_per_s=device.bandwidth / _GB,
+        memory_gib=device.memory / GIB,
+        efficiency=device.efficiency,
+        layer_microseconds=device.layer_seconds * 1e6,
+        source=device.source,
+    )
+
+
+def _link(entry: _LinkEntry) -> Link:
+    return Link(
+        bandwidth=entry.bandwidth_gb_per_s * _GB,
+        efficiency=entry.efficiency,
+        copy_seconds=entry.copy_microseconds / 1e6,
+        source=entry.source,
+    )
+
+
+def _link_entry(link: Link) -> _LinkEntry:
+    return _LinkEntry(
+        bandwidth_gb_per_s=link.bandwidth / _GB,
+        efficiency=link.efficiency,
+        copy_microseconds=link.copy_seconds * 1e6,
+        source=link.source,
+    )
+
+
+def _presets() -> dict[str, object]:
     import yaml
 
     text = files("cost_model").joinpath("hardware.yaml").read_text(encoding="utf-8")
-    presets: dict[str, Any] = yaml.safe_load(text)
+    presets: dict[str, object] = yaml.safe_load(text)
     return presets
 
 
-def _read(path: Path) -> Any:
+def _read_yaml(path: Path) -> object:
     import yaml
 
     try:
@@ -110,95 +297,3 @@ def _read(path: Path) -> Any:
         # Besides its own errors the parser lets through those of impossible dates and encodings.
         reason = " ".join(str(error).split())[:200]
         raise HardwareError(f"{path}: not valid YAML ({reason})", "mend the file") from error
-
-
-def _hardware(entry: Any, name: str, where: str) -> Hardware:
-    entry = _mapping(entry, where, "cpu", ("gpu", "link", "threads", "notes"))
-    threads, notes = entry.get("threads"), entry.get("notes", [])
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise HardwareError(f"{where}: threads is {_show(threads)}, expected a whole number")
-    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        raise HardwareError(f"{where}: notes is {_show(notes)}, expected a list of texts")
-    try:
-        return Hardware(
-            name=name,
-            cpu=_device(entry["cpu"], f"{where}: cpu"),
-            gpu=_device(entry["gpu"], f"{where}: gpu") if "gpu" in entry else None,
-            link=_link(entry["link"], f"{where}: link") if "link" in entry else None,
-            threads=threads,
-            notes=tuple(notes),
-        )
-    except HardwareError as error:
-        known = str(error).startswith(where)
-        raise (
-            error if known else HardwareError(f"{where}: {error.problem}", error.remedy)
-        ) from error
-
-
-def _device(entry: Any, where: str) -> Device:
-    entry = _mapping(entry, where, *_DEVICE, ("name", "source"))
-    shares = f"{where}.efficiency"
-    efficiency = _mapping(entry["efficiency"], shares, "matrix", "rows", "columns", ())
-    values = {key: _number(efficiency, key, shares) for key in ("matrix", "rows", "columns")}
-    return Device(
-        name=_text(entry, "name", where),
-        bandwidth=_number(entry, "bandwidth_gb_per_s", where) * BYTES_OF_GB,
-        memory=int(_number(entry, "memory_gib", where) * BYTES_OF_GIB),
-        efficiency=Efficiency(**values),
-        layer_seconds=_number(entry, "layer_microseconds", where, least=0.0) / 1e6,
-        source=_text(entry, "source", where),
-    )
-
-
-def _link(entry: Any, where: str) -> Link:
-    entry = _mapping(entry, where, *_LINK, ("source",))
-    return Link(
-        bandwidth=_number(entry, "bandwidth_gb_per_s", where) * BYTES_OF_GB,
-        efficiency=_number(entry, "efficiency", where),
-        copy_seconds=_number(entry, "copy_microseconds", where, least=0.0) / 1e6,
-        source=_text(entry, "source", where),
-    )
-
-
-def _mapping(entry: Any, where: str, *keys: str | tuple[str, ...]) -> Mapping[str, Any]:
-    """Return a mapping that has the keys, and beyond them at most those of the tuple at the end."""
-    required = [key for key in keys if isinstance(key, str)]
-    optional = [name for key in keys if isinstance(key, tuple) for name in key]
-    if not isinstance(entry, dict):
-        raise HardwareError(f"{where}: is {_show(entry)}, expected keys {', '.join(required)}")
-    for key in entry:
-        if key not in (*required, *optional):
-            known = ", ".join([*required, *optional])
-            raise HardwareError(f"{where}: key {_show(key)} is unknown, expected {known}")
-    for key in required:
-        if key not in entry:
-            raise HardwareError(f"{where}: key {key} is missing", "add it")
-    return entry
-
-
-def _number(entry: Mapping[str, Any], key: str, where: str, *, least: float | None = None) -> float:
-    value = entry[key]
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    # Above 1e15 no figure here means anything, and whole numbers may not even fit a float.
-    if plain and (0 < value <= 1e15 or (least is not None and value == least)):
-        return float(value)
-    expected = "a number above 0" if least is None else "a number of at least 0"
-    raise HardwareError(f"{where}.{key} is {_show(value)}, expected {expected}")
-
-
-def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
-    value = entry.get(key, "")
-    if not isinstance(value, str):
-        raise HardwareError(f"{where}.{key} is {_show(value)}, expected text")
-    return value
-
-
-def _show(value: Any) -> str:
-    """Return a short text of any value; a huge number or an alias to itself has none."""
-    if isinstance(value, dict | list | set | tuple):
-        return f"a {type(value).__name__}"
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

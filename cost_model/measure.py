@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from cost_model.devices import Device, Efficiency, Hardware, HardwareError, Link
+from common.machine import read_memory
+from cost_model.hardware import Device, Efficiency, Hardware, HardwareError, Link
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
     Raises:
         HardwareError: too little memory is free.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = read_memory().usable
     if array_bytes > memory // 4:
         raise HardwareError(
             f"--hardware this: reading {array_bytes:,} bytes needs four times as much memory, "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cost_model.crossings import Crossing, layer_crossing, vectors
-from cost_model.devices import Device, Hardware
+from cost_model.hardware import Device, Hardware
 from cost_model.model_bytes import (
     Activity,
     LayerBytes,

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +23,9 @@ from safetensors.torch import load_file, save
 from common.decisions import mean_metrics
 from common.errors import TRAIN_AGAIN, PredictorError
 from common.files import read_json, write_bytes, write_json
-from common.typed_json import Closed, Count, parse
+from common.typed_json import Closed, Count, parse, plain
 from common.version import tool_version
+from results.predictors import SearchPoint
 
 SCHEMA_VERSION = 4
 
@@ -114,7 +114,7 @@ def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
 class _Index:
     header: PredictorHeader
     ranks: dict[str, int]
-    search: tuple[dict[str, object], ...]
+    search: tuple[SearchPoint, ...]
     layers: tuple[dict[str, float], ...]
     epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
 
@@ -128,7 +128,7 @@ class PredictorArtifact:
         header: what it was made for and from.
         layers: layer number to metrics, of the finished layers.
         ranks: layer number to rank, where ranks were chosen for each layer.
-        search: operating points that were tried, see `search.Point`.
+        search: operating points that were tried.
         epochs: layer number to its epochs; none of layers that an older psp trained.
     """
 
@@ -136,7 +136,7 @@ class PredictorArtifact:
     header: PredictorHeader
     layers: dict[int, dict[str, float]] = field(default_factory=dict)
     ranks: dict[int, int] = field(default_factory=dict)
-    search: list[dict[str, Any]] = field(default_factory=list)
+    search: list[SearchPoint] = field(default_factory=list)
     epochs: dict[int, tuple[Epoch, ...]] = field(default_factory=dict)
 
     @classmethod
@@ -208,7 +208,7 @@ class PredictorArtifact:
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
                 "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
-                "search": self.search,
+                "search": plain(self.search),
                 "layers": self.rows(),
                 "epochs": {
                     str(layer): [asdict(epoch) for epoch in self.epochs[layer]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from common.errors import OutputError
 from common.files import read_json, write_json
@@ -20,6 +19,7 @@ from predictor.training.settings import TrainConfig
 from quickstart.corpus import Corpus, write_corpus
 from quickstart.model import train_model, write_untrained
 from quickstart.settings import SIZES, QuickstartConfig, Size
+from results.bench import BENCH, Bench
 
 _ROUNDS = 3
 """Of the benchmark; more would make speeds of a model this small no less meaningless."""
@@ -48,7 +48,7 @@ class Paths:
         self.traces = out / "traces"
         self.predictors = out / "predictors"
         self.bundle = Bundle.beside(out / "export" / "quickstart.powerinfer.gguf")
-        self.result = out / "bench.json"
+        self.result = out / BENCH.name
 
     def all(self) -> dict[str, Path]:
         """Return every path by what it holds."""
@@ -65,7 +65,7 @@ class Paths:
         }
 
 
-def quickstart(config: QuickstartConfig) -> tuple[dict[str, Any], Paths]:
+def quickstart(config: QuickstartConfig) -> tuple[Bench, Paths]:
     """Run every step that is not finished yet.
 
     Returns:
@@ -136,7 +136,7 @@ def _predict(config: QuickstartConfig, size: Size, paths: Paths) -> None:
     )
 
 
-def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> dict[str, Any]:
+def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> Bench:
     settings = BenchConfig(
         file=paths.bundle.model_file,
         powerinfer_bin=config.powerinfer_bin,
@@ -149,9 +149,9 @@ def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> dict[str, Any]
         threads=config.threads,
     )
     if paths.result.exists():
-        result = read_json(paths.result, OutputError, f"remove {paths.result}")
-        if result.get("settings") == settings.document():
-            return result
+        found = BENCH.read(paths.result, f"remove {paths.result}")
+        if found.settings == settings.document():
+            return found
     result = bench(settings)
-    write_json(paths.result, result)
+    BENCH.write(paths.out, result)
     return result

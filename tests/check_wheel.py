@@ -15,11 +15,11 @@ from pathlib import Path
 
 ROOMS = (
     *("architectures", "commands", "common", "gguf_export", "powerinfer_bridge", "predictor"),
-    *("cost_model", "prosparse", "quickstart", "sparse_operators"),
+    *("cost_model", "prosparse", "quickstart", "report", "results", "sparse_operators"),
 )
 DATA = (
     "cost_model/hardware.yaml",
-    *("powerinfer_bridge/report/page.css", "powerinfer_bridge/report/page.html.j2"),
+    *("report/page.css", "report/page.html.j2"),
 )
 COMMANDS = (
     *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),

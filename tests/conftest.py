@@ -71,12 +71,6 @@ def _no_programs() -> None:
         os.environ.pop(name, None)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_cache() -> None:
-    """Nothing that the user of this machine tuned; tests that keep something name a place."""
-    os.environ["PSP_CACHE_DIR"] = os.devnull
-
-
 @pytest.fixture(scope="session")
 def trainer_is_imported() -> Iterator[None]:
     """Take what transformers' Trainer imports out of the garbage that every run of it collects."""
@@ -88,6 +82,12 @@ def trainer_is_imported() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache() -> None:
+    """Nothing that the user of this machine tuned; tests that keep something name a place."""
+    os.environ["PSP_CACHE_DIR"] = os.devnull
 
 
 @contextmanager

@@ -18,6 +18,12 @@ SPEEDS = {
     "dense_llama_cpp": 9.1,
 }
 _GIB = 2**30
+MACHINE: Document = {
+    "cpu": "Imaginary CPU @ 3.00GHz",
+    "cpus": 8,
+    "memory_bytes": 64 * _GIB,
+    "gpus": [{"name": "Imaginary GPU", "memory_bytes": 24 * _GIB}],
+}
 
 
 def bench(
@@ -40,13 +46,14 @@ def bench(
             {"role": role, "path": f"out/{role}.gguf", "bytes": 15 * _GIB, "xxh3_128": "9f" * 16}
             for role in ("model", "llama_cpp_model")
         ],
-        "hardware": {
-            "cpu": "Imaginary CPU @ 3.00GHz",
-            "cpus": 8,
-            "memory_bytes": 64 * _GIB,
-            "gpus": [{"name": "Imaginary GPU", "memory_bytes": 24 * _GIB}],
+        "hardware": MACHINE,
+        "versions": {
+            "psp": "0.1.0",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "powerinfer": None,
+            "llama_cpp": None,
         },
-        "versions": {"psp": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "powerinfer": None},
         "settings": {"threads": 8, "repeats": rounds, "generate": 128, "data": None},
         **{key: float(np.mean([layer[key] for layer in layers])) for key in keys},
         "layers": layers,
@@ -54,17 +61,17 @@ def bench(
         "ppl_sparse": 8.1273,
         "ppl_gap": 8.1273 / 8.1021 - 1,
         "ppl_transformers": 8.1019,
+        "context": 512,
+        "text": "pydoc_data.topics",
         "tokens_per_second": statistics.median(rates["predicted"]),
         "tokens_per_second_dense": statistics.median(rates["all_neurons"]),
         "speedup": statistics.median(rates["predicted"]) / statistics.median(rates["all_neurons"]),
-        "context": 512,
-        "text": "pydoc_data.topics",
         "arms": [_arm(arm, rounds, rates[arm]) for arm in rates],
         "speedups": [_speedup(rates, arm) for arm in rates if arm != "predicted"],
         "samples": [row for arm in rates for row in _samples(arm, rates[arm])],
         "continuations": {"sparse": "Once upon a time.\n<b>", "dense": "Once upon a time."},
-        "prompts": 1,
         "greedy_text_same": False,
+        "prompts": 1,
         "placement": {"budget_bytes": 6 * _GIB, "devices": _devices()},
         "hot_neurons": _hot() | {"gpu_neuron_share": 0.21, "gpu_activation_share": 0.793},
         "estimate": {
@@ -109,9 +116,7 @@ def _layers(random: np.random.Generator, count: int) -> list[Document]:
 
 def _arm(name: str, rounds: int, rates: list[float]) -> Document:
     low, high = (float(value) for value in np.quantile(rates, (0.25, 0.75)))
-    decode = {"quartiles": [low, high], "range": [min(rates), max(rates)], "rounds": rounds}
-    decode["tokens_per_second"] = statistics.median(rates)
-    prompt = {"tokens_per_second": 60.0, "quartiles": [59.0, 61.5], "rounds": rounds}
+    decode = _speed(statistics.median(rates), (low, high), (min(rates), max(rates)), rounds)
     return {
         "name": name,
         "title": name.replace("_", " "),
@@ -123,13 +128,24 @@ def _arm(name: str, rounds: int, rates: list[float]) -> Document:
         "vram_budget_bytes": None,
         "threshold": -1e30 if name == "all_neurons" else None,
         "decode": decode,
-        "prompt": prompt | {"range": [58.0, 62.0]},
+        "prompt": _speed(60.0, (59.0, 61.5), (58.0, 62.0), rounds),
         "speedup": None,
         "load_seconds": 3.2,
         "command": ["bin/main", "-m", "out/model.gguf", "-n", "128", "-p", "Once upon a time"],
         "environment": {},
         "notes": [],
         "device": {},
+    }
+
+
+def _speed(
+    median: float, quartiles: tuple[float, float], ends: tuple[float, float], rounds: int
+) -> Document:
+    return {
+        "tokens_per_second": median,
+        "quartiles": list(quartiles),
+        "range": list(ends),
+        "rounds": rounds,
     }
 
 
@@ -180,26 +196,28 @@ def predictor_report(n_layers: int = 6) -> Document:
     """Return a report of `psp train-predictor`."""
     random = np.random.default_rng(1)
     search = [
-        {
-            "ffn_bytes_ratio": float(read),
-            "ppl_gap": float(0.0004 / read * (1 + 0.6 * random.random())),
-            "price": 1.0,
-            "chosen": number == 3,
-        }
+        _search_point(
+            float(read), float(0.0004 / read * (1 + 0.6 * random.random())), chosen=number == 3
+        )
         for number, read in enumerate(np.geomspace(0.06, 0.4, 9))
     ]
     hot = _hot()
     shares = zip(hot["neuron_share"], hot["activation_share"], strict=True)
+    layers = [_predictor_layer(layer) for layer in _layers(random, n_layers)]
+    keys = [key for key in layers[0] if key not in ("layer", "rank")]
     return {
         "schema_version": 1,
         "tool_version": "0.1.0",
         "model": "Made-up-7B",
         "recipe": {"name": "psp", "epochs": 4},
         "threshold": 1.0,
-        "mean": {},
-        "layers": _layers(random, n_layers),
-        "search": [*search, {"ffn_bytes_ratio": 0.5, "ppl_gap": None, "chosen": False}],
-        "curves": [],
+        "held_out_tokens": 6500,
+        "average_precision_tokens": 381,
+        "predictor_type": "f16",
+        "mean": {key: float(np.mean([layer[key] for layer in layers])) for key in keys},
+        "layers": layers,
+        "search": [*search, _search_point(0.5, None)],
+        "curves": [row for layer in layers for row in _curve(layer)],
         "hot_neurons": [
             {"layer": "all", "neuron_share": neurons, "activation_share": activations}
             for neurons, activations in shares
@@ -207,38 +225,168 @@ def predictor_report(n_layers: int = 6) -> Document:
     }
 
 
+def _predictor_layer(layer: Document) -> Document:
+    kept = {key: value for key, value in layer.items() if not key.endswith("on_gpu")}
+    lost = 1 - layer["activation_recall"]
+    return kept | {
+        "average_precision": 0.8,
+        "missed_importance": 0.3 * lost,
+        "ffn_output_error": 0.1 * lost,
+    }
+
+
+def _search_point(read: float, gap: float | None, *, chosen: bool = False) -> Document:
+    return {
+        "price": 1.0,
+        "ffn_bytes_ratio": read,
+        "ppl_dense": None if gap is None else 8.0,
+        "ppl_sparse": None if gap is None else 8.0 * (1 + gap),
+        "ppl_gap": gap,
+        "kl_divergence": gap,
+        "standard_error": None if gap is None else 0.0002,
+        "chosen": chosen,
+    }
+
+
+def _curve(layer: Document) -> list[Document]:
+    exported = 1 - layer["predicted_sparsity"]
+    densities = [1.0, 0.5, exported, exported / 4, 0.0]
+    return [
+        {
+            "layer": layer["layer"],
+            "chosen": density == exported,
+            "threshold": 1 - density,
+            "density": density,
+            "recall": density**0.1,
+            "missed_importance": 0.3 * (1 - density**0.1),
+            "ffn_output_error": 0.1 * (1 - density**0.1),
+        }
+        for density in densities
+    ]
+
+
 def estimate() -> Document:
     """Return an estimate for another machine."""
+    speeds = {"dense": 131.0, "all_neurons": 120.0, "predicted": 210.5}
+    device = {
+        "name": "H200",
+        "bandwidth": 4.8e12,
+        "memory": 141 * _GIB,
+        "efficiency": {"matrix": 0.8, "rows": 0.7, "columns": 0.7},
+        "layer_seconds": 1e-5,
+        "source": "datasheet",
+    }
+    link = {"bandwidth": 5e10, "efficiency": 0.8, "copy_seconds": 1e-5, "source": "datasheet"}
+    layer = {"predicted": 0.2, "both": 0.1, "active": 0.11}
+    placed = {
+        "everything_but_ffn_fits": True,
+        "kv_cache_in_vram": True,
+        "neuron_share_on_gpu": 1.0,
+        "activation_share_on_gpu": 1.0,
+    }
+    budget = {
+        "bytes": 16 * _GIB,
+        "powerinfer_option": "--vram-budget 16.0",
+        "fits_on_card": True,
+        "tokens_per_second": 210.5,
+        **placed,
+        "best": True,
+    }
+    run = {"run": "a: predicted", "seconds": 0.1, "estimated_seconds": 0.11, "relative_error": 0.1}
     return {
         "kind": "psp.estimate",
         "schema_version": 1,
         "label": "estimate",
+        "tool_version": "0.1.0",
+        "model": "Made-up-7B",
+        "file": "out/made-up.powerinfer.gguf",
         "hardware": "h200",
-        "tokens_per_second": {"dense": 131.0, "all_neurons": 120.0, "predicted": 210.5},
+        "hardware_details": {
+            "name": "h200",
+            "cpu": device,
+            "gpu": device,
+            "link": link,
+            "threads": None,
+            "notes": ["not calibrated"],
+            "byte_seconds": {"cpu": 1e-11, "gpu": 3e-13},
+        },
+        "context": 512,
+        "position": 256.0,
+        "activity": {
+            "source": "--density 0.2",
+            "predicted": 0.2,
+            "predicted_and_active": 0.1,
+            "active": 0.11,
+            "layers": [layer, layer],
+        },
+        "assumptions": ["not calibrated"],
+        "tokens_per_second": speeds,
+        "speedups": {"predicted_over_dense": 1.61, "predicted_over_all_neurons": 1.75},
+        "seconds": {arm: {"head": 0.001, "total": 1 / speed} for arm, speed in speeds.items()},
+        "device_seconds": {arm: {"CPU": 0.0, "GPU": 0.01} for arm in speeds},
+        "device_bytes": {arm: {"CPU": 0.0, "GPU": 1e9} for arm in speeds},
+        "dense": {
+            "bytes": 14 * _GIB,
+            "kv_cache_bytes": _GIB,
+            "fits_on_gpu": True,
+            "n_gpu_layers": 33,
+        },
+        "vram_budget_bytes": 16 * _GIB,
+        "placement": placed,
+        "vram_budgets": [budget],
+        "best_vram_budget": budget,
+        "calibration": {
+            "runs": [run | {"left_out": True}],
+            "largest_error": 0.1,
+            "largest_ratio_error": None,
+            "left_out": True,
+        },
     }
 
 
 def density() -> Document:
     """Return a sweep over densities on random weights."""
-    shape = {"n_layers": 4, "d_model": 4096, "d_ff": 11008, "rank": 512}
     return {
         "kind": "psp.density",
         "schema_version": 1,
-        "shape": shape,
-        "hardware": None,
+        "tool_version": "0.1.0",
+        "shape": {
+            "d_model": 4096,
+            "d_ff": 11008,
+            "n_heads": 32,
+            "n_layers": 4,
+            "rank": 512,
+            "seed": 0,
+        },
+        "hardware": MACHINE,
         "threads": 2,
+        "settings": {"threads": 2, "generate": 32},
         "points": [_density_point(share) for share in (0.05, 0.1, 0.2, 0.5, 1.0)],
     }
 
 
 def _density_point(share: float) -> Document:
-    speeds = {"predicted": 20 / (0.5 + share), "all_neurons": 12.5, "dense": 14.0}
+    speeds = {"dense": 14.0, "predicted": 20 / (0.5 + share), "all_neurons": 12.5}
     measured = {
         arm: {"tokens_per_second": rate, "quartiles": [0.98 * rate, 1.03 * rate]}
         for arm, rate in speeds.items()
     }
-    estimate = {arm: 1.1 * rate for arm, rate in speeds.items()}
-    return {"density": share, **measured, "estimate": estimate}
+    ratio = speeds["predicted"] / speeds["all_neurons"]
+    quartiles = [0.97 * ratio, 1.02 * ratio]
+    return {
+        "density": share,
+        "density_wanted": share,
+        **measured,
+        "speedup": {
+            "arm": "predicted",
+            "over": "all_neurons",
+            "ratio": ratio,
+            "quartiles": quartiles,
+        },
+        "estimate": {arm: 1.1 * rate for arm, rate in speeds.items()},
+        "ppl_gap": 0.0,
+        "greedy_text_same": True,
+    }
 
 
 def write(directory: Path, **documents: Document) -> Path:

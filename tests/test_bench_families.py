@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TEXT, make_export
 from test_export_families import NAMES, write_model
 
+from common.typed_json import plain
 from gguf_export.pwri.reader import GGUFFile
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
@@ -20,15 +22,17 @@ def test_a_file_of_the_family_is_measured(
     _, predictors = write_model(name, tmp_path / "model", tokenizer_bytes)
     file = make_export(tmp_path / "model", predictors, tmp_path / "m.powerinfer.gguf").model_file
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    found = bench(
-        BenchConfig(
-            file=file,
-            data=str(tmp_path / "text.txt"),
-            context=32,
-            chunks=1,
-            generate=2,
-            repeats=1,
-            model=str(tmp_path / "model"),
+    found: dict[str, Any] = plain(
+        bench(
+            BenchConfig(
+                file=file,
+                data=str(tmp_path / "text.txt"),
+                context=32,
+                chunks=1,
+                generate=2,
+                repeats=1,
+                model=str(tmp_path / "model"),
+            )
         )
     )
     devices = found["placement"]["devices"]

@@ -14,9 +14,7 @@ from xxhash import xxh3_128
 
 from common.errors import DataError, PspError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark import inputs
-from powerinfer_bridge.benchmark.inputs import hash_file
-from powerinfer_bridge.benchmark.prompts import read_prompts, room_for
+from powerinfer_bridge.benchmark.inputs import hash_file, read_prompts, room_for
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.engine.engine import Engine
 
@@ -107,10 +105,9 @@ def test_the_longest_prompt_decides_the_room(exact_bundle: Bundle) -> None:
         room_for(["The quick brown"], engine.vocabulary, 5, 7)
 
 
-def test_a_file_is_hashed_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "_PIECE", 7)
+def test_a_file_is_hashed_piece_by_piece(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(data := bytes(range(100)))
-    assert hash_file(tmp_path / "f") == (100, xxh3_128(data).hexdigest())
+    assert hash_file(tmp_path / "f", piece=7) == (100, xxh3_128(data).hexdigest())
     with refused(DataError, "nowhere", "check that"):
         hash_file(tmp_path / "nowhere")
 

@@ -16,10 +16,10 @@ from conftest import refused
 
 from common.errors import EngineError, OutputError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark.document import read_bench
 from powerinfer_bridge.benchmark.journal import Journal, open_journal
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
+from results.bench import BENCH
 
 Psp = Callable[..., Result]
 IDENTITY: dict[str, Any] = {"settings": {"generate": 4}, "inputs": [{"xxh3_128": "ab"}]}
@@ -62,33 +62,33 @@ def make(
 
 def test_a_journal_keeps_what_it_is_told(tmp_path: Path) -> None:
     journal = reopen(tmp_path / "out")
-    assert journal.remember("all", lambda: 12.5) == 12.5
+    assert journal.remember("all", float, lambda: 12.5) == 12.5
     again = reopen(tmp_path / "out")
     assert again.quality == {"all": 12.5}
 
     def never() -> float:
         raise AssertionError("is known")
 
-    assert again.remember("all", never) == 12.5
+    assert again.remember("all", float, never) == 12.5
 
 
 def test_without_a_directory_nothing_is_kept(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     journal = open_journal(None, IDENTITY, resume=False, force=False)
-    journal.remember("all", lambda: 12.5)
+    journal.remember("all", float, lambda: 12.5)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("torn", [b'{"sample": {"arm', b"\xff\xfe", b"{"])
 def test_a_torn_last_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     file = tmp_path / "out" / "samples.jsonl"
-    reopen(tmp_path / "out").remember("all", lambda: 12.5)
+    reopen(tmp_path / "out").remember("all", float, lambda: 12.5)
     whole = file.read_bytes()
     file.write_bytes(whole + torn)
     again = reopen(tmp_path / "out")
     assert again.quality == {"all": 12.5}
     assert file.read_bytes() == whole
-    again.remember("predicted", lambda: 13.0)
+    again.remember("predicted", float, lambda: 13.0)
     assert reopen(tmp_path / "out").quality == {"all": 12.5, "predicted": 13.0}
 
 
@@ -99,6 +99,12 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with refused(OutputError, "samples.jsonl: line 2 is damaged", "--force"):
         reopen(tmp_path / "out")
+
+
+def test_a_figure_of_another_type_is_named(tmp_path: Path) -> None:
+    reopen(tmp_path / "out").remember("all", str, lambda: "much")
+    with refused(OutputError, "samples.jsonl: 'all': expected a number, found 'much'", "--force"):
+        reopen(tmp_path / "out").remember("all", float, lambda: 1.0)
 
 
 def test_another_identity_is_refused_with_what_differs(tmp_path: Path) -> None:
@@ -119,7 +125,7 @@ def test_a_foreign_journal_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_what_exists_is_kept_unless_forced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    reopen(out).remember("all", lambda: 12.5)
+    reopen(out).remember("all", float, lambda: 12.5)
     with refused(OutputError, "exists; pass --resume", "--force"):
         reopen(out, resume=False)
     assert reopen(out, resume=False, force=True).quality == {}
@@ -150,14 +156,14 @@ def test_a_benchmark_goes_on_where_a_crash_stopped_it(
     # Its warm-up again, then the two that were left; no quality anew.
     assert [call["kind"] for call in programs.calls()] == [*order[:2], *order[6:]]
     differ = {"created", "settings", "samples", "arms", "warnings"}
-    assert {k: v for k, v in resumed.items() if k not in differ} == {
-        k: v for k, v in unbroken.items() if k not in differ
+    assert {k: v for k, v in vars(resumed).items() if k not in differ} == {
+        k: v for k, v in vars(unbroken).items() if k not in differ
     }
     figures = ("arm", "round", "prompt", "decode_seconds", "text_sha256")
-    for one, other in zip(resumed["samples"], unbroken["samples"], strict=True):
-        assert [one[key] for key in figures] == [other[key] for key in figures]
+    for one, other in zip(resumed.samples, unbroken.samples, strict=True):
+        assert [getattr(one, key) for key in figures] == [getattr(other, key) for key in figures]
     programs.log.unlink()
-    assert bench(make(resume=True))["samples"] == resumed["samples"]
+    assert bench(make(resume=True)).samples == resumed.samples
     assert programs.calls() == [], "nothing was left, so nothing warms up"
 
 
@@ -204,4 +210,4 @@ def test_a_benchmark_that_is_interrupted_says_how_to_go_on_and_leaves_no_orphan(
     programs.write()
     done = psp(*command, "--resume")
     assert done.exit_code == 0, done.stderr
-    assert len(read_bench(config.out)["samples"]) == 6
+    assert len(BENCH.read(config.out).samples) == 6

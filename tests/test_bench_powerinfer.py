@@ -13,12 +13,13 @@ from click.testing import Result
 from conftest import refused
 
 from common.errors import CheckpointError, EngineError, FormatError, PspError
+from common.typed_json import plain
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
-from powerinfer_bridge.benchmark.document import read_bench
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
+from results.bench import BENCH
 
 Psp = Callable[..., Result]
 SMALL = ("--ctx", 32, "--chunks", 1, "-n", 4, "--threads", 2)
@@ -50,7 +51,8 @@ def run(
             "generate": 4,
             "repeats": 1,
         }
-        return bench(BenchConfig(**(settings | changes)))
+        found: dict[str, Any] = plain(bench(BenchConfig(**(settings | changes))))
+        return found
 
     return measure
 
@@ -233,10 +235,10 @@ def test_the_table_has_a_row_an_arm(
 ) -> None:
     command = ["bench-powerinfer", exact_bundle.model_file, "--data", text_file, *SMALL]
     command += ["--powerinfer-bin", programs.powerinfer]
-    plain = psp(*command, "--repeats", 1).stdout.splitlines()
-    assert plain[0].split()[-2:] == ["tokens/s", "speedup"]
-    assert [line.split()[-2:] for line in plain[2:4]] == [["5.00", "1.00"], ["10.00", "2.00"]]
-    assert plain[4] == ""
+    alone = psp(*command, "--repeats", 1).stdout.splitlines()
+    assert alone[0].split()[-2:] == ["tokens/s", "speedup"]
+    assert [line.split()[-2:] for line in alone[2:4]] == [["5.00", "1.00"], ["10.00", "2.00"]]
+    assert alone[4] == ""
     out = tmp_path / "results"
     command += ["--dense-gguf", dense, "--llama-cpp-bin", programs.llama_cpp]
     command += ["--repeats", 5, "--out", out]
@@ -252,7 +254,7 @@ def test_the_table_has_a_row_an_arm(
     assert "0.50 times; round by round 0.50 to 0.50 (quartiles of 5)" in shown
     assert "warning: llama.cpp, dense file: computes SiLU" in shown
     assert lines[-1] == f"results: {out}/bench.json, {out}/bench.csv, {out}/samples.jsonl"
-    document = read_bench(out)
+    document = plain(BENCH.read(out))
     assert json.loads(psp(*command, "--resume", "--json").stdout)["arms"] == document["arms"]
     assert "exists; pass --resume" in psp(*command).stderr
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from powerinfer_bridge.benchmark.figures import quartiles, round_speeds, speedup, spread
-from powerinfer_bridge.benchmark.rounds import arm_order
-from powerinfer_bridge.benchmark.sample import Sample
+from common.typed_json import parse, plain
+from powerinfer_bridge.benchmark.journal import Sample
+from powerinfer_bridge.benchmark.rounds import arm_order, quartiles, speedup, spread
 from powerinfer_bridge.programs.sample import Phase, RunSample
+from results.bench import SampleRow, round_speeds
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
@@ -41,47 +42,51 @@ def sample(
     return Sample(arm=arm, round=round_, prompt=prompt, run=RunSample(**(run | changes)))
 
 
+def row(*given: Any, **changes: Any) -> SampleRow:
+    return sample(*given, **changes).row()
+
+
 def test_a_round_s_speed_is_all_its_tokens_over_all_its_seconds() -> None:
     # Rates of 100 and 1: their mean, 50.5, is not what 20 tokens in 10.1 s are.
-    samples = [sample("predicted", 1, 0, (10, 0.1)), sample("predicted", 1, 1, (10, 10.0))]
+    samples = [row("predicted", 1, 0, (10, 0.1)), row("predicted", 1, 1, (10, 10.0))]
     speeds = round_speeds(samples, "predicted", "decode")
     assert speeds == {1: pytest.approx(20 / 10.1)}
 
 
 def test_prompts_are_timed_apart_from_decoding() -> None:
-    samples = [sample("predicted", 1, 0, (10, 1.0)), sample("predicted", 2, 0, (10, 1.0))]
+    samples = [row("predicted", 1, 0, (10, 1.0)), row("predicted", 2, 0, (10, 1.0))]
     assert round_speeds(samples, "predicted", "prompt") == {1: 8.0, 2: 8.0}
 
 
 def test_a_round_whose_prompt_time_is_not_known_is_left_out() -> None:
     samples = [
-        sample("predicted", 1, 0, (10, 1.0), prompt=None),
-        sample("predicted", 1, 1, (10, 1.0)),
-        sample("predicted", 2, 0, (10, 1.0)),
+        row("predicted", 1, 0, (10, 1.0), prompt=None),
+        row("predicted", 1, 1, (10, 1.0)),
+        row("predicted", 2, 0, (10, 1.0)),
     ]
     assert round_speeds(samples, "predicted", "prompt") == {2: 8.0}
     assert set(round_speeds(samples, "predicted", "decode")) == {1, 2}
 
 
 def test_the_spread_is_median_quartiles_and_range() -> None:
-    assert spread([5.0, 1.0, 2.0, 3.0, 100.0]) == {
+    assert plain(spread([5.0, 1.0, 2.0, 3.0, 100.0])) == {
         "tokens_per_second": 3.0,
         "quartiles": [2.0, 5.0],
         "range": [1.0, 100.0],
         "rounds": 5,
     }
-    assert quartiles([7.0]) == [7.0, 7.0]
+    assert quartiles([7.0]) == (7.0, 7.0)
 
 
 def test_a_speedup_is_a_ratio_of_medians_with_quartiles_of_ratios() -> None:
     samples = []
     for number, (ours, theirs) in enumerate([(10, 2), (20, 40), (90, 10)], 1):
-        samples.append(sample("predicted", number, 0, (ours, 1.0)))
-        samples.append(sample("all_neurons", number, 0, (theirs, 1.0)))
+        samples.append(row("predicted", number, 0, (ours, 1.0)))
+        samples.append(row("all_neurons", number, 0, (theirs, 1.0)))
     found = speedup(samples, "predicted", "all_neurons")
-    assert (found["arm"], found["over"]) == ("predicted", "all_neurons")
-    assert found["ratio"] == 20 / 10  # the median of the ratios is 5
-    assert found["quartiles"] == [2.75, 7.0]  # of 0.5, 5 and 9
+    assert (found.arm, found.over) == ("predicted", "all_neurons")
+    assert found.ratio == 20 / 10  # the median of the ratios is 5
+    assert found.quartiles == (2.75, 7.0)  # of 0.5, 5 and 9
 
 
 def test_a_sample_survives_the_journal() -> None:
@@ -93,5 +98,5 @@ def test_a_sample_survives_the_journal() -> None:
         environment={"A": "b"},
         device={"cuda": True, "gpus": ["x"]},
     )
-    assert Sample.read(json.loads(json.dumps(whole.document()))) == whole
-    assert whole.row()["text_sha256"] is not None
+    assert parse(Sample, json.loads(json.dumps(plain(whole)))) == whole
+    assert whole.row().text_sha256 is not None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_model.crossings import Crossing, layer_crossing
-from cost_model.devices import Device, Efficiency, Hardware, Link
+from cost_model.hardware import Device, Efficiency, Hardware, Link
 from cost_model.model_bytes import (
     Activity,
     LayerBytes,

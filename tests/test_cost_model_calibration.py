@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 from conftest import refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_model.calibration import Run, calibrate, predictions, run_seconds
-from cost_model.devices import Device, Efficiency, HardwareError
+from cost_model.hardware import Device, Efficiency, HardwareError
 
 GB = 1e9
 STREAMED = Device(
@@ -105,6 +105,7 @@ def test_too_few_runs_are_refused() -> None:
         calibrate(STREAMED, DIFFERENT[:2])
 
 
+@settings(deadline=None)  # the first fit imports scikit-learn
 @given(st.lists(st.floats(1e-4, 10), min_size=5, max_size=5))
 def test_no_measurement_gives_an_impossible_device(seconds: list[float]) -> None:
     runs = [replace(each, seconds=time) for each, time in zip(DIFFERENT, seconds, strict=True)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_results
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -18,21 +18,24 @@ from matplotlib.container import ErrorbarContainer
 from benchmarks import density
 from benchmarks.density import DensityConfig, label, lines, run
 from benchmarks.exact_density import FixtureShape
-from common.errors import EngineError, ExportError, OutputError
-from powerinfer_bridge.benchmark.machine import this_machine
-from powerinfer_bridge.report.density_figure import density_figure
+from common.errors import EngineError, ExportError, OutputError, ResultError
+from common.typed_json import parse, plain
+from powerinfer_bridge.benchmark.setup import this_machine
+from report.figures.speed import density_figure
+from results.bench import Bench, Expectation, RoundSpeeds
+from results.density import DENSITY, Density
 
 TINY = FixtureShape(density=1, d_model=64, d_ff=1024, n_heads=4, n_layers=2, rank=32)
 ESTIMATES = {"predicted": 30.0, "all_neurons": 11.0, "dense": 12.0}
 
 
-def speed(median: float) -> dict[str, Any]:
-    return {
-        "tokens_per_second": median,
-        "quartiles": [0.9 * median, 1.2 * median],
-        "range": [0.5 * median, 2 * median],
-        "rounds": 5,
-    }
+def speed(median: float) -> RoundSpeeds:
+    return RoundSpeeds(
+        tokens_per_second=median,
+        quartiles=(0.9 * median, 1.2 * median),
+        range=(0.5 * median, 2 * median),
+        rounds=5,
+    )
 
 
 class FakeBench:
@@ -42,21 +45,30 @@ class FakeBench:
         self.asked: list[float] = []
         self._estimate, self._fails_at = estimate, fails_at
 
-    def __call__(self, config: DensityConfig, wanted: float) -> Mapping[str, Any]:
+    def __call__(self, config: DensityConfig, wanted: float) -> Bench:
         if wanted == self._fails_at:
             raise EngineError("the engine stopped; start it again")
         self.asked.append(wanted)
         speeds = {"predicted": 10 / wanted, "all_neurons": 10.0, "dense_powerinfer": 11.0}
         if config.llama_cpp_bin:
             speeds["dense_llama_cpp"] = 12.0
-        over = [{"arm": "predicted", "over": name, "ratio": 1 / wanted} for name in speeds]
-        return {
-            "arms": [{"name": name, "decode": speed(median)} for name, median in speeds.items()],
-            "speedups": over[1:],
-            "estimate": {"tokens_per_second": ESTIMATES} if self._estimate else None,
-            "ppl_gap": 0.0,
-            "greedy_text_same": True,
-        }
+        made = parse(Bench, made_up_results.bench())
+        over = made.over("all_neurons")
+        assert over is not None
+        return replace(
+            made,
+            arms=tuple(
+                replace(arm, decode=speed(speeds[arm.name]))
+                for arm in made.arms
+                if arm.name in speeds
+            ),
+            speedups=(replace(over, ratio=1 / wanted, quartiles=(0.5 / wanted, 2 / wanted)),),
+            estimate=Expectation(hardware="made up", tokens_per_second={**ESTIMATES})
+            if self._estimate
+            else None,
+            ppl_gap=0.0,
+            greedy_text_same=True,
+        )
 
 
 def make_config(directory: Path, tokenizer_bytes: bytes) -> DensityConfig:
@@ -90,10 +102,12 @@ def document(swept: DensityConfig) -> dict[str, Any]:
 
 
 def test_points_hold_what_the_benchmark_said(config: DensityConfig) -> None:
-    document = run(replace(config, llama_cpp_bin="llama"), FakeBench(estimate=True))
-    assert document == json.loads((config.out / "density.json").read_text())
+    sweep = run(replace(config, llama_cpp_bin="llama"), FakeBench(estimate=True))
+    document = json.loads((config.out / "density.json").read_text())
+    assert document == plain(sweep)
+    assert DENSITY.read(config.out) == sweep
     assert (document["kind"], document["schema_version"]) == ("psp.density", 1)
-    assert document["hardware"] == this_machine().document()
+    assert document["hardware"] == plain(this_machine().facts)
     assert document["threads"] == 1
     sizes = {"d_model": 64, "d_ff": 1024, "n_heads": 4, "n_layers": 2, "rank": 32, "seed": 0}
     assert document["shape"] == sizes
@@ -105,7 +119,12 @@ def test_points_hold_what_the_benchmark_said(config: DensityConfig) -> None:
         "all_neurons": {"tokens_per_second": 10.0, "quartiles": [9.0, 12.0]},
         "dense": {"tokens_per_second": 11.0, "quartiles": [0.9 * 11, 1.2 * 11]},
         "dense_llama_cpp": {"tokens_per_second": 12.0, "quartiles": [0.9 * 12, 1.2 * 12]},
-        "speedup": {"arm": "predicted", "over": "all_neurons", "ratio": 20.0},
+        "speedup": {
+            "arm": "predicted",
+            "over": "all_neurons",
+            "ratio": 20.0,
+            "quartiles": [10.0, 40.0],
+        },
         "estimate": ESTIMATES,
         "ppl_gap": 0.0,
         "greedy_text_same": True,
@@ -124,8 +143,8 @@ def test_a_failure_keeps_what_was_measured_and_the_next_run_goes_on(config: Dens
     assert [point["density"] for point in kept["points"]] == [0.5]
     document = run(config, whole)
     assert (broken.asked, whole.asked) == ([0.5], [0.05, 0.2])
-    assert [point["density_wanted"] for point in document["points"]] == [0.05, 0.2, 0.5]
-    assert document["points"][2] == kept["points"][0]
+    assert [point.density_wanted for point in document.points] == [0.05, 0.2, 0.5]
+    assert plain(document.points[2]) == kept["points"][0]
     idle = FakeBench()
     assert run(replace(config, densities=(0.2, 0.2)), idle) == document
     assert not idle.asked
@@ -166,7 +185,7 @@ def test_machines_do_not_mix(
 def test_a_foreign_file_is_refused(config: DensityConfig) -> None:
     for content in ("[]", "{", '{"points": []}', '{"settings": 3}', '{"settings": {}}'):
         (config.out / "density.json").write_text(content)
-        with refused(OutputError, "density.json", "--out"):
+        with refused(ResultError, "density.json", "--out"):
             run(config, FakeBench())
 
 
@@ -183,7 +202,7 @@ def test_names_of_directories(wanted: float, name: str) -> None:
 
 
 def test_the_table_has_a_row_for_each_density(document: dict[str, Any]) -> None:
-    header, _, first, second = lines(document).splitlines()
+    header, _, first, second = lines(parse(Density, document)).splitlines()
     names = ["density", "predicted", "all", "neurons", "dense", "predicted", "/", "all"]
     assert header.split() == names
     assert first.split() == ["0.0498", "200.00", "10.00", "11.00", "20.00"]
@@ -195,7 +214,7 @@ def test_the_command_reads_densities_and_shows_errors_in_one_line(
 ) -> None:
     seen: list[DensityConfig] = []
 
-    def fake(asked: DensityConfig) -> dict[str, Any]:
+    def fake(asked: DensityConfig) -> Density:
         seen.append(asked)
         return run(asked, FakeBench())
 
@@ -221,8 +240,6 @@ def test_the_command_reads_densities_and_shows_errors_in_one_line(
 def test_the_fixture_goes_whatever_happens(
     config: DensityConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from powerinfer_bridge.benchmark import run as benchmark
-
     asked: list[Any] = []
 
     def stopped(settings: Any) -> Any:
@@ -231,7 +248,7 @@ def test_the_fixture_goes_whatever_happens(
         assert settings.dense_gguf.exists()
         raise EngineError("stopped; start it again")
 
-    monkeypatch.setattr(benchmark, "bench", stopped)
+    monkeypatch.setattr(density, "bench", stopped)
     leftover = config.out / "fixture-0.05"
     leftover.mkdir()
     (leftover / "density-0.05.powerinfer.gguf").write_bytes(b"of a killed run")
@@ -247,9 +264,9 @@ def error_bars(axes: Axes) -> list[ErrorbarContainer]:
     return [each for each in axes.containers if isinstance(each, ErrorbarContainer)]
 
 
-def drawn(document: Mapping[str, Any]) -> dict[str, Any]:
+def drawn(document: Density) -> dict[str, Any]:
     """Return the lines' numbers by label."""
-    (axes,) = density_figure(document).axes
+    (axes,) = density_figure(document.points, 3.6).axes
     lines = {str(bar.get_label()): bar.lines[0] for bar in error_bars(axes)}
     lines |= {str(line.get_label()): line for line in axes.lines}
     return {
@@ -259,8 +276,8 @@ def drawn(document: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def legend(document: Mapping[str, Any]) -> list[str]:
-    (key,) = density_figure(document).legends
+def legend(document: Density) -> list[str]:
+    (key,) = density_figure(document.points, 3.6).legends
     return [text.get_text() for text in key.get_texts()]
 
 
@@ -283,7 +300,7 @@ def test_the_figure_shows_every_arm_and_its_estimate(config: DensityConfig) -> N
 def test_the_figure_shows_spread_and_tells_lines_apart_without_colour(
     document: dict[str, Any],
 ) -> None:
-    (axes,) = density_figure(document).axes
+    (axes,) = density_figure(parse(Density, document).points, 3.6).axes
     looks = set()
     for bar in error_bars(axes):
         line, _, (spread,) = bar.lines
@@ -298,7 +315,8 @@ def test_the_figure_shows_spread_and_tells_lines_apart_without_colour(
     assert not axes.get_title(loc="left")  # its text would be the document's
 
 
-def test_the_figure_does_without_dense_and_estimate() -> None:
-    point = {"density": 0.1, "predicted": speed(3.0), "all_neurons": speed(2.0), "dense": None}
-    assert legend({"points": [point]}) == ["predicted neurons", "all neurons"]
-    assert set(drawn({"points": [point]})) == {"predicted neurons", "all neurons"}
+def test_the_figure_does_without_dense_and_estimate(document: dict[str, Any]) -> None:
+    found = parse(Density, document)
+    found = replace(found, points=tuple(replace(point, dense=None) for point in found.points))
+    assert legend(found) == ["predicted neurons", "all neurons"]
+    assert set(drawn(found)) == {"predicted neurons", "all neurons"}

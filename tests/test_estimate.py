@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_results
 import pytest
 from click.testing import Result
 from conftest import refused
+from made_up_results import Document
 
-from common.errors import EngineError, OutputError, PspError
+from common.errors import EngineError, OutputError, PspError, ResultError
+from common.typed_json import parse, plain
 from cost_model.model_bytes import LayerPlace, Place, on_cpu
 from cost_model.roofline import PARTS
 from gguf_export.bundle import Bundle
@@ -21,6 +24,8 @@ from powerinfer_bridge.estimate.file import EstimatedFile
 from powerinfer_bridge.estimate.run import estimate
 from powerinfer_bridge.estimate.settings import EstimateConfig
 from powerinfer_bridge.estimate.table import estimate_table
+from results.bench import Bench
+from results.estimate import Estimate
 
 HARDWARE = """
 cpu:
@@ -53,14 +58,26 @@ def gpu(tmp_path: Path) -> str:
     return str(path)
 
 
+def estimated(config: EstimateConfig) -> Document:
+    found: Document = plain(estimate(config))
+    return found
+
+
 def sizes(bundle: Bundle, *stems: str) -> int:
     tensors = GGUFFile(bundle.model_file).tensors
     return sum(tensors[name].size for name in tensors if name.split(".")[-2] in stems)
 
 
-def bench(**changes: Any) -> dict[str, Any]:
-    layer = {"predicted_sparsity": 0.8, "precision": 0.5, "activation_sparsity": 0.85}
-    return {"kind": "psp.bench", "layers": [layer, layer | changes]}
+def bench(**changes: Any) -> Document:
+    """Return a benchmark of two layers, the second changed."""
+    made = made_up_results.bench(n_layers=2)
+    shares = {"predicted_sparsity": 0.8, "precision": 0.5, "activation_sparsity": 0.85}
+    first, second = ({**layer, **shares} for layer in made["layers"])
+    return made | {"layers": [first, second | changes]}
+
+
+def measured(**changes: Any) -> Bench:
+    return parse(Bench, bench(**changes))
 
 
 def test_the_bytes_are_the_files(exact_bundle: Bundle) -> None:
@@ -78,7 +95,7 @@ def test_the_bytes_are_the_files(exact_bundle: Bundle) -> None:
 
 
 def test_seconds_on_a_cpu_by_hand(exact_bundle: Bundle, cpu: str) -> None:
-    document = estimate(
+    document = estimated(
         EstimateConfig(
             file=exact_bundle.model_file,
             hardware=cpu,
@@ -114,8 +131,8 @@ def test_seconds_on_a_cpu_by_hand(exact_bundle: Bundle, cpu: str) -> None:
 
 
 def test_the_document_is_labelled_and_adds_up(exact_bundle: Bundle, gpu: str) -> None:
-    config = EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=bench())
-    document = estimate(config)
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=measured())
+    document = estimated(config)
     assert json.loads(json.dumps(document)) == document
     assert (document["kind"], document["schema_version"]) == ("psp.estimate", 1)
     assert document["label"] == "estimate"
@@ -129,7 +146,7 @@ def test_the_document_is_labelled_and_adds_up(exact_bundle: Bundle, gpu: str) ->
         assert total == pytest.approx(1 / speed)
         busy = sum(document["device_seconds"][arm].values())
         assert total == pytest.approx(busy + seconds["overlap"])
-    headings = estimate_table(document).split("\n\n")
+    headings = estimate_table(parse(Estimate, document)).split("\n\n")
     assert all("estimate" in part.splitlines()[0].lower() for part in headings)
 
 
@@ -154,9 +171,9 @@ def test_what_lies_in_vram_is_powerinfers_plan(exact_bundle: Bundle) -> None:
 
 def test_budgets_go_from_nothing_to_everything(exact_bundle: Bundle, gpu: str) -> None:
     config = EstimateConfig(
-        file=exact_bundle.model_file, hardware=gpu, bench=bench(), vram_budget="200KB"
+        file=exact_bundle.model_file, hardware=gpu, bench=measured(), vram_budget="200KB"
     )
-    document = estimate(config)
+    document = estimated(config)
     rows = document["vram_budgets"]
     assert len(rows) >= 10
     assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
@@ -178,7 +195,9 @@ def test_budgets_go_from_nothing_to_everything(exact_bundle: Bundle, gpu: str) -
 
 
 def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str) -> None:
-    document = estimate(EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=bench()))
+    document = estimated(
+        EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=measured())
+    )
     assert document["vram_budget_bytes"] == (1 << 30) - (256 << 20)
     assert document["dense"]["fits_on_gpu"]
     assert document["dense"]["n_gpu_layers"] == 3
@@ -191,7 +210,7 @@ def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str)
 def test_a_benchmark_tells_several_at_once(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(bench(predicted_sparsity=0.6)))
     config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=tmp_path)
-    activity = estimate(config)["activity"]
+    activity = estimated(config)["activity"]
     assert activity["predicted"] == pytest.approx(0.3)
     assert activity["predicted_and_active"] == pytest.approx(0.15)
     assert activity["layers"][1] == pytest.approx({"predicted": 0.4, "both": 0.2, "active": 0.2})
@@ -199,30 +218,43 @@ def test_a_benchmark_tells_several_at_once(exact_bundle: Bundle, cpu: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "parts"),
+    ("changes", "problem"),
     [
-        ({"precision": 1.5}, ["layers[1].precision is 1.5", "expected a share from 0 to 1"]),
-        ({"precision": None}, ["layers[1].precision is None"]),
-        ({"predicted_sparsity": float("nan")}, ["layers[1].predicted_sparsity is nan"]),
-        ({"activation_sparsity": True}, ["layers[1].activation_sparsity is True"]),
-        ({"activation_sparsity": 10**400}, ["layers[1].activation_sparsity"]),
+        ({"precision": 1.5}, "'layers[1].precision': expected a number from 0 to 1, found 1.5"),
+        ({"precision": None}, "'layers[1].precision': expected a number, found None"),
+        ({"predicted_sparsity": float("nan")}, "'layers[1].predicted_sparsity': expected a finite"),
+        ({"activation_sparsity": True}, "'layers[1].activation_sparsity': expected a number, foun"),
+        ({"activation_sparsity": 10**400}, "'layers[1].activation_sparsity': expected a finite"),
     ],
 )
 def test_hostile_benchmarks_are_refused(
-    changes: dict[str, Any], parts: list[str], exact_bundle: Bundle, cpu: str
+    changes: dict[str, Any], problem: str, exact_bundle: Bundle, cpu: str, tmp_path: Path
 ) -> None:
-    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=bench(**changes))
-    with refused(EngineError, "bench.json", *parts):
+    (tmp_path / "bench.json").write_text(json.dumps(bench(**changes)))
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=tmp_path)
+    with refused(ResultError, f"{tmp_path}/bench.json: {problem}", "pass a bench.json of psp"):
         estimate(config)
 
 
-def test_a_benchmark_of_another_model_is_refused(exact_bundle: Bundle, cpu: str) -> None:
-    other = bench()
+def test_shares_that_rounding_left_beside_1_are_taken(exact_bundle: Bundle, cpu: str) -> None:
+    shares = {"predicted_sparsity": 1e-9, "precision": 1 + 1e-9, "activation_sparsity": 1 + 1e-9}
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=measured(**shares))
+    assert estimate(config).activity.layers[1].both <= 1
+    none = measured(predicted_sparsity=1 + 1e-9)
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=none)
+    assert estimate(config).activity.layers[1].predicted == 0
+
+
+def test_a_benchmark_of_another_model_is_refused(
+    exact_bundle: Bundle, cpu: str, tmp_path: Path
+) -> None:
     config: dict[str, Any] = {"file": exact_bundle.model_file, "hardware": cpu}
+    other = parse(Bench, made_up_results.bench(n_layers=1))
     with refused(EngineError, "bench.json: 1 layers, the model has 2"):
-        estimate(EstimateConfig(**config, bench={"layers": other["layers"][:1]}))
-    with refused(EngineError, "bench.json: no layers"):
-        estimate(EstimateConfig(**config, bench={}))
+        estimate(EstimateConfig(**config, bench=other))
+    (tmp_path / "bench.json").write_text("{}")
+    with refused(ResultError, "bench.json: no 'kind'", "or --density"):
+        estimate(EstimateConfig(**config, bench=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -254,10 +286,10 @@ def test_no_budget_is_more_than_the_card(exact_bundle: Bundle, gpu: str) -> None
     config: dict[str, Any] = {"file": exact_bundle.model_file, "hardware": gpu, "density": 0.1}
     with refused(EngineError, "--vram-budget 2GiB is more than the 1073741824 bytes of gpu"):
         estimate(EstimateConfig(**config, vram_budget="2GiB"))
-    document = estimate(EstimateConfig(**config, vram_budget="900MiB"))
+    document = estimated(EstimateConfig(**config, vram_budget="900MiB"))
     assert [row["fits_on_card"] for row in document["vram_budgets"]][-2:] == [True, False]
     assert not document["vram_budgets"][-1]["best"]
-    assert "! leaves less than the 256 MiB" in estimate_table(document)
+    assert "! leaves less than the 256 MiB" in estimate_table(parse(Estimate, document))
 
 
 def test_outputs_are_kept(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> None:
@@ -267,7 +299,7 @@ def test_outputs_are_kept(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> Non
         "density": 0.1,
         "out": tmp_path / "o",
     }
-    document = estimate(EstimateConfig(**config))
+    document = estimated(EstimateConfig(**config))
     assert json.loads((tmp_path / "o" / "estimate.json").read_text()) == document
     with refused(OutputError, "estimate.json exists", "--force"):
         estimate(EstimateConfig(**config))

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_results
 import pytest
 from click.testing import Result
 from conftest import refused
+from made_up_results import Document
 
 from common.errors import EngineError, PspError
-from cost_model.devices import Device, Efficiency, Hardware
-from cost_model.hardware import load_hardware, save_hardware
+from cost_model.hardware import Device, Efficiency, Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, on_cpu
 from cost_model.roofline import dense_token, sparse_token
 from gguf_export.bundle import Bundle
@@ -58,54 +59,48 @@ def speeds(file: EstimatedFile, activity: Activity, position: float) -> dict[str
     }
 
 
-def sweep(file: EstimatedFile, **changes: Any) -> dict[str, Any]:
+def sweep(file: EstimatedFile, **changes: Any) -> Document:
+    made = made_up_results.density()
     points = []
     for density in DENSITIES:
         both = min(density, 0.5)
         found = speeds(file, Activity(predicted=density, both=both, active=both), 8)
-        arms = {arm: {"tokens_per_second": speed} for arm, speed in found.items()}
-        points.append({"density": density, **arms})
-    document = {
-        "kind": "psp.density",
-        "shape": {"d_model": 64, "d_ff": 1012, "n_layers": 2, "rank": 128},
-        "threads": 1,
-        "settings": {"generate": 16},
-        "points": points,
-    }
-    return document | changes
+        points.append(
+            made["points"][0] | {"density": density} | {a: rate(s) for a, s in found.items()}
+        )
+    shape = made["shape"] | {"d_model": 64, "d_ff": 1012, "n_layers": 2, "rank": 128}
+    changed = {"shape": shape, "threads": 1, "settings": {"generate": 16}, "points": points}
+    return made | changed | changes
 
 
-def bench(
-    measured: EstimatedFile, density: float, tokens: int = 40, **changes: Any
-) -> dict[str, Any]:
+def rate(speed: float) -> Document:
+    return {"tokens_per_second": speed, "quartiles": [speed, speed]}
+
+
+def bench(measured: EstimatedFile, density: float, tokens: int = 40, **changes: Any) -> Document:
+    made = made_up_results.bench(n_layers=2)
     activity = Activity(predicted=density, both=0.8 * density, active=0.9 * density)
     found = speeds(measured, activity, 4 + tokens / 2)
-    layer = {
+    shares = {
         "predicted_sparsity": 1 - density,
         "precision": 0.8,
         "activation_sparsity": 1 - 0.9 * density,
     }
     names = {"predicted": "predicted", "all_neurons": "all_neurons", "dense": "dense_powerinfer"}
     arms = [
-        {
-            "name": names[arm],
-            "threads": 1,
-            "decode": {"tokens_per_second": speed},
-            "device": {"cuda": False},
-            "vram_budget_bytes": None,
-        }
+        made["arms"][0]
+        | {"name": names[arm], "threads": 1, "device": {"cuda": False}}
+        | {"decode": rate(speed) | {"range": [speed, speed], "rounds": 5}}
         for arm, speed in found.items()
     ]
-    samples = [{"arm": arm["name"], "prompt_tokens": 4, "decode_tokens": tokens} for arm in arms]
-    document = {
-        "kind": "psp.bench",
-        "engine": "PowerInfer",
+    sample = made["samples"][0] | {"prompt_tokens": 4, "decode_tokens": tokens}
+    changed = {
         "file": str(measured.path),
-        "layers": [layer] * 2,
+        "layers": [layer | shares for layer in made["layers"]],
         "arms": arms,
-        "samples": samples,
+        "samples": [sample | {"arm": arm["name"]} for arm in arms],
     }
-    return document | changes
+    return made | changed | changes
 
 
 def write(directory: Path, name: str, document: Any) -> Path:
@@ -123,27 +118,28 @@ def benches(directory: Path, measured: EstimatedFile, **changes: Any) -> list[Pa
 
 def test_a_sweep_gives_back_what_made_it(file: EstimatedFile, tmp_path: Path) -> None:
     sources = [write(tmp_path, "density.json", sweep(file))]
-    fitted, document = calibrate_hardware(STREAMED, sources, file)
-    assert len(document["runs"]) == 3 * len(DENSITIES)
-    assert document["largest_error"] < 0.02
-    assert document["largest_ratio_error"] < 0.02
-    assert document["left_out"]
+    fitted, facts = calibrate_hardware(STREAMED, sources, file)
+    assert len(facts.runs) == 3 * len(DENSITIES)
+    assert facts.largest_error < 0.02
+    assert facts.largest_ratio_error is not None
+    assert facts.largest_ratio_error < 0.02
+    assert facts.left_out
     assert fitted.cpu.efficiency.rows == pytest.approx(0.3, rel=0.05)
     assert fitted.threads == 1
 
 
 def test_benchmarks_give_back_what_made_them(file: EstimatedFile, tmp_path: Path) -> None:
-    fitted, document = calibrate_hardware(STREAMED, benches(tmp_path, file), file)
-    assert len(document["runs"]) == 9
-    assert document["largest_error"] < 0.02
+    fitted, facts = calibrate_hardware(STREAMED, benches(tmp_path, file), file)
+    assert len(facts.runs) == 9
+    assert facts.largest_error < 0.02
     assert fitted.cpu.efficiency.rows == pytest.approx(0.3, rel=0.05)
     assert fitted.cpu.efficiency.columns == pytest.approx(0.2, rel=0.05)
 
 
 def test_one_benchmark_cannot_be_left_out(file: EstimatedFile, tmp_path: Path) -> None:
     source = write(tmp_path, "bench.json", bench(file, 0.5))
-    _, document = calibrate_hardware(STREAMED, [source], file)
-    assert not document["left_out"]
+    _, facts = calibrate_hardware(STREAMED, [source], file)
+    assert not facts.left_out
 
 
 def test_the_cache_is_read_as_far_as_it_was_filled(file: EstimatedFile, tmp_path: Path) -> None:
@@ -166,12 +162,13 @@ def test_a_file_that_is_gone_is_stood_for_by_its_like(file: EstimatedFile, tmp_p
     ffn = sum(layer.ffn for layer in file.bytes.layers)
 
     def sources(name: str, size: int) -> list[Path]:
-        placement = {"devices": [{"name": "CPU", "bytes": {"ffn_neurons": size}}]}
+        device = {"name": "CPU", "bytes": {"ffn_neurons": size}}
+        placement = {"budget_bytes": None, "devices": [device]}
         changes = {"file": "/nowhere/gone.powerinfer.gguf", "placement": placement}
         return benches(tmp_path / name, file, **changes)
 
-    _, document = calibrate_hardware(STREAMED, sources("like", ffn), file)
-    assert document["largest_error"] < 0.02
+    _, facts = calibrate_hardware(STREAMED, sources("like", ffn), file)
+    assert facts.largest_error < 0.02
     with refused(EngineError, "gone.powerinfer.gguf' is gone and has not the shape of"):
         calibrate_hardware(STREAMED, sources("unlike", ffn + 1), file)
 
@@ -179,16 +176,25 @@ def test_a_file_that_is_gone_is_stood_for_by_its_like(file: EstimatedFile, tmp_p
 @pytest.mark.parametrize(
     ("name", "changes", "parts"),
     [
-        ("density.json", {"shape": {"d_model": 64}}, ["d_ff is None", "has 1012"]),
-        ("density.json", {"shape": None}, ["d_model is None"]),
-        ("density.json", {"points": [{"density": 3}]}, ["a point has no density from 0 to 1"]),
-        ("density.json", {"points": []}, ["no run of PowerInfer on the CPU alone"]),
-        ("density.json", {"points": None}, ["no run of PowerInfer on the CPU alone"]),
+        ("density.json", {"shape": {"d_model": 64}}, ["no 'shape.d_ff'"]),
+        (
+            "density.json",
+            {"shape": made_up_results.density()["shape"]},
+            ["d_model is 4096"],
+        ),
+        ("density.json", {"shape": None}, ["'shape': expected an object, found None"]),
+        (
+            "density.json",
+            {"points": [{"density": 3}]},
+            ["'points[0].density': expected a number"],
+        ),
+        ("density.json", {"points": []}, ["'points': expected at least one point"]),
+        ("density.json", {"points": None}, ["'points': expected an array, found None"]),
         ("density.json", {"kind": "psp.report"}, ["kind is 'psp.report'"]),
         ("bench.json", {"engine": "embedded engine"}, ["engine is 'embedded engine'"]),
         ("bench.json", {"layers": []}, ["0 layers, the model has 2"]),
-        ("bench.json", {"arms": [1, {"name": []}]}, ["no run of PowerInfer"]),
-        ("bench.json", {"arms": None}, ["no run of PowerInfer"]),
+        ("bench.json", {"arms": [1, {"name": []}]}, ["'arms[0]': expected an object, found 1"]),
+        ("bench.json", {"arms": None}, ["'arms': expected an array, found None"]),
     ],
 )
 def test_hostile_results_are_refused(
@@ -233,7 +239,7 @@ def test_the_command_fits_and_saves(
     config = EstimateConfig(
         file=file.path, hardware=str(saved), density=0.3, active=0.3, context=16
     )
-    found = estimate(config)["tokens_per_second"]
+    found = estimate(config).tokens_per_second
     expected = speeds(file, Activity(predicted=0.3, both=0.3, active=0.3), 8)
     assert found == pytest.approx(expected, rel=0.02)
     assert load_hardware(str(saved)).threads == 1

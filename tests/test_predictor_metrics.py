@@ -15,9 +15,7 @@ from predictor.module import Predictor, logits_of
 from predictor.reporting.metrics import (
     LayerMeasurement,
     average_precision,
-    hot_neuron_curve,
     measure_predictor,
-    pareto_front,
 )
 from predictor.reporting.sweep import sweep_thresholds
 from predictor.traces.packing import pack_codes
@@ -189,19 +187,3 @@ def test_a_logit_that_is_no_number_is_computed_and_ranks_highest() -> None:
     logits = torch.tensor([1.0, float("nan"), 2.0, float("-inf")])
     assert average_precision(logits, torch.tensor([False, True, False, False])) == 1
     assert average_precision(logits, torch.tensor([False, False, False, True])) == 0.25
-
-
-def test_the_hottest_neurons_come_first() -> None:
-    curve = hot_neuron_curve(torch.tensor([[1, 8], [0, 1]]))
-    assert curve is not None
-    neurons, activations = curve
-    assert len(neurons) == len(activations) == 101
-    assert activations[[0, 25, 50, 75, 100]] == pytest.approx([0, 0.8, 0.9, 1, 1])
-    assert neurons[[0, 25, 100]] == pytest.approx([0, 0.25, 1])
-    assert hot_neuron_curve(torch.zeros(4).long()) is None
-
-
-def test_the_front_holds_what_no_other_point_beats() -> None:
-    points = [(3.0, 1.0), (1.0, 5.0), (2.0, 5.0), (2.0, 4.0), (4.0, 1.0), (1.0, 6.0), (3.0, 1.0)]
-    assert pareto_front(points) == [(1.0, 5.0), (2.0, 4.0), (3.0, 1.0)]
-    assert pareto_front([]) == []

@@ -11,10 +11,16 @@ import numpy as np
 import pytest
 
 from benchmarks import sparsify
-from benchmarks.sparsify import main, schedule_of
-from benchmarks.sparsify_arms import arms_figure, at_equal_sparsity, draw_arms, summary
-from common.plot_style import style
+from benchmarks.sparsify import (
+    arms_figure,
+    at_equal_sparsity,
+    draw_arms,
+    main,
+    schedule_of,
+    summary,
+)
 from prosparse.settings import SparsifyConfig
+from report.figures.style import style
 
 Row = dict[str, Any]
 

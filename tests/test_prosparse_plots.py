@@ -10,9 +10,9 @@ import pytest
 from conftest import refused
 
 from common.errors import DataError
-from common.plot_style import style
-from prosparse.plots import draw_training, training_figure
 from prosparse.schedule import CARD_1B
+from report.figures.style import style
+from report.figures.training_curves import draw_training, training_figure
 
 SCHEDULE = CARD_1B.scaled(0.002)
 

@@ -10,8 +10,8 @@ import pytest
 from made_up_results import bench, density, estimate, predictor_report, write
 from web_browser import Browser, browser, missing_programs
 
-from powerinfer_bridge.report.page import write_page
-from powerinfer_bridge.report.settings import ReportConfig
+from report.page import write_page
+from report.settings import ReportConfig
 
 pytestmark = pytest.mark.browser
 

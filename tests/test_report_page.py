@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from made_up_results import Document, bench, density, estimate, predictor_report, write
 
-from powerinfer_bridge.report.load import MAKERS, load_runs
-from powerinfer_bridge.report.page import render
-from powerinfer_bridge.report.svg import COLOURS
+from report.page import render
+from report.pictures import COLOURS, hot_pictures, page_style
+from report.runs import FILES, load_runs
 
 SECTIONS = [
     "Warnings",
@@ -145,7 +145,7 @@ def test_every_picture_is_drawn_and_described(page: Page) -> None:
 
 def test_pictures_take_every_colour_from_the_page(source: str) -> None:
     drawn = re.findall(r"<svg.*?</svg>", source, re.DOTALL)
-    assert not [found for svg in drawn for found in re.findall(r": (#[0-9a-f]{3,6})\b", svg)]
+    assert not [found for svg in drawn for found in re.findall(r'[:"] ?(#[0-9a-f]{3,6})\b', svg)]
     used = {name for svg in drawn for name in re.findall(r"var\(--(\w+)\)", svg)}
     assert used <= {name for name, _, _ in COLOURS.values()}
 
@@ -200,7 +200,7 @@ def test_the_figures_are_in_the_tables(page: Page) -> None:
 def poisoned(value: Any, key: str = "") -> Any:
     """Put a hostile text in the place of every text that no reader checks, and of names."""
     if isinstance(value, dict):
-        kept = {"kind", "over", "arm", "engine"}
+        kept = {"kind", "label", "over", "arm", "engine"}
         return {
             name: inner
             if name in kept or (key == "arms" and name == "name")
@@ -233,7 +233,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
 
 def test_a_directory_with_a_hostile_name_is_a_name(tmp_path: Path) -> None:
     places = [tmp_path / "<img src=x onerror=alert(1)>", tmp_path / "\u202eb"]
-    source = render(load_runs([write(place, bench=bench()) for place in places]))
+    source = render(load_runs([write(place, estimate=estimate()) for place in places]))
     page = Page(source)
     assert not page.named("img")
     assert "<img src=x onerror=alert(1)>" in page.text
@@ -245,10 +245,10 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path, name: str) -> 
     page = Page(rendered(tmp_path, {name: everything()[name]}))
     assert page.texts["h2"][-1] == "Not in this report"
     missing = page.text[page.text.index("Not in this report") :]
-    for file, command in MAKERS.items():
-        if file not in ("bench.json", "report.json"):
-            made = name == file.removesuffix(".json") or (name, file) == ("bench", "estimate.json")
-            assert (command in missing) != made, file
+    for file in FILES:
+        if file.name not in ("bench.json", "report.json"):
+            made = f"{name}.json" == file.name or (name, file.name) == ("bench", "estimate.json")
+            assert (file.maker in missing) != made, file
     assert ("Summary" in page.texts["h2"]) == (name == "bench")
     assert ("Quality against bytes" in page.texts["h2"]) == (name == "report")
     assert all(len(text.strip()) > 10 for text in page.texts.get("svg", []))
@@ -271,6 +271,15 @@ def test_optional_parts_may_be_null(tmp_path: Path) -> None:
     assert "the same" in page.text
     assert "Hot neurons: run psp train-predictor" in page.text
     assert len(page.named("svg")) == 5
+
+
+def test_a_curve_of_one_share_is_drawn(tmp_path: Path) -> None:
+    document = bench()
+    document["hot_neurons"] |= {"neuron_share": [0.0], "activation_share": [0.0]}
+    (run,) = load_runs([write(tmp_path, bench=document)])
+    with page_style():
+        (picture,) = hot_pictures(run, "h")
+    assert "tenth makes 100.00 per cent" in picture.svg
 
 
 def test_what_programs_said_is_a_warning(tmp_path: Path) -> None:

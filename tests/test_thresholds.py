@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,10 @@ from common.errors import PredictorError
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
-from predictor.module import Predictor, logits_of
+from predictor.module import Predictor, PredictorType, logits_of
+from predictor.thresholds.choose import choose_thresholds
+from predictor.thresholds.predicted_model import Quality
+from predictor.thresholds.search import Bound
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.recipes import DEJAVU, RECIPES
@@ -91,7 +96,6 @@ def test_thresholds_of_another_sign_are_refused(
     calibrated: PredictorArtifact, tmp_path: Path
 ) -> None:
     import json
-    import shutil
 
     out = Path(shutil.copytree(calibrated.path, tmp_path / "p"))
     document = json.loads((out / "predictors.json").read_text())
@@ -120,14 +124,12 @@ def test_metrics_are_told_of_the_thresholds(
         assert metrics == pytest.approx(expected, abs=2e-3)
         assert error > 0
         metrics["ffn_output_error"] = error
-    assert [point["chosen"] for point in calibrated.search] == [True]
+    assert [point.chosen for point in calibrated.search] == [True]
 
 
 def test_another_bound_needs_no_training(
     calibrated: PredictorArtifact, ranked_traces: TraceStore, tmp_path: Path
 ) -> None:
-    import shutil
-
     out = Path(shutil.copytree(calibrated.path, tmp_path / "predictors"))
     config = TrainConfig(
         traces=ranked_traces.path, out=out, rank=(32, 64), recipe="svd", ffn_bytes=0.35, resume=True
@@ -137,6 +139,29 @@ def test_another_bound_needs_no_training(
     assert not torch.equal(again.layer(0).fc2, calibrated.layer(0).fc2)
     ratios = [metrics["ffn_bytes_ratio"] for metrics in again.layers.values()]
     assert sum(ratios) / 2 == pytest.approx(0.35, abs=0.03)
+
+
+def test_points_without_a_finite_perplexity_are_kept_as_not_measured(
+    calibrated: PredictorArtifact, tmp_path: Path
+) -> None:
+    class Model:
+        def __init__(self) -> None:
+            self.answers = iter([math.nan])
+
+        def quality(self, *_: object) -> Quality:
+            sparse = next(self.answers, 1.2)
+            return Quality(
+                ppl_dense=1.0, ppl_sparse=sparse, kl_divergence=sparse - 1, standard_error=0.0
+            )
+
+    artifact = PredictorArtifact.open(Path(shutil.copytree(calibrated.path, tmp_path / "p")))
+    model: Any = Model()
+    bound = Bound(max_ppl_gap=0.5)
+    choose_thresholds(artifact, bound, PredictorType("f16"), 3, lambda: model)
+    assert PredictorArtifact.open(artifact.path).search == artifact.search
+    gaps = [point.ppl_gap for point in artifact.search]
+    assert gaps.count(None) == 1
+    assert sum(point.chosen for point in artifact.search) == 1
 
 
 def test_ranks_and_thresholds_are_chosen_for_a_gap(
@@ -149,10 +174,11 @@ def test_ranks_and_thresholds_are_chosen_for_a_gap(
     artifact = train_predictors(config, notes.append)
     assert set(artifact.ranks) == {0, 1}
     assert any("held-out tokens" in line for line in notes)
-    chosen = [point for point in artifact.search if point["chosen"]]
+    chosen = [point for point in artifact.search if point.chosen]
     assert len(chosen) == 1
-    assert chosen[0]["kl_divergence"] <= 0.4055  # ln 1.5
-    assert chosen[0]["ppl_gap"] is not None
+    assert chosen[0].kl_divergence is not None
+    assert chosen[0].kl_divergence <= 0.4055  # ln 1.5
+    assert chosen[0].ppl_gap is not None
     artifact.require_complete()
 
 

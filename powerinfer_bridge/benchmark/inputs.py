@@ -1,22 +1,109 @@
-"""What a benchmark read, told by content."""
+"""What a benchmark reads: the text, the prompts, and all of it told by content."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from xxhash import xxh3_128
 
+from common.documents import read_documents, read_text, sample_text
 from common.errors import DataError
+from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.benchmark.subject import Subject
+from results.bench import Input
 
 _PIECE = 1 << 24
 _SMALL = 1 << 28  # no progress bar for what is read in a moment
 
 
-def hash_file(path: Path) -> tuple[int, str]:
+def held_out_text(config: BenchConfig) -> str:
+    """Return the text that perplexity is measured on."""
+    return read_text(config.data, config.field) if config.data else sample_text()
+
+
+def text_source(config: BenchConfig) -> str:
+    """Return where that text comes from, for readers."""
+    return config.data or "pydoc_data.topics"
+
+
+def read_prompts(config: BenchConfig) -> list[str]:
+    """Return what is continued, none of it empty: one prompt, or those of a file.
+
+    A `.txt` file holds one a line, blank lines between them are skipped and nothing else is
+    stripped. Prompts of several lines come from the structured kinds of `common.documents`, one a
+    row.
+
+    Raises:
+        DataError: unreadable, no prompt in it, or one that no program can be passed.
+    """
+    if config.prompts is None:
+        found = [config.prompt]
+    elif not os.path.isfile(config.prompts):
+        raise DataError(f"{config.prompts}: no such file", "check --prompts")
+    elif config.prompts.suffix == ".txt":
+        found = _lines(config.prompts)
+    else:
+        found = list(read_documents(str(config.prompts), config.field))
+    if not found:
+        raise DataError(f"{config.prompts}: holds no prompt", "write one a line")
+    for number, prompt in enumerate(found, 1):
+        if "\0" in prompt:  # an argument of a program ends there
+            raise DataError(
+                f"{config.prompts or '--prompt'}: prompt {number} holds a NUL", "remove it"
+            )
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 ({error.reason})", "convert the file to UTF-8"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}", "check --prompts") from error
+    lines = text.replace("\r\n", "\n").split("\n")  # splitlines() knows too many ends of line
+    return [line for line in lines if line.strip()]
+
+
+def room_for(prompts: list[str], vocabulary: Vocabulary, generate: int, context_length: int) -> int:
+    """Return the tokens that the longest prompt and its continuation take.
+
+    Raises:
+        DataError: more than the model's context.
+    """
+    longest = max(len(vocabulary.prompt_ids(prompt)) for prompt in prompts)
+    needed = longest + generate
+    if needed > context_length:
+        raise DataError(
+            f"prompt and -n need {needed} tokens, the model's context is {context_length}",
+            "lower -n or shorten the prompt",
+        )
+    return needed
+
+
+def describe_files(files: Mapping[str, Path | None]) -> Iterator[Input]:
+    """Yield role, path, size and hash of each file that there is, by role; each is read once."""
+    known: dict[Path, tuple[int, str]] = {}
+    for role, path in files.items():
+        if path is not None:
+            if path not in known:
+                known[path] = hash_file(path)
+            size, digest = known[path]
+            yield Input(role=role, path=str(path), bytes=size, xxh3_128=digest)
+
+
+def describe_text(role: str, source: str, text: str) -> Input:
+    """Hash a text as it was understood, whatever file or data set it came from."""
+    data = text.encode("utf-8", "surrogateescape")
+    return Input(role=role, path=source, bytes=len(data), xxh3_128=xxh3_128(data).hexdigest())
+
+
+def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
     """Return a file's bytes and its XXH3-128, hexadecimal; it is read piece by piece.
 
     Raises:
@@ -35,44 +122,12 @@ def hash_file(path: Path) -> tuple[int, str]:
                 disable=True if total < _SMALL else None,
             ) as bar,
         ):
-            while piece := file.read(_PIECE):
-                state.update(piece)
-                size += len(piece)
-                bar.update(len(piece))
+            while data := file.read(piece):
+                state.update(data)
+                size += len(data)
+                bar.update(len(data))
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or error}", "check that the file can be read"
         ) from error
     return size, state.hexdigest()
-
-
-def describe_inputs(
-    config: BenchConfig, subject: Subject, text: str, prompts: list[str]
-) -> list[dict[str, Any]]:
-    """Return role, path, size and hash of everything read.
-
-    Text and prompts are hashed as they were understood, whatever file or data set they came from;
-    a prompt of the command line has no path of its own.
-    """
-    paths = {
-        "model": config.file,
-        "dense_model": subject.dense.path if subject.dense else None,
-        "llama_cpp_model": subject.llama_cpp_file.path if subject.llama_cpp_file else None,
-        "gpu_index": subject.index,
-    }
-    known: dict[Path, tuple[int, str]] = {}
-    inputs = []
-    for role, path in paths.items():
-        if path is not None:
-            size, digest = known.setdefault(path, known.get(path) or hash_file(path))
-            inputs.append({"role": role, "path": str(path), "bytes": size, "xxh3_128": digest})
-    source = config.data or "pydoc_data.topics"
-    inputs.append(_text("text", source, text))
-    inputs.append(_text("prompts", str(config.prompts or "--prompt"), "\n".join(prompts)))
-    return inputs
-
-
-def _text(role: str, source: str, text: str) -> dict[str, Any]:
-    data = text.encode("utf-8", "surrogateescape")
-    digest = xxh3_128(data).hexdigest()
-    return {"role": role, "path": source, "bytes": len(data), "xxh3_128": digest}

@@ -10,16 +10,76 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from common.errors import OutputError
-from common.files import refuse_existing, remove_output, write_bytes, write_error
-from powerinfer_bridge.benchmark.sample import Sample
+from common.files import refuse_existing, remove_output, sha256, write_bytes, write_error
+from common.typed_json import JsonError, parse, plain
+from powerinfer_bridge.programs.sample import RunSample
+from results.bench import SampleRow
 
 JOURNAL = "samples.jsonl"
 KIND, SCHEMA_VERSION = "psp.bench.samples", 1
 Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A run that counts.
+
+    Attributes:
+        arm: name of what ran.
+        round: its round, from 1.
+        prompt: number of the prompt, from 0.
+        run: what was measured.
+    """
+
+    arm: str
+    round: int
+    prompt: int
+    run: RunSample
+
+    def row(self) -> SampleRow:
+        """Return the figures as results list them."""
+        run, prompt = self.run, self.run.prompt
+        text = None if run.text is None else run.text.encode("utf-8", "surrogateescape")
+        return SampleRow(
+            arm=self.arm,
+            round=self.round,
+            prompt=self.prompt,
+            decode_seconds=run.decode.seconds,
+            decode_tokens=run.decode.tokens,
+            prompt_seconds=None if prompt is None else prompt.seconds,
+            prompt_tokens=None if prompt is None else prompt.tokens,
+            load_seconds=run.load_seconds,
+            wall_seconds=run.wall_seconds,
+            text_sha256=None if text is None else sha256(text),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quality:
+    name: str
+    value: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """A line after the first; it has one of both."""
+
+    sample: Sample | None = None
+    quality: _Quality | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """The first line."""
+
+    kind: str = KIND
+    schema_version: int = SCHEMA_VERSION
+    identity: object
 
 
 class Journal:
@@ -28,23 +88,34 @@ class Journal:
     def __init__(self, file: Path | None = None) -> None:
         """Begin an empty one; see `open_journal` for one on disk."""
         self.samples: list[Sample] = []
-        self.quality: dict[str, Any] = {}
+        self.quality: dict[str, object] = {}
         self._file = file
 
     def add(self, sample: Sample) -> None:
         """Keep a finished run."""
         self.samples.append(sample)
-        self._append({"sample": sample.document()})
+        self._append({"sample": plain(sample)})
 
-    def remember(self, name: str, measure: Callable[[], Value]) -> Value:
-        """Return a quality figure, measured unless it is kept already."""
+    def remember(self, name: str, kind: type[Value], measure: Callable[[], Value]) -> Value:
+        """Return a quality figure, measured unless it is kept already.
+
+        Args:
+            name: of the figure.
+            kind: its type: a number, or a dataclass.
+            measure: measures it.
+
+        Raises:
+            OutputError: what is kept is of another type.
+        """
         if name not in self.quality:
-            self.quality[name] = measure()
+            self.quality[name] = plain(measure())
             self._append({"quality": {"name": name, "value": self.quality[name]}})
-        value: Value = self.quality[name]
-        return value
+        try:
+            return parse(kind, self.quality[name], name)
+        except JsonError as error:
+            raise self._damaged(str(error)) from error
 
-    def _append(self, entry: Mapping[str, Any]) -> None:
+    def _append(self, entry: Mapping[str, object]) -> None:
         if self._file is None:
             return
         try:
@@ -62,15 +133,18 @@ class Journal:
             OutputError: it is none.
         """
         try:
-            entry = json.loads(line)
-            if "sample" in entry:
-                self.samples.append(Sample.read(entry["sample"]))
-            else:
-                self.quality[entry["quality"]["name"]] = entry["quality"]["value"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(
-                f"{self._file}: line {number} is damaged", "pass --force to measure anew"
-            ) from error
+            entry = parse(_Entry, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(f"line {number} is damaged") from error
+        if entry.sample is not None:
+            self.samples.append(entry.sample)
+        elif entry.quality is not None:
+            self.quality[entry.quality.name] = entry.quality.value
+        else:
+            raise self._damaged(f"line {number} is damaged")
+
+    def _damaged(self, problem: str) -> OutputError:
+        return OutputError(f"{self._file}: {problem}", "pass --force to measure anew")
 
 
 def journal_state(out: Path | None) -> tuple[int, int] | None:
@@ -93,7 +167,7 @@ def check_out(out: Path | None, *, resume: bool, force: bool) -> None:
 
 
 def open_journal(
-    out: Path | None, identity: Mapping[str, Any], *, resume: bool, force: bool
+    out: Path | None, identity: Mapping[str, object], *, resume: bool, force: bool
 ) -> Journal:
     """Begin a journal, or go on with one.
 
@@ -115,11 +189,11 @@ def open_journal(
     check_out(out, resume=resume, force=force)
     if force:
         remove_output(out)
-    write_bytes(file, _line({"kind": KIND, "schema_version": SCHEMA_VERSION, "identity": identity}))
+    write_bytes(file, _line(plain(_Head(identity=identity))))
     return Journal(file)
 
 
-def _reopen(file: Path, identity: Mapping[str, Any]) -> Journal:
+def _reopen(file: Path, identity: Mapping[str, object]) -> Journal:
     try:
         content = file.read_bytes()
     except OSError as error:
@@ -135,17 +209,17 @@ def _reopen(file: Path, identity: Mapping[str, Any]) -> Journal:
     return journal
 
 
-def _same(file: Path, first: bytes, identity: Mapping[str, Any]) -> None:
+def _same(file: Path, first: bytes, identity: Mapping[str, object]) -> None:
     """Demand that a journal was begun with the same identity."""
     try:
-        head = json.loads(first)
-    except ValueError:
+        head = parse(_Head, json.loads(first))
+    except (ValueError, RecursionError):
         head = None
-    if not isinstance(head, dict) or head.get("kind") != KIND:
+    if head is None or head.kind != KIND:
         raise OutputError(f"{file}: is no benchmark's journal", "choose another --out")
-    if head.get("schema_version") != SCHEMA_VERSION:
+    if head.schema_version != SCHEMA_VERSION:
         raise OutputError(f"{file}: is of another version of psp", "pass --force to measure anew")
-    begun, now = _flat(head.get("identity")), _flat(json.loads(_line(identity)))
+    begun, now = _flat(head.identity), _flat(json.loads(_line(identity)))
     for key in [*begun, *now]:
         if begun.get(key) != now.get(key):
             raise OutputError(
@@ -154,7 +228,7 @@ def _same(file: Path, first: bytes, identity: Mapping[str, Any]) -> None:
             )
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
+def _flat(value: object, name: str = "") -> dict[str, object]:
     """Return the leaves of nested objects and arrays by their path."""
     if isinstance(value, dict):
         items = list(value.items())
@@ -169,6 +243,6 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _line(entry: Mapping[str, Any]) -> bytes:
+def _line(entry: Mapping[str, object]) -> bytes:
     # A prompt's bytes that are no characters stay as they are in ASCII escapes.
     return json.dumps(entry, ensure_ascii=True).encode() + b"\n"

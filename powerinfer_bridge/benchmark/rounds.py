@@ -1,16 +1,26 @@
-"""Rounds of runs: every arm on every prompt, in an order that favours none."""
+"""Rounds of runs: every arm on every prompt, in an order that favours none, and their speeds."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
+import numpy as np
 from tqdm import tqdm
 
-from powerinfer_bridge.benchmark.arms import Arm
-from powerinfer_bridge.benchmark.journal import Journal
-from powerinfer_bridge.benchmark.sample import Sample
-from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.benchmark.subject import Heartbeat
+from powerinfer_bridge.benchmark.arms import TimedArm
+from powerinfer_bridge.benchmark.journal import Journal, Sample
+from powerinfer_bridge.benchmark.setup import Setup
+from results.bench import (
+    ALL_NEURONS,
+    PREDICTED,
+    Arm,
+    Continuations,
+    RoundSpeeds,
+    SampleRow,
+    round_speeds,
+)
+from results.measures import Ratio, RatioOver
 
 
 def arm_order(count: int, step: int) -> list[int]:
@@ -29,18 +39,13 @@ def arm_order(count: int, step: int) -> list[int]:
     return order[::-1] if backwards else order
 
 
-def run_rounds(
-    arms: Sequence[Arm],
-    prompts: Sequence[str],
-    config: BenchConfig,
-    journal: Journal,
-    heartbeat: Heartbeat,
-) -> list[Sample]:
+def run_rounds(setup: Setup, arms: Sequence[TimedArm], journal: Journal) -> list[Sample]:
     """Return the samples of all rounds; those that the journal has are not run again.
 
     Rounds up to 0 warm up and are not kept. After an interruption they are run again, because the
     machine may have cooled; where nothing is left to measure they are not.
     """
+    config, prompts, heartbeat = setup.config, setup.prompts, setup.programs.heartbeat
     kept = {(sample.round, sample.prompt, sample.arm) for sample in journal.samples}
     planned = [
         (number, prompt, arms[index])
@@ -59,3 +64,75 @@ def run_rounds(
         if number > 0:
             journal.add(Sample(arm=arm.name, round=number, prompt=prompt, run=run))
     return journal.samples
+
+
+def spread(speeds: Sequence[float]) -> RoundSpeeds:
+    """Return median, quartiles (linear between ranks) and range of the rounds' speeds."""
+    return RoundSpeeds(
+        tokens_per_second=statistics.median(speeds),
+        quartiles=quartiles(speeds),
+        range=(min(speeds), max(speeds)),
+        rounds=len(speeds),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """Return the lower and the upper quartile."""
+    low, high = np.quantile(values, (0.25, 0.75)).tolist()
+    return low, high
+
+
+def speedup(rows: Sequence[SampleRow], arm: str, over: str) -> Ratio:
+    """Return how much faster one arm decodes than another.
+
+    The ratio is that of the medians; the quartiles are those of the ratios within a round, whose
+    runs are neighbours in time and so share what else the machine did.
+    """
+    ours, theirs = (round_speeds(rows, name, "decode") for name in (arm, over))
+    return Ratio(
+        arm=arm,
+        over=over,
+        ratio=statistics.median(ours.values()) / statistics.median(theirs.values()),
+        quartiles=quartiles([ours[number] / theirs[number] for number in ours if number in theirs]),
+    )
+
+
+def summarise(arm: TimedArm, samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Arm:
+    """Return an arm with its figures.
+
+    Args:
+        arm: the arm.
+        samples: of all arms.
+        rows: their figures.
+    """
+    runs = [sample.run for sample in samples if sample.arm == arm.name]
+    prompt = list(round_speeds(rows, arm.name, "prompt").values())
+    loads = [run.load_seconds for run in runs if run.load_seconds is not None]
+    over = None
+    if arm.name != ALL_NEURONS:
+        ratio = speedup(rows, arm.name, ALL_NEURONS)
+        over = RatioOver(over=ratio.over, ratio=ratio.ratio, quartiles=ratio.quartiles)
+    return Arm(
+        **vars(arm.facts),
+        decode=spread(list(round_speeds(rows, arm.name, "decode").values())),
+        prompt=spread(prompt) if prompt else None,
+        speedup=over,
+        load_seconds=statistics.median(loads) if loads else None,
+        command=runs[0].command,
+        environment=dict(runs[0].environment),
+        notes=tuple(dict.fromkeys(note for run in runs for note in run.notes)),
+        device=runs[0].device,
+    )
+
+
+def compare_texts(samples: Sequence[Sample]) -> tuple[Continuations, bool]:
+    """Return both continuations of the first prompt, and whether all pairs are the same.
+
+    Texts are those of the first round.
+    """
+    texts: dict[str, dict[int, str | None]] = {PREDICTED: {}, ALL_NEURONS: {}}
+    for sample in samples:
+        if sample.round == 1 and sample.arm in texts:
+            texts[sample.arm][sample.prompt] = sample.run.text
+    sparse, dense = texts[PREDICTED], texts[ALL_NEURONS]
+    return Continuations(sparse=sparse[0] or "", dense=dense[0] or ""), sparse == dense

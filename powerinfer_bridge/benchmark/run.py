@@ -2,116 +2,143 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from datetime import datetime, timezone
-from typing import Any
 
-from common.documents import read_text, sample_text
+from common.errors import PspError
+from common.files import write_bytes
+from common.typed_json import plain
 from common.version import tool_version
-from powerinfer_bridge.benchmark.arms import DENSE_LLAMA_CPP, DENSE_POWERINFER, make_arms
-from powerinfer_bridge.benchmark.document import KIND, SCHEMA, SCHEMA_VERSION
-from powerinfer_bridge.benchmark.expectation import expect, has_gpu
-from powerinfer_bridge.benchmark.inputs import describe_inputs
-from powerinfer_bridge.benchmark.journal import check_out, open_journal
-from powerinfer_bridge.benchmark.machine import Machine, this_machine, versions
-from powerinfer_bridge.benchmark.placement import (
-    HotNeurons,
-    frequency_curve,
-    layer_shares,
-    place,
-    read_hot_neurons,
-    vram_budget,
-)
-from powerinfer_bridge.benchmark.prompts import read_prompts, room_for
-from powerinfer_bridge.benchmark.quality import QualityRun, check_model
-from powerinfer_bridge.benchmark.results import write_results
-from powerinfer_bridge.benchmark.rounds import run_rounds
+from cost_model.hardware import THIS, load_hardware
+from powerinfer_bridge.benchmark.arms import TimedArm, make_arms
+from powerinfer_bridge.benchmark.inputs import text_source
+from powerinfer_bridge.benchmark.journal import Sample, check_out, open_journal
+from powerinfer_bridge.benchmark.placement import frequency_curve, place, place_layer
+from powerinfer_bridge.benchmark.quality import Quality, mean_layer, measure_quality
+from powerinfer_bridge.benchmark.rounds import compare_texts, run_rounds, speedup, summarise
 from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.benchmark.shape import problems
-from powerinfer_bridge.benchmark.subject import Subject, architecture, open_subject
-from powerinfer_bridge.benchmark.summary import summarise_speeds, summarise_texts
-from powerinfer_bridge.benchmark.warnings import Circumstances, find_warnings
+from powerinfer_bridge.benchmark.setup import Setup, open_setup
+from powerinfer_bridge.benchmark.warnings import find_warnings
+from results.bench import BENCH, PREDICTED, SAMPLES, Bench, Expectation, SampleRow
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig) -> Bench:
     """Measure a file.
 
-    Predicted and all neurons (threshold −1e30) come from the same engine. Recall and sparsity
-    always come from the embedded engine, which sees every neuron.
+    Predicted and all neurons (threshold −1e30) come from the same engine.
 
     Returns:
-        The document that `benchmark.document.SCHEMA` describes, in the glossary's words. With
-        `config.out` it is also written there, with its samples as CSV and the journal.
+        The document in the glossary's words. With `config.out` it is also written there, with its
+        samples as CSV and the journal.
 
     Raises:
         PspError: unreadable files or text, an `out` that may not be written, or an engine that
             fails.
     """
-    # Looked at first, because all that follows is load too; refused before anything takes long.
-    machine = this_machine()
     check_out(config.out, resume=config.resume, force=config.force)
-    gpu = has_gpu(config, machine)
-    subject = open_subject(config)
-    check_model(config, subject.file)
-    text = read_text(config.data, config.field) if config.data else sample_text()
-    prompts = read_prompts(config)
-    hyper = subject.engine.hyper
-    room = room_for(prompts, subject.engine.vocabulary, config.generate, hyper.context_length)
-    hot = read_hot_neurons(subject)
-    head = {
-        "inputs": describe_inputs(config, subject, text, prompts),
-        "hardware": machine.document(),
-        "versions": versions(subject),
-        "settings": config.document(),
-    }
-    identity = {**head, "settings": config.identity()}
-    journal = open_journal(config.out, identity, resume=config.resume, force=config.force)
-    quality = QualityRun(config=config, subject=subject, text=text, journal=journal)
-    figures = quality.measure()
-    arms = make_arms(config, subject, room)
-    samples = run_rounds(arms, prompts, config, journal, subject.heartbeat)
-    document: dict[str, Any] = {
-        "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
-        "tool_version": tool_version(),
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "model": hyper.name,
-        "file": str(config.file),
-        "engine": arms[0].engine,
-        **head,
-        **figures,
-        "layers": [{**row, **layer_shares(hot, row["layer"])} for row in figures["layers"]],
-        "context": quality.context,
-        "text": config.data or "pydoc_data.topics",
-        **summarise_speeds(arms, samples),
-        **summarise_texts(samples),
-        "prompts": len(prompts),
-        "placement": place(subject, hot, vram_budget(config, subject, machine), room),
-        "hot_neurons": frequency_curve(hot),
-    }
-    document["estimate"], trouble = expect(config, document, context=room, gpu=gpu)
-    around = replace(_circumstances(config, subject, machine, hot), estimate_problem=trouble)
-    document["warnings"] = find_warnings(document, around)
-    problem = next(problems(document, SCHEMA), None)
-    assert problem is None, problem
+    setup = open_setup(config)
+    journal = open_journal(config.out, _identity(setup), resume=config.resume, force=config.force)
+    quality = measure_quality(setup, journal)
+    arms = make_arms(setup)
+    samples = run_rounds(setup, arms, journal)
+    measured = _document(setup, quality, arms, samples)
+    expected, trouble = expect(setup, measured)
+    result = replace(measured, estimate=expected)
+    result = replace(result, warnings=tuple(find_warnings(result, setup, trouble)))
     if config.out is not None:
-        write_results(config.out, document)
-    return document
+        write_bytes(config.out / SAMPLES, samples_csv(result.samples).encode())
+        BENCH.write(config.out, result)
+    return result
 
 
-def _circumstances(
-    config: BenchConfig, subject: Subject, machine: Machine, hot: HotNeurons
-) -> Circumstances:
-    facts, llama_cpp = subject.powerinfer_facts, subject.llama_cpp_facts
-    dense = {DENSE_POWERINFER: subject.dense, DENSE_LLAMA_CPP: subject.llama_cpp_file}
-    return Circumstances(
-        machine=machine,
-        n_layers=subject.engine.hyper.n_layers,
-        cuda=None if facts is None else facts.cuda,
-        vram_budget=vram_budget(config, subject, machine),
-        model_bytes=config.file.stat().st_size,
-        activation_threshold=subject.engine.hyper.activation_threshold,
-        index_problem=hot.problem,
-        dense_architectures={name: architecture(file) for name, file in dense.items() if file},
-        llama_cpp_cuda=None if llama_cpp is None else llama_cpp.cuda,
+def _identity(setup: Setup) -> dict[str, object]:
+    """Return what must be the same for a benchmark to go on, ready for JSON."""
+    return {
+        "inputs": plain(setup.inputs),
+        "hardware": plain(setup.machine.facts),
+        "versions": plain(setup.versions),
+        "settings": setup.config.identity(),
+    }
+
+
+def _document(
+    setup: Setup, quality: Quality, arms: Sequence[TimedArm], samples: Sequence[Sample]
+) -> Bench:
+    """Return all that was measured; what the cost model expects and warnings are added to it."""
+    config, hyper, neurons = setup.config, setup.engine.hyper, setup.neurons
+    rows = tuple(sample.row() for sample in samples)
+    over_all, *_ = speedups = [
+        speedup(rows, PREDICTED, arm.name) for arm in arms if arm.name != PREDICTED
+    ]
+    summaries = tuple(summarise(arm, samples, rows) for arm in arms)
+    all_neurons, predicted, *_ = (arm.decode.tokens_per_second for arm in summaries)
+    continuations, same = compare_texts(samples)
+    return Bench(
+        tool_version=tool_version(),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        model=hyper.name,
+        file=str(config.file),
+        engine=arms[0].facts.engine,
+        inputs=setup.inputs,
+        hardware=setup.machine.facts,
+        versions=setup.versions,
+        settings=config.document(),
+        **vars(mean_layer(quality.layers)),
+        layers=tuple(place_layer(layer, neurons) for layer in quality.layers),
+        ppl_dense=quality.ppl_dense,
+        ppl_sparse=quality.ppl_sparse,
+        ppl_gap=quality.ppl_sparse / quality.ppl_dense - 1,
+        ppl_transformers=quality.ppl_transformers,
+        context=setup.context,
+        text=text_source(config),
+        tokens_per_second=predicted,
+        tokens_per_second_dense=all_neurons,
+        speedup=over_all.ratio,
+        arms=summaries,
+        speedups=tuple(speedups),
+        samples=rows,
+        continuations=continuations,
+        greedy_text_same=same,
+        prompts=len(setup.prompts),
+        placement=place(setup.file, hyper, neurons, setup.vram_budget, setup.room),
+        hot_neurons=frequency_curve(neurons),
+        warnings=(),
     )
+
+
+def expect(setup: Setup, measured: Bench) -> tuple[Expectation | None, str | None]:
+    """Return the cost model's estimate for `--hardware`, if it is named, or why there is none."""
+    config = setup.config
+    if config.hardware is None:
+        return None, None
+    from powerinfer_bridge.estimate.run import estimate
+    from powerinfer_bridge.estimate.settings import EstimateConfig
+
+    this = config.hardware == THIS  # is measured only now
+    gpu = bool(setup.machine.gpus) if this else load_hardware(config.hardware).gpu is not None
+    settings = EstimateConfig(
+        file=config.file,
+        hardware=config.hardware,
+        bench=measured,
+        context=setup.room,
+        vram_budget=config.vram_budget if gpu else None,
+        threads=config.threads,
+    )
+    try:
+        found = estimate(settings)
+    except PspError as error:  # what was measured is worth more
+        return None, str(error)
+    speeds = dict[str, float | None](found.tokens_per_second)
+    return Expectation(hardware=found.hardware, tokens_per_second=speeds), None
+
+
+def samples_csv(samples: Sequence[SampleRow]) -> str:
+    """Return the samples as RFC 4180 has them, a row each; what is not known is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(SampleRow)])
+    writer.writeheader()
+    writer.writerows(map(plain, samples))
+    return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from common.errors import EngineError
 from common.settings import (
@@ -122,18 +122,19 @@ class BenchConfig:
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing or contradict each other."""
         check_settings(self, EngineError)
-        if not self.prompt and self.prompts is None:
-            raise EngineError("the prompt is empty", "pass some text to continue")
         for wrong, problem, remedy in self._contradictions():
             if wrong:
                 raise EngineError(problem, remedy)
 
     def _contradictions(self) -> Iterator[tuple[bool, str, str]]:
-        dense = self.dense_gguf is not None
-        llama_cpp, real = self.llama_cpp_bin is not None, self.powerinfer_bin is not None
-        budget, programs = self.vram_budget is not None, "pass --powerinfer-bin or --llama-cpp-bin"
+        """Yield whether something contradicts itself, how to say so, and the remedy."""
+        empty = not self.prompt and self.prompts is None
+        yield empty, "the prompt is empty", "pass some text to continue"
+        dense, real = self.dense_gguf is not None, self.powerinfer_bin is not None
+        llama_cpp = self.llama_cpp_bin is not None
         problem = f"{self.dense_gguf}: no program for --dense-gguf"
-        yield dense and not (real or llama_cpp), problem, programs
+        remedy = "pass --powerinfer-bin or --llama-cpp-bin"
+        yield dense and not (real or llama_cpp), problem, remedy
         problem = f"{self.llama_cpp_bin}: no model for llama.cpp"
         remedy = "pass --llama-cpp-gguf or --dense-gguf"
         yield llama_cpp and self.llama_cpp_file is None, problem, remedy
@@ -141,15 +142,13 @@ class BenchConfig:
         yield self.llama_cpp_gguf is not None and not llama_cpp, problem, "pass --llama-cpp-bin"
         problem = f"--n-gpu-layers {self.n_gpu_layers} is for dense models"
         yield self.n_gpu_layers > 0 and not (dense or llama_cpp), problem, "pass --dense-gguf"
+        budget = self.vram_budget is not None
         problem = f"--vram-budget {self.vram_budget} is for PowerInfer"
         yield budget and not real, problem, "pass --powerinfer-bin"
         problem = f"--vram-budget {self.vram_budget} is no memory"
         yield budget and self.vram_budget_bytes == 0, problem, "pass a size such as 24GiB"
-        problem, remedy = (
-            "nothing is kept without a directory",
-            "pass --out with --resume or --force",
-        )
-        yield (self.resume or self.force) and self.out is None, problem, remedy
+        kept, problem = self.resume or self.force, "nothing is kept without a directory"
+        yield kept and self.out is None, problem, "pass --out with --resume or --force"
         problem = "--resume goes on, --force begins anew"
         yield self.resume and self.force, problem, "pass one of them"
 
@@ -163,7 +162,7 @@ class BenchConfig:
         """VRAM for PowerInfer, bytes."""
         return None if self.vram_budget is None else parse_size(self.vram_budget)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         """Return the settings as a result records them, ready for JSON."""
         return {
             key: str(value) if isinstance(value, Path) else value
@@ -171,6 +170,6 @@ class BenchConfig:
             if key not in _NOT_MEASURED
         }
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, object]:
         """Return the settings that must be the same for a benchmark to go on."""
         return {key: value for key, value in self.document().items() if key not in _BESIDE}

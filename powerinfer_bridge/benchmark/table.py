@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from common.table import metric_cell, table
-from powerinfer_bridge.benchmark.arms import ALL_NEURONS, PREDICTED
-from powerinfer_bridge.benchmark.document import RESULT, SAMPLES
 from powerinfer_bridge.benchmark.journal import JOURNAL
+from results.bench import ALL_NEURONS, BENCH, POWERINFER, PREDICTED, SAMPLES, Arm, Bench
 
 _COLUMNS = ("activation_sparsity", "activation_recall", "predicted_sparsity", "ffn_bytes_ratio")
 _HEADER = ("model", "sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity")
@@ -17,97 +14,86 @@ _SAID_ABOVE = {"embedded-engine", "texts-differ"}
 """Warnings that the lines under the table give already."""
 
 
-def bench_table(result: Mapping[str, Any]) -> str:
-    """Return the table of a benchmark document and what must be known to read it.
+def bench_table(result: Bench) -> str:
+    """Return the table of a benchmark and what must be known to read it.
 
     Rows are the arms. `speedup` is over all neurons; with a dense baseline `vs dense` is over the
     fastest one, as in a model card.
     """
-    arms = {arm["name"]: arm for arm in result["arms"]}
-    dense = [arm for name, arm in arms.items() if name not in (ALL_NEURONS, PREDICTED)]
-    base = max(dense, key=_speed, default=None)
+    base = result.fastest_dense()
     header = [*_HEADER, "tokens/s", "speedup", *(["vs dense"] if base else [])]
-    rows = [[*_cells(result, arm), *_ratios(arm, arms[ALL_NEURONS], base)] for arm in arms.values()]
+    rows = [[*_cells(result, arm), *_ratios(result, arm, base)] for arm in result.arms]
     lines = [table(header, rows), "", _quality_line(result)]
     lines += [*_baseline_lines(result, base), *_engine_lines(result)]
     lines += [
-        f"warning: {warning['text']}"
-        for warning in result["warnings"]
-        if warning["code"] not in _SAID_ABOVE
+        f"warning: {warning.text}" for warning in result.warnings if warning.code not in _SAID_ABOVE
     ]
     return "\n".join(lines)
 
 
 def results_line(out: Path) -> str:
     """Say where a benchmark's files lie."""
-    return f"results: {out / RESULT}, {out / SAMPLES}, {out / JOURNAL}"
+    return f"results: {out / BENCH.name}, {out / SAMPLES}, {out / JOURNAL}"
 
 
-def _speed(arm: Mapping[str, Any]) -> float:
-    speed: float = arm["decode"]["tokens_per_second"]
-    return speed
+def _cells(result: Bench, arm: Arm) -> list[str]:
+    if arm.name == PREDICTED:
+        figures = [metric_cell(key, getattr(result, key)) for key in _COLUMNS]
+        return [f"{result.model}, predicted", *figures, f"{result.ppl_sparse:.4f}"]
+    if arm.name == ALL_NEURONS:
+        sparsity = metric_cell(_COLUMNS[0], result.activation_sparsity)
+        name = f"{result.model}, all neurons"
+        return [name, sparsity, "–", "–", "–", f"{result.ppl_dense:.4f}"]
+    return [arm.title, "–", "–", "–", "–", "–"]
 
 
-def _cells(result: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
-    if arm["name"] == PREDICTED:
-        figures = [metric_cell(key, result[key]) for key in _COLUMNS]
-        return [f"{result['model']}, predicted", *figures, f"{result['ppl_sparse']:.4f}"]
-    if arm["name"] == ALL_NEURONS:
-        sparsity = metric_cell(_COLUMNS[0], result[_COLUMNS[0]])
-        name = f"{result['model']}, all neurons"
-        return [name, sparsity, "–", "–", "–", f"{result['ppl_dense']:.4f}"]
-    return [arm["title"], "–", "–", "–", "–", "–"]
-
-
-def _ratios(
-    arm: Mapping[str, Any], all_neurons: Mapping[str, Any], base: Mapping[str, Any] | None
-) -> list[str]:
+def _ratios(result: Bench, arm: Arm, base: Arm | None) -> list[str]:
     """Return an arm's speed, and over what it is how much faster."""
-    over = [_speed(all_neurons), *([_speed(base)] if base else [])]
-    return [f"{_speed(arm):.2f}", *(f"{_speed(arm) / other:.2f}" for other in over)]
+    speed = arm.decode.tokens_per_second
+    over = [result.tokens_per_second_dense, *([base.decode.tokens_per_second] if base else [])]
+    return [f"{speed:.2f}", *(f"{speed / other:.2f}" for other in over)]
 
 
-def _quality_line(result: Mapping[str, Any]) -> str:
-    own = result["ppl_transformers"]
+def _quality_line(result: Bench) -> str:
+    own = result.ppl_transformers
     known = "" if own is None else f"; transformers' own perplexity {own:.4f}"
-    return f"perplexity gap {100 * result['ppl_gap']:+.3f} %; {_compare_texts(result)}{known}"
+    return f"perplexity gap {100 * result.ppl_gap:+.3f} %; {_compare_texts(result)}{known}"
 
 
-def _baseline_lines(result: Mapping[str, Any], base: Mapping[str, Any] | None) -> list[str]:
+def _baseline_lines(result: Bench, base: Arm | None) -> list[str]:
     """Say what the dense baseline was, and how sure the speedup over it is."""
-    if base is None:
+    ratio = result.over(base.name) if base else None
+    if base is None or ratio is None:
         return []
-    ratio = next(each for each in result["speedups"] if each["over"] == base["name"])
-    low, high = ratio["quartiles"]
+    low, high = ratio.quartiles
     return [
-        f"vs dense: {base['title']}, {base['element_type']}, {base['threads']} threads, "
-        f"-ngl {base['n_gpu_layers'] or 0}",
-        f"predicted against it: {ratio['ratio']:.2f} times; round by round "
-        f"{low:.2f} to {high:.2f} (quartiles of {base['decode']['rounds']})",
+        f"vs dense: {base.title}, {base.element_type}, {base.threads} threads, "
+        f"-ngl {base.n_gpu_layers or 0}",
+        f"predicted against it: {ratio.ratio:.2f} times; round by round "
+        f"{low:.2f} to {high:.2f} (quartiles of {base.decode.rounds})",
     ]
 
 
-def _engine_lines(result: Mapping[str, Any]) -> list[str]:
-    if result["engine"] == "PowerInfer":
+def _engine_lines(result: Bench) -> list[str]:
+    if result.engine == POWERINFER:
         engine = "engine: PowerInfer; sparsity and recall by the embedded engine"
     else:
         engine = (
             "engine: embedded engine; its tokens/s are not PowerInfer's (pass --powerinfer-bin)"
         )
     threshold = "all neurons: threshold -1e30 in the same engine, predictors still evaluated"
-    lines = [engine, f"{threshold}; text: {result['text']}"]
-    estimate = result["estimate"]
-    if estimate is not None:
-        speeds = estimate["tokens_per_second"]
+    lines = [engine, f"{threshold}; text: {result.text}"]
+    if result.estimate is not None:
+        speeds = result.estimate.tokens_per_second
         stated = ", ".join(f"{name.replace('_', ' ')} {speeds[name]:.2f}" for name in speeds)
-        lines.append(f"estimate for {estimate['hardware']}, tokens/s: {stated}")
+        lines.append(f"estimate for {result.estimate.hardware}, tokens/s: {stated}")
     return lines
 
 
-def _compare_texts(result: Mapping[str, Any]) -> str:
-    if result["greedy_text_same"]:
+def _compare_texts(result: Bench) -> str:
+    if result.greedy_text_same:
         return "greedy text identical"
-    sparse, dense = (result["continuations"][kind] for kind in ("sparse", "dense"))
+    sparse, dense = result.continuations.sparse, result.continuations.dense
     if sparse == dense:
         return "greedy text differs for some prompts"
     same = next(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from common.errors import EngineError
 from common.files import read_json
@@ -13,22 +13,31 @@ from cost_model.calibration import Prediction, Run, calibrate, predictions
 from cost_model.hardware import Hardware
 from cost_model.measure import UNCALIBRATED
 from cost_model.model_bytes import Activity, ModelBytes
-from powerinfer_bridge.estimate.activity import BENCH_FILE, layer_activity, number_at
 from powerinfer_bridge.estimate.file import EstimatedFile
+from results.bench import ALL_NEURONS, BENCH, DENSE_POWERINFER, POWERINFER, PREDICTED, Arm, Bench
+from results.density import DENSITY, Density
+from results.estimate import CalibrationFacts, CalibrationRun
 
-DENSITY_FILE = "density.json"
-_ARMS = ("all_neurons", "predicted", "dense_powerinfer")
-_DENSITY_ARMS = {
-    "all_neurons": "all_neurons",
-    "predicted": "predicted",
-    "dense": "dense_powerinfer",
-}
+_ARMS = (ALL_NEURONS, PREDICTED, DENSE_POWERINFER)
 _REMEDY = "pass results of psp bench-powerinfer or benchmarks/density.py, measured on this CPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Runs of one document, on the CPU alone.
+
+    Attributes:
+        threads: CPU threads.
+        runs: the runs.
+    """
+
+    threads: int
+    runs: tuple[Run, ...]
 
 
 def calibrate_hardware(
     hardware: Hardware, sources: Sequence[Path], file: EstimatedFile
-) -> tuple[Hardware, dict[str, Any]]:
+) -> tuple[Hardware, CalibrationFacts]:
     """Fit the CPU to measured runs.
 
     Args:
@@ -37,15 +46,15 @@ def calibrate_hardware(
         file: the file to estimate; it also stands for measured files of its shape that are gone.
 
     Returns:
-        The hardware with its fitted CPU, and a document: each run's seconds, the prediction of a
-        fit that has not seen its group and the relative error, and the largest errors of seconds
-        and of the ratio of predicted to all neurons.
+        The hardware with its fitted CPU, and each run's seconds, the prediction of a fit that has
+        not seen its group and the relative error, and the largest errors of seconds and of the
+        ratio of predicted to all neurons.
 
     Raises:
         PspError: no usable runs, damaged results, or different numbers of threads.
     """
-    found = [entry for source in sources for entry in _read(source, file)]
-    threads = {count for count, _ in found if count is not None}
+    found = [each for source in sources for each in _read(source, file) if each.runs]
+    threads = {each.threads for each in found}
     if len(threads | {hardware.threads} - {None}) > 1:
         counts = ", ".join(map(str, sorted(threads)))
         raise EngineError(
@@ -53,152 +62,127 @@ def calibrate_hardware(
             f"{hardware.threads or 'any number'}",
             "one calibration is for one --threads",
         )
-    runs = [run for _, run in found]
+    runs = [run for each in found for run in each.runs]
     if not runs:
         raise EngineError("--calibrate: no run of PowerInfer on the CPU alone", _REMEDY)
     fitted = replace(
         hardware,
         cpu=calibrate(hardware.cpu, runs),
-        threads=threads.pop() if threads else hardware.threads,
+        threads=threads.pop(),
         notes=(
             *(note for note in hardware.notes if note != UNCALIBRATED),
             f"CPU fitted to {len(runs)} runs of PowerInfer",
         ),
     )
-    return fitted, _document(predictions(hardware.cpu, runs))
+    return fitted, _facts(predictions(hardware.cpu, runs))
 
 
-def _document(found: Sequence[Prediction]) -> dict[str, Any]:
-    rows = [
-        {
-            "run": each.run.name,
-            "seconds": each.run.seconds,
-            "estimated_seconds": each.seconds,
-            "relative_error": each.error,
-            "left_out": each.left_out,
-        }
-        for each in found
-    ]
+def _facts(found: Sequence[Prediction]) -> CalibrationFacts:
     errors = {each.run.name: each.error for each in found}
     ratios = [
-        (1 + errors[f"{group}: all_neurons"]) / (1 + errors[f"{group}: predicted"]) - 1
+        (1 + errors[f"{group}: {ALL_NEURONS}"]) / (1 + errors[f"{group}: {PREDICTED}"]) - 1
         for group in dict.fromkeys(each.run.group for each in found)
-        if {f"{group}: all_neurons", f"{group}: predicted"} <= errors.keys()
+        if {f"{group}: {ALL_NEURONS}", f"{group}: {PREDICTED}"} <= errors.keys()
     ]
-    return {
-        "runs": rows,
-        "largest_error": max(map(abs, errors.values())),
-        "largest_ratio_error": max(map(abs, ratios)) if ratios else None,
-        "left_out": all(each.left_out for each in found),
-    }
+    return CalibrationFacts(
+        runs=tuple(
+            CalibrationRun(
+                run=each.run.name,
+                seconds=each.run.seconds,
+                estimated_seconds=each.seconds,
+                relative_error=each.error,
+                left_out=each.left_out,
+            )
+            for each in found
+        ),
+        largest_error=max(map(abs, errors.values())),
+        largest_ratio_error=max(map(abs, ratios)) if ratios else None,
+        left_out=all(each.left_out for each in found),
+    )
 
 
-def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int | None, Run]]:
-    names = (BENCH_FILE, DENSITY_FILE)
+def _read(source: Path, file: EstimatedFile) -> Iterator[_Measured]:
+    names = (BENCH.name, DENSITY.name)
     files = [source / name for name in names if (source / name).is_file()]
     if source.is_dir() and not files:
         raise EngineError(f"{source}: holds neither {' nor '.join(names)}", _REMEDY)
     for path in files or [source]:
-        document = read_json(path, EngineError, _REMEDY)
-        if document.get("kind") == "psp.density":
-            yield from _density_runs(path, document, file)
-        elif document.get("kind") == "psp.bench":
-            yield from _bench_runs(path, document, file)
+        kind = read_json(path, EngineError, _REMEDY).get("kind")
+        if kind == Density.kind:
+            yield _density_runs(path, DENSITY.read(path, _REMEDY), file)
+        elif kind == Bench.kind:
+            yield from _bench_runs(path, BENCH.read(path, _REMEDY), file)
         else:
-            raise EngineError(f"{path}: kind is {document.get('kind')!r:.40}", _REMEDY)
+            raise EngineError(f"{path}: kind is {kind!r:.40}", _REMEDY)
 
 
-def _bench_runs(
-    path: Path, document: Mapping[str, Any], file: EstimatedFile
-) -> Iterator[tuple[int | None, Run]]:
-    if document.get("engine") != "PowerInfer":
-        raise EngineError(f"{path}: engine is {document.get('engine')!r:.40}", _REMEDY)
-    model = _measured_file(path, document, file).bytes
-    activities = layer_activity(path, document, len(model.layers))
-    arms = document.get("arms")
-    for arm in arms if isinstance(arms, list) else []:
-        name = arm.get("name") if isinstance(arm, dict) else None
-        speed = number_at(arm, "decode", "tokens_per_second")
-        if name not in _ARMS or speed is None or _on_gpu(arm):
-            continue
-        threads = number_at(arm, "threads")
-        run = _run(name, str(path), 1 / speed, model, activities, _position(document, name))
-        yield (int(threads) if threads else None), run
+def _bench_runs(path: Path, bench: Bench, file: EstimatedFile) -> Iterator[_Measured]:
+    if bench.engine != POWERINFER:
+        raise EngineError(f"{path}: engine is {bench.engine!r:.40}", _REMEDY)
+    measured = _measured_file(path, bench, file)
+    model, activities = measured.bytes, measured.measured_activity(bench, str(path))
+    for arm in bench.arms:
+        if arm.name in _ARMS and not _on_gpu(arm):
+            seconds, position = 1 / arm.decode.tokens_per_second, _position(bench, arm)
+            run = _run(arm.name, str(path), seconds, model, activities, position)
+            yield _Measured(threads=arm.threads, runs=(run,))
 
 
-def _on_gpu(arm: Mapping[str, Any]) -> bool:
-    device = arm.get("device")
-    cuda = isinstance(device, dict) and bool(device.get("cuda"))
-    return cuda or bool(arm.get("n_gpu_layers")) or bool(arm.get("vram_budget_bytes"))
+def _on_gpu(arm: Arm) -> bool:
+    return bool(arm.device.get("cuda") or arm.n_gpu_layers or arm.vram_budget_bytes)
 
 
-def _measured_file(path: Path, document: Mapping[str, Any], file: EstimatedFile) -> EstimatedFile:
+def _measured_file(path: Path, bench: Bench, file: EstimatedFile) -> EstimatedFile:
     """Return the file that was measured, or the one to estimate if that has its shape."""
-    name = document.get("file")
-    measured = Path(name) if isinstance(name, str) else path
+    measured = Path(bench.file)
     for candidate in (measured, path.parent / measured):
         if candidate.is_file() and candidate.suffix == ".gguf":
             return EstimatedFile(candidate)
-    if _placed_bytes(document, "ffn_neurons") != sum(layer.ffn for layer in file.bytes.layers):
+    devices = bench.placement.devices if bench.placement else ()
+    placed = sum(device.bytes.get("ffn_neurons", 0) for device in devices)
+    if placed != sum(layer.ffn for layer in file.bytes.layers):
         raise EngineError(
-            f"{path}: its file {name!r:.200} is gone and has not the shape of {file.path}",
+            f"{path}: its file {bench.file!r:.200} is gone and has not the shape of {file.path}",
             "run where the file is, or estimate a file of its shape",
         )
     return file
 
 
-def _placed_bytes(document: Mapping[str, Any], part: str) -> int:
-    """Return the bytes of a part, summed over the devices of a bench.json's placement."""
-    placement = document.get("placement")
-    devices = placement.get("devices") if isinstance(placement, dict) else None
-    found = (number_at(each, "bytes", part) for each in devices or [])
-    return int(sum(size for size in found if size))
-
-
-def _position(document: Mapping[str, Any], arm: str) -> float:
+def _position(bench: Bench, arm: Arm) -> float:
     """Return the mean number of tokens in the cache while an arm decoded."""
-    samples = document.get("samples")
-    found = [
-        (number_at(each, "prompt_tokens") or 0.0) + (number_at(each, "decode_tokens") or 0.0) / 2
-        for each in (samples if isinstance(samples, list) else [])
-        if isinstance(each, dict) and each.get("arm") == arm
-    ]
-    return sum(found) / len(found) if found else 0.0
+    rows = [row for row in bench.samples if row.arm == arm.name]
+    return fmean((row.prompt_tokens or 0) + row.decode_tokens / 2 for row in rows) if rows else 0.0
 
 
-def _density_runs(
-    path: Path, document: Mapping[str, Any], file: EstimatedFile
-) -> Iterator[tuple[int | None, Run]]:
-    """Yield the runs of a sweep over densities.
+def _density_runs(path: Path, sweep: Density, file: EstimatedFile) -> _Measured:
+    """Return the runs of a sweep over densities.
 
     Of the sweep's models half of the neurons are active at most: those beyond are always predicted
     and have an ordinary random gate (benchmarks/exact_density.py).
     """
-    hyper = file.hyper
-    for key, mine in (
-        ("d_model", hyper.d_model),
-        ("d_ff", hyper.d_ff),
-        ("n_layers", hyper.n_layers),
-    ):
-        found = number_at(document, "shape", key)
+    for key in ("d_model", "d_ff", "n_layers"):
+        found, mine = getattr(sweep.shape, key), getattr(file.hyper, key)
         if found != mine:
             raise EngineError(
                 f"{path}: {key} is {found}, {file.path} has {mine}", "estimate a file of its shape"
             )
-    points, generated = document.get("points"), number_at(document, "settings", "generate")
-    for point in points if isinstance(points, list) else []:
-        density = number_at(point, "density")
-        if density is None or density > 1:
-            raise EngineError(f"{path}: a point has no density from 0 to 1", _REMEDY)
-        both = min(density, number_at(point, "active") or min(density, 0.5))
-        activities = [Activity(predicted=density, both=both, active=both)] * hyper.n_layers
-        for arm, name in _DENSITY_ARMS.items():
-            speed = number_at(point, arm, "tokens_per_second")
+    generated = sweep.settings.get("generate")
+    position = max(0, generated) / 2 if isinstance(generated, int) else 0.0
+    runs = []
+    for point in sweep.points:
+        density, both = min(1.0, point.density), min(0.5, point.density)
+        activity = Activity(predicted=density, both=both, active=both)
+        activities = [activity] * file.hyper.n_layers
+        speeds = {
+            ALL_NEURONS: point.all_neurons,
+            PREDICTED: point.predicted,
+            DENSE_POWERINFER: point.dense,
+        }
+        for arm, speed in speeds.items():
             if speed is not None:
-                threads = number_at(document, "threads")
-                group = f"{path} at {density:g}"
-                run = _run(name, group, 1 / speed, file.bytes, activities, (generated or 0.0) / 2)
-                yield (int(threads) if threads else None), run
+                seconds, group = 1 / speed.tokens_per_second, f"{path} at {point.density:g}"
+                runs.append(_run(arm, group, seconds, file.bytes, activities, position))
+    return _Measured(threads=sweep.threads, runs=tuple(runs))
 
 
 def _run(
@@ -212,11 +196,11 @@ def _run(
     """Return what a measured arm read."""
     matrix = model.head + sum(each.attention + model.kv(position) for each in model.layers)
     rows = columns = 0.0
-    if name == "dense_powerinfer":
+    if name == DENSE_POWERINFER:
         matrix += sum(layer.ffn for layer in model.layers)
     else:
         for layer, activity in zip(model.layers, activities, strict=True):
-            computed = activity.all_neurons if name == "all_neurons" else activity
+            computed = activity.all_neurons if name == ALL_NEURONS else activity
             matrix += layer.predictor
             rows += layer.d_ff * layer.neuron_rows * computed.predicted
             columns += layer.d_ff * layer.neuron_column * computed.both

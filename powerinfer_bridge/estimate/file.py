@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cost_model.model_bytes import LayerBytes, LayerPlace, ModelBytes, Place
+from common.errors import EngineError
+from cost_model.model_bytes import Activity, LayerBytes, LayerPlace, ModelBytes, Place
 from gguf_export.pwri.gpu_index import file_groups
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.pwri.schema import FC1, FC2
+from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD, parse_name
 from gguf_export.pwri.statistics import read_statistics
+from results.bench import Bench
+from results.measures import Metrics
 
 if TYPE_CHECKING:
     import torch
 
-_NAME = re.compile(r"blk\.([0-9]{1,6})\.(\w+)\.(weight|bias)")
+
+PASS_BENCH = "pass a bench.json of psp bench-powerinfer, or --density"
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,29 @@ class EstimatedFile:
         return Placement(
             place=Place(
                 layers=layers,
-                head=self.hyper.graph.own_head and "output.weight" in offloaded,
+                head=self.hyper.graph.own_head and HEAD in offloaded,
                 kv=plan.kv_halves / 2,
             ),
             plan=plan,
             neuron_share=sum(shares) / len(shares),
             activation_share=captured_share(self.statistics, chosen),
         )
+
+    def measured_activity(self, bench: Bench, source: str) -> tuple[Activity, ...]:
+        """Return how many neurons of each layer a benchmark saw computed.
+
+        Args:
+            bench: of this model.
+            source: where it comes from, for errors.
+
+        Raises:
+            EngineError: it has another number of layers.
+        """
+        found, expected = len(bench.layers), self.hyper.n_layers
+        if found != expected:
+            problem = f"{source}: {found} layers, the model has {expected}"
+            raise EngineError(problem, PASS_BENCH)
+        return tuple(_activity(layer) for layer in bench.layers)
 
     @cached_property
     def statistics(self) -> Sequence[torch.Tensor]:
@@ -136,20 +155,18 @@ def _size(file: GGUFFile, name: str) -> int:
 def _model_bytes(file: GGUFFile, hyper: Hyperparameters) -> ModelBytes:
     others = [0] * hyper.n_layers
     for name, info in file.tensors.items():
-        match = _NAME.fullmatch(name)
-        matrix = match and match[3] == "weight" and match[2].startswith(("ffn_gate", "ffn_up"))
-        if not match or matrix or match[2] in ("fc1", "fc2") or int(match[1]) >= hyper.n_layers:
-            continue
-        if (match[2], match[3]) != ("ffn_down_t", "weight"):
-            others[int(match[1])] += info.size
-    head = "output.weight" if hyper.graph.own_head else "token_embd.weight"
-    norms = sum(i.size for n, i in file.tensors.items() if n.startswith("output_norm."))
-    _size(file, head)
+        found = parse_name(name)
+        apart = found.neurons or found.role == "predictor"
+        if not apart and found.layer is not None and found.layer < hyper.n_layers:
+            others[found.layer] += info.size
+    head = HEAD if hyper.graph.own_head else EMBEDDING
+    head_bytes = _size(file, head)
+    norms = sum(i.size for n, i in file.tensors.items() if parse_name(n).stem == "output_norm")
     return ModelBytes(
         d_model=hyper.d_model,
         n_vocab=file.tensors[head].shape[0],
         layers=tuple(_layer_bytes(file, hyper, n, other) for n, other in enumerate(others)),
-        head=_size(file, head) + norms,
+        head=head_bytes + norms,
         # The cache is F16 unless PowerInfer is told otherwise (`--memory-f32`).
         kv_token=2 * 2 * hyper.n_kv_heads * hyper.head_dim,
     )
@@ -170,3 +187,11 @@ def _layer_bytes(file: GGUFFile, hyper: Hyperparameters, layer: int, others: int
         d_ff=d_ff,
         gated=gated,
     )
+
+
+def _activity(layer: Metrics) -> Activity:
+    """Return a layer's activity; shares may end beside 1, as sums of floats do."""
+    predicted = max(0.0, 1 - layer.predicted_sparsity)
+    # Of no predicted neuron there is no precision.
+    both = predicted * min(1.0, layer.precision) if predicted else 0.0
+    return Activity(predicted=predicted, both=both, active=max(both, 1 - layer.activation_sparsity))

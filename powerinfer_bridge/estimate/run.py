@@ -8,139 +8,180 @@ PowerInfer's own placement (`gguf_export.pwri.memory_plan`) and our choice of ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from common.errors import EngineError
-from common.files import refuse_existing, write_json
+from common.files import refuse_existing
+from common.typed_json import parse, plain
 from common.units import parse_size
 from common.version import tool_version
 from cost_model.hardware import Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
 from gguf_export.pwri.memory_plan import KEPT_FREE, vram_option
-from powerinfer_bridge.estimate.activity import ActivitySource, bench_activity, stated_activity
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
-from powerinfer_bridge.estimate.file import EstimatedFile, Placement
+from powerinfer_bridge.estimate.file import PASS_BENCH, EstimatedFile, Placement
 from powerinfer_bridge.estimate.settings import EstimateConfig
-
-ESTIMATE_FILE = "estimate.json"
-KIND, SCHEMA_VERSION, LABEL = "psp.estimate", 1, "estimate"
+from results.bench import BENCH
+from results.estimate import (
+    ESTIMATE,
+    ActivityFacts,
+    CalibrationFacts,
+    DenseFacts,
+    Estimate,
+    HardwareFacts,
+    LayerActivity,
+    PlacementFacts,
+    Speedups,
+    VramBudget,
+)
 
 _STEPS = 8
 _GOOD_ENOUGH = 0.99
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """All that the estimates of one document share."""
+class ActivitySource:
+    """Where a model's activity comes from.
 
-    config: EstimateConfig
+    Attributes:
+        layers: activity by layer.
+        text: the source, for readers.
+        assumptions: what was taken for granted, a line each.
+    """
+
+    layers: tuple[Activity, ...]
+    text: str
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Case:
+    """All that the figures of one estimate share.
+
+    Attributes:
+        file: what is estimated.
+        hardware: for what.
+        activity: how many neurons are computed.
+        context: tokens that the cache has room for.
+        position: tokens in it.
+        asked: VRAM asked for, bytes; None for the whole card.
+    """
+
     file: EstimatedFile
     hardware: Hardware
     activity: ActivitySource
+    context: int
+    position: float
+    asked: int | None
 
     @property
-    def position(self) -> float:
-        """Tokens in the cache."""
-        given = self.config.position
-        return self.config.context / 2 if given is None else float(given)
+    def card(self) -> int:
+        """VRAM that models may take.
+
+        A dense engine's compute buffers are assumed to take as much as PowerInfer leaves free.
+        """
+        return max(0, self.hardware.gpu.memory - KEPT_FREE) if self.hardware.gpu else 0
+
+    @property
+    def budget(self) -> int:
+        """VRAM that the models get."""
+        return self.card if self.asked is None else self.asked
 
     def placement(self, budget: int) -> Placement | None:
         """Where everything lies; None without a GPU."""
-        return self.file.place(budget, self.config.context) if self.hardware.gpu else None
+        return self.file.place(budget, self.context) if self.hardware.gpu else None
 
     def sparse(self, placement: Placement | None, activities: Sequence[Activity]) -> Cost:
         """What a token costs in PowerInfer."""
         place: Place = placement.place if placement else on_cpu(self.file.hyper.n_layers)
         return sparse_token(self.file.bytes, place, self.hardware, activities, self.position)
 
+    def dense(self) -> tuple[int, Cost]:
+        """Layers of the dense model that go to the GPU, and what a token then costs."""
+        return best_dense(self.file.bytes, self.hardware, self.budget, self.context, self.position)
 
-def estimate(config: EstimateConfig) -> dict[str, Any]:
+
+def estimate(config: EstimateConfig) -> Estimate:
     """Estimate a file's speed.
 
     Returns:
-        The document that estimate.json holds; see docs/estimate.md. `tokens_per_second` has
-        `dense`, `all_neurons` and `predicted`.
+        What estimate.json holds; see docs/estimate.md.
 
     Raises:
         PspError: a damaged file or hardware, missing statistics, or an existing output.
     """
-    targets = [config.out / ESTIMATE_FILE] if config.out else []
+    targets = [config.out / ESTIMATE.name] if config.out else []
     for target in [*targets, *([config.save_hardware] if config.save_hardware else [])]:
         refuse_existing(target, force=config.force)
     file = EstimatedFile(config.file)
-    activity = _activity(config, file.hyper.n_layers)
-    hardware = load_hardware(config.hardware, config.threads)
-    calibration = None
+    activity = _activity(config, file)
+    hardware, calibration = load_hardware(config.hardware, config.threads), None
     if config.calibrate:
         hardware, calibration = calibrate_hardware(hardware, config.calibrate, file)
-    document = _document(_Setting(config, file, hardware, activity)) | {"calibration": calibration}
+    case = _Case(
+        file=file,
+        hardware=hardware,
+        activity=activity,
+        context=config.context,
+        position=config.context / 2 if config.position is None else float(config.position),
+        asked=_asked_budget(config.vram_budget, hardware),
+    )
+    found = _estimate(case, calibration)
     if config.save_hardware:
         save_hardware(config.save_hardware, hardware)
-    for target in targets:
-        write_json(target, document)
-    return document
+    if config.out:
+        ESTIMATE.write(config.out, found)
+    return found
 
 
-def _activity(config: EstimateConfig, n_layers: int) -> ActivitySource:
-    if config.bench is not None:
-        return bench_activity(config.bench, n_layers)
-    assert config.density is not None
-    return stated_activity(n_layers, config.density, config.precision, config.active)
+def _activity(config: EstimateConfig, file: EstimatedFile) -> ActivitySource:
+    if config.density is not None:
+        n_layers = file.hyper.n_layers
+        return stated_activity(n_layers, config.density, config.precision, config.active)
+    if isinstance(config.bench, Path):
+        source, bench = str(BENCH.path(config.bench)), BENCH.read(config.bench, PASS_BENCH)
+    else:
+        assert config.bench is not None
+        source, bench = BENCH.name, config.bench
+    return ActivitySource(file.measured_activity(bench, source), source)
 
 
-def _document(setting: _Setting) -> dict[str, Any]:
-    config, file, hardware = setting.config, setting.file, setting.hardware
-    # A dense engine's compute buffers are assumed to take as much as PowerInfer leaves free.
-    card = max(0, hardware.gpu.memory - KEPT_FREE) if hardware.gpu else 0
-    budget = card if config.vram_budget is None else _asked_budget(config.vram_budget, hardware)
-    placement = setting.placement(budget)
-    layers = setting.activity.layers
-    n_gpu_layers, dense = best_dense(file.bytes, hardware, budget, config.context, setting.position)
-    costs = {
-        "dense": dense,
-        "all_neurons": setting.sparse(placement, [each.all_neurons for each in layers]),
-        "predicted": setting.sparse(placement, layers),
-    }
-    table = _budgets(setting, card) if hardware.gpu else []
-    return {
-        "kind": KIND,
-        "schema_version": SCHEMA_VERSION,
-        "label": LABEL,
-        "tool_version": tool_version(),
-        "model": file.hyper.name,
-        "file": str(config.file),
-        "hardware": hardware.name,
-        "hardware_details": asdict(hardware)
-        | {"notes": list(hardware.notes), "byte_seconds": hardware.byte_seconds()},
-        "context": config.context,
-        "position": setting.position,
-        "activity": _activity_facts(setting.activity),
-        "assumptions": _assumptions(setting),
-        "tokens_per_second": {name: cost.tokens_per_second for name, cost in costs.items()},
-        "speedups": {
-            f"predicted_over_{name}": cost.seconds / costs["predicted"].seconds
-            for name, cost in costs.items()
-            if name != "predicted"
-        },
-        "seconds": {name: cost.parts | {"total": cost.seconds} for name, cost in costs.items()},
-        "device_seconds": {name: cost.devices for name, cost in costs.items()},
-        "device_bytes": {name: cost.read for name, cost in costs.items()},
-        "dense": {
-            "bytes": file.bytes.dense,
-            "kv_cache_bytes": file.kv_cache(config.context),
-            "fits_on_gpu": bool(hardware.gpu) and n_gpu_layers > file.hyper.n_layers,
-            "n_gpu_layers": n_gpu_layers if hardware.gpu else None,
-        },
-        "vram_budget_bytes": budget if hardware.gpu else None,
-        "placement": _placement_facts(placement),
-        "vram_budgets": table,
-        "best_vram_budget": next((row for row in table if row["best"]), None),
-    }
+def stated_activity(
+    n_layers: int, density: float, precision: float | None, active: float | None
+) -> ActivitySource:
+    """Return the same activity for every layer.
+
+    Args:
+        n_layers: layers.
+        density: share of neurons that the predictor lets through.
+        precision: share of those that are active; None assumes all.
+        active: share of all neurons that are active; None assumes that none is missed.
+
+    Raises:
+        EngineError: shares that contradict each other.
+    """
+    assumptions = []
+    if precision is None:
+        precision = 1.0
+        assumptions.append("every predicted neuron is active, so that down reads all of them")
+    both = density * precision
+    if active is None:
+        active = both
+        assumptions.append("no active neuron is missed, so that with all neurons down reads as few")
+    if active < both:
+        raise EngineError(
+            f"--active {active:g} is less than density · precision = {both:g}",
+            "raise it or lower --precision",
+        )
+    activity = Activity(predicted=density, both=both, active=active)
+    return ActivitySource((activity,) * n_layers, f"--density {density:g}", tuple(assumptions))
 
 
-def _asked_budget(text: str, hardware: Hardware) -> int:
+def _asked_budget(text: str | None, hardware: Hardware) -> int | None:
+    if text is None:
+        return None
     if not hardware.gpu:
         raise EngineError(f"--vram-budget: hardware {hardware.name} has no GPU", "leave it out")
     budget = parse_size(text)
@@ -152,22 +193,66 @@ def _asked_budget(text: str, hardware: Hardware) -> int:
     return budget
 
 
-def _activity_facts(source: ActivitySource) -> dict[str, Any]:
+def _estimate(case: _Case, calibration: CalibrationFacts | None) -> Estimate:
+    file, hardware, layers = case.file, case.hardware, case.activity.layers
+    placement = case.placement(case.budget)
+    n_gpu_layers, dense = case.dense()
+    everything = case.sparse(placement, [each.all_neurons for each in layers])
+    predicted = case.sparse(placement, layers)
+    costs = {"dense": dense, "all_neurons": everything, "predicted": predicted}
+    budgets = _budgets(case) if hardware.gpu else ()
+    return Estimate(
+        tool_version=tool_version(),
+        model=file.hyper.name,
+        file=str(file.path),
+        hardware=hardware.name,
+        hardware_details=_hardware_facts(hardware),
+        context=case.context,
+        position=case.position,
+        activity=_activity_facts(case.activity),
+        assumptions=tuple(_assumptions(case)),
+        tokens_per_second={name: cost.tokens_per_second for name, cost in costs.items()},
+        speedups=Speedups(
+            predicted_over_dense=dense.seconds / predicted.seconds,
+            predicted_over_all_neurons=everything.seconds / predicted.seconds,
+        ),
+        seconds={name: cost.parts | {"total": cost.seconds} for name, cost in costs.items()},
+        device_seconds={name: cost.devices for name, cost in costs.items()},
+        device_bytes={name: cost.read for name, cost in costs.items()},
+        dense=DenseFacts(
+            bytes=file.bytes.dense,
+            kv_cache_bytes=file.kv_cache(case.context),
+            fits_on_gpu=bool(hardware.gpu) and n_gpu_layers > file.hyper.n_layers,
+            n_gpu_layers=n_gpu_layers if hardware.gpu else None,
+        ),
+        vram_budget_bytes=case.budget if hardware.gpu else None,
+        placement=_placement_facts(placement) if placement else None,
+        vram_budgets=budgets,
+        best_vram_budget=next((each for each in budgets if each.best), None),
+        calibration=calibration,
+    )
+
+
+def _hardware_facts(hardware: Hardware) -> HardwareFacts:
+    return parse(HardwareFacts, plain(hardware) | {"byte_seconds": hardware.byte_seconds()})
+
+
+def _activity_facts(source: ActivitySource) -> ActivityFacts:
     mean = mean_activity(source.layers)
-    return {
-        "source": source.text,
-        "predicted": mean.predicted,
-        "predicted_and_active": mean.both,
-        "active": mean.active,
-        "layers": [asdict(each) for each in source.layers],
-    }
+    return ActivityFacts(
+        source=source.text,
+        predicted=mean.predicted,
+        predicted_and_active=mean.both,
+        active=mean.active,
+        layers=tuple(LayerActivity(**vars(each)) for each in source.layers),
+    )
 
 
-def _assumptions(setting: _Setting) -> list[str]:
-    lines = [*setting.activity.assumptions, *setting.hardware.notes]
-    if setting.hardware.threads is not None:
-        lines.append(f"the CPU's figures are for --threads {setting.hardware.threads}")
-    if setting.hardware.gpu:
+def _assumptions(case: _Case) -> list[str]:
+    lines = [*case.activity.assumptions, *case.hardware.notes]
+    if case.hardware.threads is not None:
+        lines.append(f"the CPU's figures are for --threads {case.hardware.threads}")
+    if case.hardware.gpu:
         lines.append("copies over the link are counted in PowerInfer's source, not measured")
         lines.append(
             "neurons in VRAM are predicted in the proportion of the statistics beside the file"
@@ -175,49 +260,45 @@ def _assumptions(setting: _Setting) -> list[str]:
     return lines
 
 
-def _placement_facts(placement: Placement | None) -> dict[str, Any] | None:
-    if placement is None:
-        return None
-    return {
-        "everything_but_ffn_fits": placement.plan.complete,
-        "kv_cache_in_vram": placement.plan.kv_halves == 2,
-        "neuron_share_on_gpu": placement.neuron_share,
-        "activation_share_on_gpu": placement.activation_share,
-    }
+def _placement_facts(placement: Placement) -> PlacementFacts:
+    return PlacementFacts(
+        everything_but_ffn_fits=placement.plan.complete,
+        kv_cache_in_vram=placement.plan.kv_halves == 2,
+        neuron_share_on_gpu=placement.neuron_share,
+        activation_share_on_gpu=placement.activation_share,
+    )
 
 
-def _budgets(setting: _Setting, card: int) -> list[dict[str, Any]]:
-    """Return a row for each of some budgets, the best one marked.
+def _budgets(case: _Case) -> tuple[VramBudget, ...]:
+    """Return the figures of some budgets, the best one marked.
 
     They go in equal steps from nothing to all that the file and the card have a use for, and count
     the point where everything but neurons fits, and the budget asked for. The best is the smallest
     within 1 % of the fastest.
     """
-    file, context = setting.file, setting.config.context
-    kv = file.kv_cache(context)
-    top = min(card, file.everything + kv)
+    file, kv = case.file, case.file.kv_cache(case.context)
+    top = min(case.card, file.everything + kv)
     points = {top * step // _STEPS for step in range(_STEPS + 1)}
     points |= {each for each in (file.but_neurons, file.but_neurons + kv) if each < top}
-    asked = setting.config.vram_budget
-    if asked is not None:
-        points.add(parse_size(asked))
-    rows = [_budget_row(setting, budget, card) for budget in sorted(points)]
-    fitting = [row for row in rows if row["fits_on_card"]]
-    fastest = max(row["tokens_per_second"] for row in fitting)
-    best = next(r for r in fitting if r["tokens_per_second"] >= _GOOD_ENOUGH * fastest)
-    best["best"] = True
-    return rows
+    if case.asked is not None:
+        points.add(case.asked)
+    found = [_budget(case, budget) for budget in sorted(points)]
+    fitting = [each for each in found if each.fits_on_card]
+    fastest = max(each.tokens_per_second for each in fitting)
+    best = next(each for each in fitting if each.tokens_per_second >= _GOOD_ENOUGH * fastest)
+    return tuple(replace(each, best=each is best) for each in found)
 
 
-def _budget_row(setting: _Setting, budget: int, card: int) -> dict[str, Any]:
+def _budget(case: _Case, budget: int) -> VramBudget:
     option, granted = vram_option(budget)
-    placement = setting.placement(granted)
-    cost = setting.sparse(placement, setting.activity.layers)
-    return {
-        "bytes": granted,
-        "powerinfer_option": f"--vram-budget {option}",
-        "fits_on_card": budget <= card,
-        "tokens_per_second": cost.tokens_per_second,
-        **(_placement_facts(placement) or {}),
-        "best": False,
-    }
+    placement = case.placement(granted)
+    assert placement is not None
+    cost = case.sparse(placement, case.activity.layers)
+    return VramBudget(
+        bytes=granted,
+        powerinfer_option=f"--vram-budget {option}",
+        fits_on_card=budget <= case.card,
+        tokens_per_second=cost.tokens_per_second,
+        **vars(_placement_facts(placement)),
+        best=False,
+    )

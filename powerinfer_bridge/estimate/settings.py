@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from common.errors import EngineError
 from common.settings import Force, Option, Threads, check_settings
+from results.bench import Bench
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class EstimateConfig:
     """What to estimate.
 
     Attributes:
-        bench: bench.json, its directory, or its document.
+        bench: bench.json, its directory, or what stands in it.
     """
 
     file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
@@ -51,7 +51,7 @@ class EstimateConfig:
         ),
     ] = None
     bench: Annotated[
-        Path | Mapping[str, Any] | None,
+        Path | Bench | None,
         Option(
             help="Instead of --density: a benchmark's results, layer by layer.",
             metavar="DIR|bench.json",

@@ -70,7 +70,7 @@ def _phase(match: re.Match[str] | None) -> Phase | None:
     return Phase(seconds=seconds, tokens=tokens) if 0 < seconds < math.inf and tokens else None
 
 
-def _timings(output: str, device: dict[str, Any], notes: tuple[str, ...]) -> Measured | None:
+def _timings(output: str, device: dict[str, object], notes: tuple[str, ...]) -> Measured | None:
     """Return the times of `llama_print_timings` and its successors; None if nothing was decoded."""
     phases, load = _phases(output), _LOAD.search(output)
     decode, seconds = _phase(phases.get("eval")), float(load[1]) / 1000 if load else math.nan
@@ -230,7 +230,7 @@ def parse_generation(output: str, count: int) -> Measured:
     Raises:
         EngineError: no decoding time, or a decoding of nothing.
     """
-    device = {"cuda": has_cuda(output)}
+    device: dict[str, object] = {"cuda": has_cuda(output)}
     measured = _timings(output, device, ())
     if measured is not None:
         return measured

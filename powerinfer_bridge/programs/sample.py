@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from powerinfer_bridge.programs.process import Finished
 
@@ -48,7 +48,7 @@ class Measured:
     prompt: Phase | None
     decode: Phase
     notes: tuple[str, ...] = ()
-    device: dict[str, Any] = field(default_factory=dict)
+    device: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

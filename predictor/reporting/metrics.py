@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from predictor.artifact import LayerPredictor
@@ -16,10 +14,6 @@ from predictor.traces.rows import LabelledRows
 
 DECISIONS_AT_ONCE = 2**22
 """Decisions of a batch, and of the sample that average precision is taken on."""
-
-_HOT_SHARES = np.linspace(0, 1, 101)
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,32 +151,3 @@ def average_precision(logits: torch.Tensor, active: torch.Tensor) -> float:
     # No comparison holds for NaN, so PowerInfer computes the neuron: it ranks highest.
     scores = torch.nan_to_num(logits, nan=torch.finfo(torch.float32).max).flatten()
     return float(average_precision_score(active.flatten().numpy(), scores.numpy()))
-
-
-def hot_neuron_curve(counts: torch.Tensor) -> tuple[Floats, Floats] | None:
-    """Return the share of activations that the hottest neurons capture.
-
-    Args:
-        counts: int64 of any shape, tokens on which each neuron was active.
-
-    Returns:
-        101 shares of neurons from 0 to 1 and the shares of activations; None if there are none.
-    """
-    hottest = counts.flatten().sort(descending=True).values.double().numpy()
-    if not hottest.sum():
-        return None
-    captured = np.concatenate([[0.0], np.cumsum(hottest) / hottest.sum()])
-    return _HOT_SHARES, np.interp(_HOT_SHARES, np.linspace(0, 1, len(captured)), captured)
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points that no other beats or equals in both numbers, by ascending first one."""
-    return list(_front(points))
-
-
-def _front(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    best = float("inf")
-    for first, second in sorted(points):
-        if second < best:
-            best = second
-            yield first, second

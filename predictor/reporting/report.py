@@ -1,47 +1,53 @@
-"""The report on a model's predictors: numbers as JSON and CSV, and plots.
+"""The report on a model's predictors: numbers as JSON and CSV, and figures.
 
 Layout of a directory::
 
-    report.json                       everything below
+    report.json                       everything below, see `results.predictors`
     layers.csv                        one row a layer: its metrics
     curves.csv                        one row a layer and threshold of the sweep
     search.csv                        one row a point that the search explored
     hot_neurons.csv                   one row a layer and share of hottest neurons
-    layers.png  curves.png            the same as plots, each as SVG too
+    layers.png  curves.png            the same as figures, each as SVG too
     search.png  hot_neurons.png
 """
 
 from __future__ import annotations
 
 import csv
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from common.decisions import mean_metrics
 from common.errors import PredictorError
-from common.files import atomic_directory, refuse_existing, write_json
+from common.files import atomic_directory, refuse_existing
+from common.hot_neurons import SHARES, hot_neuron_curve
+from common.typed_json import parse, plain
 from common.version import tool_version
 from predictor.artifact import PredictorArtifact
 from predictor.module import PredictorType
-from predictor.reporting.metrics import (
-    LayerMeasurement,
-    hot_neuron_curve,
-    measure_predictor,
-    sample_rows,
-)
+from predictor.reporting.metrics import LayerMeasurement, measure_predictor, sample_rows
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
+from results.predictors import (
+    PREDICTORS,
+    CurvePoint,
+    HotShare,
+    PredictorLayer,
+    PredictorMetrics,
+    PredictorReport,
+    SearchPoint,
+)
 
-SCHEMA_VERSION = 1
-_CURVE = ("threshold", "chosen", "density", "recall", "missed_importance", "ffn_output_error")
-_POINT = ("ffn_bytes_ratio", "ppl_gap", "price", "chosen", "ranks")
+Draw = Callable[[Path, PredictorReport], None]
+"""Writes the figures into a directory: `report.figures.predictors.draw_report`, which this room
+may not import."""
 
-Row = dict[str, Any]
+_FIRST = ("ffn_bytes_ratio", "ppl_gap", "price", "chosen")
+"""Columns of search.csv that are always there, and first."""
 
 
 def report_predictors(
@@ -49,17 +55,17 @@ def report_predictors(
     store: TraceStore,
     artifact: PredictorArtifact,
     *,
-    facts: Mapping[str, Any] | None = None,
+    draw: Draw,
     predictor_type: str = "f16",
     force: bool = False,
-) -> Row:
+) -> PredictorReport:
     """Measure the finished layers of an artifact on its held-out documents and write the report.
 
     Args:
         out: directory to make.
         store: the traces that the artifact was trained from.
         artifact: the predictors.
-        facts: more to say in `report.json`.
+        draw: writes the figures.
         predictor_type: element type that will be exported.
         force: replace an older report.
 
@@ -69,19 +75,21 @@ def report_predictors(
     Raises:
         PspError: traces of another collection, no finished layer in them, or existing output.
     """
-    refuse_existing(out, force=force, marker="report.json")
+    refuse_existing(out, force=force, marker=PREDICTORS.name)
     measured = measure_predictors(store, artifact, PredictorType(predictor_type))
     header = artifact.header
-    known = {
-        "model": header.model,
-        "recipe": header.recipe,
-        "threshold": header.threshold,
-        "held_out_tokens": int(store.holdout(header.holdout, header.seed).sum()),
-        "average_precision_tokens": sample_rows(header.d_ff),
-        "predictor_type": predictor_type,
-    }
-    known |= dict(facts or {})
-    return write_report(out, measured, points=artifact.search, facts=known, force=force)
+    report = make_report(
+        measured,
+        artifact.search,
+        model=header.model,
+        recipe=header.recipe,
+        threshold=header.threshold,
+        held_out_tokens=int(store.holdout(header.holdout, header.seed).sum()),
+        average_precision_tokens=sample_rows(header.d_ff),
+        predictor_type=predictor_type,
+    )
+    write_report(out, report, draw, force=force)
+    return report
 
 
 def measure_predictors(
@@ -123,107 +131,94 @@ def measure_predictors(
     ]
 
 
-def write_report(
-    out: Path,
+def make_report(
     layers: Sequence[LayerMeasurement],
+    search: Sequence[SearchPoint],
     *,
-    points: Sequence[Mapping[str, Any]] = (),
-    facts: Mapping[str, Any] | None = None,
-    force: bool = False,
-) -> Row:
-    """Write the report, whole or not at all.
+    model: str,
+    recipe: dict[str, object],
+    threshold: float,
+    held_out_tokens: int,
+    average_precision_tokens: int,
+    predictor_type: str,
+) -> PredictorReport:
+    """Return the document of measured layers, at least one; see `PredictorReport`."""
+    return PredictorReport(
+        tool_version=tool_version(),
+        model=model,
+        recipe=recipe,
+        threshold=threshold,
+        held_out_tokens=held_out_tokens,
+        average_precision_tokens=average_precision_tokens,
+        predictor_type=predictor_type,
+        mean=PredictorMetrics(**mean_metrics([layer.metrics for layer in layers])),
+        layers=tuple(_layer(layer) for layer in layers),
+        search=tuple(search),
+        curves=tuple(point for layer in layers for point in _curve(layer)),
+        hot_neurons=tuple(_hot_shares(layers)),
+    )
+
+
+def _layer(layer: LayerMeasurement) -> PredictorLayer:
+    return parse(PredictorLayer, {"layer": layer.layer, "rank": layer.rank, **layer.metrics})
+
+
+def _curve(layer: LayerMeasurement) -> Iterator[CurvePoint]:
+    """Yield a point a threshold, without the runs at both ends under which nothing changes."""
+    curve = layer.curve
+    changes = curve.predicted.diff().nonzero()[:, 0].tolist() or [layer.chosen]
+    first, last = min(changes[0], layer.chosen), max(changes[-1] + 1, layer.chosen)
+    density, recall = curve.density, curve.recall
+    missed, error = curve.missed_importance, curve.ffn_output_error
+    for position in range(first, min(last, len(curve.thresholds) - 1) + 1):
+        yield CurvePoint(
+            layer=layer.layer,
+            chosen=position == layer.chosen,
+            threshold=float(curve.thresholds[position]),
+            density=float(density[position]),
+            recall=float(recall[position]),
+            missed_importance=None if missed is None else float(missed[position]),
+            ffn_output_error=None if error is None else float(error[position]),
+        )
+
+
+def _hot_shares(layers: Sequence[LayerMeasurement]) -> Iterator[HotShare]:
+    """Yield a row a share, for every layer that has activations and for all together."""
+    counts: dict[int | Literal["all"], torch.Tensor] = {
+        layer.layer: layer.activation_counts for layer in layers
+    }
+    counts["all"] = torch.stack(list(counts.values()))
+    for name, values in counts.items():
+        captured = hot_neuron_curve(values)
+        for neurons, activations in zip(SHARES, captured or (), strict=captured is not None):
+            yield HotShare(layer=name, neuron_share=neurons, activation_share=activations)
+
+
+def write_report(out: Path, report: PredictorReport, draw: Draw, *, force: bool = False) -> None:
+    """Write a report, whole or not at all.
 
     Args:
         out: directory to make.
-        layers: at least one measured layer.
-        points: what the search explored: `ffn_bytes_ratio`, `ppl_gap` (None if not measured),
-            `chosen`, and whatever else it knows.
-        facts: what else `report.json` should say, first.
+        report: the document.
+        draw: writes the figures.
         force: replace an older report.
-
-    Returns:
-        The document of `report.json`.
 
     Raises:
         OutputError: `out` exists and may not be replaced, or cannot be written.
     """
-    from predictor.reporting.plots import draw
-
-    refuse_existing(out, force=force, marker="report.json")
-    search = [_finite(point) for point in points]
-    document = {
-        "schema_version": SCHEMA_VERSION,
-        "tool_version": tool_version(),
-        **_finite(facts or {}),
-        "mean": mean_metrics([layer.metrics for layer in layers]),
-        "layers": [_layer_row(layer) for layer in layers],
-        "search": search,
-        "curves": [row for layer in layers for row in _curve_rows(layer)],
-        "hot_neurons": _hot_rows(layers),
-    }
+    refuse_existing(out, force=force, marker=PREDICTORS.name)
+    document = plain(report)
     with atomic_directory(out) as part:
-        write_json(part / "report.json", document)
+        PREDICTORS.write(part, report)
         for name in ("layers", "curves", "search", "hot_neurons"):
-            _write_csv(part / f"{name}.csv", document[name], _POINT if name == "search" else ())
-        draw(part, layers, search)
-    return document
+            _write_csv(part / f"{name}.csv", document[name], _FIRST if name == "search" else ())
+        draw(part, report)
 
 
-def _layer_row(layer: LayerMeasurement) -> Row:
-    return {"layer": layer.layer, "rank": layer.rank, **layer.metrics}
-
-
-def _curve_rows(layer: LayerMeasurement) -> list[Row]:
-    """Return one row a threshold, without the runs at both ends under which nothing changes."""
-    curve = layer.curve
-    names = [name for name in _CURVE if name != "chosen"]
-    columns = {
-        "threshold": curve.thresholds,
-        "density": curve.density,
-        "recall": curve.recall,
-        "missed_importance": curve.missed_importance,
-        "ffn_output_error": curve.ffn_output_error,
-    }
-    changes = curve.predicted.diff().nonzero()[:, 0].tolist() or [layer.chosen]
-    first, last = min(changes[0], layer.chosen), max(changes[-1] + 1, layer.chosen)
-    kept = [(name, values.tolist()) for name in names if (values := columns[name]) is not None]
-    return [
-        {"layer": layer.layer, "chosen": position == layer.chosen}
-        | {name: values[position] for name, values in kept}
-        for position in range(first, min(last, len(curve.thresholds) - 1) + 1)
-    ]
-
-
-def _hot_rows(layers: Sequence[LayerMeasurement]) -> list[Row]:
-    """Return a row a share, for every layer that has activations and for all together."""
-    counts: dict[int | str, torch.Tensor] = {
-        layer.layer: layer.activation_counts for layer in layers
-    }
-    counts["all"] = torch.stack(list(counts.values()))
-    return [
-        {"layer": name, "neuron_share": neurons, "activation_share": activations}
-        for name, values in counts.items()
-        if (curve := hot_neuron_curve(values)) is not None
-        for neurons, activations in zip(curve[0].tolist(), curve[1].tolist(), strict=True)
-    ]
-
-
-def _finite(facts: Mapping[str, Any]) -> Row:
-    """Copy with None for numbers that JSON does not have."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in facts.items()
-    }
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], first: Sequence[str]) -> None:
-    """Write rows under the union of their keys, `first` first; lists are joined by spaces."""
+def _write_csv(path: Path, rows: Sequence[Mapping[str, object]], first: Sequence[str]) -> None:
+    """Write rows under the union of their keys, `first` first."""
     fields = list(dict.fromkeys([*first, *(key for row in rows for key in row)]))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        writer.writerows(rows)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 
+from common.typed_json import parse, plain
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, PredictorType
 from predictor.thresholds.curves import (
@@ -19,6 +21,7 @@ from predictor.thresholds.curves import (
 from predictor.thresholds.predicted_model import PredictedModel, Quality
 from predictor.thresholds.search import Bound, Priced, price_for_bytes, price_for_gap
 from predictor.traces.rows import LabelledRows
+from results.predictors import SearchPoint
 
 _CURVE_ROWS = 65536
 """Training rows that thresholds are chosen on, at most."""
@@ -116,9 +119,15 @@ def choose_thresholds(
         metrics = counts.metrics(rank=rank, predictor_width=stored.width, **sizes)
         error = layers[n].holdout.choose(point.steps).error
         artifact.layers[n] = {**metrics, "ffn_output_error": error}
-    artifact.search = [point.as_dict() for point in points]
+    artifact.search = [_finite(point) for point in points]
     thresholds = {n: point.thresholds for n, point in chosen.points.items()}
     artifact.set_thresholds(thresholds, chosen.sign)
+
+
+def _finite(point: SearchPoint) -> SearchPoint:
+    """Return a point without numbers that JSON does not have."""
+    lost = {k: None for k, v in vars(point).items() if isinstance(v, float) and not isfinite(v)}
+    return parse(SearchPoint, plain(point) | lost)
 
 
 def folded(

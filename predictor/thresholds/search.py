@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from common.errors import PredictorError
 from predictor.thresholds.curves import Curves, OperatingPoint
 from predictor.thresholds.predicted_model import Quality
+from results.predictors import SearchPoint
 
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40
@@ -52,35 +53,6 @@ class Bound:
             return within_bytes(self.ffn_bytes)
         assert self.max_ppl_gap is not None
         return within_gap(self.max_ppl_gap * share)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """An operating point that was tried.
-
-    Attributes:
-        price: of a computed neuron.
-        ffn_bytes_ratio: mean over layers, by the rows that thresholds were chosen on.
-        ppl_dense: the model's own perplexity, None where not measured; the next three likewise.
-        ppl_sparse: with predictors in place.
-        ppl_gap: measured growth of perplexity.
-        kl_divergence: see `Quality`.
-        standard_error: likewise.
-        chosen: whether the predictors have it.
-    """
-
-    price: float
-    ffn_bytes_ratio: float
-    ppl_dense: float | None = None
-    ppl_sparse: float | None = None
-    ppl_gap: float | None = None
-    kl_divergence: float | None = None
-    standard_error: float | None = None
-    chosen: bool = False
-
-    def as_dict(self) -> dict[str, float | bool | None]:
-        """Return it ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +140,7 @@ def least_error(
 
 def price_for_bytes(
     curves: Mapping[int, Curves], costs: Mapping[int, float], bound: float
-) -> tuple[Priced, list[Point]]:
+) -> tuple[Priced, list[SearchPoint]]:
     """Return the operating point that misses least at a mean FFN bytes ratio within the bound.
 
     Raises:
@@ -182,7 +154,7 @@ def price_for_bytes(
             "lower --rank or allow more",
         )
     ratio = priced.ffn_bytes_ratio
-    return priced, [Point(price=priced.price, ffn_bytes_ratio=ratio, chosen=True)]
+    return priced, [SearchPoint(price=priced.price, ffn_bytes_ratio=ratio, chosen=True)]
 
 
 def price_for_gap(
@@ -190,7 +162,7 @@ def price_for_gap(
     costs: Mapping[int, float],
     bound: float,
     measure: Callable[[Priced], Quality],
-) -> tuple[Priced, list[Point]]:
+) -> tuple[Priced, list[SearchPoint]]:
     """Return the operating point of fewest bytes that was found within a growth of perplexity.
 
     The expected growth, the divergence, must be within it, and the measured one must not contradict
@@ -210,7 +182,7 @@ def price_for_gap(
     allowed = math.log1p(bound)
     aim = (0.5 + 0.5 * _CLOSE) * allowed
     error = allowed / _TYPICAL
-    tried: dict[tuple[float, int], Point] = {}
+    tried: dict[tuple[float, int], SearchPoint] = {}
     seen: list[tuple[float, float]] = []
     best: Priced | None = None
     for _ in range(_MEASUREMENTS):
@@ -218,7 +190,7 @@ def price_for_gap(
         if (priced.price, priced.sign) in tried:
             break
         quality = measure(priced)
-        tried[priced.price, priced.sign] = Point(
+        tried[priced.price, priced.sign] = SearchPoint(
             price=priced.price,
             ffn_bytes_ratio=priced.ffn_bytes_ratio,
             ppl_dense=quality.ppl_dense,

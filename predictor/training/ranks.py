@@ -31,7 +31,7 @@ def choose_ranks(trainer: LayerTrainer, layers: Sequence[int], weight: float) ->
         trainer: traces, settings, rows, a bound.
         layers: layers to choose for, at one price for all.
         weight: what a predictor's byte costs relative to one of a neuron; see
-            `cost_model.devices.Hardware.predictor_weight`.
+            `cost_model.hardware.Hardware.predictor_weight`.
 
     Returns:
         Layer number to rank.

@@ -1,0 +1,300 @@
+"""What a benchmark measures with what: all of it opened and checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from gguf import GGUFValueType
+from tqdm import tqdm
+
+from common.errors import CheckpointError, EngineError, FormatError
+from common.machine import Gpu, cpu_name, read_gpus, read_memory, usable_threads
+from common.version import tool_version
+from cost_model.hardware import THIS, load_hardware
+from gguf_export.pwri.gpu_index import index_path
+from gguf_export.pwri.reader import GGUFFile
+from gguf_export.pwri.schema import FINGERPRINT_KEY
+from powerinfer_bridge.benchmark.inputs import (
+    describe_files,
+    describe_text,
+    held_out_text,
+    read_prompts,
+    room_for,
+    text_source,
+)
+from powerinfer_bridge.benchmark.placement import NeuronFacts, read_neuron_facts, vram_budget
+from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
+from powerinfer_bridge.programs.powerinfer import PowerInfer
+from powerinfer_bridge.programs.sample import ProgramFacts
+from results.bench import Input, Versions
+from results.measures import GpuFacts, MachineFacts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What runs the benchmark.
+
+    Attributes:
+        facts: what results say of it.
+        gpus: NVIDIA GPUs whose memory their driver tells.
+        load: mean number of running processes over the last minute, before the benchmark.
+    """
+
+    facts: MachineFacts
+    gpus: tuple[Gpu, ...] = ()
+    load: float = 0.0
+
+
+def this_machine() -> Machine:
+    """Look at the machine."""
+    gpus = tuple(card for card in read_gpus().cards if card.memory)
+    facts = MachineFacts(
+        cpu=cpu_name(),
+        cpus=usable_threads(),
+        memory_bytes=read_memory().total,
+        gpus=tuple(GpuFacts(name=card.name, memory_bytes=card.memory) for card in gpus),
+    )
+    return Machine(facts=facts, gpus=gpus, load=os.getloadavg()[0])
+
+
+@dataclass
+class Heartbeat:
+    """Keeps a progress bar's clock going while a program runs.
+
+    Attributes:
+        bar: the bar of what is measured now.
+    """
+
+    bar: tqdm | None = None
+
+    def __call__(self, seconds: float) -> None:
+        """Be told that a program is running."""
+        if self.bar is not None:
+            self.bar.refresh()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFile:
+    """A dense model's file.
+
+    Attributes:
+        path: the file.
+        element_type: type that most of its bytes have.
+        architecture: `general.architecture`.
+    """
+
+    path: Path
+    element_type: str
+    architecture: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Programs of others that run files, and the dense files for them.
+
+    Attributes:
+        powerinfer: PowerInfer's, or None.
+        powerinfer_facts: what they are.
+        llama_cpp: llama.cpp's, or None.
+        llama_cpp_facts: what they are.
+        powerinfer_dense: the dense file for PowerInfer, or None.
+        llama_cpp_dense: the dense file for llama.cpp, or None.
+        heartbeat: told while one runs.
+    """
+
+    powerinfer: PowerInfer | None = None
+    powerinfer_facts: ProgramFacts | None = None
+    llama_cpp: LlamaCpp | LlamaCppPython | None = None
+    llama_cpp_facts: ProgramFacts | None = None
+    powerinfer_dense: DenseFile | None = None
+    llama_cpp_dense: DenseFile | None = None
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
+
+    @property
+    def cuda(self) -> bool | None:
+        """Whether PowerInfer was built with CUDA; None if it does not tell, or does not run."""
+        return None if self.powerinfer_facts is None else self.powerinfer_facts.cuda
+
+    @property
+    def llama_cpp_cuda(self) -> bool | None:
+        """The same of llama.cpp."""
+        return None if self.llama_cpp_facts is None else self.llama_cpp_facts.cuda
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that a benchmark needs.
+
+    Attributes:
+        config: settings.
+        machine: what all of it runs on.
+        file: the sparse file.
+        engine: the embedded engine with it.
+        programs: what else runs it, and dense files beside it.
+        neurons: statistics and GPU index beside it.
+        text: held-out text.
+        prompts: what is continued.
+        room: tokens that the longest prompt and its continuation take; PowerInfer's context.
+        inputs: all that was read.
+    """
+
+    config: BenchConfig
+    machine: Machine
+    file: GGUFFile
+    engine: Engine
+    programs: Programs
+    neurons: NeuronFacts
+    text: str
+    prompts: tuple[str, ...]
+    room: int
+    inputs: tuple[Input, ...]
+
+    @property
+    def context(self) -> int:
+        """Tokens of a perplexity window: as asked for, at most the model's context."""
+        return min(self.config.context, self.engine.hyper.context_length)
+
+    @property
+    def vram_budget(self) -> int | None:
+        """VRAM that PowerInfer takes, None where it uses no GPU."""
+        return vram_budget(self.config, self.programs.powerinfer_facts, self.machine.gpus)
+
+    @property
+    def versions(self) -> Versions:
+        """Versions of what measures."""
+        real, llama_cpp = self.programs.powerinfer_facts, self.programs.llama_cpp_facts
+        return Versions(
+            psp=tool_version(),
+            python=platform.python_version(),
+            torch=version("torch"),
+            powerinfer=None if real is None else real.version,
+            llama_cpp=None if llama_cpp is None else llama_cpp.version,
+        )
+
+
+def open_setup(config: BenchConfig) -> Setup:
+    """Open files and programs, and make sure that the programs start.
+
+    Raises:
+        PspError: an unreadable file or text or one of the wrong kind, a program that is missing,
+            does not start or is another's, one thread for a GPU, or unknown hardware.
+    """
+    machine = this_machine()  # first, because all that follows is load too
+    if config.hardware is not None and config.hardware != THIS:
+        load_hardware(config.hardware)
+    engine, file = Engine(config.file), GGUFFile(config.file)
+    programs = open_programs(config)
+    _check_model(config, file)
+    text, prompts, hyper = held_out_text(config), read_prompts(config), engine.hyper
+    room = room_for(prompts, engine.vocabulary, config.generate, hyper.context_length)
+    return Setup(
+        config=config,
+        machine=machine,
+        file=file,
+        engine=engine,
+        programs=programs,
+        neurons=read_neuron_facts(file, hyper),
+        text=text,
+        prompts=tuple(prompts),
+        room=room,
+        inputs=(
+            *describe_files(_files(config, programs)),
+            describe_text("text", text_source(config), text),
+            # A prompt of the command line has no path of its own.
+            describe_text("prompts", str(config.prompts or "--prompt"), "\n".join(prompts)),
+        ),
+    )
+
+
+def _files(config: BenchConfig, programs: Programs) -> dict[str, Path | None]:
+    """Return the files that are read by their role."""
+    index = index_path(config.file)
+    dense, llama_cpp = programs.powerinfer_dense, programs.llama_cpp_dense
+    return {
+        "model": config.file,
+        "dense_model": None if dense is None else dense.path,
+        "llama_cpp_model": None if llama_cpp is None else llama_cpp.path,
+        "gpu_index": index if index.is_file() else None,
+    }
+
+
+def open_programs(config: BenchConfig) -> Programs:
+    """Find the programs, start each once, and open the dense files for them.
+
+    Raises:
+        PspError: see `open_setup`.
+    """
+    real, heartbeat = None, Heartbeat()
+    if config.powerinfer_bin is not None:
+        timeout = config.timeout
+        real = PowerInfer(config.powerinfer_bin, timeout=timeout, heartbeat=heartbeat)
+    llama_cpp = _llama_cpp(config, heartbeat)
+    facts = None if real is None else real.check(config.file)
+    if facts is not None and facts.cuda and config.threads < 2:
+        raise EngineError(
+            "--threads 1: PowerInfer with CUDA needs one thread for the GPU beside those of the "
+            "CPU and stops with an assertion",
+            "pass at least 2",
+        )
+    return Programs(
+        powerinfer=real,
+        powerinfer_facts=facts,
+        llama_cpp=llama_cpp,
+        llama_cpp_facts=None if llama_cpp is None else llama_cpp.check(),
+        powerinfer_dense=None if real is None else _open_dense(config.dense_gguf),
+        llama_cpp_dense=None if llama_cpp is None else _open_dense(config.llama_cpp_file),
+        heartbeat=heartbeat,
+    )
+
+
+def _llama_cpp(config: BenchConfig, heartbeat: Heartbeat) -> LlamaCpp | LlamaCppPython | None:
+    if config.llama_cpp_bin is None:
+        return None
+    if config.llama_cpp_bin == PYTHON:
+        return LlamaCppPython()
+    directory, timeout = Path(config.llama_cpp_bin), config.timeout
+    return LlamaCpp(directory, timeout=timeout, heartbeat=heartbeat)
+
+
+def _open_dense(path: Path | None) -> DenseFile | None:
+    if path is None:
+        return None
+    file = GGUFFile(path)
+    if file.sparse:
+        raise FormatError(
+            f"{path}: is a sparse file (magic PWRI)",
+            "pass a dense one, such as 'psp export-gguf --dense' writes",
+        )
+    name: str = file.value("general.architecture", GGUFValueType.STRING)
+    return DenseFile(path=path, element_type=element_type(file), architecture=name)
+
+
+def element_type(file: GGUFFile) -> str:
+    """Return the type that most of a file's bytes have, predictors aside."""
+    sizes: dict[str, int] = {}
+    for name, info in file.tensors.items():
+        if not name.endswith((".fc1.weight", ".fc2.weight")):
+            sizes[info.kind.name] = sizes.get(info.kind.name, 0) + info.size
+    return max(sizes, key=lambda kind: sizes[kind], default="none")
+
+
+def _check_model(config: BenchConfig, file: GGUFFile) -> None:
+    """Demand that `--model` is what the file was made from, as far as the file tells."""
+    if config.model is None:
+        return
+    from architectures.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(config.model)
+    if FINGERPRINT_KEY not in file.values:
+        return
+    if file.value(FINGERPRINT_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
+        raise CheckpointError(
+            f"{config.model}: is not the model that {config.file} was made from",
+            "pass that as --model",
+        )

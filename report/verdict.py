@@ -1,0 +1,157 @@
+"""The answer in a sentence: is it faster, than what, by how much, at what quality; and of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from report.formats import per_cent, ratio, tokens_per_second
+from report.runs import Run
+from results.bench import Arm, Bench
+from results.measures import Ratio
+
+ARM_TITLES = {
+    "predicted": "predicted neurons",
+    "all_neurons": "all neurons, same engine",
+    "dense_powerinfer": "dense, in PowerInfer",
+    "dense_llama_cpp": "dense, in llama.cpp",
+}
+_AGAINST = {
+    "all_neurons": "computing all neurons in the same engine",
+    "dense_powerinfer": "the dense model in PowerInfer",
+    "dense_llama_cpp": "the dense model in llama.cpp",
+}
+
+_ALIKE = {
+    "model": "are of different models: their speeds and perplexities do not compare",
+    "hardware": "were made on different machines: their speeds do not compare",
+    "engine": "ran in different engines: their speeds do not compare",
+    "context": "took other perplexity windows: their perplexities do not compare",
+    "text": "took other texts: their perplexities and sparsities do not compare",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a benchmark shows.
+
+    Attributes:
+        outcome: `faster`, `slower` or `even`.
+        ratio: times as fast, as text.
+        against: what it is compared with.
+        sentence: all of it.
+    """
+
+    outcome: str
+    ratio: str
+    against: str
+    sentence: str
+
+
+def arms_in_order(bench: Bench) -> list[Arm]:
+    """Return the arms in the order of `ARM_TITLES`."""
+    return sorted(bench.arms, key=lambda arm: list(ARM_TITLES).index(arm.name))
+
+
+def baseline(bench: Bench) -> Arm | None:
+    """Return the fastest dense arm, or else that with all neurons."""
+    return bench.fastest_dense() or bench.arm("all_neurons")
+
+
+def verdict(bench: Bench) -> Verdict | None:
+    """Judge a benchmark; None if it compares nothing."""
+    over, predicted = baseline(bench), bench.arm("predicted")
+    faster = None if over is None else bench.over(over.name)
+    if over is None or predicted is None or faster is None:
+        return None
+    outcome = _outcome(faster, predicted.decode.rounds)
+    words = [
+        f"{_where(bench)} {tokens_per_second(predicted.decode.tokens_per_second)} tokens/s, "
+        f"{_compared(faster, outcome, predicted.decode.rounds)}"
+    ]
+    if over.dense and (second := bench.over("all_neurons")) is not None:
+        words.append(f", and {ratio(second.ratio)} times as fast as {_AGAINST['all_neurons']}")
+    words.append(f"; {_quality(bench)}.")
+    if not over.dense:
+        words.append(" No dense baseline was measured.")
+    if bench.warnings:
+        words.append(" Mind the warnings.")
+    return Verdict(
+        outcome=outcome,
+        ratio=ratio(faster.ratio),
+        against=_AGAINST[over.name],
+        sentence="".join(words),
+    )
+
+
+def _outcome(faster: Ratio, rounds: int) -> str:
+    """Call a difference one only if the middle half of the rounds agrees on it."""
+    low, high = faster.quartiles if rounds > 1 else (faster.ratio, faster.ratio)
+    return "faster" if low > 1 else "slower" if high < 1 else "even"
+
+
+def _where(bench: Bench) -> str:
+    if bench.engine == "PowerInfer":
+        return "With predictors, PowerInfer decodes"
+    return "With predictors, the embedded engine (whose speed is not PowerInfer's) decodes"
+
+
+def _compared(faster: Ratio, outcome: str, rounds: int) -> str:
+    against = _AGAINST[faster.over]
+    low, high = (ratio(end) for end in faster.quartiles)
+    # The ratio is that of the medians; rounds have ratios of their own.
+    spread = f"round by round {low} to {high} in the middle half of {rounds}"
+    if rounds == 1:
+        spread = "one round, spread unknown"
+    if outcome == "even":
+        return f"neither faster nor slower than {against} ({ratio(faster.ratio)} times; {spread})"
+    slower = "slower: " if outcome == "slower" else ""
+    return f"{slower}{ratio(faster.ratio)} times as fast as {against} ({spread})"
+
+
+def _quality(bench: Bench) -> str:
+    """Say what the predictors cost in perplexity."""
+    shown = per_cent(abs(bench.ppl_gap))
+    if shown == "0.00":
+        return "its perplexity is that of all neurons"
+    side = "above" if bench.ppl_gap > 0 else "below"
+    figures = f"{bench.ppl_sparse:.4f} against {bench.ppl_dense:.4f}"
+    return f"its perplexity is {shown}\xa0% {side} that of all neurons ({figures})"
+
+
+def comparison(runs: Sequence[Run]) -> str | None:
+    """Say which of several runs decodes fastest with predictors; None if they do not compare."""
+    measured = [run.bench for run in runs if run.bench is not None]
+    if any(_unlike(measured, key) for key in ("model", "hardware", "engine")):
+        return None
+    speeds = [
+        (arm.decode.tokens_per_second, run.name)
+        for run in runs
+        if run.bench is not None and (arm := run.bench.arm("predicted")) is not None
+    ]
+    if len(speeds) < 2:
+        return None
+    (first, best), (second, next_best) = sorted(speeds, key=lambda each: -each[0])[:2]
+    return (
+        f"Fastest of {len(speeds)} with predictors: {best}, {tokens_per_second(first)} tokens/s, "
+        f"{ratio(first / second)} times as fast as {next_best}, the next."
+    )
+
+
+def warnings(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return every run's warnings, and those about comparing the runs: whose, and the line."""
+    measured = [run.bench for run in runs if run.bench is not None]
+    own = [(run.name, line) for run in runs if run.bench for line in _of_run(run.bench)]
+    differing = [line for key, line in _ALIKE.items() if _unlike(measured, key)]
+    return [("all runs", f"The runs {line}.") for line in differing] + own
+
+
+def _of_run(bench: Bench) -> list[str]:
+    """Return a benchmark's warnings, and what its programs said that a reader must know."""
+    notes = ((arm.name, note) for arm in arms_in_order(bench) for note in arm.notes)
+    own = [warned.text for warned in bench.warnings]
+    return [*own, *(f"{ARM_TITLES[name]}: {note}" for name, note in notes)]
+
+
+def _unlike(measured: Sequence[Bench], key: str) -> bool:
+    return any(getattr(bench, key) != getattr(measured[0], key) for bench in measured[1:])

@@ -1,0 +1,1 @@
+"""Documents of results: each is written and read by the same dataclasses."""
