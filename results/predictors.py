@@ -81,6 +81,17 @@ class HotShare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EpochPoint:
+    """How the training of a layer went, see `predictor.artifact.Epoch`; the first epoch is 1."""
+
+    layer: Count
+    epoch: Annotated[int, Range(1)]
+    loss: Amount
+    held_out_loss: Amount
+    held_out_error: Share
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictorReport:
     """A report on predictors.
 
@@ -95,6 +106,7 @@ class PredictorReport:
         search: what was explored; may be empty.
         curves: each layer under other thresholds, by ascending threshold.
         hot_neurons: each layer that is ever active, and all together.
+        epochs: of every layer, in order; none of predictors of an older psp.
     """
 
     schema_version: Literal[1] = 1
@@ -110,6 +122,7 @@ class PredictorReport:
     search: tuple[SearchPoint, ...]
     curves: tuple[CurvePoint, ...]
     hot_neurons: tuple[HotShare, ...]
+    epochs: tuple[EpochPoint, ...] = ()
 
     def hot(self, layer: int | Literal["all"] = "all") -> HotNeurons | None:
         """Return a layer's curve, or that of all together; None if no neuron was ever active."""

@@ -20,7 +20,7 @@ from PIL import Image
 
 from common.errors import OutputError, PredictorError
 from common.typed_json import plain
-from predictor.artifact import PredictorArtifact
+from predictor.artifact import Epoch, PredictorArtifact
 from predictor.reporting.metrics import LayerMeasurement
 from predictor.reporting.report import make_report, report_predictors, write_report
 from predictor.reporting.sweep import Sweep, sweep_thresholds
@@ -288,6 +288,7 @@ def test_exact_predictors_miss_next_to_nothing(
     artifact: PredictorArtifact, traces: TraceStore, tmp_path: Path
 ) -> None:
     artifact.search = list(POINTS)
+    artifact.epochs[1] = (Epoch(loss=0.5, held_out_loss=0.6, held_out_error=0.1),)
     report = report_predictors(tmp_path / "out", traces, artifact, draw=nothing)
     assert plain(report) == json.loads((tmp_path / "out" / "report.json").read_text())
     assert [layer.layer for layer in report.layers] == [0, 1]
@@ -302,6 +303,9 @@ def test_exact_predictors_miss_next_to_nothing(
     assert mean.ffn_bytes_ratio == pytest.approx(predictor + 1 - mean.predicted_sparsity)
     assert report.held_out_tokens == int(traces.holdout(0.1, 0).sum())
     assert report.search == POINTS
+    assert [vars(epoch) for epoch in report.epochs] == [
+        {"layer": 1, "epoch": 1, "loss": 0.5, "held_out_loss": 0.6, "held_out_error": 0.1}
+    ]
 
 
 def test_other_traces_and_unfinished_predictors_are_refused(

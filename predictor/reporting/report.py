@@ -35,6 +35,7 @@ from predictor.traces.store import TraceStore
 from results.predictors import (
     PREDICTORS,
     CurvePoint,
+    EpochPoint,
     HotShare,
     PredictorLayer,
     PredictorMetrics,
@@ -87,6 +88,7 @@ def report_predictors(
         held_out_tokens=int(store.holdout(header.holdout, header.seed).sum()),
         average_precision_tokens=sample_rows(header.d_ff),
         predictor_type=predictor_type,
+        epochs=tuple(_epochs(artifact)),
     )
     write_report(out, report, draw, force=force)
     return report
@@ -141,6 +143,7 @@ def make_report(
     held_out_tokens: int,
     average_precision_tokens: int,
     predictor_type: str,
+    epochs: Sequence[EpochPoint] = (),
 ) -> PredictorReport:
     """Return the document of measured layers, at least one; see `PredictorReport`."""
     return PredictorReport(
@@ -156,7 +159,14 @@ def make_report(
         search=tuple(search),
         curves=tuple(point for layer in layers for point in _curve(layer)),
         hot_neurons=tuple(_hot_shares(layers)),
+        epochs=tuple(epochs),
     )
+
+
+def _epochs(artifact: PredictorArtifact) -> Iterator[EpochPoint]:
+    for layer, epochs in sorted(artifact.epochs.items()):
+        for number, epoch in enumerate(epochs, 1):
+            yield EpochPoint(layer=layer, epoch=number, **vars(epoch))
 
 
 def _layer(layer: LayerMeasurement) -> PredictorLayer:
