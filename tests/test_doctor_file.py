@@ -22,7 +22,12 @@ from gguf_export.settings import SplitConfig
 from gguf_export.split_file import split
 from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_findings
 from powerinfer_bridge.doctor.finding import Finding, Status
-from powerinfer_bridge.doctor.model_files import check_file, checkpoint_findings, read_checkpoint
+from powerinfer_bridge.doctor.model_files import (
+    check_file,
+    checkpoint_findings,
+    export_bytes,
+    open_checkpoint,
+)
 
 FILE = Path("m.powerinfer.gguf")
 INDEX = IndexFacts(
@@ -267,19 +272,19 @@ def test_the_predictor_directory(
 
 
 def test_a_checkpoint_and_the_file_made_from_it(model_dir: Path, exact_bundle: Bundle) -> None:
-    facts = read_checkpoint(model_dir, exact_bundle.model_file)
-    first, second = checkpoint_findings(facts)
+    checkpoint = open_checkpoint(model_dir)
+    first, second = checkpoint_findings(checkpoint, exact_bundle.model_file)
     assert "relu, 2 layers, d_model 64, d_ff 1012" in first.found
     assert second.status is Status.OK
     numbers = 0
     with safe_open(model_dir / "model.safetensors", "pt") as tensors:
         numbers = sum(tensors.get_tensor(name).numel() for name in tensors.keys())  # noqa: SIM118
-    assert facts.export_bytes == 2 * (numbers + 2 * 2 * 32 * (64 + 1012))
+    assert export_bytes(checkpoint) == 2 * (numbers + 2 * 2 * 32 * (64 + 1012))
 
 
 def test_a_file_of_another_model(
     make_model: Callable[..., Path], exact_bundle: Bundle, tmp_path: Path
 ) -> None:
     other = make_model(tmp_path / "other", seed=5)
-    findings = checkpoint_findings(read_checkpoint(other, exact_bundle.model_file))
+    findings = checkpoint_findings(open_checkpoint(other), exact_bundle.model_file)
     assert told(findings, "file's model")[0] == "warning"

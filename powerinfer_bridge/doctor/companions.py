@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,8 +18,9 @@ from common.units import GIB, size
 from gguf_export.contract import OpenedFile
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons, split_bytes
-from gguf_export.pwri.memory_plan import KEPT_FREE, MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.memory_plan import KEPT_FREE, MemorySettings, plan_memory
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
+from gguf_export.settings import SUFFIX
 from powerinfer_bridge.doctor.finding import (
     Finding,
     from_error,
@@ -30,7 +31,6 @@ from powerinfer_bridge.doctor.finding import (
     warning,
 )
 
-_SUFFIX = ".powerinfer.gguf"
 _HOT = 0.1
 _EXPORT = "export with predictors from psp train-predictor, which come with statistics"
 _AGAIN = "export again"
@@ -44,75 +44,48 @@ _SORTED_AS_TEXT = 10
 
 def check_companions(opened: OpenedFile, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Judge what lies beside a sound file, each on the ground of the others."""
-    path, hyper = opened.path, opened.hyper
-    facts = read_statistics_facts(path, hyper.n_layers, hyper.d_ff)
-    yield from statistics_findings(facts, has_gpu=bool(gpus))
-    yield from guarded("GPU index", lambda: check_index(opened, facts.counts, gpus))
-    yield from guarded(
-        "predictors",
-        lambda: directory_findings(read_directory(path), hyper.n_layers, hyper.threshold),
-    )
+    counts = yield from check_statistics(opened, has_gpu=bool(gpus))
+    yield from guarded("GPU index", lambda: check_index(opened, counts, gpus))
+    yield from guarded("predictors", lambda: check_directory(opened))
 
 
-@dataclass(frozen=True, kw_only=True)
-class StatisticsFacts:
-    """What lies in `activation/`.
+def check_statistics(
+    opened: OpenedFile, *, has_gpu: bool
+) -> Generator[Finding, None, list[torch.Tensor] | None]:
+    """Judge the statistics: complete, this model's, and of use.
 
-    Attributes:
-        n_layers: of the model.
-        files: statistics files there, whatever their number.
-        foreign: other model files in the same directory, whose statistics these may be.
-        counts: per layer, (d_ff,) int64; None if there are none that can be read.
-        error: why they cannot be read; None without an error.
+    Returns:
+        Per layer, (d_ff,) int64; None if there are none that can be read.
     """
-
-    n_layers: int
-    files: int
-    foreign: tuple[str, ...] = ()
-    counts: Sequence[torch.Tensor] | None = None
-    error: PspError | None = None
-
-
-def read_statistics_facts(file: Path, n_layers: int, d_ff: int) -> StatisticsFacts:
-    """Read the statistics beside a model file."""
-    files = len(list((file.parent / ACTIVATION_DIRECTORY).glob("activation_*.pt")))
-    others = sorted(path.name for path in file.parent.glob("*.powerinfer.gguf"))
-    foreign = tuple(name for name in others if name != file.name)
-    counts, error = None, None
-    if files:
-        try:
-            counts = read_statistics(file.parent, n_layers, d_ff)
-        except PspError as found:
-            error = found
-    return StatisticsFacts(
-        n_layers=n_layers, files=files, foreign=foreign, counts=counts, error=error
-    )
-
-
-def statistics_findings(facts: StatisticsFacts, *, has_gpu: bool) -> Iterator[Finding]:
-    """Judge the statistics: complete, this model's, and of use."""
-    if not facts.files:
+    directory, hyper, counts = opened.path.parent, opened.hyper, None
+    files = len(list((directory / ACTIVATION_DIRECTORY).glob("activation_*.pt")))
+    if not files:
         found = "no activation/ beside the file: no neurons can be chosen for a GPU"
         yield warning("statistics", found, _EXPORT) if has_gpu else note("statistics", found)
-    elif facts.error is not None:
-        yield from_error("statistics", facts.error)
-    elif facts.counts is not None:
-        yield _counted(facts, facts.counts)
-    if facts.files and facts.foreign:
-        found = f"{facts.foreign[0]} lies in the same directory, activation/ can be of one model"
+        return None
+    try:
+        counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
+    except PspError as error:
+        yield from_error("statistics", error)
+    else:
+        yield _counted(counts, files)
+    foreign = sorted({path.name for path in directory.glob(f"*{SUFFIX}")} - {opened.path.name})
+    if foreign:
+        found = f"{foreign[0]} lies in the same directory, activation/ can be of one model"
         yield warning("statistics", found, "give every model a directory of its own")
+    return counts
 
 
-def _counted(facts: StatisticsFacts, counts: Sequence[torch.Tensor]) -> Finding:
-    if facts.files != facts.n_layers:
-        found = f"activation/ holds {facts.files} files, the model has {facts.n_layers} layers"
+def _counted(counts: Sequence[torch.Tensor], files: int) -> Finding:
+    if files != len(counts):
+        found = f"activation/ holds {files} files, the model has {len(counts)} layers"
         return warning("statistics", found, "export again: some are another model's")
     every = torch.cat(list(counts)).sort(descending=True).values
     total = int(every.sum())
     if not total:
         return warning("statistics", "no neuron was ever active", _EXPORT)
     hot = int(every[: max(1, int(_HOT * len(every)))].sum())
-    found = f"{facts.n_layers} layers; the hottest {_HOT:.0%} of neurons make {hot / total:.0%}"
+    found = f"{len(counts)} layers; the hottest {_HOT:.0%} of neurons make {hot / total:.0%}"
     return ok("statistics", f"{found} of all activations")
 
 
@@ -177,7 +150,8 @@ def read_index_facts(
     d_ff, layers = opened.hyper.d_ff, opened.hyper.n_layers
     groups = file_groups(opened.file)
     chosen, capacity = read_gpu_index(path, layers, d_ff, groups)
-    plan = _plan(opened, max(0, memory - KEPT_FREE))
+    settings = MemorySettings.of(opened.hyper, budget=max(0, memory - KEPT_FREE))
+    plan = plan_memory(opened.file.tensors.values(), settings)
     share = best = None
     if counts is not None:
         share = captured_share(counts, chosen)
@@ -194,11 +168,6 @@ def read_index_facts(
         memory=memory,
         room=plan.ffn_budget if memory else None,
     )
-
-
-def _plan(opened: OpenedFile, budget: int) -> MemoryPlan:
-    settings = MemorySettings.of(opened.hyper, budget=budget)
-    return plan_memory(opened.file.tensors.values(), settings)
 
 
 def absent(
@@ -254,51 +223,30 @@ def _by_statistics(facts: IndexFacts, found: str, share: float, best: float, aga
     return ok("GPU index", f"{found}, {share:.1%} of activations")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DirectoryFacts:
-    """What the directory holds.
-
-    Attributes:
-        name: of the directory.
-        layers: numbered `model_N.pt` without a gap, from 0 on; None if there is no directory.
-        threshold: of its config.json; None without one.
-    """
-
-    name: str
-    layers: int | None
-    threshold: object = None
-
-
-def read_directory(file: Path) -> DirectoryFacts:
-    """Count files and read the threshold.
+def check_directory(opened: OpenedFile) -> Iterator[Finding]:
+    """Judge the predictor directory against the file's layers and threshold.
 
     Raises:
         PredictorError: a config.json that is no JSON object.
     """
-    path = file.with_name(f"{file.name.removesuffix(_SUFFIX)}.predictors")
+    path = opened.path.with_name(f"{opened.path.name.removesuffix(SUFFIX)}.predictors")
     if not path.is_dir():
-        return DirectoryFacts(name=path.name, layers=None)
+        yield note("predictors", f"no {path.name} beside the file; PowerInfer does not need it")
+        return
+    n_layers, threshold, config = opened.hyper.n_layers, opened.hyper.threshold, {}
     names = {entry.name for entry in path.iterdir()}
     layers = next(n for n in range(len(names) + 1) if f"model_{n}.pt" not in names)
-    config = {}
     if "config.json" in names:
         config = read_json(path / "config.json", PredictorError, _AGAIN)
-    return DirectoryFacts(name=path.name, layers=layers, threshold=config.get("sparse_threshold"))
-
-
-def directory_findings(facts: DirectoryFacts, n_layers: int, threshold: float) -> Iterator[Finding]:
-    """Judge the directory against the file's layers and threshold."""
-    if facts.layers is None:
-        found = f"no {facts.name} beside the file; PowerInfer does not need it"
-        yield note("predictors", found)
-    elif facts.layers != n_layers:
-        found = f"{facts.name} holds {facts.layers} layers, the file {n_layers}"
+    said = config.get("sparse_threshold")
+    if layers != n_layers:
+        found = f"{path.name} holds {layers} layers, the file {n_layers}"
         yield warning("predictors", found, _AGAIN)
-    elif not _same(facts.threshold, threshold):
-        found = f"{facts.name} says threshold {facts.threshold}, the file {threshold:g}"
+    elif not _same(said, threshold):
+        found = f"{path.name} says threshold {said}, the file {threshold:g}"
         yield warning("predictors", found, _AGAIN)
     else:
-        yield ok("predictors", f"{facts.name}: {n_layers} layers, threshold {threshold:g}")
+        yield ok("predictors", f"{path.name}: {n_layers} layers, threshold {threshold:g}")
 
 
 def _same(found: object, threshold: float) -> bool:

@@ -25,12 +25,9 @@ from powerinfer_bridge.doctor.environment import (
     variable_findings,
 )
 from powerinfer_bridge.doctor.finding import Finding, Status, guarded
-from powerinfer_bridge.doctor.programs import (
-    check_llama_cpp,
-    check_llama_cpp_python,
-    check_powerinfer,
-)
+from powerinfer_bridge.doctor.programs import check_llama_cpp, check_powerinfer, program_findings
 from powerinfer_bridge.doctor.settings import DoctorConfig
+from powerinfer_bridge.programs.llama_cpp import LlamaCppPython
 
 SCHEMA_VERSION = 1
 WIDTH = 100
@@ -118,7 +115,9 @@ def _programs(config: DoctorConfig, cards: Sequence[Gpu]) -> Iterator[Finding]:
     yield from guarded("PowerInfer", lambda: check_powerinfer(powerinfer, cards, timeout))
     yield from guarded("llama.cpp", lambda: check_llama_cpp(llama_cpp, cards, timeout))
     if any(metadata.distributions(name="llama-cpp-python")):
-        yield from guarded("llama-cpp-python", lambda: check_llama_cpp_python(cards))
+        yield from guarded(
+            "llama-cpp-python", lambda: program_findings(LlamaCppPython().check(), cards)
+        )
 
 
 def _inputs(config: DoctorConfig, cards: Sequence[Gpu]) -> Iterator[Finding]:
@@ -139,11 +138,15 @@ def _file(path: Path, cards: Sequence[Gpu]) -> Iterator[Finding]:
 
 
 def _model(directory: Path, config: DoctorConfig) -> Iterator[Finding]:
-    from powerinfer_bridge.doctor.model_files import checkpoint_findings, read_checkpoint
+    from powerinfer_bridge.doctor.model_files import (
+        checkpoint_findings,
+        export_bytes,
+        open_checkpoint,
+    )
 
-    facts = read_checkpoint(directory, config.file)
-    yield from checkpoint_findings(facts)
-    yield from output_findings(read_disk(config.outputs), facts.export_bytes)
+    checkpoint = open_checkpoint(directory)
+    yield from checkpoint_findings(checkpoint, config.file)
+    yield from output_findings(read_disk(config.outputs), export_bytes(checkpoint))
 
 
 def findings_text(examination: Examination) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
@@ -80,55 +79,19 @@ def _broken(report: Report) -> Iterator[Finding]:
             yield problem(f"file: {name}", outcome.detail, outcome.remedy or look)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFacts:
-    """A checkpoint that psp can use.
-
-    Attributes:
-        family: its architecture's name.
-        activation: of its FFNs.
-        n_layers: its blocks.
-        d_model: its hidden size.
-        d_ff: neurons of a layer.
-        export_bytes: about what an F16 export writes.
-        made_file: whether the file examined was made from it; None if that is not known.
-    """
-
-    family: str
-    activation: str
-    n_layers: int
-    d_model: int
-    d_ff: int
-    export_bytes: int
-    made_file: bool | None
-
-
-def read_checkpoint(directory: Path, file: Path | None) -> CheckpointFacts:
-    """Open a checkpoint; only a sample of its tensors is read.
-
-    Args:
-        directory: of a Hugging Face model; nothing is fetched.
-        file: the exported file that is examined too, if there is one.
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a checkpoint of this disk; nothing is fetched.
 
     Raises:
         CheckpointError: no such directory, an unsupported family, or damaged.
     """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory", "pass a checkpoint's directory")
-    found = Checkpoint.open(directory)
-    return CheckpointFacts(
-        family=found.architecture.name,
-        activation=found.shape.activation,
-        n_layers=found.shape.n_layers,
-        d_model=found.shape.d_model,
-        d_ff=found.shape.d_ff,
-        export_bytes=_export_bytes(found),
-        made_file=None if file is None else _made(found, file),
-    )
+    return Checkpoint.open(directory)
 
 
-def _export_bytes(checkpoint: Checkpoint) -> int:
-    """Return about what an export takes: predictors of a usual rank are written twice."""
+def export_bytes(checkpoint: Checkpoint) -> int:
+    """Return about what an F16 export takes: predictors of a usual rank are written twice."""
     shape, rules = checkpoint.shape, checkpoint.architecture.tensors
     numbers = sum(
         math.prod(rule.shape(shape)) * (shape.n_layers if rule.per_layer else 1) for rule in rules
@@ -147,15 +110,14 @@ def _made(checkpoint: Checkpoint, path: Path) -> bool | None:
     return None if value is None else bool(value.data == checkpoint.fingerprint.encode())
 
 
-def checkpoint_findings(facts: CheckpointFacts) -> Iterator[Finding]:
-    """Describe a usable checkpoint, and tell whether the file is of it."""
-    sizes = f"{facts.n_layers} layers, d_model {facts.d_model}, d_ff {facts.d_ff}"
-    yield ok(
-        "model",
-        f"{facts.family}, {facts.activation}, {sizes}; F16 export about {size(facts.export_bytes)}",
-    )
-    if facts.made_file is False:
+def checkpoint_findings(checkpoint: Checkpoint, file: Path | None) -> Iterator[Finding]:
+    """Describe a usable checkpoint, and tell whether the file is of it, if one is examined too."""
+    made, shape = None if file is None else _made(checkpoint, file), checkpoint.shape
+    sizes = f"{shape.n_layers} layers, d_model {shape.d_model}, d_ff {shape.d_ff}"
+    export = f"F16 export about {size(export_bytes(checkpoint))}"
+    yield ok("model", f"{checkpoint.architecture.name}, {shape.activation}, {sizes}; {export}")
+    if made is False:
         found = "the file was made from another model than --model"
         yield warning("file's model", found, "pass the model that it was exported from")
-    elif facts.made_file:
+    elif made:
         yield ok("file's model", "the file was made from --model")

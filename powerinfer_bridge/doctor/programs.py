@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.machine import Gpu
 from powerinfer_bridge.doctor.finding import Finding, note, ok, warning
-from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
+from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.programs.sample import ProgramFacts
 
 
@@ -45,15 +45,6 @@ def check_llama_cpp(
         yield note("llama.cpp", "no directory given, not looked at", remedy)
         return
     yield from program_findings(LlamaCpp(directory, timeout=timeout).check(), gpus)
-
-
-def check_llama_cpp_python(gpus: Sequence[Gpu]) -> Iterator[Finding]:
-    """Import llama-cpp-python and judge its build.
-
-    Raises:
-        EngineError: it cannot be imported.
-    """
-    yield from program_findings(LlamaCppPython().check(), gpus)
 
 
 def program_findings(facts: ProgramFacts, gpus: Sequence[Gpu]) -> Iterator[Finding]:
