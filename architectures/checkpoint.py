@@ -16,6 +16,7 @@ from architectures.config_json import Config
 from architectures.registry import resolve
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tensor_files import TensorFiles
+from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
 
@@ -152,6 +153,14 @@ class Checkpoint:
         """Read one tensor of a block, such as `mlp.gate_proj.weight`, its factor folded in."""
         return self.read(self.architecture.rule(name), layer)
 
+    def tokenizer(self) -> Tokenizer:
+        """Load the model's own tokenizer.
+
+        Raises:
+            CheckpointError: as `load_tokenizer`.
+        """
+        return load_tokenizer(self.path, self.shape.vocab_size, self.config)
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored weights, told by the first layer's gate."""
@@ -173,6 +182,6 @@ class Checkpoint:
         for layer in range(self.shape.n_layers):
             for part in (self.architecture.gate, self.architecture.ffn_down):
                 name = self.source(self.architecture.rule(part), layer)
-                rows = self.files.rows(name, _FINGERPRINT_ROWS).float().contiguous()
+                rows = self.files.read(name, _FINGERPRINT_ROWS).float().contiguous()
                 digest.update(rows.numpy().tobytes())
         return digest.hexdigest()

@@ -133,13 +133,6 @@ class TensorFiles:
             self._opened[shard] = content
         return self._opened[shard]
 
-    def _torch_tensor(self, shard: Path, name: str) -> torch.Tensor:
-        tensor = self._torch_file(shard)[name]
-        if not is_plain(tensor):
-            problem = f"{shard}: tensor {name} does not hold all its numbers"
-            raise CheckpointError(problem, FETCH_AGAIN)
-        return tensor
-
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """Return a tensor's shape and its dtype, as text where torch's checkpoints have none."""
         shard = self.shards[name]
@@ -150,23 +143,20 @@ class TensorFiles:
             piece = file.get_slice(name)
             return tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype(), piece.get_dtype())
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor in its stored dtype, mapped where the file allows it."""
+    def read(self, name: str, count: int | None = None) -> torch.Tensor:
+        """Read a tensor in its stored dtype, or its first `count` rows; mapped where possible."""
         shard = self.shards[name]
-        if shard.suffix != ".safetensors":
-            return self._torch_tensor(shard, name)
-        with safetensors.safe_open(shard, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-    def rows(self, name: str, count: int) -> torch.Tensor:
-        """Read the first rows of a tensor, in its stored dtype."""
-        shard = self.shards[name]
-        if shard.suffix != ".safetensors":
-            return self._torch_tensor(shard, name)[:count]
-        with safetensors.safe_open(shard, framework="pt") as file:
-            rows: torch.Tensor = file.get_slice(name)[:count]
-        return rows
+        if shard.suffix == ".safetensors":
+            with safetensors.safe_open(shard, framework="pt") as file:
+                stored: torch.Tensor = (
+                    file.get_tensor(name) if count is None else file.get_slice(name)[:count]
+                )
+                return stored
+        tensor = self._torch_file(shard)[name]
+        if not is_plain(tensor):
+            problem = f"{shard}: tensor {name} does not hold all its numbers"
+            raise CheckpointError(problem, FETCH_AGAIN)
+        return tensor if count is None else tensor[:count]
 
 
 def _damaged(shard: Path, error: BaseException) -> CheckpointError:

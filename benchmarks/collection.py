@@ -26,7 +26,6 @@ import torch
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
-from architectures.tokenizer import load_tokenizer
 from benchmarks.shared import in_process, peak_rss_bytes, print_line, random_llama_7b
 from common.documents import read_documents
 from predictor.collection.collect import collect, record, trace_header
@@ -82,7 +81,7 @@ def main(
 
 def batches(config: CollectConfig, header: TraceHeader, checkpoint: Checkpoint) -> Iterator[Any]:
     """Yield the batches that a collection runs."""
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     windows = cut_windows(read_documents(config.data), tokenizer, header.context)
     for shard in cut_shards(windows, header.shard_rows, header.tokens):
         yield from cut_batches(order_windows(shard), header.batch * header.context)
@@ -105,7 +104,7 @@ def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, objec
     header = trace_header(config, checkpoint, "none")
     inputs = [padded(batch) for batch in batches(config, header, checkpoint)]
     bare, hooked = loaded(config, checkpoint), loaded(config, checkpoint)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     seconds: dict[str, list[float]] = {"forward": [], "collect": []}
     for _ in range(rounds):
         start = time.perf_counter()

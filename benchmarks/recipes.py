@@ -21,7 +21,6 @@ import click
 import torch
 
 from architectures.checkpoint import Checkpoint
-from architectures.tokenizer import load_tokenizer
 from architectures.windows import document_windows
 from benchmarks.shared import print_line
 from common.decisions import mean_metrics
@@ -182,7 +181,7 @@ def settings(
 def masked_model(model: str, text: str, context: int, chunks: int) -> PredictedModel:
     """Return the model with windows of the text that start with BOS, as PowerInfer's do."""
     checkpoint = Checkpoint.open(model)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     windows = islice(document_windows([text], tokenizer, context), chunks)
     return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from architectures.checkpoint import Checkpoint
-from architectures.tokenizer import load_tokenizer
 from architectures.windows import LEAST_TOKENS, document_windows, first_tokens
 from common.documents import read_documents
 from common.errors import DataError
@@ -25,7 +24,7 @@ def held_out_windows(
         DataError: the source cannot be read, or gives too few tokens.
         CheckpointError: no usable tokenizer.
     """
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     longest = min(context, checkpoint.shape.context_length)
     cut = document_windows(read_documents(data, field), tokenizer, longest)
     windows = list(first_tokens((window for _, window in cut), tokens))

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from architectures.checkpoint import Checkpoint
-from architectures.tokenizer import Tokenizer, load_tokenizer
+from architectures.tokenizer import Tokenizer
 from common.documents import read_documents
 from common.errors import DataError
 from common.files import atomic_path
@@ -199,7 +199,7 @@ def _windows_of(
     config: SparsifyConfig, checkpoint: Checkpoint
 ) -> Callable[[str], Iterator[list[int]]]:
     """Return what cuts a source into windows."""
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     return lambda source: cut_stream(
         read_documents(source, config.field), tokenizer, config.context
     )

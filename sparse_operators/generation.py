@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
-from architectures.tokenizer import load_tokenizer
 from common.errors import CheckpointError, SettingsError
 from common.typed_json import plain
 from sparse_operators.module import replaced_mlps
@@ -151,7 +150,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
     _require_gated(checkpoint)
     chosen = {"auto": torch.float32 if device == "cpu" else checkpoint.dtype}
     dtype = chosen.get(config.dtype) or getattr(torch, config.dtype)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     ids = [tokenizer.bos_id(), *tokenizer.encode(config.prompt)]
     if len(ids) + config.count > (context := checkpoint.shape.context_length):
         raise SettingsError(

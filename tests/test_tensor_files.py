@@ -57,8 +57,8 @@ def test_every_layout_gives_the_tensors_as_stored(tmp_path: Path, layout: str) -
         assert files.describe(name) == (tuple(tensor.shape), tensor.dtype)
         assert files.read(name).dtype == tensor.dtype
         assert torch.equal(files.read(name), tensor)
-        assert torch.equal(files.rows(name, 3), tensor[:3])
-        assert torch.equal(files.rows(name, 99), tensor)
+        assert torch.equal(files.read(name, 3), tensor[:3])
+        assert torch.equal(files.read(name, 99), tensor)
 
 
 @pytest.mark.parametrize("layout", ["bin", "legacy"])
@@ -70,8 +70,8 @@ def test_tensors_that_share_memory_or_are_transposed_are_read_right(
     files = TensorFiles(tmp_path)
     assert torch.equal(files.read("head"), wide)
     assert torch.equal(files.read("turned"), wide.T)
-    assert torch.equal(files.rows("turned", 2), wide.T[:2])
-    assert torch.equal(files.rows("part", 2), wide[3:5])
+    assert torch.equal(files.read("turned", 2), wide.T[:2])
+    assert torch.equal(files.read("part", 2), wide[3:5])
 
 
 @pytest.mark.parametrize("other", ["bin", "sharded bin"])
@@ -170,7 +170,7 @@ def test_a_tensor_without_all_its_numbers_is_refused_when_read(
     with refused(str(file), "tensor odd", AGAIN):
         files.read("odd")
     with refused(str(file), "tensor odd", AGAIN):
-        files.rows("odd", 1)
+        files.read("odd", 1)
 
 
 def test_a_compressed_bin_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, check_device, load_model
-from architectures.tokenizer import Tokenizer, chat_template_of, load_tokenizer
+from architectures.tokenizer import Tokenizer, chat_template_of
 from common import chat
 from common.documents import read_documents
 from common.errors import DataError, OutputError, TraceError
@@ -55,7 +55,7 @@ def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceS
     """
     check_device(config.device)
     checkpoint = Checkpoint.open(config.model)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     template = choose_template(checkpoint, config.chat_template, report)
     header = trace_header(config, checkpoint, template)
     store = _begun_store(config, header)

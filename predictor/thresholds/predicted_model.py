@@ -18,7 +18,6 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.gated import FATReLU
 from architectures.model import LoadedModel, load_model
-from architectures.tokenizer import load_tokenizer
 from architectures.windows import document_windows, first_tokens, growth_error
 from common.documents import read_documents
 from predictor.module import Predictor, logits_of
@@ -67,7 +66,7 @@ def held_out_windows(
         PspError: the text or the tokenizer cannot be read.
     """
     texts = read_documents(data or header.data, header.field, header.chat_template)
-    tokenizer = load_tokenizer(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    tokenizer = checkpoint.tokenizer()
     numbered = document_windows(texts, tokenizer, header.context)
     if data is None:
         last = max(held)
