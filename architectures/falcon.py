@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from architectures.config_json import Config, flag, number, real, refuse
-from architectures.rope import read_rope, rope_kind
+from architectures.rope import read_rope, rope_kind, rope_parameters
 from architectures.spec import Architecture, ModelShape, in_blocks, weight, with_bias
 
 
@@ -79,7 +79,7 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
         activation="relu",
         layer_norm_epsilon=shape.norm_eps,
         max_position_embeddings=shape.context_length,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rope_parameters=rope_parameters(shape.rope_theta, None),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tie_word_embeddings=False,

@@ -36,13 +36,6 @@ class RopeScaling:
     factor: float
     original_context: int = 0
 
-    def parameters(self) -> dict[str, object]:
-        """Return it in transformers' words, without the base."""
-        found: dict[str, object] = {"rope_type": self.kind, "factor": self.factor}
-        if self.kind == "yarn":
-            found["original_max_position_embeddings"] = self.original_context
-        return found
-
 
 def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
     """Return the length that YaRN gives queries and keys (arXiv 2309.00071 §3.4)."""
@@ -51,8 +44,12 @@ def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
 
 def rope_parameters(theta: float, scaling: RopeScaling | None) -> dict[str, object]:
     """Return the `rope_parameters` of a transformers config."""
-    kind = scaling.parameters() if scaling else {"rope_type": "default"}
-    return {"rope_theta": theta, **kind}
+    found: dict[str, object] = {"rope_theta": theta, "rope_type": "default"}
+    if scaling is not None:
+        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "yarn":
+            found["original_max_position_embeddings"] = scaling.original_context
+    return found
 
 
 def read_rope(config: Config) -> tuple[float, RopeScaling | None]:

@@ -41,7 +41,11 @@ def read_documents(source: str, field: str = "text", template: str = "none") -> 
     """
     empty = True
     for where, value in _open(source, field):
-        document = _whole(render(value, template, where), where)
+        document = render(value, template, where)
+        try:
+            document.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: holds half a surrogate pair", "mend the text") from error
         if document.strip():
             empty = False
             yield document
@@ -85,14 +89,6 @@ def _open(source: str, field: str) -> Iterator[tuple[str, object]]:
     if not os.path.isfile(path):
         raise DataError(f"{source}: no such file", "check --data")
     return readers[path.suffix](path, field)
-
-
-def _whole(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a surrogate pair", "mend the text") from error
-    return text
 
 
 def _lines(path: Path) -> Iterator[str]:

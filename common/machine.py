@@ -252,16 +252,15 @@ def read_gpus(root: Path = ROOT, program: str | None = None, timeout: float = _G
     try:
         run = subprocess.run(command, capture_output=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        failure = f"{program}: no end after {timeout:g} s"
-        return Gpus(cards=_from_files(root), failure=failure)
+        failure = f"no end after {timeout:g} s"
     except OSError as error:
-        failure = f"{program}: cannot be started ({error.strerror or error})"
-        return Gpus(cards=_from_files(root), failure=failure)
-    stdout, stderr = (text.decode("utf-8", "replace") for text in (run.stdout, run.stderr))
-    if run.returncode:
-        said = " ".join((stdout or stderr).split()) or f"ended with code {run.returncode}"
-        return Gpus(cards=_from_files(root), failure=f"{program}: {said}")
-    return Gpus(cards=parse_query(stdout))
+        failure = f"cannot be started ({error.strerror or error})"
+    else:
+        stdout, stderr = (text.decode("utf-8", "replace") for text in (run.stdout, run.stderr))
+        if not run.returncode:
+            return Gpus(cards=parse_query(stdout))
+        failure = " ".join((stdout or stderr).split()) or f"ended with code {run.returncode}"
+    return Gpus(cards=_from_files(root), failure=f"{program}: {failure}")
 
 
 def parse_query(output: str) -> tuple[Gpu, ...]:

@@ -36,10 +36,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         r"(?:CUDA error|cuBLAS error).*",
         "run nvidia-smi to see whether the GPU, its driver and the build fit together",
     ),
-    (
-        r"error: prompt is too long .*",
-        "give a larger context or a shorter prompt",
-    ),
+    (r"error: prompt is too long .*", "give a larger context or a shorter prompt"),
     (
         r"invalid magic characters: 'PWRI'.*",
         "llama.cpp cannot read a PowerInfer file: give it the dense one (psp export-gguf --dense)",

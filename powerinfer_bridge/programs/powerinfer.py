@@ -58,7 +58,7 @@ class PowerInfer:
         Raises:
             EngineError: a program does not start, is a llama.cpp's, or refuses the model.
         """
-        helps = [self._run([str(path), "--help"], {}) for path in (self._main, self._perplexity)]
+        helps = [self._run(program, "--help") for program in (self._main, self._perplexity)]
         for text in helps:
             require_success(text)
             # The option that PowerInfer added; an old llama.cpp has programs of the same names.
@@ -69,7 +69,7 @@ class PowerInfer:
                 )
         # Both name themselves before they look for the file.
         options = ["-n", "1", "--vram-budget", "0", "--disable-gpu-index"]
-        probe = self._run([str(self._main), *_model(model or Path("none")), *options], {})
+        probe = self._run(self._main, *_model(model or Path("none")), *options)
         if model is not None:
             require_success(probe)
         version = _VERSION.search(probe.stderr)
@@ -120,15 +120,15 @@ class PowerInfer:
         options += [] if n_gpu_layers is None else ["--n-gpu-layers", str(n_gpu_layers)]
         index = Path(f"{model.resolve()}.generated.gpuidx")
         before = _state(index)
-        run = self._run([str(self._main), *options, *_budget(vram_budget)], _threshold(threshold))
+        run = self._run(self._main, *options, *_budget(vram_budget), threshold=threshold)
         require_success(run)
-        sample = _sample(run, prompt)
-        notes = dict.fromkeys(sample.notes)
+        measured, (text, odd) = parse_main(run.stderr), continuation(run.stdout, prompt)
+        notes = dict.fromkeys((*measured.notes, *odd))
         if _state(index) not in (before, None):
             notes["GPU index rebuilt"] = None
-        if sample.decode.tokens != count - 1:
-            notes[f"{sample.decode.tokens} tokens decoded, {count - 1} expected"] = None
-        return replace(sample, notes=tuple(notes))
+        if measured.decode.tokens != count - 1:
+            notes[f"{measured.decode.tokens} tokens decoded, {count - 1} expected"] = None
+        return RunSample.of(run, replace(measured, text=text, notes=tuple(notes)))
 
     def perplexity(
         self,
@@ -152,15 +152,16 @@ class PowerInfer:
             options = [*_model(model), "--file", str(file), "-c", str(context)]
             options += ["--threads", str(threads)]
             options += ["--chunks", str(-1 if chunks is None else chunks), *_budget(vram_budget)]
-            run = self._run([str(self._perplexity), *options], _threshold(threshold))
+            run = self._run(self._perplexity, *options, threshold=threshold)
         require_success(run)
         return parse_perplexity(run.stdout)
 
-    def _run(self, command: list[str], environment: dict[str, str | None]) -> Finished:
+    def _run(self, program: Path, *options: str, threshold: float | None = None) -> Finished:
+        """Run a program; a threshold in psp's own environment does not reach it."""
         return run_program(
-            command,
+            [str(program), *options],
             timeout=self._timeout,
-            environment={THRESHOLD_VARIABLE: None} | environment,
+            environment={THRESHOLD_VARIABLE: None if threshold is None else repr(threshold)},
             heartbeat=self._heartbeat,
         )
 
@@ -173,10 +174,6 @@ def _budget(vram_budget: int | None) -> list[str]:
     return [] if vram_budget is None else ["--vram-budget", vram_option(vram_budget)[0]]
 
 
-def _threshold(threshold: float | None) -> dict[str, str | None]:
-    return {} if threshold is None else {THRESHOLD_VARIABLE: repr(threshold)}
-
-
 def _state(index: Path) -> tuple[int, ...] | None:
     """Return what changes when a file is written: size and time; None if there is no file."""
     try:
@@ -184,9 +181,3 @@ def _state(index: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-def _sample(run: Finished, prompt: str) -> RunSample:
-    measured = parse_main(run.stderr)
-    text, odd = continuation(run.stdout, prompt)
-    return RunSample.of(run, replace(measured, text=text, notes=(*measured.notes, *odd)))

@@ -17,10 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from common.errors import EngineError
 from powerinfer_bridge.programs import launch
@@ -127,46 +126,40 @@ def _start(
         raise _cannot_start(command, str(error)) from error
 
 
+@dataclass
 class _Watch:
     """Reads what a program prints until it ends, or until it must be ended."""
 
-    def __init__(
-        self,
-        name: str,
-        process: subprocess.Popen[bytes],
-        start: float,
-        timeout: float,
-        heartbeat: Heartbeat | None,
-        noted: list[int],
-    ) -> None:
-        self.stdout, self.stderr = bytearray(), bytearray()
-        self._name, self._process = name, process
-        self._start, self._timeout = start, timeout
-        self._heartbeat, self._noted = heartbeat, noted
-        self._next_beat = 0.0
+    name: str
+    process: subprocess.Popen[bytes]
+    start: float
+    timeout: float
+    heartbeat: Heartbeat | None
+    noted: list[int]
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    next_beat: float = 0.0
 
     def until_the_end(self) -> None:
         """Return once the program has ended and all that it printed is read."""
         with selectors.DefaultSelector() as pipes:
-            for pipe, kept in self._pipes():
+            for pipe, kept in (
+                (self.process.stdout, self.stdout),
+                (self.process.stderr, self.stderr),
+            ):
+                assert pipe is not None
                 pipes.register(pipe, selectors.EVENT_READ, kept)
-            while pipes.get_map() or self._process.poll() is None:
+            while pipes.get_map() or self.process.poll() is None:
                 read = self._read(pipes)
                 self._look()
                 # What it has started may hold the pipes open after its end.
-                if not read and self._process.poll() is not None:
+                if not read and self.process.poll() is not None:
                     return
-
-    def _pipes(self) -> Iterator[tuple[IO[bytes], bytearray]]:
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        yield self._process.stdout, self.stdout
-        yield self._process.stderr, self.stderr
 
     def _read(self, pipes: selectors.BaseSelector) -> bool:
         if not pipes.get_map():
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_TICK)
+                self.process.wait(_TICK)
             return False
         ready = pipes.select(_TICK)
         for key, _ in ready:
@@ -177,23 +170,23 @@ class _Watch:
         return bool(ready)
 
     def _look(self) -> None:
-        elapsed = time.monotonic() - self._start
-        if self._noted:
-            _obey(self._noted[0])
+        elapsed = time.monotonic() - self.start
+        if self.noted:
+            _obey(self.noted[0])
         if len(self.stdout) + len(self.stderr) > OUTPUT_LIMIT:
             size = OUTPUT_LIMIT // 1024**2
             raise EngineError(
-                f"{self._name}: printed more than {size} MiB",
+                f"{self.name}: printed more than {size} MiB",
                 "run it by hand to see what it prints",
             )
-        if elapsed > self._timeout and self._process.poll() is None:
+        if elapsed > self.timeout and self.process.poll() is None:
             raise EngineError(
-                f"{self._name}: no end after {self._timeout:g} s{last_words(self.stderr)}",
+                f"{self.name}: no end after {self.timeout:g} s{last_words(self.stderr)}",
                 "run it by hand to see why",
             )
-        if self._heartbeat is not None and elapsed >= self._next_beat:
-            self._next_beat = elapsed + _TICK
-            self._heartbeat(elapsed)
+        if self.heartbeat is not None and elapsed >= self.next_beat:
+            self.next_beat = elapsed + _TICK
+            self.heartbeat(elapsed)
 
 
 def last_words(stderr: bytes | bytearray | str) -> str:
