@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from common.errors import PspError, SettingsError
-from common.settings import Option, fraction_of, options_of, typed_names
+from common.settings import Option, fraction_of, options_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -112,9 +112,8 @@ def _parameter(
     if option.argument:
         nargs = -1 if option.repeat else 1
         return click.argument(field.name, required=required, nargs=nargs, **settings)
-    names = typed_names(field.name, option)
     if kind is bool:
-        settings = {"default": default, "is_flag": True, "show_default": "/" in names[0]}
+        settings = {"default": default, "is_flag": True, "show_default": "/" in option.names[0]}
     else:
         settings |= {
             "multiple": option.repeat,
@@ -123,7 +122,7 @@ def _parameter(
     if option.envvar is not None:
         settings |= {"envvar": option.envvar, "show_envvar": True}
     help_text = option.help + (f"  [default: {option.unset}]" if option.unset else "")
-    return click.option(*names, field.name, required=required, help=help_text, **settings)
+    return click.option(*option.names, field.name, required=required, help=help_text, **settings)
 
 
 def _click_type(kind: Any, option: Option) -> Any:

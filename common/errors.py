@@ -58,6 +58,10 @@ class CheckpointError(PspError):
     """A model directory that is incomplete, damaged or of an unsupported kind."""
 
 
+class SparsityError(PspError):
+    """A model that cannot be made sparse, or measured, as the settings want it."""
+
+
 class TraceError(PspError):
     """A trace store that is damaged, of another model, or not fit for the request."""
 

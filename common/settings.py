@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,14 +70,15 @@ class Option:
 
 @cache
 def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
-    """Return type and `Option` of each field that has one, by name, in order."""
+    """Return type and `Option`, names filled in, of each field that has one, by name, in order."""
     hints = typing.get_type_hints(kind, include_extras=True)
     found = {}
     for field in dataclasses.fields(kind):
         inner, *notes = typing.get_args(hints[field.name]) or (None,)
         for note in notes:
             if isinstance(note, Option):
-                found[field.name] = inner, note
+                names = note.names or (f"--{field.name.replace('_', '-')}",)
+                found[field.name] = inner, dataclasses.replace(note, names=names)
     return found
 
 
@@ -87,23 +88,13 @@ def check_settings(settings: Any, error: type[PspError]) -> None:
     Raises:
         error: naming the first that does not hold.
     """
-    for typed, problem in _problems(settings):
-        raise error(f"{typed} {problem}")
-
-
-def _problems(settings: Any) -> Iterator[tuple[str, str]]:
     kind: type = type(settings)
     for name, (_, option) in options_of(kind).items():
         value = getattr(settings, name)
         if value is not None and option.parse is None and not option.repeat:
             problem = option.problem(value)
             if problem is not None:
-                yield typed_names(name, option)[-1], problem
-
-
-def typed_names(name: str, option: Option) -> tuple[str, ...]:
-    """Return how a setting is typed."""
-    return option.names or (f"--{name.replace('_', '-')}",)
+                raise error(f"{option.names[-1]} {problem}")
 
 
 ModelName = Annotated[str, Option(help="Hugging Face checkpoint.", metavar="DIR|HUB_ID")]
@@ -111,6 +102,7 @@ Field = Annotated[str, Option(help="Key of the text in every kind but .txt.")]
 Seed = Annotated[int, Option(help="Makes a run repeatable.", least=0, most=2**32 - 1)]
 Force = Annotated[bool, Option(help="Replace existing outputs.")]
 Resume = Annotated[bool, Option(help="Go on with an interrupted run.")]
+ModelFile = Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
 Device = Annotated[str, Option(help="Torch device of the model.")]
 Threads = Annotated[int, Option(help="CPU threads.", least=1, unset="all cores")]
 POWERINFER_VARIABLE, LLAMA_CPP_VARIABLE = "PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"
@@ -125,8 +117,16 @@ PowerInferBin = Annotated[
     ),
 ]
 
-DATA_KINDS = "FILE|hf:NAME[:CONFIG][:SPLIT]"
-DATA_HELP = "  FILE: .txt, .jsonl, .json or .parquet."
+
+def text_option(help: str) -> Option:
+    """Return the option of a text source; see `common.documents.read_documents`."""
+    help += "  FILE: .txt, .jsonl, .json or .parquet."
+    return Option(help=help, metavar="FILE|hf:NAME[:CONFIG][:SPLIT]")
+
+
+def layers_option(help: str) -> Option:
+    """Return the option of the layers to go through."""
+    return Option(help=help, metavar="0-7,12", parse=layer_numbers, unset="all")
 
 
 def fraction_of(text: str) -> float:

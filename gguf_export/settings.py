@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from common.errors import ExportError
-from common.settings import Force, ModelName, Option, check_settings
+from common.settings import Force, ModelFile, ModelName, Option, check_settings
 from common.units import MIB, parse_size
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class SplitConfig:
         least_budget: bytes; less is taken for a budget without its unit.
     """
 
-    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    file: ModelFile
     vram_budget: Annotated[str, _BUDGET]
     context: Context = 512
     kv_type: KvType = "f16"

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from common.errors import PspError
+from common.errors import SparsityError
 from common.settings import (
-    DATA_HELP,
-    DATA_KINDS,
     Device,
     Field,
     Force,
@@ -19,19 +17,12 @@ from common.settings import (
     Resume,
     Seed,
     check_settings,
+    text_option,
 )
 from common.version import tool_version
 from prosparse.schedule import CARD_1B, Schedule, find_schedule
 
 _INDIFFERENT = ("out", "save_every", "log_every", "eval_every", "device", "force", "resume")
-
-
-class SettingsError(PspError):
-    """Settings that do not go together."""
-
-
-class SparsityError(PspError):
-    """A sparsity that cannot be measured or a bound that cannot be kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +37,7 @@ class SparsifyConfig:
     """
 
     model: ModelName
-    data: Annotated[str, Option(help=f"Text to train on.{DATA_HELP}", metavar=DATA_KINDS)]
+    data: Annotated[str, text_option("Text to train on.")]
     field: Field = "text"
     out: Annotated[Path, Option(help="Directory for the sparse model.", metavar="DIR")]
     schedule: Annotated[
@@ -121,13 +112,13 @@ class SparsifyConfig:
         """Refuse settings that train nothing.
 
         Raises:
-            SettingsError: naming the setting.
+            SparsityError: naming the setting.
         """
-        check_settings(self, SettingsError)
+        check_settings(self, SparsityError)
         if self.rate == "decay" and self.schedule.start_of("decay") == self.schedule.steps:
-            raise SettingsError("rate decay needs a schedule with a decay stage", "use cosine")
+            raise SparsityError("rate decay needs a schedule with a decay stage", "use cosine")
         if self.sft_data and self.schedule.start_of("sft") == self.schedule.steps:
-            raise SettingsError(
+            raise SparsityError(
                 "SFT data needs a schedule with an sft stage", "add one or leave it"
             )
 
@@ -175,9 +166,7 @@ class SparsityConfig:
     """Settings of a measurement, and of a search where `max_ppl_gap` is given."""
 
     model: ModelName
-    data: Annotated[
-        str, Option(help=f"Held-out text to run the model on.{DATA_HELP}", metavar=DATA_KINDS)
-    ]
+    data: Annotated[str, text_option("Held-out text to run the model on.")]
     field: Field = "text"
     tokens: Annotated[int, Option(help="Tokens to run, at most.", least=64)] = 16384
     context: Annotated[int, Option(help="Longest window, tokens.", least=2)] = 512

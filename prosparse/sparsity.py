@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from architectures.checkpoint import Checkpoint
+from common.errors import SparsityError
 from common.table import table
 from prosparse.activation import Opened, Setting, has_one_gate, open_any, shifted
 from prosparse.held_out import held_out_windows
 from prosparse.measurement import ExchangeableModel, Measurement
-from prosparse.settings import SparsityConfig, SparsityError
+from prosparse.settings import SparsityConfig
 
 Note = Callable[[str], None]
 

@@ -21,10 +21,10 @@ from torch.utils.data import Dataset
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import Tokenizer
 from common.documents import read_documents
-from common.errors import DataError
+from common.errors import DataError, SparsityError
 from common.files import atomic_path
 from prosparse.saving import newest_checkpoint
-from prosparse.settings import SettingsError, SparsifyConfig
+from prosparse.settings import SparsifyConfig
 
 Windows = npt.NDArray[np.int32]
 Item = dict[str, torch.Tensor]
@@ -137,7 +137,7 @@ def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) 
         PspError: the context is too long for the model, or a text is unreadable or too short.
     """
     if config.context > checkpoint.shape.context_length:
-        raise SettingsError(
+        raise SparsityError(
             f"context is {config.context}, the model has {checkpoint.shape.context_length} "
             "positions",
             "lower --context",

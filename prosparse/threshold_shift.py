@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from common.errors import SparsityError
 from prosparse.activation import Opened, has_one_gate, open_any, shifted
 from prosparse.gate_statistics import gate_statistics
 from prosparse.measurement import Measurement
-from prosparse.settings import SparsityConfig, SparsityError
+from prosparse.settings import SparsityConfig
 from prosparse.shifted_checkpoint import check_out, write_shifted
 from prosparse.sparsity import (
     Note,

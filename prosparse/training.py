@@ -17,12 +17,12 @@ from torch import nn
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
-from common.errors import OutputError, PspError
+from common.errors import OutputError, PspError, SparsityError
 from common.files import read_json, refuse_existing, remove_output, write_json
 from prosparse.activation import open_as, set_activation
 from prosparse.regulariser import L1Regulariser
 from prosparse.saving import drop_unfinished, newest_checkpoint, remove_checkpoints, save_model
-from prosparse.settings import SettingsError, SparsifyConfig
+from prosparse.settings import SparsifyConfig
 from prosparse.sparsity import layer_rows
 from prosparse.texts import WindowSet, check_texts, pack_texts, window_sets
 
@@ -56,7 +56,7 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
     checkpoint = open_as(config.model, "relu")
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
-        raise SettingsError(
+        raise SparsityError(
             f"{arguments.n_gpu} GPUs are visible to one process",
             "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one",
         )

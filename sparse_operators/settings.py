@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from common.settings import ModelName, Option, Seed, Threads, fraction_of
+from common.settings import Device, ModelName, Option, Seed, Threads, fraction_of
 
 SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
 """Hidden size and neurons of LLaMA-2."""
@@ -95,7 +95,7 @@ class GenerateConfig:
         ),
     ] = True
     repeats: Annotated[int, Option(help="Timed runs of each kind.", least=1)] = 3
-    device: Annotated[str, Option(help="Torch device of the model.")] = "cpu"
+    device: Device = "cpu"
     dtype: Annotated[
         str,
         Option(

@@ -15,10 +15,10 @@ from conftest import TEXT, ModelMaker, refused
 from families import BY_NAME, Written, write
 from torch.nn.functional import cross_entropy
 
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, DataError, SparsityError
 from prosparse.activation import shifted
 from prosparse.measurement import Measurement
-from prosparse.settings import SparsityConfig, SparsityError
+from prosparse.settings import SparsityConfig
 from prosparse.sparsity import sparsity
 
 CONTEXT, TOKENS = 40, 150

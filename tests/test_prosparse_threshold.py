@@ -16,13 +16,13 @@ from families import BY_NAME, Written, write
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
-from common.errors import OutputError
+from common.errors import OutputError, SparsityError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from prosparse.activation import open_any, shifted
 from prosparse.gate_statistics import GateStatistics, gate_statistics
 from prosparse.measurement import ExchangeableModel, Measurement
-from prosparse.settings import SparsityConfig, SparsityError
+from prosparse.settings import SparsityConfig
 from prosparse.shifted_checkpoint import MARKER, common_threshold, write_shifted
 from prosparse.threshold_shift import largest_within, shift
 

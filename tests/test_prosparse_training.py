@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
-from common.errors import CheckpointError, DataError, OutputError, PspError
+from common.errors import CheckpointError, DataError, OutputError, PspError, SparsityError
 from prosparse.journal import last_evaluation, read_log
 from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
 from prosparse.schedule import Schedule
-from prosparse.settings import SettingsError, SparsifyConfig
+from prosparse.settings import SparsifyConfig
 from prosparse.texts import WindowSet, window_sets
 from prosparse.trainer import SparsifyError
 from prosparse.training import sparsify
@@ -190,7 +190,7 @@ def test_sft_has_its_own_text(config: SparsifyConfig, tmp_path: Path) -> None:
     assert set(seen[24:]) <= texts[1]
     assert not texts[0] & texts[1]
     assert passes == 24 / (len(files[0]) // 128 - config.eval_windows)
-    with refused(SettingsError, "sft stage"):
+    with refused(SparsityError, "sft stage"):
         replace(config, sft_data=str(other))
 
 
@@ -301,7 +301,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         ({"eval_data": "empty.txt"}, DataError, ("empty.txt", "holds no text")),
         ({"sft_data": "short.txt"}, DataError, ("short.txt", "windows of 8", "needed are 4")),
         ({"batch": 10_000}, DataError, ("text.jsonl", "needed are 10004", "--batch")),
-        ({"context": 256}, SettingsError, ("context is 256", "128", "--context")),
+        ({"context": 256}, SparsityError, ("context is 256", "128", "--context")),
     ],
 )
 @pytest.mark.parametrize("there", [False, True])
@@ -367,7 +367,7 @@ def test_models_that_cannot_be_made_sparse(
     ],
 )
 def test_impossible_settings(config: SparsifyConfig, changes: dict[str, Any], part: str) -> None:
-    with refused(SettingsError, part):
+    with refused(SparsityError, part):
         replace(config, **changes)
 
 

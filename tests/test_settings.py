@@ -20,7 +20,6 @@ from common.settings import (
     fraction_of,
     layer_numbers,
     options_of,
-    typed_names,
 )
 from gguf_export.settings import ExportConfig, SplitConfig
 from powerinfer_bridge.benchmark.settings import BenchConfig
@@ -149,7 +148,7 @@ def test_what_is_no_fraction_is_refused(text: str) -> None:
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_setting_of_a_command_says_what_it_is(kind: type) -> None:
     options = options_of(kind)
-    typed = [name for key, (_, option) in options.items() for name in typed_names(key, option)]
+    typed = [name for _, option in options.values() for name in option.names]
     assert len(typed) == len(set(typed))
     for name, (_, option) in options.items():
         assert option.argument or option.help.endswith((".", "]")), name

@@ -9,16 +9,17 @@ from typing import Annotated
 
 from common.errors import EngineError
 from common.settings import (
-    DATA_HELP,
-    DATA_KINDS,
+    LLAMA_CPP_VARIABLE,
     Field,
     Force,
+    ModelFile,
     Option,
     PowerInferBin,
     Resume,
     Seed,
     Threads,
     check_settings,
+    text_option,
 )
 from common.units import parse_size
 
@@ -36,7 +37,7 @@ _BESIDE = ("timeout", "hardware")
 class BenchConfig:
     """Settings of a benchmark."""
 
-    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    file: ModelFile
     powerinfer_bin: PowerInferBin = None
     vram_budget: Annotated[
         str | None,
@@ -55,7 +56,7 @@ class BenchConfig:
         Option(
             help="Directory of llama.cpp's programs, or python for the package llama-cpp-python.",
             metavar="DIR|python",
-            envvar="PSP_LLAMA_CPP_BIN",
+            envvar=LLAMA_CPP_VARIABLE,
         ),
     ] = None
     llama_cpp_gguf: Annotated[
@@ -70,10 +71,7 @@ class BenchConfig:
     ] = 0
     data: Annotated[
         str | None,
-        Option(
-            help=f"Held-out text.  [default: prose shipped with Python]{DATA_HELP}",
-            metavar=DATA_KINDS,
-        ),
+        text_option("Held-out text.  [default: prose shipped with Python]"),
     ] = None
     field: Field = "text"
     context: Annotated[

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from common.errors import EngineError
-from common.settings import Force, Option, Threads, check_settings
+from common.settings import Force, ModelFile, Option, Threads, check_settings
 from results.bench import Bench
 
 
@@ -19,7 +19,7 @@ class EstimateConfig:
         bench: bench.json, its directory, or what stands in it.
     """
 
-    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    file: ModelFile
     hardware: Annotated[
         str,
         Option(

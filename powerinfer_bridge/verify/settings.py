@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from common.settings import Option
+from common.settings import ModelFile, Option
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
     """What to check."""
 
-    file: Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
+    file: ModelFile
     model: Annotated[
         str | None,
         Option(

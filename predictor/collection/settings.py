@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.chat import TEMPLATES
 from common.errors import TraceError
 from common.settings import (
-    DATA_HELP,
-    DATA_KINDS,
     Device,
     Field,
     Force,
@@ -18,7 +17,8 @@ from common.settings import (
     Resume,
     Seed,
     check_settings,
-    layer_numbers,
+    layers_option,
+    text_option,
 )
 
 
@@ -32,7 +32,7 @@ class CollectConfig:
     """
 
     model: ModelName
-    data: Annotated[str, Option(help=f"Text to run the model on.{DATA_HELP}", metavar=DATA_KINDS)]
+    data: Annotated[str, text_option("Text to run the model on.")]
     field: Field = "text"
     out: Annotated[Path, Option(help="Directory for the traces.", metavar="TRACES")]
     tokens: Annotated[int, Option(help="Tokens to record, in all.", least=1)]
@@ -50,18 +50,13 @@ class CollectConfig:
     ] = 2
     layers: Annotated[
         tuple[int, ...] | None,
-        Option(
-            help="Record these layers only, to go through the model in passes.",
-            metavar="0-7,12",
-            parse=layer_numbers,
-            unset="all",
-        ),
+        layers_option("Record these layers only, to go through the model in passes."),
     ] = None
     chat_template: Annotated[
         str,
         Option(
             help="Put text in a chat model's format; auto: the model's own if psp knows it.",
-            choices=("auto", "none", "minicpm"),
+            choices=("auto", *TEMPLATES),
         ),
     ] = "auto"
     weights: Annotated[

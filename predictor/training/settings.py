@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from common.errors import PredictorError
-from common.settings import Force, Option, Resume, Seed, check_settings, layer_numbers
+from common.settings import Force, Option, Resume, Seed, check_settings, layers_option
 
 AUTO = "auto"
 RANK_MULTIPLE = 32
@@ -108,12 +108,7 @@ class TrainConfig:
     ] = None
     layers: Annotated[
         tuple[int, ...] | None,
-        Option(
-            help="Train these layers only; the rest later, with --resume.",
-            metavar="0-7,12",
-            parse=layer_numbers,
-            unset="all",
-        ),
+        layers_option("Train these layers only; the rest later, with --resume."),
     ] = None
     precision: Annotated[
         str,
