@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options, threads_option
-from commands.printing import echo, print_json
+from commands.printing import echo, note, print_json
 from predictor.collection.settings import CollectConfig
 
 
@@ -24,6 +24,6 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     if as_json:
         return print_json(summary)
     if store.rows < store.header.tokens:
-        click.echo(f"note: the data ended after {store.rows} tokens", err=True)
+        note(f"the data ended after {store.rows} tokens")
     echo(layer_table(summary["layers"], None))
     echo(f"\n{store.rows} tokens of {store.documents} documents in {store.path}")

@@ -18,15 +18,15 @@ from typing import Annotated, Any
 from common.errors import PspError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Option:
     """What is known of a setting beside its type and default.
 
     Attributes:
         help: one or two sentences for users.
+        metavar: stands for the value in help.
         names: as they are typed; `--` and the field's name by default. A pair of flags is written
             `--operators/--no-operators`.
-        metavar: stands for the value in help.
         choices: the values that it may have.
         least: the smallest number.
         above: what a number must exceed.
@@ -40,8 +40,9 @@ class Option:
     """
 
     help: str = ""
-    names: tuple[str, ...] = ()
     metavar: str | None = None
+    _: dataclasses.KW_ONLY
+    names: tuple[str, ...] = ()
     choices: tuple[object, ...] = ()
     least: float | None = None
     above: float | None = None
@@ -97,22 +98,22 @@ def check_settings(settings: Any, error: type[PspError]) -> None:
                 raise error(f"{option.names[-1]} {problem}")
 
 
-ModelName = Annotated[str, Option(help="Hugging Face checkpoint.", metavar="DIR|HUB_ID")]
-Field = Annotated[str, Option(help="Key of the text in every kind but .txt.")]
-Seed = Annotated[int, Option(help="Makes a run repeatable.", least=0, most=2**32 - 1)]
-Force = Annotated[bool, Option(help="Replace existing outputs.")]
-Resume = Annotated[bool, Option(help="Go on with an interrupted run.")]
+ModelName = Annotated[str, Option("Hugging Face checkpoint.", "DIR|HUB_ID")]
+Field = Annotated[str, Option("Key of the text in every kind but .txt.")]
+Seed = Annotated[int, Option("Makes a run repeatable.", least=0, most=2**32 - 1)]
+Force = Annotated[bool, Option("Replace existing outputs.")]
+Resume = Annotated[bool, Option("Go on with an interrupted run.")]
 ModelFile = Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
-Device = Annotated[str, Option(help="Torch device of the model.")]
-Threads = Annotated[int, Option(help="CPU threads.", least=1, unset="all cores")]
+Device = Annotated[str, Option("Torch device of the model.")]
+Threads = Annotated[int, Option("CPU threads.", least=1, unset="all cores")]
 POWERINFER_VARIABLE, LLAMA_CPP_VARIABLE = "PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"
 """Environment variables that name the directories of programs."""
 
 PowerInferBin = Annotated[
     Path | None,
     Option(
-        help="Directory of PowerInfer's programs; without it the embedded engine runs.",
-        metavar="DIR",
+        "Directory of PowerInfer's programs; without it the embedded engine runs.",
+        "DIR",
         envvar=POWERINFER_VARIABLE,
     ),
 ]
@@ -121,12 +122,12 @@ PowerInferBin = Annotated[
 def text_option(help: str) -> Option:
     """Return the option of a text source; see `common.documents.read_documents`."""
     help += "  FILE: .txt, .jsonl, .json or .parquet."
-    return Option(help=help, metavar="FILE|hf:NAME[:CONFIG][:SPLIT]")
+    return Option(help, "FILE|hf:NAME[:CONFIG][:SPLIT]")
 
 
 def layers_option(help: str) -> Option:
     """Return the option of the layers to go through."""
-    return Option(help=help, metavar="0-7,12", parse=layer_numbers, unset="all")
+    return Option(help, "0-7,12", parse=layer_numbers, unset="all")
 
 
 def fraction_of(text: str) -> float:

@@ -15,19 +15,14 @@ if TYPE_CHECKING:
 
 SUFFIX = ".powerinfer.gguf"
 
-_BUDGET = Option(
-    help="VRAM for PowerInfer, such as 24GiB: write which neurons live there.", metavar="SIZE"
-)
+_BUDGET = Option("VRAM for PowerInfer, such as 24GiB: write which neurons live there.", "SIZE")
 Context = Annotated[
-    int,
-    Option(
-        names=("--ctx",), help="Context that PowerInfer will be run with (-c), tokens.", least=1
-    ),
+    int, Option("Context that PowerInfer will be run with (-c), tokens.", names=("--ctx",), least=1)
 ]
 KvType = Annotated[
     str,
     Option(
-        help="Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.",
+        "Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.",
         choices=("f16", "f32"),
     ),
 ]
@@ -47,29 +42,23 @@ class ExportConfig:
     predictors: Annotated[
         Path,
         Option(
-            help="From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has "
-            "some.",
-            metavar="PREDICTORS",
+            "From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
+            "PREDICTORS",
         ),
     ]
     out: Annotated[
         Path,
-        Option(
-            help="Model file; the rest of the bundle is written beside it.",
-            metavar="NAME.powerinfer.gguf",
-        ),
+        Option("Model file; the rest of the bundle is written beside it.", "NAME.powerinfer.gguf"),
     ]
-    outtype: Annotated[
-        str, Option(help="Element type of the matrices of the model.", metavar="[f16|q4_0]")
-    ] = "f16"
+    outtype: Annotated[str, Option("Element type of the matrices of the model.", "[f16|q4_0]")] = (
+        "f16"
+    )
     predictor_type: Annotated[
-        str, Option(help="Element type of the matrices of predictors.", metavar="[f16|q4_0]")
+        str, Option("Element type of the matrices of predictors.", "[f16|q4_0]")
     ] = "f16"
     dense: Annotated[
         bool,
-        Option(
-            help="Also write NAME.dense.gguf, to time against; for arch llama its text is wrong."
-        ),
+        Option("Also write NAME.dense.gguf, to time against; for arch llama its text is wrong."),
     ] = False
     vram_budget: Annotated[str | None, _BUDGET] = None
     context: Context = 512

@@ -39,71 +39,58 @@ class SparsifyConfig:
     model: ModelName
     data: Annotated[str, text_option("Text to train on.")]
     field: Field = "text"
-    out: Annotated[Path, Option(help="Directory for the sparse model.", metavar="DIR")]
+    out: Annotated[Path, Option("Directory for the sparse model.", "DIR")]
     schedule: Annotated[
         Schedule,
         Option(
-            help="Stages and lambda: a published schedule or your own.",
-            metavar="1b|7b|13b|FILE.yaml",
+            "Stages and lambda: a published schedule or your own.",
+            "1b|7b|13b|FILE.yaml",
             parse=find_schedule,
             unset="1b",
         ),
     ] = CARD_1B
     sft_data: Annotated[
-        str | None,
-        Option(help="Text of the sft stage.", metavar="FILE|hf:NAME", unset="--data"),
+        str | None, Option("Text of the sft stage.", "FILE|hf:NAME", unset="--data")
     ] = None
     eval_data: Annotated[
         str | None,
-        Option(
-            help="Held-out text for perplexity.",
-            metavar="FILE|hf:NAME",
-            unset="the beginning of --data",
-        ),
+        Option("Held-out text for perplexity.", "FILE|hf:NAME", unset="the beginning of --data"),
     ] = None
-    eval_windows: Annotated[int, Option(help="Held-out windows, at most.", least=1)] = 32
+    eval_windows: Annotated[int, Option("Held-out windows, at most.", least=1)] = 32
     activation: Annotated[
         str,
-        Option(
-            help="keep: train on without substitution, to compare with.",
-            choices=("relu", "keep"),
-        ),
+        Option("keep: train on without substitution, to compare with.", choices=("relu", "keep")),
     ] = "relu"
     norm: Annotated[
         str,
         Option(
-            help="L1 of a token in a layer: mean over neurons, or their sum.",
-            choices=("mean", "sum"),
+            "L1 of a token in a layer: mean over neurons, or their sum.", choices=("mean", "sum")
         ),
     ] = "mean"
-    context: Annotated[int, Option(help="Length of a window, tokens.", least=2)] = 1024
-    batch: Annotated[int, Option(help="Windows that a device takes at once.", least=1)] = 8
-    accumulate: Annotated[int, Option(help="Batches before a step.", least=1)] = 1
-    learning_rate: Annotated[float, Option(help="Its peak.", above=0, below=1)] = 3e-5
+    context: Annotated[int, Option("Length of a window, tokens.", least=2)] = 1024
+    batch: Annotated[int, Option("Windows that a device takes at once.", least=1)] = 8
+    accumulate: Annotated[int, Option("Batches before a step.", least=1)] = 1
+    learning_rate: Annotated[float, Option("Its peak.", above=0, below=1)] = 3e-5
     rate: Annotated[
         str,
         Option(
-            help="Learning rate; decay: constant, then linear from the decay stage on.",
+            "Learning rate; decay: constant, then linear from the decay stage on.",
             choices=("cosine", "constant", "decay"),
         ),
     ] = "cosine"
     warmup: Annotated[
-        float,
-        Option(help="Share of steps in which the learning rate rises from 0.", least=0, below=1),
+        float, Option("Share of steps in which the learning rate rises from 0.", least=0, below=1)
     ] = 0.01
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     precision: Annotated[
-        str,
-        Option(help="Type of the passes; weights stay float32.", choices=("float32", "bfloat16")),
+        str, Option("Type of the passes; weights stay float32.", choices=("float32", "bfloat16"))
     ] = "float32"
-    checkpointing: Annotated[bool, Option(help="Recompute activations to save memory.")] = False
-    save_every: Annotated[int, Option(help="Steps between checkpoints.", least=1)] = 500
-    log_every: Annotated[int, Option(help="Steps between lines of the log.", least=1)] = 10
-    eval_every: Annotated[int, Option(help="Steps between evaluations.", least=1)] = 500
-    device: Annotated[str, Option(help="auto: GPUs if there are any.", choices=("auto", "cpu"))] = (
-        "auto"
-    )
+    checkpointing: Annotated[bool, Option("Recompute activations to save memory.")] = False
+    save_every: Annotated[int, Option("Steps between checkpoints.", least=1)] = 500
+    log_every: Annotated[int, Option("Steps between lines of the log.", least=1)] = 10
+    eval_every: Annotated[int, Option("Steps between evaluations.", least=1)] = 500
+    device: Annotated[str, Option("auto: GPUs if there are any.", choices=("auto", "cpu"))] = "auto"
     seed: Seed = 0
     resume: Resume = False
     force: Force = False
@@ -168,28 +155,27 @@ class SparsityConfig:
     model: ModelName
     data: Annotated[str, text_option("Held-out text to run the model on.")]
     field: Field = "text"
-    tokens: Annotated[int, Option(help="Tokens to run, at most.", least=64)] = 16384
-    context: Annotated[int, Option(help="Longest window, tokens.", least=2)] = 512
+    tokens: Annotated[int, Option("Tokens to run, at most.", least=64)] = 16384
+    context: Annotated[int, Option("Longest window, tokens.", least=2)] = 512
     thresholds: Annotated[
         tuple[float, ...],
         Option(
-            help="Also measure FATReLU with each of these thresholds; 0 is ReLU.",
-            metavar="T,T,...",
+            "Also measure FATReLU with each of these thresholds; 0 is ReLU.",
+            "T,T,...",
             parse=thresholds_of,
         ),
     ] = ()
     max_ppl_gap: Annotated[
         float | None,
         Option(
-            help="Search the threshold with most sparsity that lets perplexity grow by no more "
+            "Search the threshold with most sparsity that lets perplexity grow by no more "
             "than this over ReLU, such as 1%.",
             above=0,
         ),
     ] = None
-    per_layer: Annotated[bool, Option(help="Search a threshold for each layer.")] = False
+    per_layer: Annotated[bool, Option("Search a threshold for each layer.")] = False
     out: Annotated[
-        Path | None,
-        Option(help="Write the model with the threshold that was found.", metavar="DIR"),
+        Path | None, Option("Write the model with the threshold that was found.", "DIR")
     ] = None
     device: Device = "cpu"
     force: Force = False

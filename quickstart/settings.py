@@ -95,12 +95,11 @@ SIZES = {
 class QuickstartConfig:
     """Settings of the quickstart."""
 
-    out: Annotated[Path, Option(help="Directory for everything that is made.", metavar="DIR")] = (
-        Path("quickstart-out")
+    out: Annotated[Path, Option("Directory for everything that is made.", "DIR")] = Path(
+        "quickstart-out"
     )
     size: Annotated[
-        str,
-        Option(help="tiny: seconds, for trying. small: minutes.", choices=tuple(SIZES)),
+        str, Option("tiny: seconds, for trying. small: minutes.", choices=tuple(SIZES))
     ] = "small"
     seed: Seed = 0
     threads: Threads = 2

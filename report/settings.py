@@ -14,5 +14,5 @@ class ReportConfig:
     """Settings of a page; each directory holds results, or directories that hold them."""
 
     directories: Annotated[tuple[Path, ...], Option(metavar="DIR…", argument=True, repeat=True)]
-    out: Annotated[Path, Option(help="Page to write.", metavar="FILE.html")]
+    out: Annotated[Path, Option("Page to write.", "FILE.html")]
     force: Force = False

@@ -47,36 +47,30 @@ class OperatorBenchConfig:
 
     shape: Annotated[
         tuple[int, int] | None,
-        Option(help="Hidden size and neurons.", metavar="7b|13b|D,F", parse=shape_of, unset="7b"),
+        Option("Hidden size and neurons.", "7b|13b|D,F", parse=shape_of, unset="7b"),
     ] = None
     sparsity: Annotated[
         tuple[float, ...] | None,
         Option(
-            help="Shares of inactive neurons.",
-            metavar="S,S,...",
-            parse=shares_of,
-            unset="0,0.5,0.67,0.88,0.95",
+            "Shares of inactive neurons.", "S,S,...", parse=shares_of, unset="0,0.5,0.67,0.88,0.95"
         ),
     ] = None
     pattern: Annotated[
         str,
         Option(
-            help="How active neurons lie; TRACES: as in real tokens, from psp collect.",
-            metavar="random|clustered|TRACES",
+            "How active neurons lie; TRACES: as in real tokens, from psp collect.",
+            "random|clustered|TRACES",
         ),
     ] = "random"
-    device: Annotated[str, Option(help="cpu or a CUDA device.")] = "cpu"
+    device: Annotated[str, Option("cpu or a CUDA device.")] = "cpu"
     dtype: Annotated[
         str,
-        Option(
-            help="Of weights and inputs; auto: float32 on the CPU, else float16.", choices=DTYPES
-        ),
+        Option("Of weights and inputs; auto: float32 on the CPU, else float16.", choices=DTYPES),
     ] = "auto"
-    repeats: Annotated[int, Option(help="Timed turns, of which the median counts.", least=1)] = 25
+    repeats: Annotated[int, Option("Timed turns, of which the median counts.", least=1)] = 25
     seed: Seed = 0
     tune: Annotated[
-        bool,
-        Option(help="First measure how this GPU runs the kernels best, and keep it for later."),
+        bool, Option("First measure how this GPU runs the kernels best, and keep it for later.")
     ] = False
 
 
@@ -85,22 +79,19 @@ class GenerateConfig:
     """Settings of a continuation."""
 
     model: ModelName
-    prompt: Annotated[str, Option(help="Text to continue.")] = "The "
-    count: Annotated[int, Option(names=("-n",), help="Tokens to generate.", least=2)] = 64
+    prompt: Annotated[str, Option("Text to continue.")] = "The "
+    count: Annotated[int, Option("Tokens to generate.", names=("-n",), least=2)] = 64
     operators: Annotated[
         bool,
         Option(
+            "Run with the operators too, or the dense model only.",
             names=("--operators/--no-operators",),
-            help="Run with the operators too, or the dense model only.",
         ),
     ] = True
-    repeats: Annotated[int, Option(help="Timed runs of each kind.", least=1)] = 3
+    repeats: Annotated[int, Option("Timed runs of each kind.", least=1)] = 3
     device: Device = "cpu"
     dtype: Annotated[
         str,
-        Option(
-            help="Type to run in; auto: float32 on the CPU, else the checkpoint's.",
-            choices=DTYPES,
-        ),
+        Option("Type to run in; auto: float32 on the CPU, else the checkpoint's.", choices=DTYPES),
     ] = "auto"
     threads: Threads = 1

@@ -49,15 +49,15 @@ class Made:
     """Settings of every kind that there is."""
 
     file: Annotated[Path, Option(argument=True, metavar="FILE")]
-    size: Annotated[int, Option(help="A size.", least=2, most=9)] = 3
-    share: Annotated[float | None, Option(help="A share.", above=0, below=1, unset="all")] = None
-    kind: Annotated[str, Option(help="A kind.", choices=("a", "b"))] = "a"
-    bits: Annotated[int, Option(help="Bits.", choices=(2, 4))] = 2
-    layers: Annotated[tuple[int, ...] | None, Option(help="Some.", parse=layer_numbers)] = None
-    more: Annotated[tuple[Path, ...], Option(help="Paths.", repeat=True)] = ()
-    fast: Annotated[bool, Option(help="Faster.")] = False
-    dense: Annotated[bool, Option(names=("--dense/--no-dense",), help="Or not.")] = True
-    count: Annotated[int, Option(names=("-n",), help="How many.", least=1)] = 1
+    size: Annotated[int, Option("A size.", least=2, most=9)] = 3
+    share: Annotated[float | None, Option("A share.", above=0, below=1, unset="all")] = None
+    kind: Annotated[str, Option("A kind.", choices=("a", "b"))] = "a"
+    bits: Annotated[int, Option("Bits.", choices=(2, 4))] = 2
+    layers: Annotated[tuple[int, ...] | None, Option("Some.", parse=layer_numbers)] = None
+    more: Annotated[tuple[Path, ...], Option("Paths.", repeat=True)] = ()
+    fast: Annotated[bool, Option("Faster.")] = False
+    dense: Annotated[bool, Option("Or not.", names=("--dense/--no-dense",))] = True
+    count: Annotated[int, Option("How many.", names=("-n",), least=1)] = 1
     inner: int = 7
 
     def __post_init__(self) -> None:

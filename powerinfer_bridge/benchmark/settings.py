@@ -40,34 +40,28 @@ class BenchConfig:
     file: ModelFile
     powerinfer_bin: PowerInferBin = None
     vram_budget: Annotated[
-        str | None,
-        Option(help="VRAM for PowerInfer, such as 24GiB.", metavar="SIZE", unset="what is free"),
+        str | None, Option("VRAM for PowerInfer, such as 24GiB.", "SIZE", unset="what is free")
     ] = None
     dense_gguf: Annotated[
         Path | None,
         Option(
-            help="The dense model: measured in PowerInfer's dense mode and in llama.cpp, where "
-            "given.",
-            metavar="FILE",
+            "The dense model: measured in PowerInfer's dense mode and in llama.cpp, where given.",
+            "FILE",
         ),
     ] = None
     llama_cpp_bin: Annotated[
         str | None,
         Option(
-            help="Directory of llama.cpp's programs, or python for the package llama-cpp-python.",
-            metavar="DIR|python",
+            "Directory of llama.cpp's programs, or python for the package llama-cpp-python.",
+            "DIR|python",
             envvar=LLAMA_CPP_VARIABLE,
         ),
     ] = None
     llama_cpp_gguf: Annotated[
-        Path | None,
-        Option(help="The dense model for llama.cpp.", metavar="FILE", unset="that of --dense-gguf"),
+        Path | None, Option("The dense model for llama.cpp.", "FILE", unset="that of --dense-gguf")
     ] = None
     n_gpu_layers: Annotated[
-        int,
-        Option(
-            names=("-ngl", "--n-gpu-layers"), help="Layers of dense models on the GPU.", least=0
-        ),
+        int, Option("Layers of dense models on the GPU.", names=("-ngl", "--n-gpu-layers"), least=0)
     ] = 0
     data: Annotated[
         str | None,
@@ -77,42 +71,37 @@ class BenchConfig:
     context: Annotated[
         int,
         Option(
-            names=("--ctx",),
-            help="Perplexity window, tokens; at most the model's context.",
-            least=8,
+            "Perplexity window, tokens; at most the model's context.", names=("--ctx",), least=8
         ),
     ] = 512
-    chunks: Annotated[int, Option(help="Perplexity windows, at most.", least=1)] = 16
+    chunks: Annotated[int, Option("Perplexity windows, at most.", least=1)] = 16
     model: Annotated[
-        str | None,
-        Option(help="The file's checkpoint, for transformers' perplexity.", metavar="DIR|HUB_ID"),
+        str | None, Option("The file's checkpoint, for transformers' perplexity.", "DIR|HUB_ID")
     ] = None
-    prompt: Annotated[str, Option(help="Text to continue.")] = "The first thing to know about"
+    prompt: Annotated[str, Option("Text to continue.")] = "The first thing to know about"
     prompts: Annotated[
         Path | None,
         Option(
-            help="Instead: several texts, one a line of a .txt file, or one a row under --field.",
-            metavar="FILE",
+            "Instead: several texts, one a line of a .txt file, or one a row under --field.", "FILE"
         ),
     ] = None
-    generate: Annotated[int, Option(names=("-n",), help="Tokens to generate.", least=2)] = 128
-    repeats: Annotated[int, Option(help="Rounds of every arm on every prompt.", least=1)] = 5
-    warm_up: Annotated[int, Option(help="Rounds before them that do not count.", least=0)] = 1
+    generate: Annotated[int, Option("Tokens to generate.", names=("-n",), least=2)] = 128
+    repeats: Annotated[int, Option("Rounds of every arm on every prompt.", least=1)] = 5
+    warm_up: Annotated[int, Option("Rounds before them that do not count.", least=0)] = 1
     threads: Threads = 2
     seed: Seed = 0
     timeout: Annotated[
-        float, Option(help="Longest that a run of a program may take, seconds.", above=0)
+        float, Option("Longest that a run of a program may take, seconds.", above=0)
     ] = 3600.0
     hardware: Annotated[
         str | None,
         Option(
-            help="Put the estimate of psp estimate for this hardware beside the figures.",
-            metavar="NAME|FILE.yaml|this",
+            "Put the estimate of psp estimate for this hardware beside the figures.",
+            "NAME|FILE.yaml|this",
         ),
     ] = None
     out: Annotated[
-        Path | None,
-        Option(help="Keep results there, each run as soon as it is done.", metavar="DIR"),
+        Path | None, Option("Keep results there, each run as soon as it is done.", "DIR")
     ] = None
     resume: Resume = False
     force: Force = False

@@ -20,15 +20,11 @@ class DoctorConfig:
     file: Annotated[Path | None, Option(metavar="[NAME.powerinfer.gguf]", argument=True)] = None
     powerinfer_bin: PowerInferBin = None
     llama_cpp_bin: Annotated[
-        Path | None,
-        Option(help="Directory of llama.cpp's programs.", metavar="DIR", envvar=LLAMA_CPP_VARIABLE),
+        Path | None, Option("Directory of llama.cpp's programs.", "DIR", envvar=LLAMA_CPP_VARIABLE)
     ] = None
-    model: Annotated[
-        Path | None, Option(help="Hugging Face checkpoint to look at too.", metavar="DIR")
-    ] = None
+    model: Annotated[Path | None, Option("Hugging Face checkpoint to look at too.", "DIR")] = None
     out: Annotated[
-        Path | None,
-        Option(help="Where outputs will go.", metavar="DIR", unset="beside the file, or here"),
+        Path | None, Option("Where outputs will go.", "DIR", unset="beside the file, or here")
     ] = None
     timeout: float = 60.0
 

@@ -23,28 +23,24 @@ class EstimateConfig:
     hardware: Annotated[
         str,
         Option(
-            help="A preset (docs/estimate.md lists them), this machine's memory measured now, or a "
+            "A preset (docs/estimate.md lists them), this machine's memory measured now, or a "
             "description of one's own.",
-            metavar="NAME|this|FILE.yaml",
+            "NAME|this|FILE.yaml",
         ),
     ]
     density: Annotated[
-        float | None,
-        Option(help="Share of neurons that the predictors let through.", least=0, most=1),
+        float | None, Option("Share of neurons that the predictors let through.", least=0, most=1)
     ] = None
     precision: Annotated[
         float | None,
         Option(
-            help="With --density: share of those that are active.",
-            least=0,
-            most=1,
-            unset="1, assumed",
+            "With --density: share of those that are active.", least=0, most=1, unset="1, assumed"
         ),
     ] = None
     active: Annotated[
         float | None,
         Option(
-            help="With --density: share of all neurons that are active.",
+            "With --density: share of all neurons that are active.",
             least=0,
             most=1,
             unset="density · precision, assumed",
@@ -52,36 +48,29 @@ class EstimateConfig:
     ] = None
     bench: Annotated[
         Path | Bench | None,
-        Option(
-            help="Instead of --density: a benchmark's results, layer by layer.",
-            metavar="DIR|bench.json",
-        ),
+        Option("Instead of --density: a benchmark's results, layer by layer.", "DIR|bench.json"),
     ] = None
-    vram_budget: Annotated[
-        str | None, Option(help="VRAM.", metavar="SIZE", unset="the card's less 256 MiB")
-    ] = None
-    context: Annotated[
-        int, Option(names=("--ctx",), help="Tokens that the cache holds.", least=1)
-    ] = 512
+    vram_budget: Annotated[str | None, Option("VRAM.", "SIZE", unset="the card's less 256 MiB")] = (
+        None
+    )
+    context: Annotated[int, Option("Tokens that the cache holds.", names=("--ctx",), least=1)] = 512
     position: Annotated[
         int | None,
-        Option(
-            help="Tokens in the cache when the token is decoded.", least=0, unset="half of --ctx"
-        ),
+        Option("Tokens in the cache when the token is decoded.", least=0, unset="half of --ctx"),
     ] = None
     threads: Threads = 1
     calibrate: Annotated[
         tuple[Path, ...],
         Option(
-            help="Fit the CPU to the runs of a bench.json or density.json; may be repeated.",
-            metavar="DIR",
+            "Fit the CPU to the runs of a bench.json or density.json; may be repeated.",
+            "DIR",
             repeat=True,
         ),
     ] = ()
     save_hardware: Annotated[
-        Path | None, Option(help="Write the hardware, for --hardware.", metavar="FILE.yaml")
+        Path | None, Option("Write the hardware, for --hardware.", "FILE.yaml")
     ] = None
-    out: Annotated[Path | None, Option(help="Write estimate.json there.", metavar="DIR")] = None
+    out: Annotated[Path | None, Option("Write estimate.json there.", "DIR")] = None
     force: Force = False
 
     def __post_init__(self) -> None:

@@ -14,12 +14,9 @@ class VerifyConfig:
 
     file: ModelFile
     model: Annotated[
-        str | None,
-        Option(
-            help="Compare tensors, tokens and logits with this checkpoint.", metavar="DIR|HUB_ID"
-        ),
+        str | None, Option("Compare tensors, tokens and logits with this checkpoint.", "DIR|HUB_ID")
     ] = None
     max_ppl_gap: Annotated[
         float | None,
-        Option(help="With --model: largest perplexity gap that passes, a fraction.", above=0),
+        Option("With --model: largest perplexity gap that passes, a fraction.", above=0),
     ] = None

@@ -34,17 +34,17 @@ class CollectConfig:
     model: ModelName
     data: Annotated[str, text_option("Text to run the model on.")]
     field: Field = "text"
-    out: Annotated[Path, Option(help="Directory for the traces.", metavar="TRACES")]
-    tokens: Annotated[int, Option(help="Tokens to record, in all.", least=1)]
-    context: Annotated[int, Option(help="Longest window, tokens.", least=2)] = 512
-    batch: Annotated[int, Option(help="Windows run at once.", least=1)] = 8
+    out: Annotated[Path, Option("Directory for the traces.", "TRACES")]
+    tokens: Annotated[int, Option("Tokens to record, in all.", least=1)]
+    context: Annotated[int, Option("Longest window, tokens.", least=2)] = 512
+    batch: Annotated[int, Option("Windows run at once.", least=1)] = 8
     dtype: Annotated[
-        str, Option(help="How predictor inputs are stored.", choices=("float16", "bfloat16"))
+        str, Option("How predictor inputs are stored.", choices=("float16", "bfloat16"))
     ] = "float16"
     importance_bits: Annotated[
         int,
         Option(
-            help="Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
+            "Bits an active neuron's importance takes; 8 can rank neurons, 0 stores none.",
             choices=(0, 2, 4, 8),
         ),
     ] = 2
@@ -55,14 +55,14 @@ class CollectConfig:
     chat_template: Annotated[
         str,
         Option(
-            help="Put text in a chat model's format; auto: the model's own if psp knows it.",
+            "Put text in a chat model's format; auto: the model's own if psp knows it.",
             choices=("auto", *TEMPLATES),
         ),
     ] = "auto"
     weights: Annotated[
         str,
         Option(
-            help="Keep the model on the device, or read it block by block; auto: as it fits.",
+            "Keep the model on the device, or read it block by block; auto: as it fits.",
             choices=("auto", "resident", "streamed"),
         ),
     ] = "auto"

@@ -33,75 +33,67 @@ def rank_of(text: str) -> int | str | tuple[int, ...]:
 class TrainConfig:
     """Settings of a training."""
 
-    traces: Annotated[Path, Option(help="Directory from psp collect.", metavar="TRACES")]
-    out: Annotated[Path, Option(help="Directory for the predictors.", metavar="PREDICTORS")]
+    traces: Annotated[Path, Option("Directory from psp collect.", "TRACES")]
+    out: Annotated[Path, Option("Directory for the predictors.", "PREDICTORS")]
     recipe: Annotated[
         str,
         Option(
-            help="psp: ours. svd: without training. dejavu: the published method.",
+            "psp: ours. svd: without training. dejavu: the published method.",
             choices=("psp", "svd", "dejavu"),
         ),
     ] = "psp"
     rank: Annotated[
         int | str | tuple[int, ...],
         Option(
-            help="Hidden units, multiples of 32: chosen, one for all layers, or one for each. With "
+            "Hidden units, multiples of 32: chosen, one for all layers, or one for each. With "
             "--recipe dejavu auto is a quarter of the hidden size.",
-            metavar="auto|N|N,N,...",
+            "auto|N|N,N,...",
             parse=rank_of,
         ),
     ] = AUTO
     max_ppl_gap: Annotated[
         float | None,
         Option(
-            help="Skip neurons as far as perplexity grows by no more.",
+            "Skip neurons as far as perplexity grows by no more.",
             above=0,
             unset="0.1% if --rank is auto, else every threshold is 0",
         ),
     ] = None
     ffn_bytes: Annotated[
         float | None,
-        Option(
-            help="Instead: skip neurons until no more of the FFN's bytes is read.", above=0, most=1
-        ),
+        Option("Instead: skip neurons until no more of the FFN's bytes is read.", above=0, most=1),
     ] = None
     predictor_type: Annotated[
         str,
-        Option(
-            help="Type that will be exported, by which bytes are counted.",
-            choices=("f16", "q4_0"),
-        ),
+        Option("Type that will be exported, by which bytes are counted.", choices=("f16", "q4_0")),
     ] = "f16"
     model: Annotated[
-        str | None,
-        Option(help="To measure with.", metavar="DIR|HUB_ID", unset="the traces' own"),
+        str | None, Option("To measure with.", "DIR|HUB_ID", unset="the traces' own")
     ] = None
     data: Annotated[
-        str | None,
-        Option(help="Text to measure on, all of it.", unset="the traces' held-out part"),
+        str | None, Option("Text to measure on, all of it.", unset="the traces' held-out part")
     ] = None
-    eval_tokens: Annotated[int, Option(help="Tokens to measure on, at most.", least=64)] = 16384
-    device: Annotated[str, Option(help="Torch device to train and run on.")] = "cpu"
+    eval_tokens: Annotated[int, Option("Tokens to measure on, at most.", least=64)] = 16384
+    device: Annotated[str, Option("Torch device to train and run on.")] = "cpu"
     hardware: Annotated[
         str | None,
         Option(
-            help="With --rank auto: choose ranks for a model larger than the VRAM of this hardware "
+            "With --rank auto: choose ranks for a model larger than the VRAM of this hardware "
             "(see psp estimate), where predictors' bytes cost less.",
-            metavar="NAME|FILE.yaml",
+            "NAME|FILE.yaml",
             unset="every byte costs the same",
         ),
     ] = None
     report: Annotated[
-        Path | None,
-        Option(help="Also write metrics, curves and plots to DIR.", metavar="DIR"),
+        Path | None, Option("Also write metrics, curves and plots to DIR.", "DIR")
     ] = None
-    holdout: Annotated[
-        float, Option(help="Share of rows held out, by document.", above=0, most=0.9)
-    ] = 0.1
+    holdout: Annotated[float, Option("Share of rows held out, by document.", above=0, most=0.9)] = (
+        0.1
+    )
     label_top_fraction: Annotated[
         float | None,
         Option(
-            help="Train on each token's largest activations only (0.15 is the published clipping).",
+            "Train on each token's largest activations only (0.15 is the published clipping).",
             above=0,
             most=1,
         ),
@@ -113,14 +105,14 @@ class TrainConfig:
     precision: Annotated[
         str,
         Option(
-            help="Of training's matrix products; auto: bfloat16 on a GPU.",
+            "Of training's matrix products; auto: bfloat16 on a GPU.",
             choices=("auto", "float32", "bfloat16"),
         ),
     ] = "auto"
     jobs: Annotated[
         int,
         Option(
-            help="Layers trained at once, sharing the threads; 0: one a thread if they are small.",
+            "Layers trained at once, sharing the threads; 0: one a thread if they are small.",
             least=0,
         ),
     ] = 0
