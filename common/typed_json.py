@@ -2,9 +2,10 @@
 
 Types that a field may have: str, int, float (whole numbers too), bool, None, `object` (any value),
 Literal, a dataclass, unions, tuple[T, ...], tuple[T, U] of fixed length, dict[str, T], and any of
-them as Annotated[T, limits], where limits are a `Range` or another `Limits`. Numbers are finite. A
-field with a default may be missing; keys that no field names are passed over, or refused if the
-dataclass is `Closed`.
+them as Annotated[T, limits]. Limits are a `Range` or another object with `__contains__`, and with
+`__str__` for what errors say was expected (of numbers, what follows `a number`). Numbers are
+finite. A field with a default may be missing; keys that no field names are passed over, or refused
+if the dataclass is `Closed`.
 
 What fields must be to each other is for a dataclass's `__post_init__` to say, by `Misfit`.
 """
@@ -17,20 +18,10 @@ import reprlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    Protocol,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from common.errors import PspError
 from common.files import read_json
@@ -46,16 +37,6 @@ _SHORT.maxstring = 200
 
 LEFT_OUT: Mapping[str, bool] = {"left out": True}
 """Metadata of a field that a document does not have where it is None."""
-
-
-class Limits(Protocol):
-    """What a value of some type must be beside its type."""
-
-    def __contains__(self, value: Any) -> bool:
-        """Whether a value is as it must be."""
-
-    def __str__(self) -> str:
-        """Return what errors say was expected; of numbers, what follows `a number`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +130,7 @@ def read_document(
     *,
     error: type[PspError],
     remedy: str,
-    check: Callable[[Mapping[str, Any]], None] | None = None,
+    expected: Mapping[str, object] | None = None,
 ) -> Document:
     """Read a file that holds one JSON object.
 
@@ -158,15 +139,18 @@ def read_document(
         kind: the dataclass that it is read into.
         error: what is raised.
         remedy: how to get a good file.
-        check: looks at the object before, to refuse other kinds and versions; raises `JsonError`.
+        expected: what must stand under some keys before the rest counts, such as kind and version.
 
     Raises:
         error: missing, damaged, or the first thing in it that does not fit.
     """
     found = read_json(path, error, remedy)
     try:
-        if check is not None:
-            check(found)
+        for key, wanted in (expected or {}).items():
+            if key not in found:
+                raise JsonError(f"no '{key}'")
+            if not _equal(found[key], wanted):
+                raise _wrong(key, repr(wanted), found[key])
         return parse(kind, found)
     except JsonError as problem:
         raise error(f"{path}: {problem}", remedy) from problem
@@ -186,19 +170,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-def expect_kind(kind: str | None, version: int) -> Callable[[Mapping[str, Any]], None]:
-    """Return a check that a document is of a kind (None: names none) and of a schema version."""
-
-    def check(found: Mapping[str, Any]) -> None:
-        for key, wanted in (("kind", kind), ("schema_version", version)):
-            if wanted is not None and key not in found:
-                raise JsonError(f"no '{key}'")
-            if wanted is not None and not _equal(found[key], wanted):
-                raise _wrong(key, repr(wanted), found[key])
-
-    return check
 
 
 def _wrong(where: str, expected: str, found: object) -> JsonError:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from common.errors import ResultError
 from common.files import write_json
-from common.typed_json import expect_kind, plain, read_document
+from common.typed_json import plain, read_document
 
 Document = TypeVar("Document")
 
@@ -44,12 +44,13 @@ class ResultFile(Generic[Document]):
                 missing or holds something else.
         """
         content: Any = self.content
+        kind = {"kind": content.kind} if hasattr(content, "kind") else {}
         return read_document(
             self.path(place),
             self.content,
             error=ResultError,
             remedy=remedy or f"make it anew with '{self.maker}'",
-            check=expect_kind(getattr(content, "kind", None), content.schema_version),
+            expected=kind | {"schema_version": content.schema_version},
         )
 
     def write(self, directory: Path, document: Document) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from common.errors import FormatError, PredictorError, PspError
 from common.files import read_json
+from common.hot_neurons import SHARES, hot_neuron_curve
 from common.machine import Gpu
 from common.units import GIB, size
 from gguf_export.contract import OpenedFile
@@ -80,12 +81,11 @@ def _counted(counts: Sequence[torch.Tensor], files: int) -> Finding:
     if files != len(counts):
         found = f"activation/ holds {files} files, the model has {len(counts)} layers"
         return warning("statistics", found, "export again: some are another model's")
-    every = torch.cat(list(counts)).sort(descending=True).values
-    total = int(every.sum())
-    if not total:
+    curve = hot_neuron_curve(torch.stack(list(counts)))
+    if curve is None:
         return warning("statistics", "no neuron was ever active", _EXPORT)
-    hot = int(every[: max(1, int(_HOT * len(every)))].sum())
-    found = f"{len(counts)} layers; the hottest {_HOT:.0%} of neurons make {hot / total:.0%}"
+    hot = curve[SHARES.index(_HOT)]
+    found = f"{len(counts)} layers; the hottest {_HOT:.0%} of neurons make {hot:.0%}"
     return ok("statistics", f"{found} of all activations")
 
 
