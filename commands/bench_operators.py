@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options, threads_option
-from commands.printing import echo, print_json
+from commands.printing import show
 from sparse_operators.settings import OperatorBenchConfig
 
 
@@ -21,7 +21,4 @@ def bench_operators(config: OperatorBenchConfig, as_json: bool, threads: int) ->
     from sparse_operators.benchmark import bench_operators as run
     from sparse_operators.benchmark import operator_table
 
-    document = run(config)
-    if as_json:
-        return print_json(document)
-    echo(operator_table(document))
+    show(run(config), operator_table, as_json=as_json)

@@ -31,14 +31,13 @@ def bench_powerinfer(config: BenchConfig, as_json: bool) -> None:
 
     With a dense model also against dense engines, in turn.
     """
-    from common.typed_json import plain
     from powerinfer_bridge.benchmark.run import bench
     from powerinfer_bridge.benchmark.table import bench_table, results_line
 
     with _kept(config.out):
         result = bench(config)
     if as_json:
-        return print_json(plain(result))
+        return print_json(result)
     echo(bench_table(result))
     if config.out is not None:
         echo(results_line(config.out))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import echo, print_json
+from commands.printing import show
 from powerinfer_bridge.estimate.settings import EstimateConfig
 
 
@@ -18,11 +18,7 @@ def estimate(config: EstimateConfig, as_json: bool) -> None:
     Bytes are summed over bandwidths, device by device, with PowerInfer's own placement under a VRAM
     budget; with a GPU a table shows which budget is the best.
     """
-    from common.typed_json import plain
     from powerinfer_bridge.estimate.run import estimate as run
     from powerinfer_bridge.estimate.table import estimate_table
 
-    found = run(config)
-    if as_json:
-        return print_json(plain(found))
-    echo(estimate_table(found))
+    show(run(config), estimate_table, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import echo, print_json
+from commands.printing import show
 from sparse_operators.settings import GenerateConfig
 
 
@@ -20,7 +20,4 @@ def generate(config: GenerateConfig, as_json: bool) -> None:
     from sparse_operators.generation import generate as run
     from sparse_operators.generation import report
 
-    document = run(config)
-    if as_json:
-        return print_json(document)
-    echo(report(document))
+    show(run(config), report, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import echo, print_json
+from commands.printing import show
 from gguf_export.settings import SplitConfig
 
 
@@ -17,10 +17,6 @@ def gpu_split(config: SplitConfig, as_json: bool) -> None:
 
     PowerInfer loads it instead of running its own solver.
     """
-    from common.typed_json import plain
     from gguf_export.split_file import split, split_table
 
-    chosen = split(config)
-    if as_json:
-        return print_json(plain(chosen))
-    echo(split_table(chosen))
+    show(split(config), split_table, as_json=as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import PATH, json_option
-from commands.printing import echo, print_json
+from commands.printing import show
 
 
 @click.command(short_help="Print what a GGUF file holds.")
@@ -17,7 +17,4 @@ def inspect(file: Path, as_json: bool) -> None:
     """Print keys, tensors, types, predictor ranks and bytes by kind."""
     from gguf_export.pwri.inspection import inspect_file, inspection_table
 
-    document = inspect_file(file)
-    if as_json:
-        return print_json(document)
-    echo(inspection_table(document))
+    show(inspect_file(file), inspection_table, as_json=as_json)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import click
+
+Result = TypeVar("Result")
 
 
 def note(line: str) -> None:
@@ -20,9 +22,16 @@ def warn(warnings: Iterable[str]) -> None:
         click.echo(f"warning: {warning}", err=True)
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """Print a result for programs."""
-    echo(json.dumps(document, indent=1, ensure_ascii=False))
+def show(result: Result, text: Callable[[Result], str], *, as_json: bool) -> None:
+    """Print a result for programs, or else as a text."""
+    print_json(result) if as_json else echo(text(result))
+
+
+def print_json(result: object) -> None:
+    """Print a result, a dataclass or a document, for programs."""
+    from common.typed_json import plain
+
+    echo(json.dumps(plain(result), indent=1, ensure_ascii=False))
 
 
 def echo(text: str) -> None:

@@ -23,8 +23,7 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
 
     result, paths = run(config)
     if as_json:
-        files = {name: str(path) for name, path in paths.all().items()}
-        return print_json({**plain(result), "files": files})
+        return print_json({**plain(result), "files": paths.all()})
     echo(bench_table(result))
     echo("\nFiles")
     for name, path in paths.all().items():

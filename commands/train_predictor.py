@@ -17,7 +17,6 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
-    from common.typed_json import plain
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
     from predictor.training.run import train_predictors
@@ -35,15 +34,12 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     layers = artifact.rows()
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
-        recipe = artifact.header.recipe["name"]
-        search = {"ranks": artifact.ranks, "search": plain(artifact.search)}
-        names = {"predictors": str(artifact.path), "recipe": recipe}
-        document = {**names, **mean, **search, "layers": layers}
-        return print_json(document)
+        names = {"predictors": artifact.path, "recipe": artifact.header.recipe["name"]}
+        search = {"ranks": artifact.ranks, "search": artifact.search}
+        return print_json({**names, **mean, **search, "layers": layers})
     echo(layer_table(layers, mean))
     if missing := artifact.missing:
-        click.echo(
-            f"note: {len(missing)} layers are still missing, the first is {missing[0]}; train them "
-            "with --resume, after collecting them if they were left out",
-            err=True,
+        note(
+            f"{len(missing)} layers are still missing, the first is {missing[0]}; train them "
+            "with --resume, after collecting them if they were left out"
         )
