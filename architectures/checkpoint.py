@@ -111,7 +111,8 @@ class Checkpoint:
         if rule.tied_to is not None and self.shape.tied_embeddings:
             name = rule.tied_to
         # Checkpoints saved from the bare model lack the first part of every name.
-        for stored in (name, name.removeprefix(f"{self.architecture.base}.")):
+        base = self.architecture.layers.partition(".")[0]
+        for stored in (name, name.removeprefix(f"{base}.")):
             if stored in self.files.shards:
                 return stored
         raise CheckpointError(f"{self.path}: tensor {name} is missing", FETCH_AGAIN)

@@ -118,7 +118,6 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
         claims=lambda config: _two_norms(config) is two_norms,
         gguf_name="falcon",
         dense_note=None,
-        base="transformer",
         layers=_LAYERS,
         predictor_input=ffn_norm,
         activation_taps=("mlp.dense_h_to_4h",),

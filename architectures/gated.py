@@ -229,7 +229,6 @@ LLAMA = Architecture(
         "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in "
         "dense mode, so the text of this ReLU model is wrong"
     ),
-    base="model",
     layers=_LAYERS,
     predictor_input="post_attention_layernorm",
     activation_taps=("mlp.gate_proj",),

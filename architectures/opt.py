@@ -96,7 +96,6 @@ OPT = Architecture(
     # Its positions' table has 2050 rows, whatever the file says (llm_load_hparams).
     context_length=2048,
     dense_note="dense file for timing; PowerInfer computes ReLU, llama.cpp has no arch opt",
-    base="model",
     layers=_LAYERS,
     predictor_input="final_layer_norm",
     activation_taps=("fc1",),

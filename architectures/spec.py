@@ -173,7 +173,6 @@ class Architecture:
         context_length: the only context for which PowerInfer has a graph; None where any will do.
         dense_note: what a user must know of a dense file (`--dense`), as PowerInfer runs it; None
             where it cannot.
-        base: first part of the tensor names, which some published checkpoints leave out.
         layers: path of the block list in the runnable model.
         predictor_input: path in a block of the module whose input is the predictor's input.
         activation_taps: paths in a block of the modules whose outputs must all pass the activation
@@ -195,7 +194,6 @@ class Architecture:
     gguf_name: str
     context_length: int | None = None
     dense_note: str | None
-    base: str
     layers: str
     predictor_input: str
     activation_taps: tuple[str, ...]
