@@ -20,7 +20,7 @@ from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_ind
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
 from gguf_export.split_file import split
-from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_findings
+from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_finding
 from powerinfer_bridge.doctor.finding import Finding, Status
 from powerinfer_bridge.doctor.model_files import (
     check_file,
@@ -238,7 +238,7 @@ def test_an_old_index_that_agrees_with_the_statistics_is_ok(file: Path, index: P
 
 
 def test_an_index_without_neurons() -> None:
-    (found,) = index_findings(replace(INDEX, neurons=0, capacity=0, needed=0), FILE)
+    found = index_finding(replace(INDEX, neurons=0, capacity=0, needed=0), FILE)
     assert (found.status, "puts no neuron" in found.found) == (Status.WARNING, True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from common.settings import (
     check_settings,
     text_option,
 )
+from common.typed_json import plain
 from common.units import parse_size
 
 PYTHON = "python"
@@ -151,11 +152,7 @@ class BenchConfig:
 
     def document(self) -> dict[str, object]:
         """Return the settings as a result records them, ready for JSON."""
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in asdict(self).items()
-            if key not in _NOT_MEASURED
-        }
+        return {key: value for key, value in plain(self).items() if key not in _NOT_MEASURED}
 
     def identity(self) -> dict[str, object]:
         """Return the settings that must be the same for a benchmark to go on."""

@@ -136,7 +136,7 @@ def check_index(
     except FormatError as error:
         yield problem("GPU index", error.problem, remake(opened.path, memory, force=True))
         return
-    yield from index_findings(facts, opened.path)
+    yield index_finding(facts, opened.path)
 
 
 def read_index_facts(
@@ -192,35 +192,30 @@ def remake(file: Path, memory: int = 0, *, force: bool = False) -> str:
     return f"psp gpu-split {quote(str(file))} --vram-budget {budget}{' --force' if force else ''}"
 
 
-def index_findings(facts: IndexFacts, file: Path) -> Iterator[Finding]:
+def index_finding(facts: IndexFacts, file: Path) -> Finding:
     """Judge an index that can be read; the first thing that is wrong counts."""
     again = remake(file, facts.memory, force=True)
     share = f"{facts.neurons / facts.total:.1%}"
     found = f"{share} of all neurons on the GPU, {size(facts.capacity)} of VRAM"
     if not facts.neurons:
-        yield warning("GPU index", "puts no neuron on the GPU", again)
-    elif facts.room is not None and facts.capacity > facts.room:
+        return warning("GPU index", "puts no neuron on the GPU", again)
+    if facts.room is not None and facts.capacity > facts.room:
         found = (
             f"needs {size(facts.capacity)} of VRAM for neurons, the GPU leaves {size(facts.room)}: "
             "PowerInfer refuses it and writes over it"
         )
-        yield problem("GPU index", found, again)
-    elif facts.needed > facts.capacity:
+        return problem("GPU index", found, again)
+    if facts.needed > facts.capacity:
         found = f"says {size(facts.capacity)} of VRAM, its neurons take {size(facts.needed)}"
-        yield warning("GPU index", found, again)
-    elif facts.share is not None and facts.best is not None:
-        yield _by_statistics(facts, found, facts.share, facts.best, again)
-    elif facts.older:
-        yield warning("GPU index", f"{found}; older than the model file", again)
-    else:
-        yield ok("GPU index", found)
-
-
-def _by_statistics(facts: IndexFacts, found: str, share: float, best: float, again: str) -> Finding:
-    if share < best - _LOSS:
-        found += f"; they make {share:.1%} of activations, the best of that size {best:.1%}"
-        return warning("GPU index", f"{found}: of other statistics, or not psp's", again)
-    return ok("GPU index", f"{found}, {share:.1%} of activations")
+        return warning("GPU index", found, again)
+    if facts.share is None or facts.best is None:
+        older = f"{found}; older than the model file"
+        return warning("GPU index", older, again) if facts.older else ok("GPU index", found)
+    if facts.share < facts.best - _LOSS:
+        found += f"; they make {facts.share:.1%} of activations, the best of that size "
+        found += f"{facts.best:.1%}: of other statistics, or not psp's"
+        return warning("GPU index", found, again)
+    return ok("GPU index", f"{found}, {facts.share:.1%} of activations")
 
 
 def check_directory(opened: OpenedFile) -> Iterator[Finding]:
