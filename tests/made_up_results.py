@@ -192,6 +192,9 @@ def _hot() -> Document:
     return {"neuron_share": neurons.tolist(), "activation_share": captured.tolist()}
 
 
+_EPOCH = ("loss", "held_out_loss", "held_out_error")
+
+
 def predictor_report(n_layers: int = 6) -> Document:
     """Return a report of `psp train-predictor`."""
     random = np.random.default_rng(1)
@@ -221,6 +224,11 @@ def predictor_report(n_layers: int = 6) -> Document:
         "hot_neurons": [
             {"layer": "all", "neuron_share": neurons, "activation_share": activations}
             for neurons, activations in shares
+        ],
+        "epochs": [
+            {"layer": layer, "epoch": epoch} | dict.fromkeys(_EPOCH, 0.5 / epoch)
+            for layer in range(n_layers)
+            for epoch in (1, 2)
         ],
     }
 

@@ -80,6 +80,12 @@ def test_what_a_report_does_not_know_is_not_in_it(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == found
 
 
+def test_a_report_without_epochs_is_one_of_an_older_psp(tmp_path: Path) -> None:
+    found = predictor_report()
+    del found["epochs"]
+    assert PREDICTORS.read(put(tmp_path, PREDICTORS, found)).epochs == ()
+
+
 def test_a_missing_file_is_refused_with_the_reader_s_own_remedy(tmp_path: Path) -> None:
     with refused(ResultError, "bench.json", "No such file", "; make it anew with 'psp bench-"):
         BENCH.read(tmp_path / "bench.json")
