@@ -71,6 +71,17 @@ def listed_rows(list_ptr, first, count, GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_weights(weight_ptr, row, there, d, d_model):
+    """Columns `d` of the rows of a weight that are there, `(GROUP, D_BLOCK)`; each is read once."""
+    return tl.load(
+        weight_ptr + row[:, None] * d_model + d[None, :],
+        mask=there[:, None] & (d < d_model)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
 def is_computed(scores, threshold):
     """ReLU (`s > 0`, threshold 0) and FATReLU (`s >= T`) in one expression."""
     return (scores > 0) & (scores >= threshold)
@@ -118,12 +129,7 @@ def up_one_token(
     count = compact(own_list, rows, active)
     for first in tl.range(0, count, GROUP, num_stages=STAGES):
         row, there = listed_rows(own_list, first, count, GROUP)
-        w1 = tl.load(
-            w1_ptr + row[:, None] * d_model + d[None, :],
-            mask=there[:, None] & (d < d_model)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        w1 = load_weights(w1_ptr, row, there, d, d_model)
         score = tl.load(scores_ptr + row, mask=there, other=0.0).to(tl.float32)
         x1 = score * tl.sum(w1.to(tl.float32) * x[None, :], axis=1)
         tl.store(x1_ptr + row, x1.to(x1_ptr.dtype.element_ty), mask=there)
@@ -247,12 +253,7 @@ def down_one_token(
     sums = tl.zeros([GROUP, D_BLOCK], dtype=tl.float32)
     for first in tl.range(0, count, GROUP, num_stages=STAGES):
         row, there = listed_rows(own_list, first, count, GROUP)
-        w2t = tl.load(
-            w2t_ptr + row[:, None] * d_model + d[None, :],
-            mask=there[:, None] & (d < d_model)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        w2t = load_weights(w2t_ptr, row, there, d, d_model)
         x1 = tl.load(x1_ptr + row, mask=there, other=0.0).to(tl.float32)
         sums += w2t.to(tl.float32) * x1[:, None]
     tl.store(partials_ptr + split * d_model + d, tl.sum(sums, axis=0), mask=d < d_model)
@@ -296,12 +297,7 @@ def down_tokens(
     sums = tl.zeros([TOKENS, D_BLOCK], dtype=tl.float32)
     for first in tl.range(0, count, GROUP, num_stages=STAGES):
         row, there = listed_rows(own_list, first, count, GROUP)
-        w2t = tl.load(
-            w2t_ptr + row[:, None] * d_model + d[None, :],
-            mask=there[:, None] & (d < d_model)[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
+        w2t = load_weights(w2t_ptr, row, there, d, d_model)
         x1 = tl.load(
             x1_ptr + t[:, None] * d_ff + row[None, :], mask=is_token & there[None, :], other=0.0
         )
