@@ -21,13 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_up(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> None:
-    """Refuse what S2 cannot compute.
-
-    Args:
-        scores: `(t, d_ff)`.
-        x: `(t, d_model)`.
-        w1: `(d_ff, d_model)`, contiguous.
-        threshold: Finite, not negative.
+    """Refuse what S2 cannot compute; `operators.sparse_up` says what it can.
 
     Raises:
         ValueError: A shape, type, device, layout or threshold is wrong.
@@ -41,11 +35,7 @@ def check_up(scores: Tensor, x: Tensor, w1: Tensor, threshold: float) -> None:
 
 
 def check_down(x1: Tensor, w2t: Tensor) -> None:
-    """Refuse what S3 cannot compute.
-
-    Args:
-        x1: `(t, d_ff)`.
-        w2t: `(d_ff, d_model)`, contiguous.
+    """Refuse what S3 cannot compute; `operators.sparse_down` says what it can.
 
     Raises:
         ValueError: A shape, type, device or layout is wrong.
@@ -58,13 +48,6 @@ def check_down(x1: Tensor, w2t: Tensor) -> None:
 
 def check_up_down(scores: Tensor, x: Tensor, w1: Tensor, w2t: Tensor, threshold: float) -> None:
     """Refuse what S2 followed by S3 cannot compute.
-
-    Args:
-        scores: `(t, d_ff)`.
-        x: `(t, d_model)`.
-        w1: `(d_ff, d_model)`, contiguous.
-        w2t: `(d_ff, d_model)`, contiguous.
-        threshold: Finite, not negative.
 
     Raises:
         ValueError: A shape, type, device, layout or threshold is wrong.
@@ -89,18 +72,22 @@ def check_threshold(threshold: float, dtype: torch.dtype) -> None:
         raise ValueError(f"threshold is {threshold}: too large for {dtype}, choose a smaller one")
 
 
-def check_no_nan(scores: Tensor, name: str = "scores") -> None:
-    """Refuse NaN, which no threshold can place.
+def check_no_nan(name: str, values: Tensor) -> None:
+    """Refuse NaN, which no threshold can place, unless values are only traced or captured.
 
     On CUDA this waits for the device; pass `check=False` to an operator to spare that.
 
     Raises:
         ValueError: There is a NaN.
     """
-    bad = scores.isnan()
+    if torch.compiler.is_compiling():
+        return
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    bad = values.isnan()
     if bool(bad.any()):
         raise ValueError(
-            f"{name} holds {int(bad.sum())} NaN among {scores.numel()} values: expected none, "
+            f"{name} holds {int(bad.sum())} NaN among {values.numel()} values: expected none, "
             "look for an overflow in an earlier layer"
         )
 

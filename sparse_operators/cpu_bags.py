@@ -1,4 +1,4 @@
-"""S2 and S3 on the CPU in any type, by two kernels that PyTorch has for another purpose.
+"""S2 and S3 on the CPU in half types, by two kernels that PyTorch has for another purpose.
 
 An embedding bag looks up rows of a matrix and adds them up, each times a weight. That is S3: the
 rows are neurons of `w2t`, the weights are `x1`. Its derivative by the weights is, for every row

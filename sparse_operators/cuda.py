@@ -1,7 +1,8 @@
 """S2 and S3 on CUDA: buffers, grid and launch of the Triton kernels.
 
 Nothing here looks at the data, waits for the device or sizes a buffer by it, so every call may be
-captured in a CUDA graph. Arguments are trusted: `checks` refuses bad ones in `operators`.
+captured in a CUDA graph. Arguments are those of `operators`, which has checked them and made them
+contiguous; `launch` says how to cut an operator up, the tuned or default way if it is None.
 
 S3 counts the programs that have arrived (`triton_kernels.last_adds_up`) with counters that every
 launch finds at zero and leaves at zero. Clearing them before each launch would be a launch of its
@@ -60,19 +61,7 @@ def up(
     deterministic: bool = False,
     launch: Launch | None = None,
 ) -> Tensor:
-    """S2 on the device; see `reference.up`.
-
-    Args:
-        scores: `(t, d_ff)`, contiguous.
-        x: `(t, d_model)`, contiguous.
-        w1: `(d_ff, d_model)`, contiguous.
-        threshold: 0 for ReLU, T for FATReLU.
-        deterministic: As in `down`.
-        launch: How to cut it up; the tuned or default way if None.
-
-    Returns:
-        `x1 (t, d_ff)`.
-    """
+    """S2, `x1 (t, d_ff)`; see `operators.sparse_up`."""
     (tokens, d_ff), d_model = scores.shape, x.shape[1]
     launch = launch or _launch("up", scores, d_model, deterministic)
     x1 = torch.empty_like(scores)
@@ -98,18 +87,7 @@ def up(
 def down(
     x1: Tensor, w2t: Tensor, *, deterministic: bool = False, launch: Launch | None = None
 ) -> Tensor:
-    """S3 on the device; see `reference.down`.
-
-    Args:
-        x1: `(t, d_ff)`, contiguous.
-        w2t: `(d_ff, d_model)`, contiguous.
-        deterministic: The same order of sums in every process on this card, tuned or not. (Within
-            a process the bits repeat in either case.)
-        launch: How to cut it up; the tuned or default way if None.
-
-    Returns:
-        `y (t, d_model)`.
-    """
+    """S3, `y (t, d_model)`; see `operators.sparse_down`."""
     (tokens, d_ff), d_model = x1.shape, w2t.shape[1]
     launch = launch or _launch("down", x1, d_model, deterministic)
     tiles, splits = -(-d_model // launch.columns), launch.programs
@@ -143,19 +121,7 @@ def up_down(
     threshold: float = 0.0,
     deterministic: bool = False,
 ) -> Tensor:
-    """S2 then S3; fused for one token where `triton_tuning` measured that to be faster.
-
-    Args:
-        scores: `(t, d_ff)`, contiguous.
-        x: `(t, d_model)`, contiguous.
-        w1: `(d_ff, d_model)`, contiguous.
-        w2t: `(d_ff, d_model)`, contiguous.
-        threshold: 0 for ReLU, T for FATReLU.
-        deterministic: As in `down`.
-
-    Returns:
-        `y (t, d_model)`.
-    """
+    """S2 then S3; fused for one token where `triton_tuning` measured that to be faster."""
     if not deterministic:
         launch = tuned_launches(x.device).get(problem_of("up_down", scores, x.shape[1]))
         if launch is not None:
@@ -173,19 +139,7 @@ def up_down_fused(
     threshold: float = 0.0,
     launch: Launch | None = None,
 ) -> Tensor:
-    """S2 and S3 of one token without writing `x1`; always in the same order of sums.
-
-    Args:
-        scores: `(1, d_ff)`, contiguous.
-        x: `(1, d_model)`, contiguous.
-        w1: `(d_ff, d_model)`, contiguous.
-        w2t: `(d_ff, d_model)`, contiguous.
-        threshold: 0 for ReLU, T for FATReLU.
-        launch: How to cut it up; the tuned or default way if None.
-
-    Returns:
-        `y (1, d_model)`.
-    """
+    """S2 and S3 of one token without writing `x1`; always in the same order of sums."""
     d_ff, d_model = w1.shape
     launch = launch or _launch("up_down", scores, d_model)
     y, rows = torch.empty_like(x), rows_each(d_ff, launch.programs)
@@ -274,28 +228,21 @@ def tickets(device: torch.device, count: int, arenas: Arenas = _arenas) -> Tenso
         arenas: Where zeros are kept; a device's are made at its first launch outside a graph.
     """
     if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    if device not in arenas and not capturing:
-        arenas[device] = _new_arena(device)
-    if device not in arenas:
-        # Captured before any launch outside a graph: correct, at the price of one more node.
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    arena = arenas[device]
-    return _of_graph(arena, device, count) if capturing else _of_stream(arena, device, count)
+        return _zeros(device, count)
+    if not torch.cuda.is_current_stream_capturing():
+        if device not in arenas:
+            arenas[device] = _new_arena(device)
+        return _of_stream(arenas[device], device, count)
+    taken = arenas[device].take(count) if device in arenas else None
+    # Without an arena, or with a used up one: correct, at the price of one more node in the graph.
+    return _zeros(device, count) if taken is None else taken
 
 
 def _new_arena(device: torch.device) -> Arena:
-    words = torch.zeros(_WORDS, dtype=torch.int32, device=device)
+    words = _zeros(device, _WORDS)
     # Other streams will use them without waiting for this one.
     torch.cuda.synchronize(device)
     return Arena(words)
-
-
-def _of_graph(arena: Arena, device: torch.device, count: int) -> Tensor:
-    """Counters for one captured launch alone."""
-    taken = arena.take(count)
-    return torch.zeros(count, dtype=torch.int32, device=device) if taken is None else taken
 
 
 def _of_stream(arena: Arena, device: torch.device, count: int) -> Tensor:
@@ -303,5 +250,9 @@ def _of_stream(arena: Arena, device: torch.device, count: int) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream
     if stream not in arena.of_stream or arena.of_stream[stream].numel() < count:
         # Zeroed on this very stream, hence before the launch that asks for them.
-        arena.of_stream[stream] = torch.zeros(count, dtype=torch.int32, device=device)
+        arena.of_stream[stream] = _zeros(device, count)
     return arena.of_stream[stream]
+
+
+def _zeros(device: torch.device, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

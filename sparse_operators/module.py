@@ -50,7 +50,8 @@ class SparseGatedMLP(nn.Module):
         check_threshold(threshold, gate_proj.weight.dtype)
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.threshold, self.double_relu = threshold, double_relu
-        lay_out_by_neuron(down_proj)
+        # Column by column; the values stay.
+        down_proj.weight.data = down_proj.weight.data.T.contiguous().T
 
     @classmethod
     def from_mlp(
@@ -155,12 +156,6 @@ def replaced_mlps(
             down = original.get_submodule("down_proj")
             assert isinstance(down, nn.Linear)
             down.weight.data = down.weight.data.contiguous()
-
-
-def lay_out_by_neuron(down_proj: nn.Linear) -> None:
-    """Store `down_proj.weight` (d_model, d_ff) column by column; its values stay."""
-    weight = down_proj.weight
-    weight.data = weight.data.T.contiguous().T
 
 
 def _check(name: str, linear: nn.Linear, shape: tuple[int, int]) -> None:

@@ -42,7 +42,8 @@ def sparse_up(
     Raises:
         ValueError: An argument is not as described; nothing was launched.
     """
-    _look_for_nan("scores", scores, check)
+    if check:
+        check_no_nan("scores", scores)
     operator = torch.ops.psp.sparse_up
     return operator(scores, x, w1, threshold, deterministic)  # type: ignore[no-any-return]
 
@@ -66,7 +67,8 @@ def sparse_down(
     Raises:
         ValueError: An argument is not as described; nothing was launched.
     """
-    _look_for_nan("x1", x1, check)
+    if check:
+        check_no_nan("x1", x1)
     return torch.ops.psp.sparse_down(x1, w2t, deterministic)  # type: ignore[no-any-return]
 
 
@@ -82,22 +84,13 @@ def sparse_up_down(
 ) -> Tensor:
     """S2 then S3 in one operator, which may keep `x1` out of memory.
 
-    Args:
-        scores: `(t, d_ff)`, t = 1 to 8; float16, bfloat16 or float32.
-        x: `(t, d_model)`, same type and device.
-        w1: `(d_ff, d_model)`, contiguous, same type and device.
-        w2t: `(d_ff, d_model)`, contiguous, same type and device.
-        threshold: 0 for ReLU, T for FATReLU.
-        deterministic: As in `sparse_down`.
-        check: As in `sparse_up`.
-
-    Returns:
-        `y (t, d_model)`.
+    Arguments and result are those of `sparse_up` and `sparse_down`.
 
     Raises:
         ValueError: An argument is not as described; nothing was launched.
     """
-    _look_for_nan("scores", scores, check)
+    if check:
+        check_no_nan("scores", scores)
     operator = torch.ops.psp.sparse_up_down
     return operator(scores, x, w1, w2t, threshold, deterministic)  # type: ignore[no-any-return]
 
@@ -105,12 +98,9 @@ def sparse_up_down(
 @torch.library.custom_op(
     "psp::sparse_up",
     mutates_args=(),
-    schema="(Tensor scores, Tensor x, Tensor w1, float threshold, bool deterministic=False)"
-    " -> Tensor",
+    schema="(Tensor scores, Tensor x, Tensor w1, float threshold, bool deterministic) -> Tensor",
 )
-def _up(
-    scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool = False
-) -> Tensor:
+def _up(scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool) -> Tensor:
     check_up(scores, x, w1, threshold)
     arguments = scores.contiguous(), x.contiguous(), w1
     y: Tensor = _kernels(w1).up(*arguments, threshold=threshold, deterministic=deterministic)
@@ -119,7 +109,7 @@ def _up(
 
 @_up.register_fake
 def _up_fake(
-    scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool = False
+    scores: Tensor, x: Tensor, w1: Tensor, threshold: float, deterministic: bool
 ) -> Tensor:
     check_up(scores, x, w1, threshold)
     return scores.new_empty(scores.shape)
@@ -174,12 +164,3 @@ def _kernels(weight: Tensor) -> Any:
     from sparse_operators import cpu
 
     return cpu
-
-
-def _look_for_nan(name: str, values: Tensor, check: bool) -> None:
-    """The one check that reads values: not while they are only traced or captured."""
-    if not check or torch.compiler.is_compiling():
-        return
-    if values.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
-    check_no_nan(values, name)

@@ -52,17 +52,12 @@ def tune(
     """
     intermediate = [up(s, x, w1, deterministic=True) for s in scores]
 
-    def run_up(launch: Launch, case: int) -> object:
-        return up(scores[case], x, w1, launch=launch)
-
-    def run_down(launch: Launch, case: int) -> object:
-        return down(intermediate[case], w2t, launch=launch)
-
-    def run_fused(launch: Launch, case: int) -> object:
-        return up_down_fused(scores[case], x, w1, w2t, launch=launch)
-
+    runs: dict[Operator, Run] = {
+        "up": lambda launch, case: up(scores[case], x, w1, launch=launch),
+        "down": lambda launch, case: down(intermediate[case], w2t, launch=launch),
+        "up_down": lambda launch, case: up_down_fused(scores[case], x, w1, w2t, launch=launch),
+    }
     cases, d_model = range(len(scores)), x.shape[1]
-    runs: dict[Operator, Run] = {"up": run_up, "down": run_down, "up_down": run_fused}
     chosen: dict[Problem, Launch | None] = {}
     times = []
     for operator, run in runs.items():

@@ -145,7 +145,7 @@ def test_graphs_may_run_side_by_side() -> None:
 
 def test_ops_are_registered_rightly() -> None:
     scores, x, w1, w2t = parts(2, 64, 96, torch.float16)
-    torch.library.opcheck(torch.ops.psp.sparse_up.default, (scores, x, w1, 0.3))
+    torch.library.opcheck(torch.ops.psp.sparse_up.default, (scores, x, w1, 0.3, True))
     torch.library.opcheck(torch.ops.psp.sparse_down.default, (scores, w2t, True))
     torch.library.opcheck(torch.ops.psp.sparse_up_down.default, (scores, x, w1, w2t, 0.3, False))
 
