@@ -8,3 +8,13 @@ def tool_version() -> str:
     from importlib.metadata import version
 
     return version("psp")
+
+
+def package_version(name: str) -> str | None:
+    """Return the installed version of a package, None if it is not there."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

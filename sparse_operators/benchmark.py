@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -14,19 +13,20 @@ from torch.nn.functional import linear
 from common.machine import cpu_name, read_gpus
 from common.table import table
 from common.typed_json import plain
+from common.version import package_version
 from sparse_operators import reference
 from sparse_operators.operators import sparse_down, sparse_up, sparse_up_down
 from sparse_operators.settings import OperatorBenchConfig
 from sparse_operators.timing import (
     Operation,
     Samples,
-    bound_seconds,
     cache_bytes,
+    gpu_seconds,
     quartiles,
     stream,
     time_calls,
     time_graphs,
-    time_launches,
+    wall_seconds,
 )
 from sparse_operators.workload import RUNS, Inputs, Workload, draw_weights, workload
 
@@ -79,7 +79,11 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
         "dtype": str(work.dtype).removeprefix("torch."),
         "device": config.device,
         "hardware": hardware(work.device),
-        "versions": versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": package_version("torch"),
+            "triton": package_version("triton"),
+        },
         "clock": "events in CUDA graphs" if work.device.type == "cuda" else "wall clock",
         "repeats": config.repeats,
         "weight_copies": slots,
@@ -118,21 +122,9 @@ def hardware(device: torch.device) -> dict[str, str | int | None]:
     """Return the name of what computes and, of a CPU, its threads, of a GPU, its driver."""
     if device.type != "cuda":
         return {"name": cpu_name(), "threads": torch.get_num_threads()}
-    drivers = [card.driver for card in read_gpus().cards if card.driver]
-    driver = drivers[0] if drivers else None
+    driver = next((card.driver for card in read_gpus().cards if card.driver), None)
     name = torch.cuda.get_device_name(device)
     return {"name": name, "cuda": torch.version.cuda, "driver": driver}
-
-
-def versions() -> dict[str, str | None]:
-    """Return the versions of Python, torch and Triton; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("torch", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def operations(inputs: Inputs, weights: Tensor, *, defaults: bool = False) -> dict[str, Operation]:
@@ -198,9 +190,9 @@ def _measure(
     shape = (len(weights), config.repeats)
     eager: Samples | None = None
     if work.device.type == "cpu":
-        samples = time_calls(timed, *shape)
+        samples = time_calls(timed, *shape, wall_seconds)
     else:
-        eager = time_launches(timed, *shape)
+        eager = time_calls(timed, *shape, gpu_seconds)
         samples = time_graphs(timed, *shape)
     row: dict[str, object] = {
         "sparsity": 1 - inputs.active / work.d_ff,
@@ -216,8 +208,9 @@ def _measure(
 def judge(samples: Samples, work: Workload, active: float) -> dict[str, Any]:
     """Return medians, speedups and how far the operators are from the memory's bound.
 
-    The bandwidth is that of whichever read a whole matrix fastest, the plain read or a dense
-    product: a bound that something beats is none.
+    The bound is the least time in which an operator can read its active rows. The bandwidth is that
+    of whichever read a whole matrix fastest, the plain read or a dense product: a bound that
+    something beats is none.
 
     Args:
         samples: by the names of `operations`.
@@ -227,7 +220,7 @@ def judge(samples: Samples, work: Workload, active: float) -> dict[str, Any]:
     spread = {name: quartiles(times) for name, times in samples.items()}
     median = {name: middle for name, (_, middle, _) in spread.items()}
     bandwidth = work.matrix_bytes / min(median[name] for name in ("read", "s2_dense", "s3_dense"))
-    bound = bound_seconds(active, work.d_model, work.dtype, bandwidth)
+    bound = active * work.d_model * work.dtype.itemsize / bandwidth
     ratios = {name: median[name] / bound for name in ("s2", "s3")} if bound else {}
     result: dict[str, object] = {"bandwidth": bandwidth, "bandwidth_bound_seconds": bound}
     for name in ("s2", "s3", "ffn"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from sparse_operators.module import replaced_mlps
 from sparse_operators.settings import GenerateConfig
 
 Switch = Callable[[], AbstractContextManager[None]]
-"""Puts the operators into a model while its context is open."""
+"""Gives a model another FFN while its context is open."""
 
 
 @dataclass(frozen=True)
@@ -85,44 +85,24 @@ class Decoding:
         return cls(tokens=turns[-1].tokens, tokens_per_second=speed, samples=samples)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """The dense model and, unless it ran alone, the same with the operators."""
-
-    dense: Decoding
-    operators: Decoding | None = None
-
-    def figures(self) -> dict[str, object]:
-        """Return the speedup, and the length of what the continuations have in common."""
-        if self.operators is None:
-            return {}
-        speedup = self.operators.tokens_per_second / self.dense.tokens_per_second
-        same = common_length(self.dense.tokens, self.operators.tokens)
-        return {"speedup": speedup, "same_tokens": same}
-
-
-def compare(
-    model: nn.Module, prompt: Tensor, count: int, *, operators: Switch | None, repeats: int
-) -> Comparison:
-    """Continue a prompt dense and with the operators by turns, after one untimed turn.
+def decode_by_turns(
+    model: nn.Module, prompt: Tensor, count: int, *, kinds: Mapping[str, Switch], repeats: int
+) -> dict[str, Decoding]:
+    """Continue a prompt with every kind of FFN by turns, after one untimed turn.
 
     Args:
         model: the dense model.
         prompt: (1, length) int64 token ids on the model's device.
         count: tokens to make, at least 2.
-        operators: puts the operators in; None runs the dense model only.
+        kinds: what makes the model one of a kind, by the kind's name.
         repeats: timed turns.
     """
-    dense: list[Continuation] = []
-    sparse: list[Continuation] = []
+    turns: dict[str, list[Continuation]] = {kind: [] for kind in kinds}
     for _ in range(repeats + 1):
-        dense.append(continue_greedily(model, prompt, count))
-        if operators is not None:
-            with operators():
-                sparse.append(continue_greedily(model, prompt, count))
-    return Comparison(
-        dense=Decoding.of(dense[1:]), operators=Decoding.of(sparse[1:]) if sparse else None
-    )
+        for kind, switch in kinds.items():
+            with switch():
+                turns[kind].append(continue_greedily(model, prompt, count))
+    return {kind: Decoding.of(continued[1:]) for kind, continued in turns.items()}
 
 
 def common_length(one: list[int], other: list[int]) -> int:
@@ -159,14 +139,13 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             "lower -n or shorten the prompt",
         )
     loaded = load_model(checkpoint, dtype=dtype, device=device, weights="resident")
-    compared = compare(
-        loaded.causal_lm,
-        torch.tensor([ids], device=device),
-        config.count,
-        operators=_switch(checkpoint, loaded) if config.operators else None,
-        repeats=config.repeats,
+    kinds: dict[str, Switch] = {"dense": nullcontext}
+    if config.operators:
+        kinds["operators"] = _switch(checkpoint, loaded)
+    prompt = torch.tensor([ids], device=device)
+    made = decode_by_turns(
+        loaded.causal_lm, prompt, config.count, kinds=kinds, repeats=config.repeats
     )
-    kinds = {"dense": compared.dense, "operators": compared.operators}
     return {
         "model": config.model,
         "prompt": config.prompt,
@@ -175,11 +154,18 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": config.threads,
         **{
-            kind: {**plain(made), "text": tokenizer.decode(made.tokens)}
-            for kind, made in kinds.items()
-            if made is not None
+            kind: {**plain(decoding), "text": tokenizer.decode(decoding.tokens)}
+            for kind, decoding in made.items()
         },
-        **compared.figures(),
+        **(_agreement(**made) if config.operators else {}),
+    }
+
+
+def _agreement(dense: Decoding, operators: Decoding) -> dict[str, object]:
+    """Return the speedup, and the length of what the continuations have in common."""
+    return {
+        "speedup": operators.tokens_per_second / dense.tokens_per_second,
+        "same_tokens": common_length(dense.tokens, operators.tokens),
     }
 
 

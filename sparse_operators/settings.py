@@ -11,6 +11,8 @@ from common.settings import Device, ModelName, Option, Seed, Threads, fraction_o
 SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
 """Hidden size and neurons of LLaMA-2."""
 
+SPARSITIES = (0.0, 0.5, 0.67, 0.88, 0.95)
+
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -52,7 +54,10 @@ class OperatorBenchConfig:
     sparsity: Annotated[
         tuple[float, ...] | None,
         Option(
-            "Shares of inactive neurons.", "S,S,...", parse=shares_of, unset="0,0.5,0.67,0.88,0.95"
+            "Shares of inactive neurons.",
+            "S,S,...",
+            parse=shares_of,
+            unset=",".join(f"{share:g}" for share in SPARSITIES),
         ),
     ] = None
     pattern: Annotated[

@@ -37,8 +37,10 @@ class Operation:
     slots: int = 1
 
 
-def time_calls(operations: Mapping[str, Operation], slots: int, repeats: int) -> Samples:
-    """Time single calls on the CPU by the wall clock, after one untimed turn.
+def time_calls(
+    operations: Mapping[str, Operation], slots: int, repeats: int, clock: Clock
+) -> Samples:
+    """Time single calls after one untimed turn.
 
     Every call reads the slots after those of the call before. So a slot has left the cache by the
     time it is read again, if all slots together are large enough.
@@ -47,18 +49,8 @@ def time_calls(operations: Mapping[str, Operation], slots: int, repeats: int) ->
         operations: by name; one turn runs each of them once, in order.
         slots: how many there are, after which the first is read again.
         repeats: timed turns.
+        clock: `wall_seconds` on the CPU; `gpu_seconds`, the host's launches included, on a GPU.
     """
-    return _take_turns(operations, slots, repeats, _wall_seconds)
-
-
-def time_launches(operations: Mapping[str, Operation], slots: int, repeats: int) -> Samples:
-    """Time single calls on a GPU between CUDA events, the host's launches included."""
-    return _take_turns(operations, slots, repeats, _gpu_seconds)
-
-
-def _take_turns(
-    operations: Mapping[str, Operation], slots: int, repeats: int, clock: Clock
-) -> Samples:
     samples: Samples = {name: [] for name in operations}
     slot = 0
     for _ in range(repeats + 1):
@@ -75,7 +67,7 @@ def time_graphs(operations: Mapping[str, Operation], slots: int, repeats: int) -
     time divided by that.
     """
     replays = {name: _replay(_capture(operation, slots)) for name, operation in operations.items()}
-    samples = _take_turns(replays, slots, repeats, _gpu_seconds)
+    samples = time_calls(replays, slots, repeats, gpu_seconds)
     return {name: [time / slots for time in times] for name, times in samples.items()}
 
 
@@ -83,13 +75,15 @@ def _replay(graph: torch.cuda.CUDAGraph) -> Operation:
     return Operation(run=lambda slot: graph.replay())
 
 
-def _wall_seconds(run: Callable[[int], object], slot: int) -> float:
+def wall_seconds(run: Callable[[int], object], slot: int) -> float:
+    """Time a call by the wall clock."""
     start = time.perf_counter()
     run(slot)
     return time.perf_counter() - start
 
 
-def _gpu_seconds(run: Callable[[int], object], slot: int) -> float:
+def gpu_seconds(run: Callable[[int], object], slot: int) -> float:
+    """Time a call on a GPU between CUDA events."""
     start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         for _ in range(2)
@@ -143,15 +137,3 @@ def stream(matrix: Tensor) -> Tensor:
     """
     pairs = matrix.dtype.itemsize == 2 and matrix.shape[-1] % 2 == 0
     return (matrix.view(torch.float32) if pairs else matrix).sum()
-
-
-def bound_seconds(rows: float, d_model: int, dtype: torch.dtype, bandwidth: float) -> float:
-    """Return the least time in which an operator can read its active rows.
-
-    Args:
-        rows: active neurons.
-        d_model: elements of a row.
-        dtype: of an element.
-        bandwidth: bytes per second of a streaming read, as measured.
-    """
-    return rows * d_model * dtype.itemsize / bandwidth

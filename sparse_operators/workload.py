@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,9 +15,7 @@ from architectures.model import check_device
 from common.errors import EngineError, SettingsError
 from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
-from sparse_operators.settings import SHAPES, OperatorBenchConfig
-
-SPARSITIES = (0.0, 0.5, 0.67, 0.88, 0.95)
+from sparse_operators.settings import SHAPES, SPARSITIES, OperatorBenchConfig
 
 RUNS = {"random": 1, "clustered": 64}
 """Neighbours that are active together, by the pattern's name."""
@@ -122,33 +121,26 @@ def _cases(config: OperatorBenchConfig) -> tuple[int, int, dict[str, Case]]:
 
 def random_case(d_ff: int, sparsity: float, *, run: int = 1) -> Case:
     """Return a case of made-up tokens; see `random_masks`."""
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return random_masks(count, d_ff, sparsity, run=run, generator=generator)
-
+    draw = partial(random_masks, d_ff=d_ff, sparsity=sparsity, run=run)
     return Case(share=1 - sparsity, draw=draw)
 
 
 def traced_case(masks: Tensor) -> Case:
     """Return a case of real tokens, whose masks are (tokens, d_ff) bool."""
-
-    def draw(count: int, generator: torch.Generator) -> Tensor:
-        return draw_rows(masks, count, generator)
-
-    return Case(share=float(masks.float().mean()), draw=draw)
+    return Case(share=float(masks.float().mean()), draw=partial(draw_rows, masks))
 
 
 def random_masks(
-    count: int, d_ff: int, sparsity: float, *, run: int = 1, generator: torch.Generator
+    count: int, generator: torch.Generator, *, d_ff: int, sparsity: float, run: int
 ) -> Tensor:
     """Draw which neurons are active.
 
     Args:
         count: masks to draw.
+        generator: source of chance, on the CPU.
         d_ff: neurons.
         sparsity: share of inactive neurons, met exactly but for rounding to whole neurons.
         run: neurons that are active or inactive together; one run may be cut short.
-        generator: source of chance, on the CPU.
 
     Returns:
         (count, d_ff) bool on the CPU, true where active.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.tokenizer import load_tokenizer
-from sparse_operators.generation import common_length, compare, continue_greedily
+from sparse_operators.generation import Switch, common_length, continue_greedily, decode_by_turns
 from sparse_operators.module import SparseGatedMLP
 
 Psp = Callable[..., Result]
@@ -123,19 +123,19 @@ def test_dense_and_sparse_take_turns_and_the_first_is_not_counted() -> None:
         model.step = 1
         order.append("dense")
 
-    result = compare(model, torch.tensor([[1]]), 3, operators=sparse, repeats=2)
+    kinds: dict[str, Switch] = {"dense": nullcontext, "operators": sparse}
+    made = decode_by_turns(model, torch.tensor([[1]]), 3, kinds=kinds, repeats=2)
     assert order == ["sparse", "dense"] * 3
-    assert result.operators is not None
-    assert result.dense.tokens == [2, 3, 4]
-    assert result.operators.tokens == [3, 5, 7]
-    assert result.figures()["same_tokens"] == 0
-    assert len(result.dense.samples) == len(result.operators.samples) == 2
+    assert made["dense"].tokens == [2, 3, 4]
+    assert made["operators"].tokens == [3, 5, 7]
+    assert [len(decoding.samples) for decoding in made.values()] == [2, 2]
 
 
 def test_continuations_part_where_they_first_differ() -> None:
     assert common_length([1, 2, 3], [1, 2, 3]) == 3
     assert common_length([1, 2, 3], [1, 9, 3]) == 1
     assert common_length([1, 2], [1, 2, 3]) == 2
+    assert common_length([2, 3, 4], [3, 5, 7]) == 0
 
 
 def test_a_difference_is_reported(psp: Psp, model_dir: Path, monkeypatch: Any) -> None:

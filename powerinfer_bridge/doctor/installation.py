@@ -14,6 +14,7 @@ from packaging.version import InvalidVersion, Version
 
 from common.machine import Gpu
 from common.units import size
+from common.version import package_version
 from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
 
 OPTIONAL = {
@@ -49,7 +50,7 @@ class PackageFacts:
 def read_packages() -> PackageFacts:
     """Ask the interpreter; nothing is imported."""
     required = parse_requirements(metadata.requires("psp") or [])
-    found = {name: _version(name) for name in (*required, *OPTIONAL)}
+    found = {name: package_version(name) for name in (*required, *OPTIONAL)}
     return PackageFacts(
         python=platform.python_version().rstrip("+"),  # a build of a branch
         least_python=_least(SpecifierSet(metadata.metadata("psp")["Requires-Python"] or "")),
@@ -70,13 +71,6 @@ def parse_requirements(lines: Iterable[str]) -> dict[str, str]:
 def _least(versions: SpecifierSet) -> str:
     """Return the version that others must reach; empty if any will do."""
     return next((each.version for each in versions if each.operator == ">="), "")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _older(version: str, least: str) -> bool:
