@@ -25,10 +25,13 @@ from gguf_export.settings import ExportConfig, SplitConfig
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.doctor.settings import DoctorConfig
 from powerinfer_bridge.estimate.settings import EstimateConfig
+from powerinfer_bridge.verify.settings import VerifyConfig
 from predictor.collection.settings import CollectConfig
 from predictor.training.settings import TrainConfig
 from prosparse.settings import SparsifyConfig, SparsityConfig
 from quickstart.settings import QuickstartConfig
+from report.settings import ReportConfig
+from sparse_operators.settings import GenerateConfig, OperatorBenchConfig
 
 EVERY = (
     BenchConfig,
@@ -36,11 +39,15 @@ EVERY = (
     DoctorConfig,
     EstimateConfig,
     ExportConfig,
+    GenerateConfig,
+    OperatorBenchConfig,
     QuickstartConfig,
+    ReportConfig,
     SparsifyConfig,
     SparsityConfig,
     SplitConfig,
     TrainConfig,
+    VerifyConfig,
 )
 
 
