@@ -57,13 +57,11 @@ def has_one_gate(checkpoint: Checkpoint) -> bool:
     return architecture.ffn_matrices == 3 and len(architecture.activation_taps) == 1
 
 
-def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
-    """Open a gated checkpoint of any activation as if it had another one.
+def open_with_relu(model: str) -> Checkpoint:
+    """Open a gated checkpoint of any activation as if it had ReLU.
 
     Args:
         model: directory or hub id.
-        activation: `relu` or `fatrelu`.
-        threshold: FATReLU's.
 
     Raises:
         CheckpointError: not gated, an unsupported family, an activation that ReLU may not replace,
@@ -71,7 +69,7 @@ def open_as(model: str, activation: str, threshold: float = 0.0) -> Checkpoint:
     """
     path = locate(model)
     found = read_config(path)
-    config = with_activation(found, activation, threshold)
+    config = with_activation(found, "relu")
     family = resolve(config)
     if family.ffn_matrices != 3:
         raise CheckpointError(
@@ -123,7 +121,7 @@ def open_any(model: str) -> Opened:
         own = shifted((shape.activation_threshold,) * shape.n_layers)
     else:
         own = Setting(activation=str(name))
-    return Opened(open_as(str(path), "relu"), own)
+    return Opened(open_with_relu(str(path)), own)
 
 
 def with_activation(config: Config, activation: str, threshold: float = 0.0) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class ExchangeableModel:
         """Load the model.
 
         Args:
-            checkpoint: the model; one that is not sparse yet is opened by `activation.open_as`.
+            checkpoint: the model; one that is not sparse yet is opened by `open_with_relu`.
             windows: token ids, each window by itself.
             device: torch device; on the CPU the model runs in float32.
 

@@ -20,8 +20,6 @@ from functools import partial
 import torch
 from torch import nn
 
-NORMS = ("mean", "sum")
-
 
 class Watch:
     """What one forward pass showed.
@@ -67,7 +65,6 @@ class L1Regulariser:
             ffn_output: path in a block of the module whose input is the intermediate output.
             norm: `mean` or `sum`, see above.
         """
-        assert norm in NORMS
         self.norm = norm
         self._layers = len(blocks)
         self._watch: Watch | None = None

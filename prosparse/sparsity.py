@@ -22,19 +22,6 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """A search of FATReLU's threshold.
-
-    Attributes:
-        found: what was measured with the thresholds found.
-        tried: every measurement of the search.
-    """
-
-    found: Measurement
-    tried: tuple[Measurement, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SparsityResult:
     """Measurements of a model.
 
@@ -42,13 +29,15 @@ class SparsityResult:
         config: what was asked for.
         own: the activation in the model's config.
         measured: the first is what gaps are relative to.
-        search: None if none was asked for.
+        tried: every measurement of the search of FATReLU's threshold.
+        found: the one of them with the thresholds found; None if no search was asked for.
     """
 
     config: SparsityConfig
     own: Setting
     measured: tuple[Measurement, ...]
-    search: Search | None = None
+    tried: tuple[Measurement, ...] = ()
+    found: Measurement | None = None
 
     @property
     def tokens(self) -> int:
@@ -67,9 +56,9 @@ class SparsityResult:
             "hidden_act": self.own.activation,
             "settings": [_row(each, base) for each in self.measured],
         }
-        if self.search is not None:
-            tried = [_row(each, base) for each in self.search.tried]
-            document["search"] = search_facts(self.config, self.search.found) | {"tried": tried}
+        if self.found is not None:
+            tried = [_row(each, base) for each in self.tried]
+            document["search"] = search_facts(self.config, self.found) | {"tried": tried}
             if self.config.out is not None:
                 document["out"] = str(self.config.out)
         return document
@@ -183,10 +172,10 @@ def _told(result: SparsityResult) -> str:
         f"{result.tokens} tokens of {config.data}; gaps are to {base.setting.name}, ± their "
         "standard error"
     ]
-    if result.search is not None:
+    if result.found is not None:
         lines.append(f"found within a gap of {config.max_ppl_gap:.3%}: {last.setting.name}")
         if config.per_layer:
-            thresholds = result.search.found.setting.thresholds
+            thresholds = result.found.setting.thresholds
             lines.append("thresholds by layer: " + ", ".join(f"{t:g}" for t in thresholds))
         if config.out is not None:
             lines.append(f"written to {config.out}; the last row is measured from its files")

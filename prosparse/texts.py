@@ -53,40 +53,37 @@ def cut_stream(documents: Iterable[str], tokenizer: Tokenizer, context: int) -> 
         held = held[whole:]
 
 
-def pack(windows: Iterable[Sequence[int]], path: Path, context: int, most: int) -> Windows:
-    """Write windows to a file, and map it.
-
-    Args:
-        windows: as from `cut_stream`.
-        path: the file, int32 ids.
-        context: length of a window.
-        most: stop after so many.
-
-    Returns:
-        (n, context) int32, mapped; n may be 0.
-    """
+def pack(windows: Iterable[Sequence[int]], path: Path, most: int) -> None:
+    """Write windows, as from `cut_stream`, to a file of int32 ids; stop after so many."""
     with atomic_path(path) as part, part.open("wb") as file:
         for window in islice(windows, most):
             file.write(np.asarray(window, np.int32).tobytes())
-    return open_windows(path, context)
 
 
 def open_windows(path: Path, context: int) -> Windows:
-    """Map packed windows, (n, context) int32."""
+    """Map packed windows, (n, context) int32; n may be 0."""
     if not path.stat().st_size:
         return np.zeros((0, context), np.int32)
     return np.memmap(path, np.int32, "r").reshape(-1, context)
 
 
-def need_windows(found: int, least: int, context: int, source: str) -> None:
-    """Refuse text that gives too few windows.
+def need_windows(config: SparsifyConfig, name: str, source: str, found: int, step: int) -> None:
+    """Refuse a text that gives too few windows.
+
+    Args:
+        config: settings.
+        name: what the text is for.
+        source: the text.
+        found: windows that it is known to give.
+        step: windows that a step takes.
 
     Raises:
         DataError: naming the source and how much it gives.
     """
+    least = {"train": step + _held_back(config, found), "sft": step, "eval": 1}[name]
     if found < least:
         raise DataError(
-            f"{source}: gives {found} windows of {context} tokens, needed are {least}",
+            f"{source}: gives {found} windows of {config.context} tokens, needed are {least}",
             "pass more text, or lower --context or --batch",
         )
 
@@ -146,7 +143,7 @@ def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) 
     for name, source in _sources(config).items():
         most = {"train": step + config.eval_windows, "sft": step, "eval": 1}[name]
         found = sum(1 for _ in islice(windows(source), most))
-        need_windows(found, _least(config, name, found, step), config.context, source)
+        need_windows(config, name, source, found, step)
 
 
 def pack_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
@@ -163,7 +160,7 @@ def pack_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -
     for name, source in _sources(config).items():
         path = _packed(config, name)
         if not (begun and path.exists()):
-            pack(windows(source), path, config.context, most[name])
+            pack(windows(source), path, most[name])
 
 
 def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, WindowSet, float]:
@@ -176,8 +173,7 @@ def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, Wind
     packed: dict[str, Windows] = {}
     for name, source in _sources(config).items():
         packed[name] = open_windows(_packed(config, name), config.context)
-        found = len(packed[name])
-        need_windows(found, _least(config, name, found, step), config.context, source)
+        need_windows(config, name, source, len(packed[name]), step)
     train = packed["train"]
     held = packed["eval"] if config.eval_data else train[: _held_back(config, len(train))]
     train = train if config.eval_data else train[len(held) :]
@@ -212,8 +208,3 @@ def _packed(config: SparsifyConfig, name: str) -> Path:
 def _held_back(config: SparsifyConfig, found: int) -> int:
     """Return how many of the first windows of the text to train on are held out."""
     return 0 if config.eval_data else max(1, min(config.eval_windows, found // 10))
-
-
-def _least(config: SparsifyConfig, name: str, found: int, step: int) -> int:
-    """Return how many windows a text must give, of which `found` are known."""
-    return {"train": step + _held_back(config, found), "sft": step, "eval": 1}[name]

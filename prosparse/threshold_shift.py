@@ -15,14 +15,7 @@ from prosparse.gate_statistics import gate_statistics
 from prosparse.measurement import Measurement
 from prosparse.settings import SparsityConfig
 from prosparse.shifted_checkpoint import check_out, write_shifted
-from prosparse.sparsity import (
-    Note,
-    Search,
-    SparsityResult,
-    load,
-    refuse_fatrelu,
-    search_facts,
-)
+from prosparse.sparsity import Note, SparsityResult, load, refuse_fatrelu, search_facts
 
 _STEPS = 128
 """Shares of active neurons that are tried: multiples of 1/128, seven measurements."""
@@ -66,7 +59,8 @@ def shift(config: SparsityConfig, note: Note = lambda line: None) -> SparsityRes
         config=config,
         own=opened.own,
         measured=(base, *asked, last),
-        search=Search(found=found, tried=tuple(tried)),
+        tried=tuple(tried),
+        found=found,
     )
 
 

@@ -67,14 +67,11 @@ class SparsityTrainer(Trainer):  # type: ignore[misc]
         batches = self.current_gradient_accumulation_steps
         term = watch.term().to(loss.device) / batches
         total = loss + self.schedule.factor(step) * term
-        self._refuse_nan(total, step)
+        if not torch.isfinite(total):
+            raise self.stopped(f"the loss is {total.item()}", step)
         sums = torch.stack([total.detach(), loss.detach(), term.detach()]).float()
         self._seen[True].append(torch.cat([batches * sums, shares]))
         return (total, outputs) if return_outputs else total
-
-    def _refuse_nan(self, loss: torch.Tensor, step: int) -> None:
-        if not torch.isfinite(loss):
-            raise self.stopped(f"the loss is {loss.item()}", step)
 
     def stopped(self, reason: str, step: int) -> SparsifyError:
         """Say where training stopped and what is left of it."""

@@ -19,7 +19,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
 from common.files import read_json, refuse_existing, remove_output, write_json
-from prosparse.activation import open_as, set_activation
+from prosparse.activation import open_with_relu, set_activation
 from prosparse.regulariser import L1Regulariser
 from prosparse.saving import drop_unfinished, newest_checkpoint, remove_checkpoints, save_model
 from prosparse.settings import SparsifyConfig
@@ -53,7 +53,7 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
     """
     import transformers
 
-    checkpoint = open_as(config.model, "relu")
+    checkpoint = open_with_relu(config.model)
     arguments = training_arguments(config)
     if arguments.n_gpu > 1:
         raise SparsityError(
@@ -187,7 +187,7 @@ def load_trainable(checkpoint: Checkpoint, activation: str) -> LoadedModel:
     """Return the model in float32, every weight its own memory and open to training.
 
     Args:
-        checkpoint: opened by `open_as`.
+        checkpoint: opened by `open_with_relu`.
         activation: `relu`, or `keep` for the one in its config.json.
     """
     loaded = load_model(checkpoint, dtype=torch.float32, device="cpu", weights="resident")

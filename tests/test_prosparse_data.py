@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from letters import BOS, Letters
 
-from prosparse.texts import WindowSet, cut_stream, pack
+from prosparse.texts import Windows, WindowSet, cut_stream, open_windows, pack
+
+
+def packed(windows: Iterable[Sequence[int]], path: Path, most: int = 99) -> Windows:
+    pack(windows, path, most)
+    return open_windows(path, 4)
 
 
 def test_windows_are_the_stream_in_order(tmp_path: Path) -> None:
-    windows = pack(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w", 4, 99)
+    windows = packed(cut_stream(["abcd", "ef", "ghijk"], Letters(), 4), tmp_path / "w")
     text = ["".join(map(chr, window[1:])) for window in windows]
     assert windows[:, 0].tolist() == [BOS] * 4
     assert text == ["abc", "d\x07e", "f\x07g", "hij"]
-    assert len(pack(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 4, 2)) == 2
+    assert len(packed(cut_stream(["abcdefghi"], Letters(), 4), tmp_path / "w", 2)) == 2
 
 
 def test_every_epoch_has_every_window_once(tmp_path: Path) -> None:
-    windows = pack([[n] * 4 for n in range(10)], tmp_path / "w", 4, 10)
+    windows = packed([[n] * 4 for n in range(10)], tmp_path / "w")
     order = [
         int(item["input_ids"][0])
         for item in map(WindowSet([(windows, 30)], 3).__getitem__, range(30))
