@@ -53,9 +53,8 @@ class Journal(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget lines of steps that are about to be done again, and show the bar."""
         if state.is_world_process_zero:
-            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
-            if not state.global_step:
-                kept = []
+            done = state.global_step
+            kept = [line for line in read_log(self.path) if line["step"] <= done] if done else []
             self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
             self._bar = tqdm(
                 total=state.max_steps,

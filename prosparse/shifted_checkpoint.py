@@ -82,11 +82,10 @@ def common_threshold(thresholds: Sequence[float]) -> tuple[float, tuple[float, .
 
 def _companions(checkpoint: Checkpoint) -> list[Path]:
     """Return the files beside the weights, but no index of weights of another kind."""
-    index = {f"{kind}.index.json" for kind in ("model.safetensors", "pytorch_model.bin")}
     suffix = next(iter(checkpoint.files.shards.values())).suffix
-    kept = {name for name in index if name.startswith("model.") == (suffix == ".safetensors")}
+    other = "pytorch_model.bin" if suffix == ".safetensors" else "model.safetensors"
     files = {file for pattern in _COMPANIONS for file in checkpoint.path.glob(pattern)}
-    return sorted(f for f in files if f.is_file() and (f.name not in index or f.name in kept))
+    return sorted(f for f in files if f.is_file() and f.name != f"{other}.index.json")
 
 
 def _write_shard(
