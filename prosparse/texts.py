@@ -174,9 +174,8 @@ def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, Wind
     for name, source in _sources(config).items():
         packed[name] = open_windows(_packed(config, name), config.context)
         need_windows(config, name, source, len(packed[name]), step)
-    train = packed["train"]
-    held = packed["eval"] if config.eval_data else train[: _held_back(config, len(train))]
-    train = train if config.eval_data else train[len(held) :]
+    back = _held_back(config, len(packed["train"]))
+    held, train = packed.get("eval", packed["train"][:back]), packed["train"][back:]
     first = config.schedule.start_of("sft") if config.sft_data else config.schedule.steps
     parts = [(train, first * step)]
     if config.sft_data:

@@ -118,16 +118,15 @@ def _keep_outputs(plugin: Any) -> None:
 class KeepGood(TrainerCallback):  # type: ignore[misc]
     """Refuses to save weights that are not finite, and marks checkpoints that are whole."""
 
-    def __init__(self) -> None:
-        """Wait for the trainer."""
-        self.trainer: SparsityTrainer | None = None
+    def __init__(self, trainer: SparsityTrainer) -> None:
+        """Take the trainer, which says what is left when it stops."""
+        self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at all weights before they are saved."""
         if control.should_save and not all(
             bool(torch.isfinite(weight).all()) for weight in kwargs["model"].parameters()
         ):
-            assert self.trainer is not None
             raise self.trainer.stopped("weights are no longer finite", state.global_step)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -218,7 +218,6 @@ def make_trainer(
     from prosparse.journal import Journal
     from prosparse.trainer import KeepGood, SparsityTrainer
 
-    keep = KeepGood()
     model: nn.Module = loaded.causal_lm
     trainer = SparsityTrainer(
         schedule=config.schedule,
@@ -228,10 +227,10 @@ def make_trainer(
         train_dataset=train,
         eval_dataset=held,
         data_collator=default_data_collator,
-        callbacks=[keep, Journal(config.log, config.schedule)],
+        callbacks=[Journal(config.log, config.schedule)],
     )
+    trainer.add_callback(KeepGood(trainer))
     trainer.remove_callback(PrinterCallback)  # it prints to standard output
-    keep.trainer = trainer
     return trainer
 
 

@@ -75,12 +75,6 @@ class Problem:
     dtype: TypeName
     processors: Extent
 
-    @property
-    def row_bytes(self) -> int:
-        """Size of a row of weights."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return power_of_two(self.d_model) * dtype.itemsize
-
 
 @functools.cache
 def default_launch(problem: Problem) -> Launch:
@@ -135,8 +129,10 @@ def whole_rows(problem: Problem, budget: int) -> tuple[int, int]:
     Returns:
         Rows of a group, 1 to 16, and warps, 1 to 8: 64 elements of weights a thread at most.
     """
-    group = min(16, max(1, budget // problem.row_bytes))
-    return group, min(8, max(1, group * power_of_two(problem.d_model) // 2048))
+    dtype: torch.dtype = getattr(torch, problem.dtype)
+    row = power_of_two(problem.d_model)
+    group = min(16, max(1, budget // (row * dtype.itemsize)))
+    return group, min(8, max(1, group * row // 2048))
 
 
 def rows_each(d_ff: int, programs: int, interleave: int = 1) -> int:
