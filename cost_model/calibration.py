@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from common.typed_json import Positive
 from cost_model.hardware import Device, Efficiency, HardwareError
 
 if TYPE_CHECKING:
@@ -120,25 +121,24 @@ def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float6
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """A run as a fit predicts it.
 
     Attributes:
-        run: the run.
-        seconds: predicted.
+        run: its name.
+        seconds: measured.
+        estimated_seconds: predicted.
+        relative_error: (predicted − measured) / measured.
         left_out: the fit has seen no run of its group; else it has seen all, and its error says
             little.
     """
 
-    run: Run
-    seconds: float
+    run: str
+    seconds: Positive
+    estimated_seconds: Positive
+    relative_error: float
     left_out: bool
-
-    @property
-    def error(self) -> float:
-        """Relative error, (predicted − measured) / measured."""
-        return self.seconds / self.run.seconds - 1
 
 
 def predictions(device: Device, runs: Sequence[Run]) -> list[Prediction]:
@@ -153,5 +153,14 @@ def predictions(device: Device, runs: Sequence[Run]) -> list[Prediction]:
         others = [other for other in runs if other.group != run.group]
         left_out = len(others) >= FEWEST
         fitted = calibrate(device, others if left_out else runs)
-        found.append(Prediction(run, run_seconds(run, fitted), left_out))
+        seconds = run_seconds(run, fitted)
+        found.append(
+            Prediction(
+                run=run.name,
+                seconds=run.seconds,
+                estimated_seconds=seconds,
+                relative_error=seconds / run.seconds - 1,
+                left_out=left_out,
+            )
+        )
     return found

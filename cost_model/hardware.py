@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from common.errors import PspError
 from common.files import write_bytes
-from common.typed_json import Closed, JsonError, Range, parse, plain
+from common.typed_json import Closed, Count, JsonError, Positive, Range, parse, plain
 from common.units import GIB
 
 THIS = "this"
@@ -65,10 +65,10 @@ class Device:
     """
 
     name: str
-    bandwidth: float
-    memory: int
+    bandwidth: Positive
+    memory: Count
     efficiency: Efficiency
-    layer_seconds: float
+    layer_seconds: _Delay
     source: str = ""
 
     def seconds(self, *, matrix: float = 0.0, rows: float = 0.0, columns: float = 0.0) -> float:
@@ -95,9 +95,9 @@ class Link:
         source: where the figures come from.
     """
 
-    bandwidth: float
-    efficiency: float
-    copy_seconds: float
+    bandwidth: Positive
+    efficiency: Positive
+    copy_seconds: _Delay
     source: str = ""
 
     def seconds(self, size: float, copies: float) -> float:
@@ -122,15 +122,10 @@ class Hardware:
     cpu: Device
     gpu: Device | None = None
     link: Link | None = None
-    threads: int | None = None
+    threads: Count | None = None
     notes: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        """Refuse a GPU without a link and the reverse."""
-        if (self.gpu is None) != (self.link is None):
-            raise HardwareError("expected both gpu and link, or neither", "add the missing one")
-
-    def byte_seconds(self) -> dict[str, float]:
+    def neuron_byte_seconds(self) -> dict[str, float]:
         """Return what one byte of an FFN neuron costs on either device, seconds.
 
         Of a gated neuron two bytes in three are rows (gate and up), one is a column (down). A
@@ -147,7 +142,7 @@ class Hardware:
         CPU that a token waits for (`cost_model.roofline`). Without a GPU the CPU reads both.
         """
         place = self.gpu or self.cpu
-        return place.seconds(matrix=1.0) / self.byte_seconds()["cpu"]
+        return place.seconds(matrix=1.0) / self.neuron_byte_seconds()["cpu"]
 
 
 def load_hardware(name_or_path: str, threads: int = 1) -> Hardware:
@@ -220,18 +215,19 @@ class _HardwareEntry(Closed):
 def _hardware(value: Any, name: str, where: str) -> Hardware:
     try:
         entry = parse(_HardwareEntry, value)
-        return Hardware(
-            name=name,
-            cpu=_device(entry.cpu),
-            gpu=_device(entry.gpu) if entry.gpu else None,
-            link=_link(entry.link) if entry.link else None,
-            threads=entry.threads,
-            notes=entry.notes,
-        )
     except JsonError as error:
         raise HardwareError(f"{where}: {error}", "mend the file") from error
-    except HardwareError as error:
-        raise HardwareError(f"{where}: {error.problem}", error.remedy) from error
+    if (entry.gpu is None) != (entry.link is None):
+        problem = f"{where}: expected both gpu and link, or neither"
+        raise HardwareError(problem, "add the missing one")
+    return Hardware(
+        name=name,
+        cpu=_device(entry.cpu),
+        gpu=_device(entry.gpu) if entry.gpu else None,
+        link=_link(entry.link) if entry.link else None,
+        threads=entry.threads,
+        notes=entry.notes,
+    )
 
 
 def _device(entry: _DeviceEntry) -> Device:

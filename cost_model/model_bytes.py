@@ -7,8 +7,9 @@ and is left out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from common.typed_json import Misfit, Share
 
 FLOAT_BYTES = 4
 """Activations and logits are F32 (PowerInfer@d3ebd7c ggml.c)."""
@@ -89,14 +90,14 @@ class Activity:
         active: share that is active, let through or not; what down reads if all are computed.
     """
 
-    predicted: float
-    both: float
-    active: float
+    predicted: Share
+    both: Share
+    active: Share
 
     def __post_init__(self) -> None:
-        """Hold what callers rely on."""
-        assert 0 <= self.both <= self.predicted <= 1
-        assert self.both <= self.active <= 1
+        """Refuse shares that contradict each other."""
+        if self.both > min(self.predicted, self.active):
+            raise Misfit("both", "at most predicted and active")
 
     @property
     def all_neurons(self) -> Activity:
@@ -174,13 +175,3 @@ def dense_offload(model: ModelBytes, budget: float, context: int) -> int:
         if left < 0:
             return count
     return len(model.layers) + (left >= model.head)
-
-
-def mean_activity(activities: Sequence[Activity]) -> Activity:
-    """Return the mean over layers."""
-    count = len(activities)
-    return Activity(
-        predicted=sum(a.predicted for a in activities) / count,
-        both=sum(a.both for a in activities) / count,
-        active=sum(a.active for a in activities) / count,
-    )

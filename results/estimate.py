@@ -6,67 +6,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.typed_json import Count, Positive, Share
+from cost_model.calibration import Prediction
+from cost_model.hardware import Hardware
+from cost_model.model_bytes import Activity
 from results.measures import Amount
 from results.result_file import ResultFile
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficiencyFacts:
-    """Shares of a memory's bandwidth that kinds of reads reach; see `cost_model.hardware`."""
-
-    matrix: Positive
-    rows: Positive
-    columns: Positive
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """A CPU or GPU: bytes per second, bytes, and what a layer costs beside its reads."""
-
-    name: str
-    bandwidth: Positive
-    memory: Count
-    efficiency: EfficiencyFacts
-    layer_seconds: Amount
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkFacts:
-    """What connects both memories."""
-
-    bandwidth: Positive
-    efficiency: Positive
-    copy_seconds: Amount
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class HardwareFacts:
+class HardwareFacts(Hardware):
     """All figures of the hardware.
 
     Attributes:
-        threads: CPU threads that measured figures are for.
-        notes: what a reader must know.
         byte_seconds: what one byte of an FFN neuron costs, by device.
     """
 
-    name: str
-    cpu: DeviceFacts
-    gpu: DeviceFacts | None = None
-    link: LinkFacts | None = None
-    threads: Count | None = None
-    notes: tuple[str, ...]
     byte_seconds: dict[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerActivity:
-    """Shares of a layer's neurons: predicted, those of them active, and active."""
-
-    predicted: Share
-    both: Share
-    active: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +32,7 @@ class ActivityFacts:
     predicted: Share
     predicted_and_active: Share
     active: Share
-    layers: tuple[LayerActivity, ...]
+    layers: tuple[Activity, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,21 +92,6 @@ class VramBudget(PlacementFacts, _Budget):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationRun:
-    """A measured run beside its estimate.
-
-    Attributes:
-        left_out: whether the fit has not seen it.
-    """
-
-    run: str
-    seconds: Positive
-    estimated_seconds: Positive
-    relative_error: float
-    left_out: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class CalibrationFacts:
     """How well the fitted figures explain measured runs.
 
@@ -161,7 +101,7 @@ class CalibrationFacts:
         left_out: whether no fit has seen what it explains.
     """
 
-    runs: tuple[CalibrationRun, ...]
+    runs: tuple[Prediction, ...]
     largest_error: Amount
     largest_ratio_error: Amount | None = None
     left_out: bool

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost_model.crossings import Crossing, layer_crossing
 from cost_model.hardware import Device, Efficiency, Hardware, Link
 from cost_model.model_bytes import (
     Activity,
@@ -20,7 +19,14 @@ from cost_model.model_bytes import (
     dense_offload,
     on_cpu,
 )
-from cost_model.roofline import Cost, best_dense, dense_token, sparse_token
+from cost_model.roofline import (
+    Cost,
+    Crossing,
+    best_dense,
+    dense_token,
+    layer_crossing,
+    sparse_token,
+)
 
 GB = 10**9
 EXACT = Efficiency(matrix=1.0, rows=0.5, columns=0.25)
@@ -193,7 +199,7 @@ def test_a_dense_layer_takes_its_part_of_the_cache_along() -> None:
 
 
 def test_what_a_byte_of_a_neuron_costs() -> None:
-    costs = machine(gpu=10 * GB).byte_seconds()
+    costs = machine(gpu=10 * GB).neuron_byte_seconds()
     assert costs["cpu"] == pytest.approx((2 / 3 / 0.5 + 1 / 3 / 0.25) / GB)
     assert costs["gpu"] == pytest.approx(costs["cpu"] / 10)
     # Predictors are dense products: in VRAM if there is any, else beside the neurons.

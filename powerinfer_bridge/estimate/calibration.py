@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,23 +16,10 @@ from cost_model.model_bytes import Activity, ModelBytes
 from powerinfer_bridge.estimate.file import EstimatedFile
 from results.bench import ALL_NEURONS, BENCH, DENSE_POWERINFER, POWERINFER, PREDICTED, Arm, Bench
 from results.density import DENSITY, Density
-from results.estimate import CalibrationFacts, CalibrationRun
+from results.estimate import CalibrationFacts
 
 _ARMS = (ALL_NEURONS, PREDICTED, DENSE_POWERINFER)
 _REMEDY = "pass results of psp bench-powerinfer or benchmarks/density.py, measured on this CPU"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Runs of one document, on the CPU alone.
-
-    Attributes:
-        threads: CPU threads.
-        runs: the runs.
-    """
-
-    threads: int
-    runs: tuple[Run, ...]
 
 
 def calibrate_hardware(
@@ -53,8 +40,8 @@ def calibrate_hardware(
     Raises:
         PspError: no usable runs, damaged results, or different numbers of threads.
     """
-    found = [each for source in sources for each in _read(source, file) if each.runs]
-    threads = {each.threads for each in found}
+    found = [each for source in sources for each in _read(source, file)]
+    threads, runs = {count for count, _ in found}, [run for _, run in found]
     if len(threads | {hardware.threads} - {None}) > 1:
         counts = ", ".join(map(str, sorted(threads)))
         raise EngineError(
@@ -62,7 +49,6 @@ def calibrate_hardware(
             f"{hardware.threads or 'any number'}",
             "one calibration is for one --threads",
         )
-    runs = [run for each in found for run in each.runs]
     if not runs:
         raise EngineError("--calibrate: no run of PowerInfer on the CPU alone", _REMEDY)
     fitted = replace(
@@ -74,34 +60,30 @@ def calibrate_hardware(
             f"CPU fitted to {len(runs)} runs of PowerInfer",
         ),
     )
-    return fitted, _facts(predictions(hardware.cpu, runs))
+    return fitted, _facts(runs, predictions(hardware.cpu, runs))
 
 
-def _facts(found: Sequence[Prediction]) -> CalibrationFacts:
-    errors = {each.run.name: each.error for each in found}
+def _facts(runs: Sequence[Run], found: Sequence[Prediction]) -> CalibrationFacts:
+    errors = {each.run: each.relative_error for each in found}
+    pairs = [
+        (f"{group}: {ALL_NEURONS}", f"{group}: {PREDICTED}")
+        for group in dict.fromkeys(run.group for run in runs)
+    ]
     ratios = [
-        (1 + errors[f"{group}: {ALL_NEURONS}"]) / (1 + errors[f"{group}: {PREDICTED}"]) - 1
-        for group in dict.fromkeys(each.run.group for each in found)
-        if {f"{group}: {ALL_NEURONS}", f"{group}: {PREDICTED}"} <= errors.keys()
+        (1 + errors[everything]) / (1 + errors[predicted]) - 1
+        for everything, predicted in pairs
+        if {everything, predicted} <= errors.keys()
     ]
     return CalibrationFacts(
-        runs=tuple(
-            CalibrationRun(
-                run=each.run.name,
-                seconds=each.run.seconds,
-                estimated_seconds=each.seconds,
-                relative_error=each.error,
-                left_out=each.left_out,
-            )
-            for each in found
-        ),
+        runs=tuple(found),
         largest_error=max(map(abs, errors.values())),
         largest_ratio_error=max(map(abs, ratios)) if ratios else None,
         left_out=all(each.left_out for each in found),
     )
 
 
-def _read(source: Path, file: EstimatedFile) -> Iterator[_Measured]:
+def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
+    """Yield threads and runs on the CPU alone."""
     names = (BENCH.name, DENSITY.name)
     files = [source / name for name in names if (source / name).is_file()]
     if source.is_dir() and not files:
@@ -109,27 +91,23 @@ def _read(source: Path, file: EstimatedFile) -> Iterator[_Measured]:
     for path in files or [source]:
         kind = read_json(path, EngineError, _REMEDY).get("kind")
         if kind == Density.kind:
-            yield _density_runs(path, DENSITY.read(path, _REMEDY), file)
+            yield from _density_runs(path, DENSITY.read(path, _REMEDY), file)
         elif kind == Bench.kind:
             yield from _bench_runs(path, BENCH.read(path, _REMEDY), file)
         else:
             raise EngineError(f"{path}: kind is {kind!r:.40}", _REMEDY)
 
 
-def _bench_runs(path: Path, bench: Bench, file: EstimatedFile) -> Iterator[_Measured]:
+def _bench_runs(path: Path, bench: Bench, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
     if bench.engine != POWERINFER:
         raise EngineError(f"{path}: engine is {bench.engine!r:.40}", _REMEDY)
     measured = _measured_file(path, bench, file)
     model, activities = measured.bytes, measured.measured_activity(bench, str(path))
     for arm in bench.arms:
-        if arm.name in _ARMS and not _on_gpu(arm):
+        on_gpu = arm.device.get("cuda") or arm.n_gpu_layers or arm.vram_budget_bytes
+        if arm.name in _ARMS and not on_gpu:
             seconds, position = 1 / arm.decode.tokens_per_second, _position(bench, arm)
-            run = _run(arm.name, str(path), seconds, model, activities, position)
-            yield _Measured(threads=arm.threads, runs=(run,))
-
-
-def _on_gpu(arm: Arm) -> bool:
-    return bool(arm.device.get("cuda") or arm.n_gpu_layers or arm.vram_budget_bytes)
+            yield arm.threads, _run(arm.name, str(path), seconds, model, activities, position)
 
 
 def _measured_file(path: Path, bench: Bench, file: EstimatedFile) -> EstimatedFile:
@@ -154,8 +132,8 @@ def _position(bench: Bench, arm: Arm) -> float:
     return fmean((row.prompt_tokens or 0) + row.decode_tokens / 2 for row in rows) if rows else 0.0
 
 
-def _density_runs(path: Path, sweep: Density, file: EstimatedFile) -> _Measured:
-    """Return the runs of a sweep over densities.
+def _density_runs(path: Path, sweep: Density, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
+    """Yield threads and runs of a sweep over densities.
 
     Of the sweep's models half of the neurons are active at most: those beyond are always predicted
     and have an ordinary random gate (benchmarks/exact_density.py).
@@ -168,7 +146,6 @@ def _density_runs(path: Path, sweep: Density, file: EstimatedFile) -> _Measured:
             )
     generated = sweep.settings.get("generate")
     position = max(0, generated) / 2 if isinstance(generated, int) else 0.0
-    runs = []
     for point in sweep.points:
         density, both = min(1.0, point.density), min(0.5, point.density)
         activity = Activity(predicted=density, both=both, active=both)
@@ -181,8 +158,8 @@ def _density_runs(path: Path, sweep: Density, file: EstimatedFile) -> _Measured:
         for arm, speed in speeds.items():
             if speed is not None:
                 seconds, group = 1 / speed.tokens_per_second, f"{path} at {point.density:g}"
-                runs.append(_run(arm, group, seconds, file.bytes, activities, position))
-    return _Measured(threads=sweep.threads, runs=tuple(runs))
+                run = _run(arm, group, seconds, file.bytes, activities, position)
+                yield sweep.threads, run
 
 
 def _run(

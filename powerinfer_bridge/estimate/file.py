@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from common.errors import EngineError
@@ -13,11 +14,12 @@ from cost_model.model_bytes import Activity, LayerBytes, LayerPlace, ModelBytes,
 from gguf_export.pwri.gpu_index import file_groups
 from gguf_export.pwri.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
-from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
+from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD, parse_name
 from gguf_export.pwri.statistics import read_statistics
 from results.bench import Bench
+from results.estimate import PlacementFacts
 from results.measures import Metrics
 
 if TYPE_CHECKING:
@@ -33,15 +35,11 @@ class Placement:
 
     Attributes:
         place: for the cost model.
-        plan: PowerInfer's.
-        neuron_share: share of all neurons in VRAM.
-        activation_share: share of all activations that they account for.
+        facts: for readers.
     """
 
     place: Place
-    plan: MemoryPlan
-    neuron_share: float
-    activation_share: float
+    facts: PlacementFacts
 
 
 class EstimatedFile:
@@ -90,16 +88,18 @@ class EstimatedFile:
             self._layer_place(number, offloaded, chosen[number])
             for number in range(self.hyper.n_layers)
         )
-        shares = [layer.neurons for layer in layers]
         return Placement(
             place=Place(
                 layers=layers,
                 head=self.hyper.graph.own_head and HEAD in offloaded,
                 kv=plan.kv_halves / 2,
             ),
-            plan=plan,
-            neuron_share=sum(shares) / len(shares),
-            activation_share=captured_share(self.statistics, chosen),
+            facts=PlacementFacts(
+                everything_but_ffn_fits=plan.complete,
+                kv_cache_in_vram=plan.kv_halves == 2,
+                neuron_share_on_gpu=fmean(layer.neurons for layer in layers),
+                activation_share_on_gpu=captured_share(self.statistics, chosen),
+            ),
         )
 
     def measured_activity(self, bench: Bench, source: str) -> tuple[Activity, ...]:

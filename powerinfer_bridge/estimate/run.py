@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from common.errors import EngineError
 from common.files import refuse_existing
-from common.typed_json import parse, plain
 from common.units import parse_size
 from common.version import tool_version
 from cost_model.hardware import Hardware, load_hardware, save_hardware
-from cost_model.model_bytes import Activity, Place, mean_activity, on_cpu
+from cost_model.model_bytes import Activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
 from gguf_export.pwri.memory_plan import KEPT_FREE, vram_option
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
@@ -27,33 +27,15 @@ from results.bench import BENCH
 from results.estimate import (
     ESTIMATE,
     ActivityFacts,
-    CalibrationFacts,
     DenseFacts,
     Estimate,
     HardwareFacts,
-    LayerActivity,
-    PlacementFacts,
     Speedups,
     VramBudget,
 )
 
 _STEPS = 8
 _GOOD_ENOUGH = 0.99
-
-
-@dataclass(frozen=True)
-class ActivitySource:
-    """Where a model's activity comes from.
-
-    Attributes:
-        layers: activity by layer.
-        text: the source, for readers.
-        assumptions: what was taken for granted, a line each.
-    """
-
-    layers: tuple[Activity, ...]
-    text: str
-    assumptions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +45,7 @@ class _Case:
     Attributes:
         file: what is estimated.
         hardware: for what.
-        activity: how many neurons are computed.
+        layers: how many neurons are computed, by layer.
         context: tokens that the cache has room for.
         position: tokens in it.
         asked: VRAM asked for, bytes; None for the whole card.
@@ -71,7 +53,7 @@ class _Case:
 
     file: EstimatedFile
     hardware: Hardware
-    activity: ActivitySource
+    layers: tuple[Activity, ...]
     context: int
     position: float
     asked: int | None
@@ -95,12 +77,8 @@ class _Case:
 
     def sparse(self, placement: Placement | None, activities: Sequence[Activity]) -> Cost:
         """What a token costs in PowerInfer."""
-        place: Place = placement.place if placement else on_cpu(self.file.hyper.n_layers)
+        place = placement.place if placement else on_cpu(self.file.hyper.n_layers)
         return sparse_token(self.file.bytes, place, self.hardware, activities, self.position)
-
-    def dense(self) -> tuple[int, Cost]:
-        """Layers of the dense model that go to the GPU, and what a token then costs."""
-        return best_dense(self.file.bytes, self.hardware, self.budget, self.context, self.position)
 
 
 def estimate(config: EstimateConfig) -> Estimate:
@@ -112,23 +90,27 @@ def estimate(config: EstimateConfig) -> Estimate:
     Raises:
         PspError: a damaged file or hardware, missing statistics, or an existing output.
     """
-    targets = [config.out / ESTIMATE.name] if config.out else []
-    for target in [*targets, *([config.save_hardware] if config.save_hardware else [])]:
-        refuse_existing(target, force=config.force)
+    for target in (config.out and config.out / ESTIMATE.name, config.save_hardware):
+        if target is not None:
+            refuse_existing(target, force=config.force)
     file = EstimatedFile(config.file)
-    activity = _activity(config, file)
+    activity, assumptions = _activity(config, file)
     hardware, calibration = load_hardware(config.hardware, config.threads), None
     if config.calibrate:
         hardware, calibration = calibrate_hardware(hardware, config.calibrate, file)
     case = _Case(
         file=file,
         hardware=hardware,
-        activity=activity,
+        layers=activity.layers,
         context=config.context,
         position=config.context / 2 if config.position is None else float(config.position),
         asked=_asked_budget(config.vram_budget, hardware),
     )
-    found = _estimate(case, calibration)
+    found = replace(
+        _estimate(case, activity),
+        assumptions=(*assumptions, *_assumptions(hardware)),
+        calibration=calibration,
+    )
     if config.save_hardware:
         save_hardware(config.save_hardware, hardware)
     if config.out:
@@ -136,25 +118,34 @@ def estimate(config: EstimateConfig) -> Estimate:
     return found
 
 
-def _activity(config: EstimateConfig, file: EstimatedFile) -> ActivitySource:
+def _activity(config: EstimateConfig, file: EstimatedFile) -> tuple[ActivityFacts, list[str]]:
+    """Return how many neurons are computed, and what was taken for granted."""
     if config.density is not None:
-        n_layers = file.hyper.n_layers
-        return stated_activity(n_layers, config.density, config.precision, config.active)
-    if isinstance(config.bench, Path):
-        source, bench = str(BENCH.path(config.bench)), BENCH.read(config.bench, PASS_BENCH)
+        source = f"--density {config.density:g}"
+        activity, assumptions = _stated_activity(config.density, config.precision, config.active)
+        layers: tuple[Activity, ...] = (activity,) * file.hyper.n_layers
     else:
-        assert config.bench is not None
-        source, bench = BENCH.name, config.bench
-    return ActivitySource(file.measured_activity(bench, source), source)
+        source, bench, assumptions = BENCH.name, config.bench, []
+        if isinstance(bench, Path):
+            source, bench = str(BENCH.path(bench)), BENCH.read(bench, PASS_BENCH)
+        assert bench is not None, "the settings have one of both"
+        layers = file.measured_activity(bench, source)
+    facts = ActivityFacts(
+        source=source,
+        predicted=fmean(each.predicted for each in layers),
+        predicted_and_active=fmean(each.both for each in layers),
+        active=fmean(each.active for each in layers),
+        layers=layers,
+    )
+    return facts, assumptions
 
 
-def stated_activity(
-    n_layers: int, density: float, precision: float | None, active: float | None
-) -> ActivitySource:
-    """Return the same activity for every layer.
+def _stated_activity(
+    density: float, precision: float | None, active: float | None
+) -> tuple[Activity, list[str]]:
+    """Return the activity of every layer, and what was taken for granted.
 
     Args:
-        n_layers: layers.
         density: share of neurons that the predictor lets through.
         precision: share of those that are active; None assumes all.
         active: share of all neurons that are active; None assumes that none is missed.
@@ -175,8 +166,7 @@ def stated_activity(
             f"--active {active:g} is less than density · precision = {both:g}",
             "raise it or lower --precision",
         )
-    activity = Activity(predicted=density, both=both, active=active)
-    return ActivitySource((activity,) * n_layers, f"--density {density:g}", tuple(assumptions))
+    return Activity(predicted=density, both=both, active=active), assumptions
 
 
 def _asked_budget(text: str | None, hardware: Hardware) -> int | None:
@@ -193,12 +183,13 @@ def _asked_budget(text: str | None, hardware: Hardware) -> int | None:
     return budget
 
 
-def _estimate(case: _Case, calibration: CalibrationFacts | None) -> Estimate:
-    file, hardware, layers = case.file, case.hardware, case.activity.layers
+def _estimate(case: _Case, activity: ActivityFacts) -> Estimate:
+    """Return an estimate that lacks its assumptions and its calibration."""
+    file, hardware = case.file, case.hardware
     placement = case.placement(case.budget)
-    n_gpu_layers, dense = case.dense()
-    everything = case.sparse(placement, [each.all_neurons for each in layers])
-    predicted = case.sparse(placement, layers)
+    n_gpu_layers, dense = best_dense(file.bytes, hardware, case.budget, case.context, case.position)
+    everything = case.sparse(placement, [each.all_neurons for each in case.layers])
+    predicted = case.sparse(placement, case.layers)
     costs = {"dense": dense, "all_neurons": everything, "predicted": predicted}
     budgets = _budgets(case) if hardware.gpu else ()
     return Estimate(
@@ -206,11 +197,13 @@ def _estimate(case: _Case, calibration: CalibrationFacts | None) -> Estimate:
         model=file.hyper.name,
         file=str(file.path),
         hardware=hardware.name,
-        hardware_details=_hardware_facts(hardware),
+        hardware_details=HardwareFacts(
+            **vars(hardware), byte_seconds=hardware.neuron_byte_seconds()
+        ),
         context=case.context,
         position=case.position,
-        activity=_activity_facts(case.activity),
-        assumptions=tuple(_assumptions(case)),
+        activity=activity,
+        assumptions=(),
         tokens_per_second={name: cost.tokens_per_second for name, cost in costs.items()},
         speedups=Speedups(
             predicted_over_dense=dense.seconds / predicted.seconds,
@@ -226,47 +219,22 @@ def _estimate(case: _Case, calibration: CalibrationFacts | None) -> Estimate:
             n_gpu_layers=n_gpu_layers if hardware.gpu else None,
         ),
         vram_budget_bytes=case.budget if hardware.gpu else None,
-        placement=_placement_facts(placement) if placement else None,
+        placement=placement.facts if placement else None,
         vram_budgets=budgets,
         best_vram_budget=next((each for each in budgets if each.best), None),
-        calibration=calibration,
     )
 
 
-def _hardware_facts(hardware: Hardware) -> HardwareFacts:
-    return parse(HardwareFacts, plain(hardware) | {"byte_seconds": hardware.byte_seconds()})
-
-
-def _activity_facts(source: ActivitySource) -> ActivityFacts:
-    mean = mean_activity(source.layers)
-    return ActivityFacts(
-        source=source.text,
-        predicted=mean.predicted,
-        predicted_and_active=mean.both,
-        active=mean.active,
-        layers=tuple(LayerActivity(**vars(each)) for each in source.layers),
-    )
-
-
-def _assumptions(case: _Case) -> list[str]:
-    lines = [*case.activity.assumptions, *case.hardware.notes]
-    if case.hardware.threads is not None:
-        lines.append(f"the CPU's figures are for --threads {case.hardware.threads}")
-    if case.hardware.gpu:
+def _assumptions(hardware: Hardware) -> list[str]:
+    lines = [*hardware.notes]
+    if hardware.threads is not None:
+        lines.append(f"the CPU's figures are for --threads {hardware.threads}")
+    if hardware.gpu:
         lines.append("copies over the link are counted in PowerInfer's source, not measured")
         lines.append(
             "neurons in VRAM are predicted in the proportion of the statistics beside the file"
         )
     return lines
-
-
-def _placement_facts(placement: Placement) -> PlacementFacts:
-    return PlacementFacts(
-        everything_but_ffn_fits=placement.plan.complete,
-        kv_cache_in_vram=placement.plan.kv_halves == 2,
-        neuron_share_on_gpu=placement.neuron_share,
-        activation_share_on_gpu=placement.activation_share,
-    )
 
 
 def _budgets(case: _Case) -> tuple[VramBudget, ...]:
@@ -293,12 +261,12 @@ def _budget(case: _Case, budget: int) -> VramBudget:
     option, granted = vram_option(budget)
     placement = case.placement(granted)
     assert placement is not None
-    cost = case.sparse(placement, case.activity.layers)
+    cost = case.sparse(placement, case.layers)
     return VramBudget(
         bytes=granted,
         powerinfer_option=f"--vram-budget {option}",
         fits_on_card=budget <= case.card,
         tokens_per_second=cost.tokens_per_second,
-        **vars(_placement_facts(placement)),
+        **vars(placement.facts),
         best=False,
     )
