@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from common.machine import read_memory
 from cost_model.hardware import Device, Efficiency, Hardware, HardwareError, Link
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Bytes = npt.NDArray[np.uint8]
+Bytes = npt.NDArray[np.uint8]
 
 ROW_BYTES = 8192
 """A neuron's row of LLaMA-7B in F16: d_model 4096 · 2 bytes."""
@@ -80,8 +79,6 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
 
 def cpu_bandwidths(threads: int, array_bytes: int) -> tuple[float, float]:
     """Return bytes per second of a streaming and of a gathering read."""
-    import numpy as np
-
     rows = max(1, array_bytes // ROW_BYTES // threads) * threads
     memory = np.ones((rows, ROW_BYTES), dtype=np.uint8)
     order = np.random.default_rng(0).permutation(rows)
@@ -93,14 +90,10 @@ def cpu_bandwidths(threads: int, array_bytes: int) -> tuple[float, float]:
 
 
 def _stream(part: Bytes) -> int:
-    import numpy as np
-
     return int(part.view(np.int64).max())
 
 
 def _gather(memory: Bytes, order: npt.NDArray[np.intp]) -> None:
-    import numpy as np
-
     buffer = np.empty((_BATCH_ROWS, ROW_BYTES), dtype=np.uint8)
     for start in range(0, len(order), _BATCH_ROWS):
         batch = order[start : start + _BATCH_ROWS]

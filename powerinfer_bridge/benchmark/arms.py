@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -69,19 +70,18 @@ def _sparse_arm(setup: Setup, threshold: float | None) -> TimedArm:
     )
     if real is None:
         return TimedArm(facts=facts, run=_embedded(setup.engine, config.generate, threshold))
-    run = partial(real.generate, config.file, threshold=threshold, vram_budget=budget)
-    return TimedArm(facts=facts, run=_powerinfer(setup, run))
+    run = partial(_powerinfer(setup, config.file), threshold=threshold, vram_budget=budget)
+    return TimedArm(facts=facts, run=run)
 
 
 def _dense_arms(setup: Setup) -> Iterator[TimedArm]:
-    programs, config = setup.programs, setup.config
-    real, dense = programs.powerinfer, programs.powerinfer_dense
-    if real is not None and dense is not None:
+    programs = setup.programs
+    if programs.powerinfer_dense is not None:
         # A build without CUDA does not know the option.
-        layers = config.n_gpu_layers or None
-        run = partial(real.generate, dense.path, n_gpu_layers=layers)
-        facts = _dense_facts(setup, DENSE_POWERINFER, POWERINFER, dense)
-        yield TimedArm(facts=facts, run=_powerinfer(setup, run))
+        layers = setup.config.n_gpu_layers or None
+        facts = _dense_facts(setup, DENSE_POWERINFER, POWERINFER, programs.powerinfer_dense)
+        run = partial(_powerinfer(setup, programs.powerinfer_dense.path), n_gpu_layers=layers)
+        yield TimedArm(facts=facts, run=run)
     if programs.llama_cpp_dense is not None:
         facts = _dense_facts(setup, DENSE_LLAMA_CPP, LLAMA_CPP, programs.llama_cpp_dense)
         yield TimedArm(facts=facts, run=_llama_cpp(setup, programs.llama_cpp_dense))
@@ -119,16 +119,18 @@ def _embedded(engine: Engine, count: int, threshold: float | None) -> Run:
     return run
 
 
-def _powerinfer(setup: Setup, generate: Callable[..., RunSample]) -> Run:
+def _powerinfer(setup: Setup, file: Path) -> Callable[..., RunSample]:
     """Return runs of PowerInfer with what all its arms share."""
-    config = setup.config
-
-    def run(prompt: str) -> RunSample:
-        return generate(
-            prompt, config.generate, threads=config.threads, context=setup.room, seed=config.seed
-        )
-
-    return run
+    config, program = setup.config, setup.programs.powerinfer
+    assert program is not None
+    return partial(
+        program.generate,
+        file,
+        count=config.generate,
+        threads=config.threads,
+        context=setup.room,
+        seed=config.seed,
+    )
 
 
 def _llama_cpp(setup: Setup, file: DenseFile) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -13,7 +14,6 @@ from common.decisions import DecisionCounts, mean_metrics
 from common.errors import EngineError
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.journal import Journal
-from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
@@ -58,98 +58,84 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
         EngineError: an engine fails, or a perplexity is no number.
         CheckpointError: `--model` cannot be run.
     """
-    return _Measuring(setup, journal).measure()
+    embedded = journal.remember("embedded", _Embedded, partial(_embedded, setup))
+    sparse = embedded.ppl_sparse
+    if setup.programs.powerinfer is not None:
+        sparse = journal.remember("predicted", float, partial(_powerinfer, setup, "predicted"))
+    dense = journal.remember("all", float, partial(_all, setup))
+    own = None
+    if setup.config.model is not None:
+        own = journal.remember("transformers", float, partial(_transformers, setup))
+    return Quality(layers=embedded.layers, ppl_dense=dense, ppl_sparse=sparse, ppl_transformers=own)
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    """Measures with a setup; the journal keeps each figure as it is found."""
+def _embedded(setup: Setup) -> _Embedded:
+    """Count the metrics of all layers on the windows of the perplexity."""
+    engine = setup.engine
+    counts = engine.count()
+    value = _engine_perplexity(setup, engine, "sparse")
+    engine.counts = None
+    return _Embedded(
+        ppl_sparse=_finite(setup, value, "predicted"), layers=count_layers(engine, counts)
+    )
 
-    setup: Setup
-    journal: Journal
 
-    @property
-    def config(self) -> BenchConfig:
-        return self.setup.config
+def _engine_perplexity(setup: Setup, engine: Engine, kind: str) -> float:
+    text, chunks = setup.text, setup.config.chunks
+    return engine_perplexity(engine, text, setup.context, chunks, f"perplexity, {kind}")
 
-    def measure(self) -> Quality:
-        embedded = self.journal.remember("embedded", _Embedded, self._embedded)
-        sparse = embedded.ppl_sparse
-        if self.setup.programs.powerinfer is not None:
-            sparse = self.journal.remember("predicted", float, self._predicted)
-        dense = self.journal.remember("all", float, self._all)
-        own = None
-        if self.config.model is not None:
-            own = self.journal.remember("transformers", float, self._transformers)
-        return Quality(
-            layers=embedded.layers, ppl_dense=dense, ppl_sparse=sparse, ppl_transformers=own
+
+def _all(setup: Setup) -> float:
+    """Return the perplexity with all neurons by PowerInfer, or else by the embedded engine."""
+    if setup.programs.powerinfer is not None:
+        return _powerinfer(setup, "all", DENSE_THRESHOLD)
+    engine = setup.engine.with_threshold(DENSE_THRESHOLD)
+    return _finite(setup, _engine_perplexity(setup, engine, "dense"), "all")
+
+
+def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> float:
+    config, programs = setup.config, setup.programs
+    assert programs.powerinfer is not None
+    with tqdm(
+        bar_format=f"perplexity, {kind}: {{elapsed}}", disable=None
+    ) as programs.heartbeat.bar:
+        value = programs.powerinfer.perplexity(
+            config.file,
+            setup.text,
+            setup.context,
+            config.chunks,
+            # The CPU's parallel sum is not exact; a hybrid run needs more than one thread.
+            threads=config.threads if programs.cuda else 1,
+            threshold=threshold,
+            vram_budget=config.vram_budget_bytes,
         )
+    return _finite(setup, value, kind)
 
-    def _embedded(self) -> _Embedded:
-        """Count the metrics of all layers on the windows of the perplexity."""
-        engine = self.setup.engine
-        counts = engine.count()
-        value = self._engine_perplexity(engine, "sparse")
-        engine.counts = None
-        return _Embedded(
-            ppl_sparse=self._finite(value, "predicted"),
-            layers=count_layers(engine, counts),
+
+def _transformers(setup: Setup) -> float:
+    """Return transformers' own perplexity of the checkpoint, same ids and windows."""
+    from architectures.checkpoint import Checkpoint
+    from architectures.model import load_model
+
+    config, vocabulary = setup.config, setup.engine.vocabulary
+    ids = vocabulary.text_ids(setup.text.removesuffix("\n"))  # as PowerInfer reads files
+    windows = perplexity_windows(ids, vocabulary.bos, setup.context, config.chunks)
+    model = load_model(Checkpoint.open(str(config.model)), dtype=torch.float32, device="cpu")
+
+    def evaluate(window: list[int]) -> torch.Tensor:
+        return model.logits(torch.tensor([window]))[0]
+
+    value = perplexity(evaluate, windows, "perplexity, transformers")
+    return _finite(setup, value, "transformers'")
+
+
+def _finite(setup: Setup, value: float, kind: str) -> float:
+    if not math.isfinite(value):
+        raise EngineError(
+            f"{setup.config.file}: perplexity with {kind} neurons is {value}",
+            "the model is damaged, see 'psp verify'",
         )
-
-    def _engine_perplexity(self, engine: Engine, kind: str) -> float:
-        text, chunks = self.setup.text, self.config.chunks
-        return engine_perplexity(engine, text, self.setup.context, chunks, f"perplexity, {kind}")
-
-    def _predicted(self) -> float:
-        return self._powerinfer("predicted", None)
-
-    def _all(self) -> float:
-        """Return the perplexity with all neurons by PowerInfer, or else by the embedded engine."""
-        if self.setup.programs.powerinfer is not None:
-            return self._powerinfer("all", DENSE_THRESHOLD)
-        engine = self.setup.engine.with_threshold(DENSE_THRESHOLD)
-        return self._finite(self._engine_perplexity(engine, "dense"), "all")
-
-    def _powerinfer(self, kind: str, threshold: float | None) -> float:
-        programs, description = self.setup.programs, f"perplexity, {kind}: {{elapsed}}"
-        assert programs.powerinfer is not None
-        with tqdm(bar_format=description, disable=None) as programs.heartbeat.bar:
-            value = programs.powerinfer.perplexity(
-                self.config.file,
-                self.setup.text,
-                self.setup.context,
-                self.config.chunks,
-                # The CPU's parallel sum is not exact; a hybrid run needs more than one thread.
-                threads=self.config.threads if programs.cuda else 1,
-                threshold=threshold,
-                vram_budget=self.config.vram_budget_bytes,
-            )
-        return self._finite(value, kind)
-
-    def _transformers(self) -> float:
-        """Return transformers' own perplexity of the checkpoint, same ids and windows."""
-        from architectures.checkpoint import Checkpoint
-        from architectures.model import load_model
-
-        checkpoint = Checkpoint.open(str(self.config.model))
-        vocabulary = self.setup.engine.vocabulary
-        ids = vocabulary.text_ids(self.setup.text.removesuffix("\n"))  # as PowerInfer reads files
-        windows = perplexity_windows(ids, vocabulary.bos, self.setup.context, self.config.chunks)
-        model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-
-        def evaluate(window: list[int]) -> torch.Tensor:
-            return model.logits(torch.tensor([window]))[0]
-
-        value = perplexity(evaluate, windows, "perplexity, transformers")
-        return self._finite(value, "transformers'")
-
-    def _finite(self, value: float, kind: str) -> float:
-        if not math.isfinite(value):
-            raise EngineError(
-                f"{self.config.file}: perplexity with {kind} neurons is {value}",
-                "the model is damaged, see 'psp verify'",
-            )
-        return value
+    return value
 
 
 def count_layers(engine: Engine, counts: Sequence[DecisionCounts]) -> tuple[Layer, ...]:

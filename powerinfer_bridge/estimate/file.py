@@ -60,13 +60,15 @@ class EstimatedFile:
     def everything(self) -> int:
         """Bytes of VRAM at which all that PowerInfer would place fits, without the KV cache."""
         plan = plan_memory(self.file.tensors.values(), self._settings(0, 1))
-        placed = sum(_size(self.file, name) for name in self._placed_names())
-        return placed + sum(self.hyper.d_ff * each for each in plan.bytes_per_neuron)
+        return self.but_neurons + sum(self.hyper.d_ff * each for each in plan.bytes_per_neuron)
 
     @property
     def but_neurons(self) -> int:
         """Bytes of all that PowerInfer places before neurons, without the KV cache."""
-        return sum(_size(self.file, name) for name in self._placed_names())
+        total = sum(info.size for info in self.file.tensors.values())
+        # With a context of one token the cache cannot keep what follows from being placed.
+        plan = plan_memory(self.file.tensors.values(), self._settings(2 * total, 1))
+        return sum(_size(self.file, name) for name in plan.offloaded)
 
     def kv_cache(self, context: int) -> int:
         """Return the bytes of the KV cache."""
@@ -138,11 +140,6 @@ class EstimatedFile:
 
     def _settings(self, budget: int, context: int) -> MemorySettings:
         return MemorySettings.of(self.hyper, budget=budget, n_ctx=context)
-
-    def _placed_names(self) -> tuple[str, ...]:
-        total = sum(info.size for info in self.file.tensors.values())
-        # With a context of one token the cache cannot keep what follows from being placed.
-        return plan_memory(self.file.tensors.values(), self._settings(2 * total, 1)).offloaded
 
 
 def _size(file: GGUFFile, name: str) -> int:
