@@ -29,8 +29,7 @@ from prosparse.journal import read_log
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
-from quickstart.corpus import Corpus, write_corpus
-from quickstart.model import build_model, train_tokenizer
+from quickstart.model import Corpus, build_model, train_tokenizer, write_corpus
 from quickstart.settings import SIZES
 from report.figures.style import ACCENT, DARK, GREY, MIDDLE, new_figure, save, style
 

@@ -16,8 +16,7 @@ from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
-from quickstart.corpus import Corpus, write_corpus
-from quickstart.model import train_model, write_untrained
+from quickstart.model import Corpus, train_model, write_corpus, write_untrained
 from quickstart.settings import SIZES, QuickstartConfig, Size
 from results.bench import BENCH, Bench
 

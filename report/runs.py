@@ -11,10 +11,9 @@ from typing import TypeVar
 from common.errors import ResultError
 from results.bench import BENCH, Bench
 from results.density import DENSITY, Density
+from results.documents import HotNeurons, Layer, ResultFile
 from results.estimate import ESTIMATE, Estimate
-from results.measures import HotNeurons, Layer
 from results.predictors import PREDICTORS, PredictorReport, SearchPoint
-from results.result_file import ResultFile
 
 Document = TypeVar("Document")
 

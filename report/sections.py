@@ -16,8 +16,8 @@ from report.runs import Run
 from report.verdict import ARM_TITLES, arms_in_order, baseline, comparison, verdict, warnings
 from results.bench import BENCH, Arm, Bench
 from results.density import DENSITY
+from results.documents import METRICS
 from results.estimate import ESTIMATE
-from results.measures import METRICS
 from results.predictors import PREDICTORS, PredictorReport
 
 Row = list[str]

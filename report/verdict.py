@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from report.formats import per_cent, ratio, tokens_per_second
 from report.runs import Run
 from results.bench import Arm, Bench
-from results.measures import Ratio
+from results.documents import Ratio
 
 ARM_TITLES = {
     "predicted": "predicted neurons",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 from common.typed_json import AtLeastOne, Count, Misfit, Positive, Range, Share
-from results.measures import (
+from results.documents import (
     Amount,
     HotNeurons,
     Layer,
@@ -15,10 +15,10 @@ from results.measures import (
     Quartiles,
     Ratio,
     RatioOver,
+    ResultFile,
     Speed,
     Speeds,
 )
-from results.result_file import ResultFile
 
 ArmName = Literal["predicted", "all_neurons", "dense_powerinfer", "dense_llama_cpp"]
 PREDICTED: Final = "predicted"

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from common.typed_json import LEFT_OUT, AtLeastOne, Count, Range, Share
-from results.measures import MachineFacts, Ratio, Speed, Speeds
-from results.result_file import ResultFile
+from results.documents import MachineFacts, Ratio, ResultFile, Speed, Speeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from quickstart.corpus import write_corpus
+from quickstart.model import write_corpus
 from quickstart.pipeline import Paths, quickstart
 from quickstart.settings import QuickstartConfig
 

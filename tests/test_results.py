@@ -16,9 +16,9 @@ from made_up_results import Document, bench, density, estimate, predictor_report
 from common.errors import ResultError
 from results.bench import BENCH, Bench, round_speeds
 from results.density import DENSITY
+from results.documents import ResultFile
 from results.estimate import ESTIMATE
 from results.predictors import PREDICTORS
-from results.result_file import ResultFile
 
 MADE: dict[str, tuple[ResultFile[Any], Callable[[], Document]]] = {
     "bench": (BENCH, bench),

@@ -13,12 +13,18 @@ from common.files import write_bytes
 from common.typed_json import plain
 from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
-from powerinfer_bridge.benchmark.arms import TimedArm, make_arms
 from powerinfer_bridge.benchmark.inputs import text_source
 from powerinfer_bridge.benchmark.journal import Sample, check_out, open_journal
 from powerinfer_bridge.benchmark.placement import frequency_curve, place, place_layer
 from powerinfer_bridge.benchmark.quality import Quality, mean_layer, measure_quality
-from powerinfer_bridge.benchmark.rounds import compare_texts, run_rounds, speedup, summarise
+from powerinfer_bridge.benchmark.rounds import (
+    TimedArm,
+    compare_texts,
+    make_arms,
+    run_rounds,
+    speedup,
+    summarise,
+)
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.setup import Setup, open_setup
 from powerinfer_bridge.benchmark.warnings import find_warnings
