@@ -34,15 +34,15 @@ from predictor.collection.windows import cut_batches, cut_shards, cut_windows, o
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.store import TraceStore
 
+CONTEXT = 256
+
 
 @click.command()
 @click.option("--model", help="Checkpoint directory.")
 @click.option("--llama-7b-layers", type=int, help="Use a random model of LLaMA-7B's sizes instead.")
 @click.option("--data", required=True, help="Text, several documents.")
 @click.option("--tokens", default=50_000, show_default=True)
-@click.option("--context", default=256, show_default=True)
 @click.option("--rounds", default=3, show_default=True, help="Runs of each kind, in turn.")
-@click.option("--importance-bits", default=2, show_default=True)
 @click.option("--memory", multiple=True, type=int, help="Measure memory at this many tokens.")
 @click.option("--tokenizer", help="tokenizer.model for the random model.  [default: of --model]")
 def main(
@@ -50,9 +50,7 @@ def main(
     llama_7b_layers: int | None,
     data: str,
     tokens: int,
-    context: int,
     rounds: int,
-    importance_bits: int,
     memory: tuple[int, ...],
     tokenizer: str | None,
 ) -> None:
@@ -61,22 +59,19 @@ def main(
         directory = Path(work)
         if llama_7b_layers:
             source = Path(tokenizer or f"{model}/tokenizer.model")
-            model = str(
-                random_llama_7b(directory / "random", llama_7b_layers, source, torch.float16)
-            )
+            path = random_llama_7b(directory / "random", llama_7b_layers, source, torch.float16)
+            model = str(path)
         assert model is not None
         config = CollectConfig(
             model=model,
             data=data,
             out=directory / "traces",
             tokens=tokens,
-            context=context,
-            importance_bits=importance_bits,
+            context=CONTEXT,
         )
-        if memory:
-            print_line(measure_memory(config, memory))
-        else:
-            print_line(measure_time_and_disk(config, rounds))
+        print_line(
+            measure_memory(config, memory) if memory else measure_time_and_disk(config, rounds)
+        )
 
 
 def batches(config: CollectConfig, header: TraceHeader, checkpoint: Checkpoint) -> Iterator[Any]:

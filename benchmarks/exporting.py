@@ -31,18 +31,19 @@ from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
+RANK = 1024
+
 
 @click.command()
 @click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), required=True)
 @click.option("--layers", default=6, show_default=True)
-@click.option("--rank", default=1024, show_default=True)
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16")
 @click.option("--rounds", default=3, show_default=True)
-def main(tokenizer: Path, layers: int, rank: int, dtype: str, rounds: int) -> None:
+def main(tokenizer: Path, layers: int, dtype: str, rounds: int) -> None:
     """Run the comparison."""
     with tempfile.TemporaryDirectory() as work:
         model = random_llama_7b(Path(work) / "model", layers, tokenizer, getattr(torch, dtype))
-        predictors = random_predictors(Path(work) / "predictors", model, rank)
+        predictors = random_predictors(Path(work) / "predictors", model)
         out = Path(work) / "out" / "m.powerinfer.gguf"
         runs, copies = [], []
         for _ in range(rounds):
@@ -52,12 +53,12 @@ def main(tokenizer: Path, layers: int, rank: int, dtype: str, rounds: int) -> No
         print_line({"dtype": dtype, **summary(out, runs, copies)})
 
 
-def random_predictors(path: Path, model: Path, rank: int) -> Path:
+def random_predictors(path: Path, model: Path) -> Path:
     """Write random predictors for a model."""
-    header = made_header(model, rank, "random")
+    header = made_header(model, RANK, "random")
     artifact = PredictorArtifact(path, header)
     for layer in range(header.n_layers):
-        fc1, fc2 = torch.randn(rank, header.d_model), torch.randn(header.d_ff, rank)
+        fc1, fc2 = torch.randn(RANK, header.d_model), torch.randn(header.d_ff, RANK)
         counts = torch.arange(header.d_ff)
         artifact.add(layer, LayerPredictor(fc1.half(), fc2.half(), counts), {"recall": 0.0})
     return path

@@ -30,62 +30,46 @@ BOS = 2
 POSITIONS = 2048
 """All that PowerInfer's OPT can have."""
 
-BATCH, WARMUP, DECAY = 8, 0.05, 0.1
+VOCAB, D_MODEL, D_FF, LAYERS = 4096, 384, 1536, 4
+BATCH, CONTEXT, PEAK_RATE, WARMUP, DECAY = 8, 256, 2e-3, 0.05, 0.1
 
 
 @click.command()
 @click.option("--text", required=True, help="Documents to train on, .jsonl or .txt.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--d-model", default=384, show_default=True)
-@click.option("--d-ff", default=1536, show_default=True)
-@click.option("--layers", default=4, show_default=True)
-@click.option("--vocab", default=4096, show_default=True)
-@click.option("--context", default=256, show_default=True)
 @click.option("--steps", default=1100, show_default=True)
-@click.option("--rate", default=2e-3, show_default=True, help="Peak learning rate.")
 @click.option("--l1", default=0.2, show_default=True, help="Weight of FFN activations' mean.")
 @click.option("--seed", default=0, show_default=True)
-def main(
-    text: str,
-    out: Path,
-    d_model: int,
-    d_ff: int,
-    layers: int,
-    vocab: int,
-    context: int,
-    steps: int,
-    rate: float,
-    l1: float,
-    seed: int,
-) -> None:
+def main(text: str, out: Path, steps: int, l1: float, seed: int) -> None:
     """Train a tokenizer and a model."""
     documents = list(read_documents(text))
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(documents, vocab)
-    model = build_model(tokenizer.get_vocab_size(), d_model, d_ff, layers)
+    tokenizer = train_tokenizer(documents)
+    model = build_model(tokenizer.get_vocab_size())
     encoded = tokenizer.encode_batch(documents)
     ids = torch.tensor([token for document in encoded for token in [BOS, *document.ids]])
     start = time.perf_counter()
-    last = train(model, ids, context=context, steps=steps, rate=rate, l1=l1)
+    last = train(model, ids, steps, l1)
     model.half().save_pretrained(out)
     write_tokenizer(tokenizer, out)
-    row = {
-        "tokens": len(ids),
-        "seen": steps * BATCH * context,
-        "parameters": sum(weight.numel() for weight in model.parameters()),
-        **last,
-        "seconds": time.perf_counter() - start,
-        "threads": torch.get_num_threads(),
-    }
-    print_line(row)
+    print_line(
+        {
+            "tokens": len(ids),
+            "seen": steps * BATCH * CONTEXT,
+            "parameters": sum(weight.numel() for weight in model.parameters()),
+            **last,
+            "seconds": time.perf_counter() - start,
+            "threads": torch.get_num_threads(),
+        }
+    )
 
 
-def train_tokenizer(documents: list[str], vocab: int) -> tokenizers.Tokenizer:
+def train_tokenizer(documents: list[str]) -> tokenizers.Tokenizer:
     """Return a byte-level BPE with OPT's special tokens."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab,
+        vocab_size=VOCAB,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -104,18 +88,18 @@ def write_tokenizer(tokenizer: tokenizers.Tokenizer, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def build_model(vocab: int, d_model: int, d_ff: int, layers: int) -> OPTForCausalLM:
+def build_model(vocab: int) -> OPTForCausalLM:
     """Return a random OPT with ReLU and norms before attention and FFN."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
         vocab_size=vocab,
-        hidden_size=d_model,
-        ffn_dim=d_ff,
-        num_hidden_layers=layers,
-        num_attention_heads=d_model // 64,
+        hidden_size=D_MODEL,
+        ffn_dim=D_FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=D_MODEL // 64,
         max_position_embeddings=POSITIONS,
-        word_embed_proj_dim=d_model,
+        word_embed_proj_dim=D_MODEL,
         dropout=0.0,
         attention_dropout=0.0,
         bos_token_id=BOS,
@@ -125,9 +109,7 @@ def build_model(vocab: int, d_model: int, d_ff: int, layers: int) -> OPTForCausa
     return OPTForCausalLM(config)
 
 
-def train(
-    model: OPTForCausalLM, ids: torch.Tensor, *, context: int, steps: int, rate: float, l1: float
-) -> dict[str, float]:
+def train(model: OPTForCausalLM, ids: torch.Tensor, steps: int, l1: float) -> dict[str, float]:
     """Train in place; return the last hundred steps' mean loss and share of active neurons."""
     activations: list[torch.Tensor] = []
     for layer in model.model.decoder.layers:
@@ -135,15 +117,14 @@ def train(
             lambda module, args, output: activations.append(output)
         )
     optimiser = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=DECAY, fused=True
     )
     history: list[tuple[float, float]] = []
-    for step, window in enumerate(tqdm(windows(ids, context, steps), total=steps)):
+    for step, window in enumerate(tqdm(windows(ids, steps), total=steps)):
         progress = step / steps
         risen = min(1.0, progress / WARMUP)
-        optimiser.param_groups[0]["lr"] = (
-            rate * risen * (0.55 + 0.45 * math.cos(math.pi * progress))
-        )
+        fallen = 0.55 + 0.45 * math.cos(math.pi * progress)
+        optimiser.param_groups[0]["lr"] = PEAK_RATE * risen * fallen
         activations.clear()
         with torch.autocast("cpu", torch.bfloat16):
             loss: Any = model(input_ids=window, labels=window).loss
@@ -158,11 +139,11 @@ def train(
     return {"loss": sum(losses) / len(losses), "density": sum(shares) / len(shares)}
 
 
-def windows(ids: torch.Tensor, context: int, steps: int) -> Iterator[torch.Tensor]:
-    """Yield random windows that start with BOS, (BATCH, context) int64."""
+def windows(ids: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
+    """Yield random windows that start with BOS, (BATCH, CONTEXT) int64."""
     for _ in range(steps):
-        firsts = torch.randint(len(ids) - context, (BATCH,))
-        window = torch.stack([ids[first : first + context] for first in firsts.tolist()])
+        firsts = torch.randint(len(ids) - CONTEXT, (BATCH,))
+        window = torch.stack([ids[first : first + CONTEXT] for first in firsts.tolist()])
         window[:, 0] = BOS
         yield window
 

@@ -39,6 +39,8 @@ from predictor.training.recipes import RECIPES, published_rank
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 
+CONTEXT = 256
+
 QUARTER = "quarter"
 """A quarter of d_model, dejavu's rank."""
 
@@ -73,7 +75,6 @@ the text's bytes are another row's within this share, or so often."""
 @click.option("--train", "data", required=True, help="Text for traces, several documents.")
 @click.option("--valid", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--tokens", default=100_000, show_default=True)
-@click.option("--context", default=256, show_default=True)
 @click.option("--chunks", default=256, show_default=True, help="Perplexity windows, at most.")
 @click.option("--row", "rows", multiple=True, type=click.Choice(list(ROWS)), help="[default: all]")
 @click.option("--seed", default=0, show_default=True)
@@ -83,7 +84,6 @@ def main(
     data: str,
     valid: Path,
     tokens: int,
-    context: int,
     chunks: int,
     rows: tuple[str, ...],
     seed: int,
@@ -99,13 +99,13 @@ def main(
                 data=data,
                 out=directory / "traces",
                 tokens=tokens,
-                context=context,
+                context=CONTEXT,
                 seed=seed,
                 resume=True,
             )
         )
         dense, read = None, dict[str, float]()
-        model_on_text = masked_model(model, text, context, chunks)
+        model_on_text = masked_model(model, text, chunks)
         for name in rows or tuple(ROWS):
             out = directory / f"predictors-{name}"
             file = directory / f"export-{name}" / "model.powerinfer.gguf"
@@ -119,7 +119,7 @@ def main(
                 export(ExportConfig(model=model, predictors=out, out=file, force=True))
                 engine = Engine(file)
                 counts = engine.count()
-                sparse = engine_perplexity(engine, text, context, chunks, name)
+                sparse = engine_perplexity(engine, text, CONTEXT, chunks, name)
                 metrics = mean_layer(count_layers(engine, counts))
                 read[name] = metrics.ffn_bytes_ratio
                 if not wanted or abs(read[name] / wanted - 1) <= NEAR or tries == TRIES:
@@ -130,7 +130,7 @@ def main(
                 )
             if dense is None:
                 all_neurons = engine.with_threshold(DENSE_THRESHOLD)
-                dense = engine_perplexity(all_neurons, text, context, chunks, "dense")
+                dense = engine_perplexity(all_neurons, text, CONTEXT, chunks, "dense")
             layers = {n: artifact.layer(n) for n in range(len(counts))}
             quality = model_on_text.quality(
                 {n: Predictor(p.fc1.float(), p.fc2.float()) for n, p in layers.items()},
@@ -178,11 +178,11 @@ def settings(
     return values, wanted
 
 
-def masked_model(model: str, text: str, context: int, chunks: int) -> PredictedModel:
+def masked_model(model: str, text: str, chunks: int) -> PredictedModel:
     """Return the model with windows of the text that start with BOS, as PowerInfer's do."""
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    windows = islice(document_windows([text], tokenizer, context), chunks)
+    windows = islice(document_windows([text], tokenizer, CONTEXT), chunks)
     return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
 
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -34,40 +33,29 @@ from predictor.training.recipes import RECIPES, recipe_named
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 
+D_MODEL, D_FF, SPARSITY = 4096, 11008, 0.88
 DOCUMENT, SHARD_ROWS, BATCH = 1000, 4096, 512
 PLANTED_RANK, NOISE = 64, 0.3
 
 
 @click.command()
 @click.option("--tokens", default=100_000, show_default=True)
-@click.option("--d-model", default=4096, show_default=True)
-@click.option("--d-ff", default=11008, show_default=True)
-@click.option("--sparsity", default=0.88, show_default=True)
 @click.option("--rank", default=128, show_default=True)
 @click.option("--epochs", default=1, show_default=True)
 @click.option("--recipe", default="psp", show_default=True, type=click.Choice(list(RECIPES)))
 @click.option("--work", type=click.Path(path_type=Path), help="Make a temporary directory here.")
-def main(
-    tokens: int,
-    d_model: int,
-    d_ff: int,
-    sparsity: float,
-    rank: int,
-    epochs: int,
-    recipe: str,
-    work: Path | None,
-) -> None:
+def main(tokens: int, rank: int, epochs: int, recipe: str, work: Path | None) -> None:
     """Write a synthetic layer's traces, train on them and print what it took."""
     with tempfile.TemporaryDirectory(dir=work) as temporary:
         traces = Path(temporary, "traces")
-        written = measured(write_traces, traces, tokens, d_model, d_ff, sparsity)
+        written = measured(write_traces, traces, tokens)
         trained = measured(train, traces, rank, epochs, recipe)
         files = [file for file in traces.rglob("shard-*") if file.is_file()]
         store = TraceStore.open(traces)
         row = {
             "tokens": tokens,
-            "d_model": d_model,
-            "d_ff": d_ff,
+            "d_model": D_MODEL,
+            "d_ff": D_FF,
             "activation_sparsity": store.activation_sparsity()[0],
             "recipe": recipe,
             "rank": rank,
@@ -110,12 +98,12 @@ def train(traces: Path, rank: int, epochs: int, recipe: str) -> None:
     train_predictors(TrainConfig(traces=traces, out=out, rank=rank, recipe=recipe))
 
 
-def write_traces(path: Path, tokens: int, d_model: int, d_ff: int, sparsity: float) -> None:
+def write_traces(path: Path, tokens: int) -> None:
     """Write a store of one layer, batch by batch."""
     generator = torch.Generator().manual_seed(0)
-    layer = planted_layer(d_model, d_ff, sparsity, generator)
-    store = TraceStore.create(path, header(tokens, d_model, d_ff))
-    store.save_weights([(0, LayerWeights(layer["up"] @ layer["down"], torch.ones(d_ff)))])
+    layer = planted_layer(generator)
+    store = TraceStore.create(path, header(tokens))
+    store.save_weights([(0, LayerWeights(layer["up"] @ layer["down"], torch.ones(D_FF)))])
     for first in range(0, tokens, SHARD_ROWS):
         rows = min(SHARD_ROWS, tokens - first)
         with store.shard(list(documents(first, rows)), str(first)) as writers:
@@ -124,20 +112,18 @@ def write_traces(path: Path, tokens: int, d_model: int, d_ff: int, sparsity: flo
     store.finish()
 
 
-def planted_layer(
-    d_model: int, d_ff: int, sparsity: float, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+def planted_layer(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Draw a gate `up @ down`, which noise disturbs, closed for all but the wanted share.
 
     It has no bias, so the inputs have a mean, which only the last hidden unit sees.
     """
-    down = torch.randn(PLANTED_RANK, d_model, generator=generator) / math.sqrt(d_model)
-    mean = torch.randn(d_model, generator=generator)
+    down = torch.randn(PLANTED_RANK, D_MODEL, generator=generator) / math.sqrt(D_MODEL)
+    mean = torch.randn(D_MODEL, generator=generator)
     down -= torch.outer(down @ mean, mean) / mean.square().sum()
     down[-1] = mean / mean.square().sum()
-    up = torch.randn(d_ff, PLANTED_RANK, generator=generator) / math.sqrt(PLANTED_RANK)
+    up = torch.randn(D_FF, PLANTED_RANK, generator=generator) / math.sqrt(PLANTED_RANK)
     spread = math.sqrt(1 + NOISE**2)
-    up[:, -1] = -spread * torch.special.ndtri(torch.tensor(sparsity))
+    up[:, -1] = -spread * torch.special.ndtri(torch.tensor(SPARSITY))
     return {"down": down, "up": up, "mean": mean}
 
 
@@ -161,18 +147,19 @@ def documents(first: int, rows: int) -> Iterator[list[int]]:
         first, rows = first + part, rows - part
 
 
-def header(tokens: int, d_model: int, d_ff: int) -> TraceHeader:
+def header(tokens: int) -> TraceHeader:
     """Return a header of no real model."""
-    values: dict[str, Any] = {"architecture": "llama", "activation": "relu", "ffn_matrices": 3}
     return TraceHeader(
-        **values,
+        architecture="llama",
+        activation="relu",
+        ffn_matrices=3,
         model="synthetic",
         model_fingerprint="synthetic",
         activation_threshold=0.0,
         n_layers=1,
         layers=(0,),
-        d_model=d_model,
-        d_ff=d_ff,
+        d_model=D_MODEL,
+        d_ff=D_FF,
         input_dtype="float16",
         importance_bits=2,
         compute_dtype="float32",
