@@ -65,6 +65,9 @@ ROWS: dict[str, dict[str, Any]] = {
 equal bytes. `bytes_of` takes the bytes that another row read of the text; `epochs` replaces the
 recipe's. Seconds are those of the first training, with thresholds where a row has a bound."""
 
+_RECIPES = dict(RECIPES)
+"""As they are without a row's epochs."""
+
 NEAR, TRIES = 0.01, 4
 """Bytes are bounded on training rows, and other text reads more or less: the bound is moved until
 the text's bytes are another row's within this share, or so often."""
@@ -171,10 +174,8 @@ def settings(
         if other not in read:
             raise click.UsageError(f"--row {name} needs --row {other} before it")
         values["ffn_bytes"] = wanted = read[other]
-    if epochs := values.pop("epochs", None):
-        recipe = replace(RECIPES[values["recipe"]], name=f"{values['recipe']}-{epochs}")
-        RECIPES[recipe.name] = replace(recipe, epochs=epochs)
-        values["recipe"] = recipe.name
+    recipe = _RECIPES[values["recipe"]]
+    RECIPES[recipe.name] = replace(recipe, epochs=values.pop("epochs", recipe.epochs))
     return values, wanted
 
 
