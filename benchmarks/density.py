@@ -11,7 +11,7 @@ far, and the benchmark's own results in `bench-0.10/`. Points that are there are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +277,11 @@ def read_densities(_: click.Context, option: click.Parameter, value: str) -> tup
 @click.option("--hardware", help="Estimate for this: see psp estimate.")
 @click.option("--outtype", type=click.Choice(list(OUTTYPES)), default="f16", show_default=True)
 @shape_options
-def main(layers: int, heads: int, **options: Any) -> None:
+def main(**options: Any) -> None:
     """Run the sweep."""
-    sizes = {key: options.pop(key) for key in ("d_model", "d_ff", "rank", "seed")}
+    sizes = {field.name: options.pop(field.name) for field in fields(Shape)}
     try:
-        shape = FixtureShape(density=1, n_layers=layers, n_heads=heads, **sizes)
-        config = DensityConfig(shape=shape, **options)
+        config = DensityConfig(shape=FixtureShape(density=1, **sizes), **options)
         click.echo(lines(run(config)))
     except PspError as error:
         raise click.ClickException(str(error)) from error

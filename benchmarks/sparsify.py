@@ -30,7 +30,7 @@ from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
 from quickstart.model import Corpus, build_model, train_tokenizer, write_corpus
-from quickstart.settings import SIZES
+from quickstart.settings import SIZES, Size
 from report.figures.style import ACCENT, DARK, GREY, MIDDLE, new_figure, save, style
 
 if TYPE_CHECKING:
@@ -74,7 +74,29 @@ def run_seed(settings: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     if not corpus.valid.exists():
         characters = settings.characters or size.characters
         write_corpus(corpus.directory, characters=characters, seed=seed)
-    dense = write_dense(settings, seed, corpus, out)
+    shared: dict[str, Any] = {
+        "data": str(corpus.train),
+        "eval_data": str(corpus.valid),
+        "eval_windows": settings.eval_windows,
+        "context": size.context,
+        "batch": size.batch,
+        "warmup": 0.05,
+        "save_every": 10**9,
+        "eval_every": settings.eval_every,
+        "seed": seed,
+        "device": "cpu",
+        "resume": True,
+    }
+    start, dense = write_random(size, seed, corpus, out / "random"), out / "dense"
+    config = SparsifyConfig(
+        model=str(start),
+        out=dense,
+        schedule=schedule_of("silu", settings.dense_steps, 0),
+        activation="keep",
+        learning_rate=size.learning_rate,
+        **shared,
+    )
+    train("dense", config)
     rows = []
     for arm in settings.arms:
         for factor in [0.0] if arm in WITHOUT_L1 else settings.factors:
@@ -83,62 +105,37 @@ def run_seed(settings: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
                 out=out / f"{arm}-{settings.norm}-{factor:g}-{settings.steps}",
                 schedule=schedule_of(arm, settings.steps, factor),
                 activation="keep" if arm == "silu" else "relu",
-                **shared(settings, seed, corpus, settings.learning_rate, settings.norm),
+                learning_rate=settings.learning_rate,
+                norm=settings.norm,
+                **shared,
             )
             rows.append(train(arm, config))
     return rows
 
 
-def write_dense(settings: argparse.Namespace, seed: int, corpus: Corpus, out: Path) -> Path:
-    """Train the SiLU model that every arm of a seed starts from."""
+def write_random(size: Size, seed: int, corpus: Corpus, out: Path) -> Path:
+    """Write the random SiLU model that a seed's dense one is trained from, and its tokenizer."""
     import torch
 
-    size = SIZES[settings.size]
-    start, dense = out / "random", out / "dense"
-    if not (start / "tokenizer.model").exists():
+    if not (out / "tokenizer.model").exists():
         torch.manual_seed(seed)
-        build_model(size, "silu").save_pretrained(start)
-        train_tokenizer(corpus, start / "tokenizer.model", size.vocab_size)
-    config = SparsifyConfig(
-        model=str(start),
-        out=dense,
-        schedule=schedule_of("silu", settings.dense_steps, 0),
-        activation="keep",
-        **shared(settings, seed, corpus, size.learning_rate, "mean"),
-    )
-    train("dense", config)
-    return dense
-
-
-def shared(
-    settings: argparse.Namespace, seed: int, corpus: Corpus, rate: float, norm: str
-) -> dict[str, Any]:
-    """Return what all runs have in common."""
-    size = SIZES[settings.size]
-    return {
-        "data": str(corpus.train),
-        "eval_data": str(corpus.valid),
-        "eval_windows": settings.eval_windows,
-        "context": size.context,
-        "batch": size.batch,
-        "learning_rate": rate,
-        "warmup": 0.05,
-        "norm": norm,
-        "save_every": 10**9,
-        "eval_every": settings.eval_every,
-        "seed": seed,
-        "device": "cpu",
-        "resume": True,
-    }
+        build_model(size, "silu").save_pretrained(out)
+        train_tokenizer(corpus, out / "tokenizer.model", size.vocab_size)
+    return out
 
 
 def train(arm: str, config: SparsifyConfig) -> dict[str, Any]:
     """Train an arm, print its line and return it."""
     began = time.perf_counter()
     result = sparsify(config)
-    row = {"arm": arm, "seed": config.seed, "norm": config.norm}
-    row["lambda"] = config.schedule.stages[-1].factor
-    row |= {"learning_rate": config.learning_rate, **result}
+    row = {
+        "arm": arm,
+        "seed": config.seed,
+        "norm": config.norm,
+        "lambda": config.schedule.stages[-1].factor,
+        "learning_rate": config.learning_rate,
+        **result,
+    }
     print_line(row | {"seconds": time.perf_counter() - began})
     return row
 
@@ -281,21 +278,17 @@ def _end(axes: Axes, arm: str, groups: Groups, rows: Sequence[Row]) -> None:
         axes.plot(*points.T, marker, color=colour, ms=3, alpha=0.5, lw=0)
         means.append(points.mean(axis=0))
         if factor:
-            place = (-6, 2, "right") if arm == "progressive" else (6, -7, "left")
-            _name(axes, f"λ {factor:g}", means[-1], *place)
+            left = arm == "progressive"
+            axes.annotate(
+                f"λ {factor:g}",
+                tuple(means[-1]),
+                (-6, 2) if left else (6, -7),
+                textcoords="offset points",
+                fontsize=7.5,
+                horizontalalignment="right" if left else "left",
+            )
     if means:
         axes.plot(*np.array(means).T, marker=marker, color=colour, ms=6, lw=1, label=arm)
-
-
-def _name(axes: Axes, name: str, point: Any, right: int, up: int, align: Any) -> None:
-    axes.annotate(
-        name,
-        point,
-        (right, up),
-        textcoords="offset points",
-        fontsize=7.5,
-        horizontalalignment=align,
-    )
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:

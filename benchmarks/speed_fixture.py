@@ -216,17 +216,18 @@ def make_and_check(config: FixtureConfig) -> dict[str, object]:
 
 
 def shape_options(command: Any) -> Any:
-    """Add the options of a model's sizes."""
+    """Add the options of a model's sizes, passed as `FixtureShape` has them."""
     default = FixtureShape(density=1)
-    for name, value, text in (
-        ("--seed", default.seed, "Of all random numbers."),
-        ("--rank", default.rank, "Hidden units of every predictor."),
-        ("--layers", default.n_layers, "Blocks."),
-        ("--heads", default.n_heads, "Attention heads."),
-        ("--d-ff", default.d_ff, "Neurons in a layer."),
-        ("--d-model", default.d_model, "Hidden size."),
+    for option, name, text in (
+        ("--seed", "seed", "Of all random numbers."),
+        ("--rank", "rank", "Hidden units of every predictor."),
+        ("--layers", "n_layers", "Blocks."),
+        ("--heads", "n_heads", "Attention heads."),
+        ("--d-ff", "d_ff", "Neurons in a layer."),
+        ("--d-model", "d_model", "Hidden size."),
     ):
-        command = click.option(name, default=value, show_default=True, help=text)(command)
+        value = getattr(default, name)
+        command = click.option(option, name, default=value, show_default=True, help=text)(command)
     return command
 
 
@@ -239,18 +240,11 @@ def shape_options(command: Any) -> Any:
 @click.option("--dense", is_flag=True, help="Write the dense file too.")
 @click.option("--keep-model", is_flag=True, help="Keep the checkpoint and its predictors.")
 def main(
-    out: Path,
-    tokenizer: Path,
-    outtype: str,
-    dense: bool,
-    keep_model: bool,
-    layers: int,
-    heads: int,
-    **sizes: Any,
+    out: Path, tokenizer: Path, outtype: str, dense: bool, keep_model: bool, **sizes: Any
 ) -> None:
     """Make one fixture."""
     try:
-        shape = FixtureShape(n_layers=layers, n_heads=heads, **sizes)
+        shape = FixtureShape(**sizes)
         config = FixtureConfig(
             shape=shape,
             tokenizer=tokenizer,
