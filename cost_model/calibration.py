@@ -55,11 +55,6 @@ class Run:
     columns: float
     layers: int
 
-    @property
-    def features(self) -> tuple[float, float, float, float]:
-        """What the four unknowns are multiplied by."""
-        return (self.matrix, self.rows, self.columns, float(self.layers))
-
 
 def run_seconds(run: Run, device: Device) -> float:
     """Return the model's seconds of a run."""
@@ -81,8 +76,9 @@ def calibrate(device: Device, runs: Sequence[Run]) -> Device:
         raise HardwareError(
             f"{len(runs)} measured runs, expected at least {FEWEST}", "measure more"
         )
-    matrix, rows, columns, layer = _solve(_unknowns(device), runs).tolist()
-    bandwidth = device.bandwidth
+    share, bandwidth = device.efficiency, device.bandwidth
+    reads = [1 / (bandwidth * each) for each in (share.matrix, share.rows, share.columns)]
+    matrix, rows, columns, layer = _solve([*reads, device.layer_seconds], runs).tolist()
     return replace(
         device,
         efficiency=Efficiency(
@@ -95,12 +91,6 @@ def calibrate(device: Device, runs: Sequence[Run]) -> Device:
     )
 
 
-def _unknowns(device: Device) -> tuple[float, float, float, float]:
-    share, bandwidth = device.efficiency, device.bandwidth
-    reads = (1 / (bandwidth * each) for each in (share.matrix, share.rows, share.columns))
-    return (*reads, device.layer_seconds)  # type: ignore[return-value]
-
-
 def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float64]:
     """Return x.
 
@@ -111,7 +101,8 @@ def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float6
     from sklearn.linear_model import LinearRegression
 
     measured = np.array([run.seconds for run in runs])
-    features = np.array([run.features for run in runs]) / measured[:, None]
+    reads = [(run.matrix, run.rows, run.columns, run.layers) for run in runs]
+    features = np.array(reads) / measured[:, None]
     scale = np.array([value or 1e-6 for value in prior])
     scale /= np.median(features @ scale)
     system = np.concatenate([features * scale, PRIOR_WEIGHT * np.eye(len(scale))])

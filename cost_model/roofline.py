@@ -26,6 +26,8 @@ PARTS = ("attention", "predictor", "ffn_hot", "ffn_cold", "head", "link", "overh
 """Parts of a token's time; they add up to it. `ffn_hot` are neurons that a GPU computes, `ffn_cold`
 those that the CPU does; `overlap` is the time in which both work, counted once too often."""
 
+_DEVICES = ("CPU", "GPU", "link")
+
 HALF = 0.5
 """Attention and FFN take half of a layer's overhead each (assumed)."""
 
@@ -41,12 +43,8 @@ class Cost:
     """
 
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
-    devices: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("CPU", "GPU", "link"), 0.0)
-    )
-    read: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("CPU", "GPU", "link"), 0.0)
-    )
+    devices: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_DEVICES, 0.0))
+    read: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_DEVICES, 0.0))
 
     @property
     def seconds(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sysconfig
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,18 +96,15 @@ def write_corpus(directory: Path, *, characters: int, seed: int) -> Corpus:
     return corpus
 
 
-def texts_of(corpus: Corpus) -> Iterable[str]:
-    """Yield the training documents."""
-    for line in corpus.train.read_text(encoding="utf-8").splitlines():
-        yield json.loads(line)["text"]
-
-
 def train_tokenizer(corpus: Corpus, path: Path, vocab_size: int) -> None:
     """Write a SentencePiece BPE `tokenizer.model` with byte fallback, as LLaMA's is."""
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(
-            line for text in texts_of(corpus) for line in text.splitlines() if line.strip()
+            line
+            for document in corpus.train.read_text(encoding="utf-8").splitlines()
+            for line in json.loads(document)["text"].splitlines()
+            if line.strip()
         ),
         model_writer=buffer,
         model_type="bpe",

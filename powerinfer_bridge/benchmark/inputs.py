@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 from xxhash import xxh3_128
 
-from common.documents import read_documents, read_text, sample_text
+from common.documents import read_documents
 from common.errors import DataError
 from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
@@ -17,11 +17,6 @@ from results.bench import Input
 
 _PIECE = 1 << 24
 _SMALL = 1 << 28  # no progress bar for what is read in a moment
-
-
-def held_out_text(config: BenchConfig) -> str:
-    """Return the text that perplexity is measured on."""
-    return read_text(config.data, config.field) if config.data else sample_text()
 
 
 def text_source(config: BenchConfig) -> str:

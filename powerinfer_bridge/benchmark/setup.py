@@ -11,6 +11,7 @@ from pathlib import Path
 from gguf import GGUFValueType
 from tqdm import tqdm
 
+from common.documents import read_text, sample_text
 from common.errors import CheckpointError, EngineError, FormatError
 from common.machine import Gpu, cpu_name, read_gpus, read_memory, usable_threads
 from common.version import tool_version
@@ -21,7 +22,6 @@ from gguf_export.pwri.schema import FINGERPRINT_KEY
 from powerinfer_bridge.benchmark.inputs import (
     describe_files,
     describe_text,
-    held_out_text,
     read_prompts,
     room_for,
     text_source,
@@ -191,7 +191,8 @@ def open_setup(config: BenchConfig) -> Setup:
     engine, file = Engine(config.file), GGUFFile(config.file)
     programs = open_programs(config)
     _check_model(config, file)
-    text, prompts, hyper = held_out_text(config), read_prompts(config), engine.hyper
+    text = read_text(config.data, config.field) if config.data else sample_text()
+    prompts, hyper = read_prompts(config), engine.hyper
     room = room_for(prompts, engine.vocabulary, config.generate, hyper.context_length)
     return Setup(
         config=config,
