@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from tqdm import tqdm
@@ -83,12 +84,10 @@ def room_for(prompts: list[str], vocabulary: Vocabulary, generate: int, context_
 
 def describe_files(files: Mapping[str, Path | None]) -> Iterator[Input]:
     """Yield role, path, size and hash of each file that there is, by role; each is read once."""
-    known: dict[Path, tuple[int, str]] = {}
+    hash_once = cache(hash_file)
     for role, path in files.items():
         if path is not None:
-            if path not in known:
-                known[path] = hash_file(path)
-            size, digest = known[path]
+            size, digest = hash_once(path)
             yield Input(role=role, path=str(path), bytes=size, xxh3_128=digest)
 
 
