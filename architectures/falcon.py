@@ -35,7 +35,7 @@ def _shape(config: Config) -> ModelShape:
         if flag(config, key, default=needed) is not needed:
             refuse(key, not needed, str(needed).lower(), "PowerInfer's falcon graph has it so")
     if rope_kind(config) != "default":
-        # ggml's kernel for halves, see `gguf_export.pwri.graph.Graph.scalable`.
+        # ggml's kernel for halves, see `gguf_export.pwri.hyperparameters.Graph.scalable`.
         remedy = "PowerInfer's falcon graph would scale positions twice"
         refuse("rope_type", rope_kind(config), "'default'", remedy)
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")

@@ -40,7 +40,7 @@ def export_gguf(config: ExportConfig, as_json: bool, no_verify: bool) -> None:
     """
     from common.typed_json import plain
     from gguf_export.bundle import export
-    from gguf_export.split_file import split, split_table
+    from gguf_export.gpu_split import split, split_table
     from powerinfer_bridge.verify.verification import ExportCheck
 
     check = None if no_verify else ExportCheck(config.model, config.out)

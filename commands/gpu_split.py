@@ -17,6 +17,6 @@ def gpu_split(config: SplitConfig, as_json: bool) -> None:
 
     PowerInfer loads it instead of running its own solver.
     """
-    from gguf_export.split_file import split, split_table
+    from gguf_export.gpu_split import split, split_table
 
     show(split(config), split_table, as_json=as_json)

@@ -14,12 +14,12 @@ from common.errors import PredictorError
 from common.machine import Gpu
 from common.units import MIB
 from gguf_export.bundle import Bundle
+from gguf_export.gpu_split import split
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import BUCKET_BYTES
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
-from gguf_export.split_file import split
 from powerinfer_bridge.benchmark.placement import (
     PLACED_PARTS,
     NeuronFacts,

@@ -14,8 +14,8 @@ from conftest import refused
 
 from common.errors import ExportError, OutputError
 from gguf_export.bundle import Bundle, export
+from gguf_export.gpu_split import split
 from gguf_export.settings import ExportConfig, SplitConfig
-from gguf_export.split_file import split
 
 
 def files(root: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -12,29 +13,23 @@ from gguf import GGMLQuantizationType
 
 from common.errors import ExportError
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.gpu_split import (
-    Q4_0_GROUPS,
-    Groups,
-    captured_share,
-    choose_neurons,
-    split_bytes,
-)
+from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
+from gguf_export.pwri.gpu_index import Q4_0_GROUPS, Groups
 from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
-from gguf_export.pwri.reader import GGUFFile
-from gguf_export.tensors import PlannedTensor
+from gguf_export.pwri.reader import GGUFFile, TensorInfo
 
 GIB = 1024**3
 
 
-def f16(name: str, *shape: int) -> PlannedTensor:
-    return PlannedTensor(name, shape, GGMLQuantizationType.F16, lambda: torch.empty(0))
+def f16(name: str, *shape: int) -> TensorInfo:
+    return TensorInfo(name, shape, GGMLQuantizationType.F16, 0, 2 * math.prod(shape))
 
 
-def f32(name: str, *shape: int) -> PlannedTensor:
-    return PlannedTensor(name, shape, GGMLQuantizationType.F32, lambda: torch.empty(0))
+def f32(name: str, *shape: int) -> TensorInfo:
+    return TensorInfo(name, shape, GGMLQuantizationType.F32, 0, 4 * math.prod(shape))
 
 
-def llama(n_layers: int, d_model: int, d_ff: int, kv: int, rank: int) -> Iterator[PlannedTensor]:
+def llama(n_layers: int, d_model: int, d_ff: int, kv: int, rank: int) -> Iterator[TensorInfo]:
     """Tensors of a LLaMA of 32,000 tokens in F16, in no order that PowerInfer knows."""
     yield f16("token_embd.weight", 32000, d_model)
     yield f16("output.weight", 32000, d_model)

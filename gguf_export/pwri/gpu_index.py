@@ -10,12 +10,21 @@ A layer without neurons on the GPU has an empty bucket, a tensor of no elements.
 and the loader drops the bucket of such a layer and of one that is wholly on the GPU (by the sum of
 `gpu_idx`): the first runs on the CPU alone, the matrices of the second are moved whole.
 
+PowerInfer cannot take any number of a layer's neurons. Prompts of more than 100 tokens go through a
+kernel that asserts that the GPU's rows of a split layer are a multiple of 32
+(ggml-cuda.cu:ggml_cuda_op_mul_mat_transpose_gemm, called by ggml_cuda_axpy), and for Q4_0 the
+kernel of a single token leaves out the rows after the last whole 256
+(dequantize_axpy_sparse_vec_q4_0_cuda), in layers that are wholly on the GPU too. In F16, layers
+that are wholly on one side have no such limit.
+
 For the same choice the bytes are those of powerinfer-py/powerinfer/export_split.py:export_split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +34,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
 from common.errors import ExportError
 from common.files import atomic_path
-from gguf_export.pwri.gpu_split import F16_GROUPS, Groups, groups_of
 from gguf_export.pwri.reader import GGUFFile, TensorInfo
-from gguf_export.pwri.schema import ALIGNMENT, DOWN, SPARSE_MAGIC
+from gguf_export.pwri.schema import DOWN, SPARSE_MAGIC
 
 INDEX_ARCHITECTURE = "generic.gpu_index"
 CAPACITY_KEY = "split.vram_capacity"
@@ -44,6 +52,40 @@ POWERINFER_I32 = GGMLQuantizationType(18)
 whose name the `gguf` package knows it, and moved int32 to 26, which PowerInfer crashes on."""
 
 
+@dataclass(frozen=True)
+class Groups:
+    """In what groups a layer's neurons go to the GPU.
+
+    Attributes:
+        block: neurons of a group.
+        rest: whether the last group of a layer may be smaller; else its neurons stay on the CPU.
+    """
+
+    block: int
+    rest: bool = True
+
+    def problem(self, layer: int, mask: torch.Tensor) -> str | None:
+        """Return why PowerInfer cannot run a layer with the neurons in (d_ff,) bool on the GPU."""
+        number, neurons = int(mask.sum()), len(mask)
+        if number % self.block == 0 or (self.rest and number == neurons):
+            return None
+        whole = f" or all {neurons}" if self.rest else ""
+        return (
+            f"layer {layer} has {number} neurons on the GPU; PowerInfer's CUDA kernels need a "
+            f"multiple of {self.block}{whole}"
+        )
+
+    def sizes(self, neurons: int) -> torch.Tensor:
+        """Return the sizes of a layer's groups, (groups,) int64."""
+        whole, rest = divmod(neurons, self.block)
+        sizes = [self.block] * whole + ([rest] if rest and self.rest else [])
+        return torch.tensor(sizes, dtype=torch.int64)
+
+
+F16_GROUPS = Groups(32)
+Q4_0_GROUPS = Groups(256, rest=False)
+
+
 def index_path(model_file: Path) -> Path:
     """Return where PowerInfer looks for a model's index."""
     return model_file.with_name(f"{model_file.name}.generated.gpuidx")
@@ -52,14 +94,12 @@ def index_path(model_file: Path) -> Path:
 def file_groups(file: GGUFFile) -> Groups:
     """Return what PowerInfer's kernels need for the type of a file's FFN."""
     down = file.tensors.get(f"blk.0.{DOWN}.weight")
-    return F16_GROUPS if down is None else groups_of(down.kind)
+    q4_0 = down is not None and down.kind is GGMLQuantizationType.Q4_0
+    return Q4_0_GROUPS if q4_0 else F16_GROUPS
 
 
 def write_gpu_index(
-    path: Path,
-    chosen: Sequence[torch.Tensor],
-    vram_capacity: int,
-    groups: Groups = F16_GROUPS,
+    path: Path, chosen: Sequence[torch.Tensor], vram_capacity: int, groups: Groups = F16_GROUPS
 ) -> None:
     """Write an index, whole or not at all.
 
@@ -67,64 +107,35 @@ def write_gpu_index(
         path: final name, see `index_path`.
         chosen: per layer, (d_ff,) bool, True for neurons on the GPU.
         vram_capacity: bytes of VRAM that they need; PowerInfer takes the index if it has as many.
-
         groups: what PowerInfer's kernels need for the type of the model's FFN.
 
     Raises:
         ExportError: a layer's number of neurons on the GPU is one that PowerInfer cannot run.
         OutputError: the system refused a write.
     """
+    tensors: dict[str, npt.NDArray[np.int32]] = {}
     for layer, mask in enumerate(chosen):
-        _check(layer, mask, groups)
-    tensors = list(_tensors(chosen))
-    with atomic_path(path) as part:
-        _write_header(part, tensors, vram_capacity)
-        with part.open("r+b") as file:
-            file.write(SPARSE_MAGIC)
-            file.seek(0, 2)
-            file.write(bytes(-file.tell() % ALIGNMENT))
-            for _, data in tensors:
-                file.write(data.tobytes())
-                file.write(bytes(-data.nbytes % ALIGNMENT))
-
-
-def _check(layer: int, mask: torch.Tensor, groups: Groups) -> None:
-    assert mask.dtype == torch.bool
-    assert mask.dim() == 1
-    number = int(mask.sum())
-    if not groups.allow(number, len(mask)):
-        raise ExportError(f"{_refusal(layer, number, len(mask), groups)}", "choose them in groups")
-
-
-def _refusal(layer: int, number: int, neurons: int, groups: Groups) -> str:
-    whole = f" or all {neurons}" if groups.rest else ""
-    return (
-        f"layer {layer} has {number} neurons on the GPU; PowerInfer's CUDA kernels need a multiple "
-        f"of {groups.block}{whole}"
-    )
-
-
-def _tensors(chosen: Sequence[torch.Tensor]) -> Iterator[tuple[str, npt.NDArray[np.int32]]]:
-    for layer, mask in enumerate(chosen):
+        problem = groups.problem(layer, mask)
+        if problem is not None:
+            raise ExportError(problem, "choose them in groups")
         on_gpu = mask.numpy()
-        yield INDEX.format(layer=layer), on_gpu.astype("<i4")
-        yield BUCKET.format(layer=layer), np.flatnonzero(on_gpu).astype("<i4")
-
-
-def _write_header(
-    path: Path, tensors: Sequence[tuple[str, npt.NDArray[np.int32]]], vram_capacity: int
-) -> None:
-    writer = GGUFWriter(path, INDEX_ARCHITECTURE)
-    try:
-        writer.add_block_count(len(tensors) // 2)
+        tensors[INDEX.format(layer=layer)] = on_gpu.astype("<i4")
+        tensors[BUCKET.format(layer=layer)] = np.flatnonzero(on_gpu).astype("<i4")
+    with atomic_path(path) as part, closing(GGUFWriter(part, INDEX_ARCHITECTURE)) as writer:
+        writer.add_block_count(len(chosen))
         writer.add_uint64(CAPACITY_KEY, vram_capacity)
-        for name, data in tensors:
+        for name, data in tensors.items():
             writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, POWERINFER_I32)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-    finally:
-        writer.close()
+        file = writer.fout[0]
+        writer.write_padding(file, file.tell())
+        for data in tensors.values():
+            file.write(data.tobytes())
+            writer.write_padding(file, data.nbytes)
+        file.seek(0)
+        file.write(SPARSE_MAGIC)
 
 
 class _IndexFile(GGUFFile):
@@ -174,8 +185,9 @@ def read_gpu_index(
         raise file.error(f"holds other tensors than gpu_idx and gpu_bucket of {n_layers} layers")
     chosen = [_layer(file, layer, d_ff) for layer in range(n_layers)]
     for layer, mask in enumerate(chosen):
-        if not groups.allow(number := int(mask.sum()), d_ff):
-            raise file.error(_refusal(layer, number, d_ff, groups))
+        problem = groups.problem(layer, mask)
+        if problem is not None:
+            raise file.error(problem)
     return chosen, int(file.value(CAPACITY_KEY, GGUFValueType.UINT64))
 
 

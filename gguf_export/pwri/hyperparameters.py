@@ -1,18 +1,116 @@
-"""Sizes and constants of an exported file, read as PowerInfer reads them (llm_load_hparams)."""
+"""What model a file holds: its graph, sizes and constants, and the tensors that follow from them.
+
+Source: PowerInfer@d3ebd7c llama.cpp:build_llama_variants, build_opt, build_falcon, llm_load_hparams
+and llm_load_sparse_model_tensors. The engine follows these descriptions and knows no names.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gguf import GGUFValueType
 
 from architectures.rope import RopeScaling
 from common.errors import FormatError
-from gguf_export.pwri.graph import GRAPHS, Graph
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.pwri.schema import ACTIVATION_THRESHOLD_KEY, BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
+from gguf_export.pwri.schema import (
+    ACTIVATION_THRESHOLD_KEY,
+    BLOCK,
+    DOWN,
+    EMBEDDING,
+    HEAD,
+    POSITIONS,
+    SMALLEST_D_FF,
+    THRESHOLD_KEY,
+)
+
+POSITION_ROWS = 2050
+"""Rows of a table of learned positions, whatever a file says (llm_load_hparams, OPT)."""
+
+POSITION_OFFSET = 2
+"""Rows of it before that of the first token (llama_build_graph)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """What distinguishes one architecture's graph.
+
+    Attributes:
+        norm_key: key of the norms' epsilon, after the architecture's name; None where PowerInfer
+            reads none and computes with 0.
+        centred: norms are LayerNorms with a bias, else RMSNorms.
+        positions: `pairs` turns neighbours of queries and keys, `halves` the two halves of a head,
+            `learned` adds a row of a table to the embedding.
+        fused_qkv: queries, keys and values come from one matrix.
+        biases: matrices of attention and FFN have biases.
+        gated: the FFN has a gate, which ReLU is applied to.
+        up_activated: ReLU is applied to what `ffn_up` gives.
+        parallel: attention and FFN both read the block's input, and so does the predictor; else FFN
+            and predictor read the residual after attention.
+        own_head: the output head is a tensor of its own, else the embedding.
+    """
+
+    norm_key: str | None
+    centred: bool
+    positions: Literal["pairs", "halves", "learned"]
+    fused_qkv: bool = False
+    biases: bool = False
+    gated: bool
+    up_activated: bool
+    parallel: bool = False
+    own_head: bool = True
+
+    @property
+    def rotary(self) -> bool:
+        """Whether positions are angles."""
+        return self.positions != "learned"
+
+    @property
+    def scalable(self) -> bool:
+        """Whether angles may be scaled.
+
+        ggml's kernel for halves scales them twice and takes every pair for the first of YaRN's
+        (ggml.c:ggml_compute_forward_rope_f32).
+        """
+        return self.positions == "pairs"
+
+
+GRAPHS = {
+    "llama": Graph(
+        norm_key="attention.layer_norm_rms_epsilon",
+        centred=False,
+        positions="pairs",
+        gated=True,
+        up_activated=False,
+    ),
+    "bamboo": Graph(
+        norm_key="attention.layer_norm_rms_epsilon",
+        centred=False,
+        positions="pairs",
+        gated=True,
+        up_activated=True,
+    ),
+    "opt": Graph(
+        norm_key=None,
+        centred=True,
+        positions="learned",
+        biases=True,
+        gated=False,
+        up_activated=True,
+        own_head=False,
+    ),
+    "falcon": Graph(
+        norm_key="attention.layer_norm_epsilon",
+        centred=True,
+        positions="halves",
+        fused_qkv=True,
+        gated=False,
+        up_activated=True,
+        parallel=True,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,3 +237,52 @@ def _check(file: GGUFFile, found: Hyperparameters) -> None:
     )
     if not constants_fit:
         raise file.error(f"constants are impossible ({found})")
+
+
+def expected_shapes(hyper: Hyperparameters, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the numpy shape of every tensor; `-1` stands for a predictor's rank."""
+    d_model = hyper.d_model
+    norms = ["attn_norm", *(["attn_norm_2"] if hyper.two_norms else [])]
+    norms += [] if hyper.graph.parallel else ["ffn_norm"]
+    matrices = _block_matrices(hyper)
+    block: dict[str, tuple[int, ...]] = {f"{norm}.weight": (d_model,) for norm in norms}
+    block |= {f"{name}.weight": shape for name, shape in matrices.items()}
+    block |= {"fc1.weight": (-1, d_model), "fc2.weight": (hyper.d_ff, -1)}
+    if hyper.graph.centred:
+        block |= {f"{norm}.bias": (d_model,) for norm in norms}
+    if hyper.graph.biases:
+        block |= {f"{name}.bias": _outputs(name, shape) for name, shape in matrices.items()}
+    shapes = _outer_shapes(hyper, vocab_size)
+    for layer in range(hyper.n_layers):
+        shapes |= {f"blk.{layer}.{part}": shape for part, shape in block.items()}
+    return shapes
+
+
+def _block_matrices(hyper: Hyperparameters) -> dict[str, tuple[int, int]]:
+    d_model, kv = hyper.d_model, hyper.n_kv_heads * hyper.head_dim
+    rows = {"attn_q": d_model, "attn_k": kv, "attn_v": kv}
+    if hyper.graph.fused_qkv:
+        rows = {"attn_qkv": d_model + 2 * kv}
+    rows["attn_output"] = d_model
+    ffn = (*(["ffn_gate"] if hyper.graph.gated else []), "ffn_up", DOWN)
+    rows |= dict.fromkeys(ffn, hyper.d_ff)
+    return {name: (count, d_model) for name, count in rows.items()}
+
+
+def _outputs(name: str, shape: tuple[int, int]) -> tuple[int]:
+    """Return the shape of a matrix's bias; the down matrix is stored transposed."""
+    return (shape[1] if name == DOWN else shape[0],)
+
+
+def _outer_shapes(hyper: Hyperparameters, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (vocab_size, hyper.d_model),
+        "output_norm.weight": (hyper.d_model,),
+    }
+    if hyper.graph.own_head:
+        shapes[HEAD] = (vocab_size, hyper.d_model)
+    if hyper.graph.centred:
+        shapes["output_norm.bias"] = (hyper.d_model,)
+    if not hyper.graph.rotary:
+        shapes[POSITIONS] = (POSITION_ROWS, hyper.d_model)
+    return shapes

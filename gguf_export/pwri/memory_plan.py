@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from common.errors import EXPORT_AGAIN, ExportError
 from common.units import GIB
 from gguf_export.pwri.hyperparameters import Hyperparameters
+from gguf_export.pwri.reader import TensorInfo
 from gguf_export.pwri.schema import DOWN, STEMS, parse_name
 
 _KV_BYTES = {"f16": 2, "f32": 4}
@@ -36,22 +36,6 @@ KEPT_FREE = 256 << 20
 BUCKET_BYTES = 4
 """Bytes that a neuron takes in VRAM beside its rows: its number in `gpu_bucket`, an int32
 (llama.cpp:llama_gpu_split_loader::load_gpu_idx_for_model). PowerInfer does not count it."""
-
-
-class SizedTensor(Protocol):
-    """A tensor of the file, planned or read (`tensors.PlannedTensor`, `reader.TensorInfo`)."""
-
-    @property
-    def name(self) -> str:
-        """Name in the file."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape, slowest dimension first."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of its data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +122,7 @@ def vram_option(budget: int) -> tuple[str, int]:
     return f"{float(value):.9g}", int(float(value) * GIB)
 
 
-def plan_memory(tensors: Iterable[SizedTensor], settings: MemorySettings) -> MemoryPlan:
+def plan_memory(tensors: Iterable[TensorInfo], settings: MemorySettings) -> MemoryPlan:
     """Follow PowerInfer's placement.
 
     Args:
@@ -171,9 +155,9 @@ def plan_memory(tensors: Iterable[SizedTensor], settings: MemorySettings) -> Mem
     )
 
 
-def _sort(tensors: Iterable[SizedTensor]) -> tuple[list[SizedTensor], dict[int, dict[str, int]]]:
+def _sort(tensors: Iterable[TensorInfo]) -> tuple[list[TensorInfo], dict[int, dict[str, int]]]:
     """Return the tensors that are placed whole, in order, and each layer's FFN row sizes."""
-    ranked: list[tuple[tuple[int, int, int, bool], SizedTensor]] = []
+    ranked: list[tuple[tuple[int, int, int, bool], TensorInfo]] = []
     rows: dict[int, dict[str, int]] = {}
     for tensor in tensors:
         name = parse_name(tensor.name)

@@ -10,8 +10,8 @@ import torch
 from common.errors import FormatError
 from common.hot_neurons import SHARES, hot_neuron_curve
 from common.machine import Gpu
+from gguf_export.gpu_split import captured_share, split_bytes
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
-from gguf_export.pwri.gpu_split import captured_share, split_bytes
 from gguf_export.pwri.hyperparameters import Hyperparameters
 from gguf_export.pwri.memory_plan import (
     BUCKET_BYTES,

@@ -17,8 +17,8 @@ from common.hot_neurons import SHARES, hot_neuron_curve
 from common.machine import Gpu
 from common.units import GIB, size
 from gguf_export.contract import OpenedFile
+from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
-from gguf_export.pwri.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.memory_plan import KEPT_FREE, MemorySettings, plan_memory
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
 from gguf_export.settings import SUFFIX

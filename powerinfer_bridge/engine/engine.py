@@ -19,7 +19,7 @@ from common.decisions import DecisionCounts
 from common.errors import EngineError
 from common.machine import weight_budget
 from gguf_export.contract import OpenedFile, require_layout
-from gguf_export.pwri.graph import POSITION_OFFSET, POSITION_ROWS
+from gguf_export.pwri.hyperparameters import POSITION_OFFSET, POSITION_ROWS
 from powerinfer_bridge.engine.attention import Attention, KVCache
 from powerinfer_bridge.engine.feed_forward import FeedForward
 from powerinfer_bridge.engine.operators import Operators, Weights

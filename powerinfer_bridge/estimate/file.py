@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from common.errors import EngineError
 from cost_model.model_bytes import Activity, LayerBytes, LayerPlace, ModelBytes, Place
+from gguf_export.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.gpu_index import file_groups
-from gguf_export.pwri.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile

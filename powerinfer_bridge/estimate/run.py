@@ -2,7 +2,7 @@
 
 Everything in it is an estimate: sums of bytes over bandwidths (`cost_model.roofline`), with
 PowerInfer's own placement (`gguf_export.pwri.memory_plan`) and our choice of neurons
-(`gguf_export.pwri.gpu_split`). Nothing is run.
+(`gguf_export.gpu_split`). Nothing is run.
 """
 
 from __future__ import annotations
