@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError
-from common.files import (
-    atomic_directory,
-    atomic_path,
-    refuse_existing,
-    remove_output,
-    write_error,
-)
-from common.version import tool_version
+from architectures.spec import ModelShape
+from common.errors import ExportError, PredictorError
+from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
 from gguf_export.predictor_source import (
     PredictorSource,
     open_predictors,
+    read_ranks,
     write_directory,
     write_statistics,
 )
-from gguf_export.pwri.element_types import FileTypes
+from gguf_export.pwri.element_types import OUTTYPES, FileTypes, row_block
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import (
-    ACTIVATION_KEY,
     ACTIVATION_THRESHOLD_KEY,
-    FINGERPRINT_KEY,
+    BLOCK,
     NOTE_KEY,
     RECIPE_KEY,
+    SMALLEST_D_FF,
     THRESHOLD_KEY,
-    VERSION_KEY,
 )
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
-from gguf_export.requirements import check_requirements
 from gguf_export.settings import SUFFIX, ExportConfig
-from gguf_export.tensors import PlannedTensor, plan_model, plan_predictors
+from gguf_export.tensors import plan_model, plan_predictors
 from gguf_export.tokens.model_vocabulary import read_vocabulary
-from gguf_export.tokens.vocabulary import Vocabulary
-from gguf_export.writer import write_file
-
-Check = Callable[[Path], None]
-"""Looks at the model file before it gets its name; raises if it must not get it."""
+from gguf_export.writer import ModelWriter
 
 
 @dataclass(frozen=True)
@@ -115,7 +103,7 @@ class Bundle:
         return "\n".join(f"{name.replace('_', ' '):<22} {text}" for name, text in facts.items())
 
 
-def export(config: ExportConfig, check: Check | None = None) -> Bundle:
+def export(config: ExportConfig, check: Callable[[Path], None] | None = None) -> Bundle:
     """Write the bundle under temporary names; the model file gets its name last.
 
     Args:
@@ -129,29 +117,33 @@ def export(config: ExportConfig, check: Check | None = None) -> Bundle:
     """
     checkpoint = Checkpoint.open(config.model)
     predictors = open_predictors(config.predictors)
-    ranks = check_requirements(config, checkpoint, predictors)
-    vocab_size = checkpoint.shape.vocab_size
-    vocabulary = read_vocabulary(checkpoint.path, vocab_size, checkpoint.config)
-    notes = (dense_note(checkpoint),) if config.dense else ()
-    bundle = replace(Bundle.beside(config.out), warnings=(*vocabulary.warnings, *notes))
+    ranks = _check_requirements(config, checkpoint, predictors)
+    shape, dense_note = checkpoint.shape, checkpoint.architecture.dense_note or ""
+    vocabulary = read_vocabulary(checkpoint.path, shape.vocab_size, checkpoint.config)
+    warnings = (*vocabulary.warnings, *([dense_note] if config.dense else []))
+    bundle = replace(Bundle.beside(config.out), warnings=warnings)
     bundle.refuse_existing(force=config.force)
+    sparse_keys: dict[str, float | str] = {
+        THRESHOLD_KEY: predictors.threshold,
+        ACTIVATION_THRESHOLD_KEY: shape.activation_threshold,
+        RECIPE_KEY: predictors.recipe,
+    }
     tensors = [
         *plan_model(checkpoint, sparse=True, types=config.types),
-        *plan_predictors(predictors, ranks, checkpoint.shape, config.types),
+        *plan_predictors(predictors, ranks, shape, config.types),
     ]
-    write = partial(_write, checkpoint=checkpoint, vocabulary=vocabulary, types=config.types)
+    writer = ModelWriter(checkpoint, vocabulary, config.types)
     with _unnamed(bundle, config.dense, predictors.counted) as unnamed:
         write_directory(unnamed.predictor_directory, predictors)
         if predictors.counted:
             write_statistics(unnamed.activation_directory, predictors)
-        keys = _sparse_keys(checkpoint, predictors)
-        write(unnamed.model_file, bundle.model_file, keys, tensors)
+        writer.write(unnamed.model_file, bundle.model_file, sparse_keys, tensors, sparse=True)
         if check is not None:
             check(unnamed.model_file)
         if config.dense:
             dense = list(plan_model(checkpoint, sparse=False, types=config.types))
-            note = {NOTE_KEY: dense_note(checkpoint)}
-            write(unnamed.dense_file, bundle.dense_file, note, dense)
+            note = {NOTE_KEY: dense_note}
+            writer.write(unnamed.dense_file, bundle.dense_file, note, dense, sparse=False)
     return bundle
 
 
@@ -176,51 +168,106 @@ def _unnamed(bundle: Bundle, dense: bool, counted: bool) -> Iterator[Bundle]:
             remove_output(bundle.activation_directory)
 
 
-def _sparse_keys(checkpoint: Checkpoint, predictors: PredictorSource) -> dict[str, float | str]:
-    return {
-        THRESHOLD_KEY: predictors.threshold,
-        ACTIVATION_THRESHOLD_KEY: checkpoint.shape.activation_threshold,
-        RECIPE_KEY: predictors.recipe,
-    }
+def _check_requirements(
+    config: ExportConfig, checkpoint: Checkpoint, predictors: PredictorSource
+) -> list[int]:
+    """Refuse what PowerInfer could not run, before anything is written.
 
+    Returns:
+        The rank of every layer's predictor.
 
-def _write(
-    path: Path,
-    target: Path,
-    keys: Mapping[str, float | str],
-    tensors: list[PlannedTensor],
-    *,
-    checkpoint: Checkpoint,
-    vocabulary: Vocabulary,
-    types: FileTypes,
-) -> None:
-    """Write one of the two model files to `path`, whose final name `target` errors show."""
-    try:
-        write_file(
-            path,
-            architecture=checkpoint.architecture,
-            model=checkpoint.shape,
-            name=os.fsencode(checkpoint.path.resolve().name).decode("utf-8", "replace"),
-            vocabulary=vocabulary,
-            keys={**keys, **_provenance(checkpoint)},
-            tensors=tensors,
-            types=types,
-            sparse=THRESHOLD_KEY in keys,
+    Raises:
+        PredictorError: predictors that are incomplete, of another model, or with other shapes.
+        ExportError: a family, sizes or types that PowerInfer has no graph or kernels for; no
+            statistics to split neurons by.
+    """
+    _check_family(checkpoint, config.dense)
+    ranks = _check_fit(checkpoint, predictors)
+    _check_rows(checkpoint.shape, config.types)
+    _check_precision(predictors, config.types)
+    if config.vram_budget is not None and not predictors.counted:
+        raise ExportError(
+            f"{predictors.path}: comes without activation statistics, by which --vram-budget "
+            "chooses neurons",
+            "leave that out, or train predictors with psp train-predictor",
         )
-    except OSError as error:
-        raise write_error(target, error) from error
+    return ranks
 
 
-def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
-    return {
-        VERSION_KEY: tool_version(),
-        FINGERPRINT_KEY: checkpoint.fingerprint,
-        ACTIVATION_KEY: checkpoint.shape.activation,
-    }
+def _check_family(checkpoint: Checkpoint, dense: bool) -> None:
+    """Refuse a sound model for which PowerInfer has no graph."""
+    family, shape = checkpoint.architecture, checkpoint.shape
+    if family.context_length not in (None, shape.context_length):
+        raise ExportError(
+            f"{checkpoint.path}: context of {shape.context_length} tokens",
+            f"PowerInfer's {family.gguf_name} graph has exactly {family.context_length} positions",
+        )
+    for rule in family.tensors:
+        if rule.target is None and not shape.tied_embeddings:
+            raise ExportError(
+                f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
+                f"only head in PowerInfer's {family.gguf_name} graph",
+                "tie_word_embeddings must be true",
+            )
+    if dense and family.dense_note is None:
+        raise ExportError(
+            f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
+            "reads a tensor that its loader never makes",
+            "leave --dense out",
+        )
 
 
-def dense_note(checkpoint: Checkpoint) -> str:
-    """Return what a user must know of a dense file."""
-    note = checkpoint.architecture.dense_note
-    assert note is not None, "refused before"
-    return note
+def _check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]:
+    """Refuse predictors of another model and sizes that PowerInfer cannot run; give the ranks."""
+    shape = checkpoint.shape
+    if predictors.n_layers != shape.n_layers:
+        raise PredictorError(
+            f"{predictors.path}: predictors have {predictors.n_layers} layers, the model has "
+            f"{shape.n_layers}",
+            "pass predictors of this model",
+        )
+    ranks = read_ranks(predictors, shape.d_model, shape.d_ff)
+    if predictors.model is not None and predictors.model[1] != checkpoint.fingerprint:
+        raise PredictorError(
+            f"{predictors.path}: predictors were trained for {predictors.model[0]}, whose weights "
+            f"or sizes differ from {checkpoint.path}",
+            "pass that model or collect and train for this one",
+        )
+    if shape.d_ff < SMALLEST_D_FF:
+        raise ExportError(
+            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}",
+            "PowerInfer computes smaller FFNs wrongly",
+        )
+    if shape.d_model != shape.n_heads * shape.head_dim:
+        raise ExportError("heads times head size differ from d_model", "PowerInfer cannot run it")
+    for key, size in (("d_model", shape.d_model), *(("rank", rank) for rank in ranks)):
+        if size % BLOCK or not size:
+            raise ExportError(f"{key} {size} is no multiple of {BLOCK}", "PowerInfer cannot run it")
+    return ranks
+
+
+def _check_rows(shape: ModelShape, types: FileTypes) -> None:
+    """Refuse sizes that do not go into the blocks of a type.
+
+    Q4_0's hold for d_model, the row size of most matrices, and for d_ff: activations that multiply
+    the down matrix are rounded in blocks too (ggml.c:ggml_compute_forward_mul_mat_axpy_q4_0).
+    """
+    for key, option, name in (
+        ("d_model", "outtype", types.weights),
+        ("d_ff", "outtype", types.weights),
+        ("d_model", "predictor-type", types.predictors),
+    ):
+        size, block = getattr(shape, key), row_block(OUTTYPES[name])
+        if name == "q4_0" and size % block:
+            raise ExportError(
+                f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs", "choose f16"
+            )
+
+
+def _check_precision(predictors: PredictorSource, types: FileTypes) -> None:
+    """Refuse to round predictors whose units differ from a constant by little."""
+    if types.predictors != "f16" and json.loads(predictors.recipe).get("start") == "constant":
+        raise ExportError(
+            f"{predictors.path}: was trained for float16, {types.predictors} would spoil it",
+            f"pass --predictor-type f16, or train with --predictor-type {types.predictors}",
+        )

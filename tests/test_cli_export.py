@@ -14,10 +14,9 @@ import pytest
 from click.testing import Result
 from gguf import GGUFValueType
 
-from gguf_export import bundle as exporting
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.reader import GGUFFile
-from gguf_export.writer import write_file
+from gguf_export.writer import ModelWriter
 from powerinfer_bridge.verify import verification
 
 Psp = Callable[..., Result]
@@ -38,13 +37,15 @@ def damaging(
 ) -> None:
     """Let the exporter write model files with a fault."""
 
-    def faulty(path: Path, **settings: Any) -> None:
-        write_file(path, **settings)
+    write = ModelWriter.write
+
+    def faulty(writer: ModelWriter, path: Path, *args: Any, **settings: Any) -> None:
+        write(writer, path, *args, **settings)
         content = bytearray(path.read_bytes())
         damage(GGUFFile(path), content)
         path.write_bytes(content)
 
-    monkeypatch.setattr(exporting, "write_file", faulty)
+    monkeypatch.setattr(ModelWriter, "write", faulty)
 
 
 def not_a_number(file: GGUFFile, content: bytearray) -> None:
