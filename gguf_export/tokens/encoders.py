@@ -51,6 +51,17 @@ _NEWER = (
 """Letters and digits that Unicode got after version 13, in hexadecimal: Python may know them."""
 
 
+def _ids_of_parts(parts: Iterable[Symbol], ids_of: Callable[[Symbol], list[int]]) -> list[int]:
+    """Return the ids of all parts of a text, each part looked at once."""
+    known: dict[Symbol, list[int]] = {}
+    ids: list[int] = []
+    for part in parts:
+        if part not in known:
+            known[part] = ids_of(part)
+        ids += known[part]
+    return ids
+
+
 class PieceEncoder:
     """Turns bytes into ids."""
 
@@ -69,28 +80,21 @@ class PieceEncoder:
 
     def encode(self, data: bytes) -> list[int]:
         """Return the ids of a text."""
-        ids: list[int] = []
-        known: dict[bytes, list[int]] = {}
-        for segment in self._segments(characters(data.replace(b" ", SPACE))):
-            key = b"".join(segment)
-            found = known.get(key)
-            if found is None:
-                found = known[key] = self._segment_ids(segment)
-            ids += found
-        return ids
+        return _ids_of_parts(
+            self._segments(characters(data.replace(b" ", SPACE))), self._segment_ids
+        )
 
-    def _segments(self, symbols: list[bytes]) -> Iterator[list[bytes]]:
+    def _segments(self, symbols: list[bytes]) -> Iterator[bytes]:
         start = 0
         for at in range(1, len(symbols)):
             if symbols[at - 1] + symbols[at] not in self._joined:
-                yield symbols[start:at]
+                yield b"".join(symbols[start:at])
                 start = at
-        if symbols:
-            yield symbols[start:]
+        yield b"".join(symbols[start:])
 
-    def _segment_ids(self, symbols: list[bytes]) -> list[int]:
+    def _segment_ids(self, segment: bytes) -> list[int]:
         ids: list[int] = []
-        for symbol in merge_pairs(symbols, self._order):
+        for symbol in merge_pairs(characters(segment), self._order):
             number = self._ids.get(symbol)
             if number is None:
                 ids.extend(self._ids[b"<0x%02X>" % byte] for byte in symbol)
@@ -113,16 +117,12 @@ def characters(data: bytes) -> list[bytes]:
     return found
 
 
-def _byte_tokens() -> tuple[str, ...]:
-    """Return the character that stands for each byte: itself where printable, else from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    spelt = {byte: chr(byte) for byte in printable}
-    spelt |= {byte: chr(256 + number) for number, byte in enumerate(others)}
-    return tuple(spelt[byte] for byte in range(256))
-
-
-BYTE_TOKENS = _byte_tokens()
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_SHIFTED = [byte for byte in range(256) if byte not in _PRINTABLE]
+BYTE_TOKENS = tuple(
+    chr(byte if byte in _PRINTABLE else 256 + _SHIFTED.index(byte)) for byte in range(256)
+)
+"""The character that stands for each byte: itself where printable, else from U+0100."""
 
 
 class ByteLevelEncoder:
@@ -143,14 +143,7 @@ class ByteLevelEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text that UTF-8 can hold."""
-        ids: list[int] = []
-        known: dict[str, list[int]] = {}
-        for word in split_words(text):
-            found = known.get(word)
-            if found is None:
-                found = known[word] = self._word_ids(word)
-            ids += found
-        return ids
+        return _ids_of_parts(split_words(text), self._word_ids)
 
     def _word_ids(self, word: str) -> list[int]:
         return [self._ids[symbol] for symbol in merge_pairs(list(spell(word)), self._rank)]
@@ -173,7 +166,6 @@ def merge_pairs(
         symbols: the beginning; it is used up.
         order: of merging two neighbours, None where they do not merge.
     """
-    nothing = symbols[0][:0] if symbols else None
     following = [*range(1, len(symbols)), -1]
     previous = list(range(-1, len(symbols) - 1))
     queue: list[tuple[float, int, int, int]] = []
@@ -195,8 +187,7 @@ def merge_pairs(
             continue
         if len(symbols[left]) + len(symbols[right]) != size:
             continue
-        assert nothing is not None
-        symbols[left], symbols[right] = symbols[left] + symbols[right], nothing
+        symbols[left], symbols[right] = symbols[left] + symbols[right], symbols[right][:0]
         following[left] = following[right]
         if following[right] >= 0:
             previous[following[right]] = left

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ _ALPHABET = frozenset(BYTE_TOKENS)
 
 
 @dataclass(frozen=True)
-class JsonTokenizer:
+class _Source:
     """A description in the form of tokenizer.json.
 
     Attributes:
@@ -129,26 +128,36 @@ def pre_tokeniser_name(steps: list[Step]) -> str:
 
 
 def read_json_vocabulary(
-    source: JsonTokenizer, tokenizer: RustTokenizer, files: TokenizerFiles, vocab_size: int
+    tokenizer: RustTokenizer, files: TokenizerFiles, vocab_size: int
 ) -> Vocabulary:
     """Turn vocabulary and merges into PowerInfer's lists.
 
     Args:
-        source: the description, already checked.
-        tokenizer: the same, loaded.
+        tokenizer: the loaded tokenizer.
         files: the settings around it.
         vocab_size: rows of the embedding.
 
     Raises:
+        ExportError: another kind of model, or a step that changes texts.
         CheckpointError: an added token in the place of an ordinary one.
     """
+    source = _Source(tokenizer.file, tokenizer.document())
+    source.check()
     vocab: dict[str, int] = source.model["vocab"]
     unknown = None if source.byte_level else source.model.get("unk_token")
-    type_of = _spelt_type if source.byte_level else partial(_piece_type, unknown)
+
+    def type_of(token: str) -> TokenType:
+        if source.byte_level:  # PowerInfer can print normal ones that are spelt in bytes
+            spelt = _ALPHABET.issuperset(token)
+            return TokenType.NORMAL if spelt else TokenType.USER_DEFINED
+        if token == unknown:
+            return TokenType.UNKNOWN
+        return TokenType.BYTE if token.encode() in BYTE_PIECES else TokenType.NORMAL
+
     vocabulary = lay_out(
         source.file,
         files,
-        {number: (token.encode(), type_of(token)) for token, number in vocab.items()},
+        {number: (token.encode(), int(type_of(token))) for token, number in vocab.items()},
         vocab_size,
         kind=BYTE_LEVEL if source.byte_level else PIECES,
         bos_id=tokenizer.bos_id(),
@@ -160,27 +169,19 @@ def read_json_vocabulary(
         differences = (*_inconsistencies(vocab, source.merges), *_splits(source))
         scores = _scores(vocab, source.merges, vocab_size)
         return replace(vocabulary, scores=scores, differences=differences)
+    warnings = list(vocabulary.warnings)
+    if vocabulary.add_bos:
+        token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
+        warnings.insert(0, f"the model's tokenizer puts {token} before a text, PowerInfer does not")
     return replace(
         vocabulary,
         merges=[f"{left} {right}".encode() for left, right in source.merges],
         differences=tuple(_spelling_differences(source, tokenizer)),
-        warnings=(*_bos_warning(vocabulary), *vocabulary.warnings),
+        warnings=tuple(warnings),
     )
 
 
-def _spelt_type(token: str) -> int:
-    """Return a type with which PowerInfer can print it: normal tokens are spelt in bytes."""
-    spelt = _ALPHABET.issuperset(token)
-    return int(TokenType.NORMAL if spelt else TokenType.USER_DEFINED)
-
-
-def _bos_warning(vocabulary: Vocabulary) -> Iterator[str]:
-    if vocabulary.add_bos:
-        token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
-        yield f"the model's tokenizer puts {token} before a text, PowerInfer does not"
-
-
-def _spelling_differences(source: JsonTokenizer, tokenizer: RustTokenizer) -> Iterator[str]:
+def _spelling_differences(source: _Source, tokenizer: RustTokenizer) -> Iterator[str]:
     name = pre_tokeniser_name(source.pre_tokenisers)
     if name == "GPT-2":
         yield (
@@ -197,7 +198,7 @@ def _spelling_differences(source: JsonTokenizer, tokenizer: RustTokenizer) -> It
             yield f"{unreachable} tokens are found without merges, PowerInfer never finds them"
 
 
-def _unreachable(source: JsonTokenizer, tokenizer: RustTokenizer) -> int:
+def _unreachable(source: _Source, tokenizer: RustTokenizer) -> int:
     """Count tokens that their own text does not merge to."""
     added = {token["content"] for token in source.document.get("added_tokens", ())}
     vocab = {t: n for t, n in source.model["vocab"].items() if t not in added}
@@ -217,12 +218,6 @@ def _scores(vocab: dict[str, int], merges: list[tuple[str, str]], rows: int) -> 
     for rank, (left, right) in reversed([*enumerate(merges)]):
         scores[vocab[left + right]] = -float(rank)
     return scores
-
-
-def _piece_type(unknown: str | None, token: str) -> int:
-    if token == unknown:
-        return int(TokenType.UNKNOWN)
-    return int(TokenType.BYTE if token.encode() in BYTE_PIECES else TokenType.NORMAL)
 
 
 def _inconsistencies(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Iterator[str]:
@@ -245,7 +240,7 @@ def _inconsistencies(vocab: dict[str, int], merges: list[tuple[str, str]]) -> It
         yield f"{missing} pairs join to a token without a merge, and PowerInfer merges them too"
 
 
-def _splits(source: JsonTokenizer) -> Iterator[str]:
+def _splits(source: _Source) -> Iterator[str]:
     """Yield how texts are prepared otherwise than PowerInfer prepares them."""
     prefixes = [step["type"] == "Prepend" for step in source.normalisers]
     for step in source.pre_tokenisers:

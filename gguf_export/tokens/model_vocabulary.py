@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
+from typing import Any
 
-from architectures.tokenizer import RustTokenizer, Tokenizer, load_sentencepiece, load_tokenizer
+from gguf import TokenType
+
+from architectures.tokenizer import RustTokenizer, Tokenizer, load_tokenizer
 from common.errors import ExportError
-from gguf_export.tokens.json_vocabulary import JsonTokenizer, read_json_vocabulary
-from gguf_export.tokens.sentencepiece_vocabulary import read_sentencepiece
-from gguf_export.tokens.tokenizer_files import TokenizerFiles
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, Vocabulary, vocabulary_problems
+from gguf_export.tokens.json_vocabulary import read_json_vocabulary
+from gguf_export.tokens.tokenizer_files import TokenizerFiles, lay_out
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
 
 MIXED_TEXTS = (
     "It was late. The lamps along the harbour had gone out one by one, and nobody spoke.",
@@ -37,6 +39,11 @@ MIXED_TEXTS = (
 """Texts of many kinds, on which an exported tokenizer is measured against the model's own."""
 
 
+_PADDING_SCORE = -1000.0
+_BPE, _USER_DEFINED = 2, 4
+"""A model type and a piece's type in sentencepiece_model.proto."""
+
+
 def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = {}) -> Vocabulary:
     """Read a checkpoint's tokenizer: tokenizer.model, tokenizer.json or vocab.json and merges.txt.
 
@@ -57,13 +64,10 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = 
     files = TokenizerFiles(path, config)
     if isinstance(tokenizer, RustTokenizer):
         file = tokenizer.file
-        source = JsonTokenizer(file, tokenizer.document())
-        source.check()
-        vocabulary = read_json_vocabulary(source, tokenizer, files, vocab_size)
+        vocabulary = read_json_vocabulary(tokenizer, files, vocab_size)
     else:
         file = path / "tokenizer.model"
-        pieces = load_sentencepiece(path, vocab_size)
-        vocabulary = read_sentencepiece(file, pieces, files, vocab_size)
+        vocabulary = _read_sentencepiece(file, tokenizer, files, vocab_size)
     problem = next(vocabulary_problems(vocabulary), None)
     if problem is not None:
         raise ExportError(f"{file}: {problem}", "PowerInfer needs it, use another tokenizer")
@@ -109,3 +113,123 @@ def share_differing(
             matcher = SequenceMatcher(None, mine, other, autojunk=False)
             same += sum(block.size for block in matcher.get_matching_blocks())
     return 1 - same / total if total else 0.0
+
+
+def _read_sentencepiece(
+    file: Path,
+    tokenizer: Any,
+    files: TokenizerFiles,
+    vocab_size: int,
+) -> Vocabulary:
+    """Turn a SentencePiece model into PowerInfer's lists.
+
+    Types are those of PowerInfer@d3ebd7c convert.py:SentencePieceVocab.
+
+    Args:
+        file: tokenizer.model, for messages.
+        tokenizer: it, loaded, a `SentencePieceProcessor`.
+        files: the settings around it.
+        vocab_size: rows of the embedding, at least as many as there are pieces.
+
+    Raises:
+        ExportError: a model that does not merge pairs.
+        CheckpointError: an added token in the place of a piece.
+    """
+    trainer, normaliser, user_defined = _sections(tokenizer.serialized_model_proto())
+    if trainer.get(3, 1) != _BPE:
+        raise ExportError(
+            f"{file}: is no BPE model, the only kind whose pieces PowerInfer finds",
+            "use a model with a BPE tokenizer",
+        )
+    size = tokenizer.vocab_size()
+    found = {
+        number: (tokenizer.id_to_piece(number).encode(), _type(tokenizer, number))
+        for number in range(size)
+    }
+    vocabulary = lay_out(
+        file,
+        files,
+        found,
+        vocab_size,
+        kind=PIECES,
+        bos_id=tokenizer.bos_id(),
+        eos_id=tokenizer.eos_id(),
+        unk_id=tokenizer.unk_id(),
+        add_bos=files.add_bos,
+    )
+    scores = [tokenizer.get_score(number) for number in range(size)]
+    scores += [_PADDING_SCORE] * (vocab_size - size)
+    return replace(
+        vocabulary, scores=scores, differences=tuple(_differences(normaliser, user_defined))
+    )
+
+
+def _type(tokenizer: Any, number: int) -> int:
+    if tokenizer.is_unknown(number):
+        return int(TokenType.UNKNOWN)
+    if tokenizer.is_control(number):
+        return int(TokenType.CONTROL)
+    if tokenizer.is_byte(number):
+        return int(TokenType.BYTE)
+    if tokenizer.is_unused(number):
+        return int(TokenType.UNUSED)
+    return int(TokenType.NORMAL)
+
+
+def _sections(proto: bytes) -> tuple[dict[int, Any], dict[int, Any], int]:
+    """Return trainer's and normaliser's settings by field, and the number of user-defined pieces.
+
+    Source: sentencepiece_model.proto:ModelProto.
+    """
+    sections: dict[int, dict[int, Any]] = {2: {}, 3: {}}
+    user_defined = 0
+    for number, value in _fields(proto):
+        if number == 1:
+            user_defined += dict(_fields(value)).get(3) == _USER_DEFINED
+        elif number in sections:
+            sections[number] = dict(_fields(value))
+    return sections[2], sections[3], user_defined
+
+
+def _differences(normaliser: dict[int, Any], user_defined: int) -> Iterator[str]:
+    """Yield what makes SentencePiece's ids differ (sentencepiece_model.proto:NormalizerSpec)."""
+    if normaliser.get(2):
+        name = bytes(normaliser.get(1, b"")).decode("utf-8", "replace")
+        yield f"tokenizer.model normalises text ({name}), PowerInfer does not"
+    if not normaliser.get(3, 1):
+        yield "tokenizer.model puts no space before a text, PowerInfer does"
+    if normaliser.get(4, 1):
+        yield "tokenizer.model drops repeated spaces, PowerInfer keeps them"
+    if user_defined:
+        yield (
+            f"tokenizer.model matches {user_defined} user-defined pieces whole, "
+            "PowerInfer merges them from characters or not at all"
+        )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield number and value of the fields of a message in protobuf's wire format.
+
+    SentencePiece has parsed the same bytes, so they are well-formed.
+    """
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        size, at = _varint(message, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at

@@ -31,7 +31,8 @@ PIECES = "llama"
 """`tokenizer.ggml.model` of SentencePiece vocabularies, whose pieces merge by score."""
 BYTE_LEVEL = "gpt2"
 """`tokenizer.ggml.model` of byte-level BPE, which merges by rank."""
-BYTE_PIECES = tuple(b"<0x%02X>" % byte for byte in range(256))
+BYTE_PIECES = {b"<0x%02X>" % byte: byte for byte in range(256)}
+"""The byte of each piece that stands for one."""
 NONE = -1
 
 _UNKNOWN = "\u2585".encode()
@@ -189,7 +190,7 @@ class Vocabulary:
         if kind == TokenType.NORMAL:
             return token.replace(SPACE, b" ")
         if kind == TokenType.BYTE:
-            return bytes([int(token[3:5], 16)])
+            return bytes([BYTE_PIECES[token]])
         return _UNKNOWN if kind == TokenType.UNKNOWN else b""
 
 
@@ -265,9 +266,8 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
 def vocabulary_problems(vocabulary: Vocabulary) -> Iterator[str]:
     """Yield what would make PowerInfer stop, or read other texts than psp (same functions)."""
     count = len(vocabulary.tokens)
-    if vocabulary.kind == PIECES and len(vocabulary.scores) != count:
-        yield "tokens, scores and types differ in number"
-    if len(vocabulary.types) != count or len(vocabulary.scores) not in (0, count):
+    scores = (count,) if vocabulary.kind == PIECES else (0, count)
+    if len(vocabulary.types) != count or len(vocabulary.scores) not in scores:
         yield "tokens, scores and types differ in number"
     if len(vocabulary.ids) != count:
         twice = next(t for n, t in enumerate(vocabulary.tokens) if vocabulary.ids[t] != n)
@@ -275,7 +275,7 @@ def vocabulary_problems(vocabulary: Vocabulary) -> Iterator[str]:
     if not 0 <= vocabulary.bos_id < count:
         yield f"bos_token_id {vocabulary.bos_id} is outside the vocabulary"
     for number, token in enumerate(vocabulary.tokens):
-        if not token or b"\0" in token or not _is_utf8(token):
+        if not token or b"\0" in token or token.decode("utf-8", "ignore").encode() != token:
             yield f"token {number} ({_shown(token)}) is empty, holds a NUL or is no UTF-8"
     yield from (_piece_problems if vocabulary.kind == PIECES else _merge_problems)(vocabulary)
 
@@ -284,9 +284,8 @@ def _piece_problems(vocabulary: Vocabulary) -> Iterator[str]:
     for piece in BYTE_PIECES:
         if piece not in vocabulary.ids:
             yield f"byte piece {piece.decode()} is missing"
-    known = set(BYTE_PIECES)
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind == TokenType.BYTE and token not in known:
+        if kind == TokenType.BYTE and token not in BYTE_PIECES:
             yield f"byte piece {_shown(token)} names no byte"
 
 
@@ -306,14 +305,6 @@ def _merge_problems(vocabulary: Vocabulary) -> Iterator[str]:
             yield f"merge {_shown(merge)} does not name two tokens"
         if left + right not in vocabulary.ids:
             yield f"merge {_shown(merge)} makes no token"
-
-
-def _is_utf8(token: bytes) -> bool:
-    try:
-        token.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _shown(token: bytes) -> str:
