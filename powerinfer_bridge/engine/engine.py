@@ -21,8 +21,7 @@ from common.machine import weight_budget
 from gguf_export.contract import OpenedFile, require_layout
 from gguf_export.pwri.hyperparameters import POSITION_OFFSET, POSITION_ROWS
 from powerinfer_bridge.engine.attention import Attention, KVCache
-from powerinfer_bridge.engine.feed_forward import FeedForward
-from powerinfer_bridge.engine.operators import Operators, Weights
+from powerinfer_bridge.engine.operators import Operators, Weights, rounded
 
 
 class Engine:
@@ -52,7 +51,6 @@ class Engine:
         self.counts: list[DecisionCounts] | None = None
         self._operators = Operators(self.weights, self.hyper)
         self._attention = Attention(self._operators)
-        self._feed_forward = FeedForward(self._operators)
 
     def with_threshold(self, threshold: float) -> Engine:
         """Return an engine on the same weights in memory with another threshold, counting off."""
@@ -122,8 +120,52 @@ class Engine:
         return x + self._ffn(layer, x, norm(f"{block}.ffn_norm", x))
 
     def _ffn(self, layer: int, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        counts = None if self.counts is None else self.counts[layer]
-        return self._feed_forward(layer, residual, normed, self.threshold, counts)
+        """Return what the FFN adds to the residual stream (llama.cpp:llm_build_ffn_sparse).
+
+        Args:
+            layer: number of the block.
+            residual: (tokens, d_model), which the predictor reads.
+            normed: (tokens, d_model), which the neurons read.
+        """
+        block, linear = f"blk.{layer}", self._operators.linear
+        hidden = torch.relu(linear(f"{block}.fc1", residual))
+        predicted = ~(linear(f"{block}.fc2", hidden) < self.threshold)
+        if self.counts is not None:
+            self.counts[layer].add(self._active(block, normed), predicted)
+        down = f"{block}.ffn_down_t"
+        kind = self.weights.kind(down)
+        if len(normed) == 1 and not predicted.all():
+            rows = predicted[0].nonzero()[:, 0]
+            neurons = torch.zeros(predicted.shape)  # blocks are rounded with skipped neurons as 0
+            neurons[:, rows] = self._neurons(block, normed, rows)
+            output = rounded(neurons, kind)[:, rows] @ self.weights.rows(down, rows)
+        else:
+            neurons = self._neurons(block, normed) * predicted
+            output = rounded(neurons, kind) @ self.weights(down)
+        bias = self.weights.bias(down)
+        return output if bias is None else output + bias
+
+    def _neurons(
+        self, block: str, normed: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return what the neurons (those in `rows`) give, (tokens, neurons)."""
+        up = self._operators.linear(f"{block}.ffn_up", normed, rows)
+        if self.hyper.graph.up_activated:
+            up = torch.relu(up)
+        if not self.hyper.graph.gated:
+            return up
+        return torch.relu(self._operators.linear(f"{block}.ffn_gate", normed, rows)) * up
+
+    def _active(self, block: str, normed: torch.Tensor) -> torch.Tensor:
+        """Return which neurons the model's own activation lets through, (tokens, d_ff) bool."""
+        graph, threshold = self.hyper.graph, self.hyper.activation_threshold
+        active = torch.tensor(True)
+        if graph.up_activated:
+            active = self._operators.linear(f"{block}.ffn_up", normed) > 0
+        if graph.gated:
+            gate = self._operators.linear(f"{block}.ffn_gate", normed)
+            active = active & (gate >= threshold if threshold else gate > 0)
+        return active
 
 
 @dataclass(frozen=True)

@@ -50,38 +50,32 @@ _MIXED = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareSettings:
-    """Settings of a comparison.
-
-    Attributes:
-        max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
-        context: window of logits and perplexity, tokens; at most the model's context.
-        chunks: perplexity windows, at most.
-        run: run both models too, for logits and perplexity.
-    """
-
-    max_ppl_gap: float | None
-    context: int
-    chunks: int
-    run: bool = True
-
-
-def check_model(
-    report: Report, opened: OpenedFile, checkpoint: Checkpoint, settings: CompareSettings
-) -> None:
-    """Compare a file with the checkpoint that it was made from; figures go to the report."""
-    text, ready = sample_text()[:_CHARACTERS], (*RUNNABLE, "model sizes")
+def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> None:
+    """Compare sizes, tensors and tokens of a file with those of its checkpoint."""
     report.check("model fingerprint", lambda: _fingerprint(opened.file, checkpoint), "file")
     report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
     report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint), "layout")
-    report.check("model tokenizer", lambda: _same_ids(opened, checkpoint, text), "tokenizer")
-    if not settings.run:
-        return
-    comparison = _Comparison(opened, checkpoint, settings, text, report.figures)
-    report.check("dense logits", comparison.dense, *ready)
-    report.check("sparse logits", comparison.sparse, *ready)
-    report.check("perplexity gap", comparison.gap, *ready)
+    report.check("model tokenizer", lambda: _same_ids(opened, checkpoint), "tokenizer")
+
+
+def check_numbers(
+    report: Report,
+    opened: OpenedFile,
+    checkpoint: Checkpoint,
+    context: int,
+    chunks: int,
+    max_ppl_gap: float | None,
+) -> None:
+    """Run both models and compare; figures go to the report (settings: `verification.verify`)."""
+    numbers = _Numbers(opened, checkpoint, context, report.figures)
+    ready = (*RUNNABLE, "model sizes")
+    report.check("dense logits", numbers.dense, *ready)
+    report.check("sparse logits", numbers.sparse, *ready)
+    report.check("perplexity gap", lambda: numbers.gap(chunks, max_ppl_gap), *ready)
+
+
+def _text() -> str:
+    return sample_text()[:_CHARACTERS]
 
 
 def _fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
@@ -176,9 +170,9 @@ def _qkv_rows(shape: ModelShape) -> torch.Tensor:
     return (heads[:, None] * shape.head_dim + torch.arange(shape.head_dim)).reshape(-1)
 
 
-def _same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
+def _same_ids(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them."""
-    vocabulary, rows = opened.vocabulary, len(opened.vocabulary.tokens)
+    vocabulary, rows, text = opened.vocabulary, len(opened.vocabulary.tokens), _text()
     tokenizer = load_tokenizer(checkpoint.path, rows, checkpoint.config)
     expected = read_vocabulary(checkpoint.path, rows, checkpoint.config)
     if vocabulary.bos_id != expected.bos_id:
@@ -206,19 +200,18 @@ def _same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class _Numbers:
     """The file's numbers against its model's, both with ReLU: FATReLU is not PowerInfer's."""
 
     opened: OpenedFile
     checkpoint: Checkpoint
-    settings: CompareSettings
-    text: str
+    longest: int
     figures: dict[str, float | None]
 
     @cached_property
     def context(self) -> int:
         """Tokens of a window."""
-        context = min(self.settings.context, self.opened.hyper.context_length)
+        context = min(self.longest, self.opened.hyper.context_length)
         if context < _LEAST_CONTEXT:
             raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
         return context
@@ -229,7 +222,7 @@ class _Comparison:
 
     @cached_property
     def ids(self) -> list[int]:
-        return self.opened.vocabulary.text_ids(self.text)[: self.context]
+        return self.opened.vocabulary.text_ids(_text())[: self.context]
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -275,24 +268,22 @@ class _Comparison:
             f"likeliest token equal in {same:.1%}; not judged"
         )
 
-    def gap(self) -> str:
-        """Report the perplexity gap, and judge it where a bound is given."""
+    def gap(self, chunks: int, bound: float | None) -> str:
+        """Report the perplexity gap over so many windows, and judge it where a bound is given."""
         thresholds = {"dense": DENSE_THRESHOLD, "sparse": self.opened.hyper.threshold}
-        ppl = {name: self._perplexity(name, number) for name, number in thresholds.items()}
-        gap = ppl["sparse"] / ppl["dense"] - 1
+        ppl: dict[str, float] = {}
+        for name, threshold in thresholds.items():
+            engine = self.engine.with_threshold(threshold)
+            ppl[name] = engine_perplexity(engine, _text(), self.context, chunks, name)
         self.figures.update({f"ppl_{name}": _json_number(ppl[name]) for name in ppl})
+        gap = ppl["sparse"] / ppl["dense"] - 1
         self.figures["ppl_gap"] = _json_number(gap)
-        bound = self.settings.max_ppl_gap
         line = f"{gap:+.3%} ({ppl['dense']:.4f} dense, {ppl['sparse']:.4f} sparse)"
         if not math.isfinite(gap):
             raise EngineError(f"{line}: no finite number", "the weights are unusable")
         if bound is not None and not gap <= bound:
             raise EngineError(f"{line}: above {bound:.3%}", "train better predictors or allow more")
         return line + (", not judged" if bound is None else f", at most {bound:.3%}")
-
-    def _perplexity(self, name: str, threshold: float) -> float:
-        engine = self.engine.with_threshold(threshold)
-        return engine_perplexity(engine, self.text, self.context, self.settings.chunks, name)
 
 
 def _json_number(number: float) -> float | None:

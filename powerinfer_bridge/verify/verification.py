@@ -11,7 +11,7 @@ from common.errors import ExportError, printable
 from common.table import fact_table
 from common.units import MIB
 from gguf_export.contract import OpenedFile, Report, check_structure
-from powerinfer_bridge.verify.comparison import CompareSettings, check_model
+from powerinfer_bridge.verify.comparison import check_model, check_numbers
 
 
 def verify(
@@ -45,8 +45,9 @@ def verify(
     report, opened = Report(path), OpenedFile(path)
     check_structure(report, opened)
     if checkpoint is not None:
-        settings = CompareSettings(max_ppl_gap=max_ppl_gap, context=context, chunks=chunks, run=run)
-        check_model(report, opened, checkpoint, settings)
+        check_model(report, opened, checkpoint)
+        if run:
+            check_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)
     return report
 
 
