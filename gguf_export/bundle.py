@@ -16,8 +16,7 @@ from gguf_export.predictor_source import (
     PredictorSource,
     open_predictors,
     read_ranks,
-    write_directory,
-    write_statistics,
+    write_directories,
 )
 from gguf_export.pwri.element_types import OUTTYPES, FileTypes, row_block
 from gguf_export.pwri.gpu_index import index_path
@@ -134,9 +133,7 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     ]
     writer = ModelWriter(checkpoint, vocabulary, config.types)
     with _unnamed(bundle, config.dense, predictors.counted) as unnamed:
-        write_directory(unnamed.predictor_directory, predictors)
-        if predictors.counted:
-            write_statistics(unnamed.activation_directory, predictors)
+        write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
         writer.write(unnamed.model_file, bundle.model_file, sparse_keys, tensors, sparse=True)
         if check is not None:
             check(unnamed.model_file)

@@ -180,7 +180,7 @@ def _keys(opened: OpenedFile) -> str:
     file, hyper = opened.file, opened.hyper
     architecture = file.value("general.architecture", GGUFValueType.STRING)
     key = f"{architecture}.rope.dimension_count"
-    if key in file.values and file.value(key, GGUFValueType.UINT32) != hyper.head_dim:
+    if file.optional(key, GGUFValueType.UINT32, hyper.head_dim) != hyper.head_dim:
         raise file.error(f"{key} is not the head size {hyper.head_dim}")
     return (
         f"{hyper.n_layers} layers, d_model {hyper.d_model}, d_ff {hyper.d_ff}, "
@@ -208,10 +208,10 @@ def _tokenizer(opened: OpenedFile) -> str:
         raise file.error(f"BOS id {vocabulary.bos_id} is no control token")
     if not all(map(math.isfinite, vocabulary.scores)):
         raise file.error("a token's score is not finite")
-    for name in ("eos", "unknown", "padding"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        if key in file.values and file.value(key, GGUFValueType.UINT32) >= len(types):
-            raise file.error(f"{key} is outside the vocabulary")
+    ids = {"eos": vocabulary.eos_id, "unknown": vocabulary.unk_id, "padding": vocabulary.pad_id}
+    for name, number in ids.items():
+        if number >= len(types):
+            raise file.error(f"tokenizer.ggml.{name}_token_id is outside the vocabulary")
     kind = "SentencePiece" if pieces else f"byte-level, {len(vocabulary.merges)} merges"
     return f"{kind}, {len(types)} {'pieces' if pieces else 'tokens'}, BOS {vocabulary.bos_id}"
 

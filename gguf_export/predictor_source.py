@@ -192,11 +192,9 @@ def _from_file(path: Path) -> PredictorSource:
     n_layers = _count(lambda layer: FC1.format(layer=layer) in file.tensors)
     if not n_layers:
         raise PredictorError(f"{path}: holds no predictors (blk.N.fc1.weight)", "pass another file")
-    threshold = 0.0
-    if THRESHOLD_KEY in file.values:
-        threshold = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
-        if not math.isfinite(threshold):
-            raise file.error(f"{THRESHOLD_KEY} is {threshold}")
+    threshold = file.optional(THRESHOLD_KEY, GGUFValueType.FLOAT32, 0.0)
+    if not math.isfinite(threshold):
+        raise file.error(f"{THRESHOLD_KEY} is {threshold}")
 
     def read(layer: int) -> Parts:
         names = (name.format(layer=layer) for name in (FC1, FC2))
@@ -227,27 +225,23 @@ def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int
     return ranks
 
 
-def write_directory(directory: Path, predictors: PredictorSource) -> None:
-    """Write predictors in the form that PowerInfer's own converters read.
+def write_directories(predictors: PredictorSource, directory: Path, statistics: Path) -> None:
+    """Write predictors as PowerInfer's own converters read them, and the counts that they have.
+
+    Args:
+        predictors: what to write.
+        directory: takes `model_N.pt` and `config.json`.
+        statistics: takes `activation_N.pt`, if the predictors come with counts.
 
     Raises:
         OutputError: the system refused a write.
     """
     for number in range(predictors.n_layers):
         layer = predictors.layer(number)
-        content = {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
-        _save(_layer_file(directory, number), content)
+        _save(_layer_file(directory, number), {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2})
+        if predictors.counted:
+            _save(statistics_file(statistics, number), layer.activation_counts)
     write_json(directory / "config.json", {"sparse_threshold": predictors.threshold})
-
-
-def write_statistics(directory: Path, predictors: PredictorSource) -> None:
-    """Write the activation counts of predictors that come with them.
-
-    Raises:
-        OutputError: the system refused a write.
-    """
-    for number in range(predictors.n_layers):
-        _save(statistics_file(directory, number), predictors.layer(number).activation_counts)
 
 
 def _layer_file(directory: Path, layer: int) -> Path:

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from torch.nn.functional import pad
 
 from architectures.checkpoint import Checkpoint
-from architectures.spec import ModelShape, TensorRule, Transform
+from architectures.spec import ModelShape, TensorRule
 from gguf_export.predictor_source import PredictorSource
 from gguf_export.pwri.element_types import FileTypes, data_size
 from gguf_export.pwri.schema import DENSE_DOWN, DOWN, EMBEDDING, FC1, FC2, HEAD
@@ -70,22 +70,6 @@ def group_qkv(weight: torch.Tensor, model: ModelShape) -> torch.Tensor:
     return torch.cat([part.reshape(-1, weight.shape[1]) for part in parts])
 
 
-def transformed_shape(shape: tuple[int, ...], transform: Transform) -> tuple[int, ...]:
-    """Return a tensor's shape in the file."""
-    return shape[::-1] if transform == "transpose" else shape
-
-
-def apply_transform(weight: torch.Tensor, transform: Transform, model: ModelShape) -> torch.Tensor:
-    """Return a checkpoint tensor in the file's layout."""
-    if transform == "permute_q":
-        return permute_rope(weight, model.n_heads)
-    if transform == "permute_k":
-        return permute_rope(weight, model.n_kv_heads)
-    if transform == "group_qkv":
-        return group_qkv(weight, model)
-    return weight.T if transform == "transpose" else weight
-
-
 def plan_model(
     checkpoint: Checkpoint, *, sparse: bool, types: FileTypes
 ) -> Iterator[PlannedTensor]:
@@ -105,7 +89,8 @@ def plan_model(
             transform = "none" if rule.transform == "transpose" else rule.transform
             rule = replace(rule, transform=transform)
         for layer in range(model.n_layers if rule.per_layer else 1):
-            shape = transformed_shape(rule.shape(model), rule.transform)
+            shape = rule.shape(model)
+            shape = shape[::-1] if rule.transform == "transpose" else shape
             name = target.format(layer=layer)
             read = partial(_read_model, checkpoint, rule, layer)
             yield PlannedTensor(name, shape, types.of(name, shape, head), read)
@@ -130,7 +115,15 @@ def plan_predictors(
 
 
 def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> torch.Tensor:
-    return apply_transform(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
+    """Return a checkpoint tensor in the file's layout."""
+    weight, model = checkpoint.read(rule, layer), checkpoint.shape
+    if rule.transform == "permute_q":
+        return permute_rope(weight, model.n_heads)
+    if rule.transform == "permute_k":
+        return permute_rope(weight, model.n_kv_heads)
+    if rule.transform == "group_qkv":
+        return group_qkv(weight, model)
+    return weight.T if rule.transform == "transpose" else weight
 
 
 def _read_predictor(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gguf import GGUFValueType
 
@@ -183,23 +183,19 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         rope_scaling=_scaling(file, kind, graph) if graph.rotary else None,
         threshold=real(THRESHOLD_KEY),
         # Files of other makers do not have it.
-        activation_threshold=_optional(file, ACTIVATION_THRESHOLD_KEY, GGUFValueType.FLOAT32, 0.0),
+        activation_threshold=file.optional(ACTIVATION_THRESHOLD_KEY, GGUFValueType.FLOAT32, 0.0),
     )
     _check(file, found)
     return found
 
 
-def _optional(file: GGUFFile, key: str, kind: GGUFValueType, default: Any) -> Any:
-    return file.value(key, kind) if key in file.values else default
-
-
 def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
     """Read what scales rotary positions, with PowerInfer's defaults."""
     prefix = f"{kind}.rope.scaling"
-    name = _optional(file, f"{prefix}.type", GGUFValueType.STRING, "linear")
+    name = file.optional(f"{prefix}.type", GGUFValueType.STRING, "linear")
     if name not in ("none", "linear", "yarn"):
         raise file.error(f"{prefix}.type is {name!r}, expected 'none', 'linear' or 'yarn'")
-    factor = _optional(file, f"{prefix}.factor", GGUFValueType.FLOAT32, 1.0)
+    factor = file.optional(f"{prefix}.factor", GGUFValueType.FLOAT32, 1.0)
     if not 0 < factor < math.inf:
         raise file.error(f"{prefix}.factor is {factor:g}, expected a number above 0")
     if factor == 1 or name == "none":
@@ -210,7 +206,7 @@ def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
         return RopeScaling(kind="linear", factor=factor)
     trained: int = file.value(f"{kind}.context_length", GGUFValueType.UINT32)
     key = f"{prefix}.original_context_length"
-    context = _optional(file, key, GGUFValueType.UINT32, trained) or trained
+    context = file.optional(key, GGUFValueType.UINT32, trained) or trained
     if not context:
         raise file.error(f"{key} is 0")
     return RopeScaling(kind="yarn", factor=factor, original_context=context)

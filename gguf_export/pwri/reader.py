@@ -227,6 +227,10 @@ class GGUFFile:
             return value.data.decode("utf-8", "replace")
         return value.data
 
+    def optional(self, key: str, kind: GGUFValueType, default: Any) -> Any:
+        """Return a metadata value, or `default` if there is no such key; see `value`."""
+        return self.value(key, kind) if key in self.values else default
+
     def forget(self) -> None:
         """Give memory back that holds what was read of the file; it is read again when needed.
 

@@ -148,18 +148,16 @@ class Vocabulary:
 
         Their types do not matter (llm_load_vocab, special_tokens_cache).
         """
-        return {token: number for token, number in self.ids.items() if self._whole(token)}
+        ids, sizes = self.ids, set(map(len, self.tokens))
 
-    def _whole(self, token: bytes) -> bool:
-        parts, ids, sizes = characters(token), self.ids, self._sizes
-        return len(parts) > 1 and not any(
-            at in sizes and len(token) - at in sizes and token[:at] in ids and token[at:] in ids
-            for at in accumulate(map(len, parts[:-1]))
-        )
+        def whole(token: bytes) -> bool:
+            parts = characters(token)
+            return len(parts) > 1 and not any(
+                at in sizes and len(token) - at in sizes and token[:at] in ids and token[at:] in ids
+                for at in accumulate(map(len, parts[:-1]))
+            )
 
-    @cached_property
-    def _sizes(self) -> set[int]:
-        return set(map(len, self.tokens))
+        return {token: number for token, number in ids.items() if whole(token)}
 
     def _partition(self, data: bytes) -> Iterator[bytes | int]:
         """Cut a prompt at special tokens."""
@@ -239,9 +237,8 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
     def array(name: str, element: GGUFValueType) -> Any:
         return file.value(f"tokenizer.ggml.{name}", GGUFValueType.ARRAY, element)
 
-    def number(name: str) -> int:
-        key = f"tokenizer.ggml.{name}_token_id"
-        return file.value(key, GGUFValueType.UINT32) if key in file.values else NONE
+    def number(name: str) -> Any:
+        return file.optional(f"tokenizer.ggml.{name}_token_id", GGUFValueType.UINT32, NONE)
 
     tokens = array("tokens", GGUFValueType.STRING)
     merges = array("merges", GGUFValueType.STRING) if kind == BYTE_LEVEL else []
