@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from common.errors import printable
-from gguf_export.pwri.reader import GGUFFile, TensorInfo, Value
+from gguf_export.pwri.reader import GGUFFile, Value
 from gguf_export.pwri.schema import DENSE_MAGIC, FC1, SPARSE_MAGIC, VERSION, Role, parse_name
 
 _SHOWN_CHARACTERS = 120
@@ -47,6 +47,9 @@ def inspect_file(path: Path) -> dict[str, Any]:
     file = GGUFFile(path)
     name = file.values.get("general.architecture")
     text = name is not None and name.kind is GGUFValueType.STRING
+    kinds = dict.fromkeys(_KINDS.values(), 0)
+    for info in file.tensors.values():
+        kinds[_KINDS[parse_name(info.name).role]] += info.size
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
@@ -55,9 +58,18 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "version": VERSION,
         "architecture": _plain(name.data) if name is not None and text else None,
         "keys": {printable(key, 2**16): _value(value) for key, value in file.values.items()},
-        "tensors": [_tensor(info) for info in file.tensors.values()],
+        "tensors": [
+            {
+                "name": printable(info.name, 2**16),
+                "shape": list(info.shape),
+                "type": info.kind.name,
+                "bytes": info.size,
+                "offset": info.start,
+            }
+            for info in file.tensors.values()
+        ],
         "predictor_ranks": _ranks(file),
-        "bytes_by_kind": _bytes_by_kind(file),
+        "bytes_by_kind": kinds,
         "tensor_bytes": sum(info.size for info in file.tensors.values()),
     }
 
@@ -85,16 +97,6 @@ def _value(value: Value) -> dict[str, object]:
     }
 
 
-def _tensor(info: TensorInfo) -> dict[str, object]:
-    return {
-        "name": printable(info.name, 2**16),
-        "shape": list(info.shape),
-        "type": info.kind.name,
-        "bytes": info.size,
-        "offset": info.start,
-    }
-
-
 def _ranks(file: GGUFFile) -> list[dict[str, int]]:
     """Return the rank of every layer that has a predictor, by layer."""
     ranks = []
@@ -103,13 +105,6 @@ def _ranks(file: GGUFFile) -> list[dict[str, int]]:
         if layer is not None and name == FC1.format(layer=layer) and len(info.shape) == 2:
             ranks.append({"layer": layer, "rank": info.shape[0]})
     return sorted(ranks, key=lambda row: row["layer"])
-
-
-def _bytes_by_kind(file: GGUFFile) -> dict[str, int]:
-    totals = dict.fromkeys(_KINDS.values(), 0)
-    for name, info in file.tensors.items():
-        totals[_KINDS[parse_name(name).role]] += info.size
-    return totals
 
 
 def inspection_table(document: Mapping[str, Any]) -> str:

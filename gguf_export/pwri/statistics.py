@@ -31,13 +31,10 @@ def read_saved(file: Path) -> Any:
         raise PredictorError(f"{file}: {error}", "fetch the predictors again") from error
 
 
-def _statistics(directory: Path, layer: int) -> Path:
-    return statistics_file(directory / ACTIVATION_DIRECTORY, layer)
-
-
 def has_statistics(directory: Path, n_layers: int) -> bool:
     """Whether every layer has its file in `directory`'s `activation/`."""
-    return all(_statistics(directory, layer).is_file() for layer in range(n_layers))
+    files = (statistics_file(directory / ACTIVATION_DIRECTORY, n) for n in range(n_layers))
+    return all(file.is_file() for file in files)
 
 
 def layer_statistics(directory: Path, layer: int) -> torch.Tensor:
@@ -46,7 +43,7 @@ def layer_statistics(directory: Path, layer: int) -> torch.Tensor:
     Raises:
         PredictorError: missing, damaged, or no counts.
     """
-    file = _statistics(directory, layer)
+    file = statistics_file(directory / ACTIVATION_DIRECTORY, layer)
     counts = read_saved(file)
     if not (
         is_plain(counts) and counts.dim() == 1 and bool(((counts >= 0) & (counts < 2**62)).all())
@@ -69,7 +66,7 @@ def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Ten
     counts = [layer_statistics(directory, layer) for layer in range(n_layers)]
     for layer, found in enumerate(counts):
         if len(found) != d_ff:
-            file = _statistics(directory, layer)
+            file = statistics_file(directory / ACTIVATION_DIRECTORY, layer)
             raise PredictorError(
                 f"{file}: {len(found)} counts, the model has {d_ff} neurons", "export again"
             )
