@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,24 @@ class _Source:
         model: Step = self.document["model"]
         return model
 
-    @property
+    @cached_property
     def byte_level(self) -> bool:
         """Whether texts are spelt in GPT-2's bytes."""
         return any(step["type"] == "ByteLevel" for step in self.pre_tokenisers)
+
+    @property
+    def unknown(self) -> str | None:
+        """The token that stands for what is none; byte-level ones need none."""
+        return None if self.byte_level else self.model.get("unk_token")
+
+    def type_of(self, token: str) -> int:
+        """Return a token's type; PowerInfer prints normal ones of byte-level BPE by their bytes."""
+        if self.byte_level:
+            spelt = _ALPHABET.issuperset(token)
+            return int(TokenType.NORMAL if spelt else TokenType.USER_DEFINED)
+        if token == self.unknown:
+            return int(TokenType.UNKNOWN)
+        return int(TokenType.BYTE if token.encode() in BYTE_PIECES else TokenType.NORMAL)
 
     @property
     def pre_tokenisers(self) -> list[Step]:
@@ -144,24 +159,14 @@ def read_json_vocabulary(
     source = _Source(tokenizer.file, tokenizer.document())
     source.check()
     vocab: dict[str, int] = source.model["vocab"]
-    unknown = None if source.byte_level else source.model.get("unk_token")
-
-    def type_of(token: str) -> TokenType:
-        if source.byte_level:  # PowerInfer can print normal ones that are spelt in bytes
-            spelt = _ALPHABET.issuperset(token)
-            return TokenType.NORMAL if spelt else TokenType.USER_DEFINED
-        if token == unknown:
-            return TokenType.UNKNOWN
-        return TokenType.BYTE if token.encode() in BYTE_PIECES else TokenType.NORMAL
-
     vocabulary = lay_out(
         source.file,
         files,
-        {number: (token.encode(), int(type_of(token))) for token, number in vocab.items()},
+        {number: (token.encode(), source.type_of(token)) for token, number in vocab.items()},
         vocab_size,
         kind=BYTE_LEVEL if source.byte_level else PIECES,
         bos_id=tokenizer.bos_id(),
-        unk_id=vocab.get(unknown or "", NONE),
+        unk_id=vocab.get(source.unknown or "", NONE),
         add_bos=tokenizer.adds_bos() or files.add_bos,
     )
     vocabulary.mark_control()
