@@ -30,9 +30,8 @@ from gguf_export.pwri.schema import (
 )
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
 from gguf_export.settings import SUFFIX, ExportConfig
-from gguf_export.tensors import plan_model, plan_predictors
 from gguf_export.tokens.model_vocabulary import read_vocabulary
-from gguf_export.writer import ModelWriter
+from gguf_export.writer import ModelWriter, plan_predictors
 
 
 @dataclass(frozen=True)
@@ -127,20 +126,16 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
         ACTIVATION_THRESHOLD_KEY: shape.activation_threshold,
         RECIPE_KEY: predictors.recipe,
     }
-    tensors = [
-        *plan_model(checkpoint, sparse=True, types=config.types),
-        *plan_predictors(predictors, ranks, shape, config.types),
-    ]
     writer = ModelWriter(checkpoint, vocabulary, config.types)
     with _unnamed(bundle, config.dense, predictors.counted) as unnamed:
         write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
-        writer.write(unnamed.model_file, bundle.model_file, sparse_keys, tensors, sparse=True)
+        planned = plan_predictors(predictors, ranks, shape, config.types)
+        writer.write(unnamed.model_file, bundle.model_file, sparse_keys, planned, sparse=True)
         if check is not None:
             check(unnamed.model_file)
         if config.dense:
-            dense = list(plan_model(checkpoint, sparse=False, types=config.types))
             note = {NOTE_KEY: dense_note}
-            writer.write(unnamed.dense_file, bundle.dense_file, note, dense, sparse=False)
+            writer.write(unnamed.dense_file, bundle.dense_file, note, sparse=False)
     return bundle
 
 
