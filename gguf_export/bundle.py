@@ -10,6 +10,7 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape
+from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
 from gguf_export.predictor_source import (
@@ -18,7 +19,7 @@ from gguf_export.predictor_source import (
     read_ranks,
     write_directories,
 )
-from gguf_export.pwri.element_types import OUTTYPES, FileTypes, row_block
+from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import (
     ACTIVATION_THRESHOLD_KEY,
@@ -249,10 +250,10 @@ def _check_rows(shape: ModelShape, types: FileTypes) -> None:
         ("d_ff", "outtype", types.weights),
         ("d_model", "predictor-type", types.predictors),
     ):
-        size, block = getattr(shape, key), row_block(OUTTYPES[name])
-        if name == "q4_0" and size % block:
+        size, block = getattr(shape, key), ELEMENT_TYPES[name].row_multiple
+        if name != "f16" and size % block:
             raise ExportError(
-                f"{key} {size} is no multiple of {block}, as --{option} q4_0 needs", "choose f16"
+                f"{key} {size} is no multiple of {block}, as --{option} {name} needs", "choose f16"
             )
 
 

@@ -17,7 +17,7 @@ from common.errors import ExportError, FormatError
 from common.table import fact_table
 from common.units import parse_size
 from gguf_export.pwri.gpu_index import (
-    F16_GROUPS,
+    GROUPS,
     Groups,
     file_groups,
     index_path,
@@ -120,7 +120,7 @@ def choose_neurons(
     bytes_per_neuron: Sequence[int],
     budget: int,
     *,
-    groups: Groups = F16_GROUPS,
+    groups: Groups = GROUPS["f16"],
 ) -> list[torch.Tensor]:
     """Choose the neurons that fit the budget and are active most often.
 

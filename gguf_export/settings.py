@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from common.element_types import ELEMENT_NAMES
 from common.errors import ExportError
 from common.settings import Force, ModelFile, ModelName, Option, check_settings
 from common.units import MIB, parse_size
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".powerinfer.gguf"
 
+_TYPES = f"[{'|'.join(ELEMENT_NAMES)}]"
 _BUDGET = Option("VRAM for PowerInfer, such as 24GiB: write which neurons live there.", "SIZE")
 Context = Annotated[
     int, Option("Context that PowerInfer will be run with (-c), tokens.", names=("--ctx",), least=1)
@@ -50,11 +52,9 @@ class ExportConfig:
         Path,
         Option("Model file; the rest of the bundle is written beside it.", "NAME.powerinfer.gguf"),
     ]
-    outtype: Annotated[str, Option("Element type of the matrices of the model.", "[f16|q4_0]")] = (
-        "f16"
-    )
+    outtype: Annotated[str, Option("Element type of the matrices of the model.", _TYPES)] = "f16"
     predictor_type: Annotated[
-        str, Option("Element type of the matrices of predictors.", "[f16|q4_0]")
+        str, Option("Element type of the matrices of predictors.", _TYPES)
     ] = "f16"
     dense: Annotated[
         bool,

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape, TensorRule
+from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
 from common.files import write_error
 from common.overlap import flushed_meanwhile, made_ahead
@@ -129,7 +130,7 @@ def plan_predictors(
     A rank that the type does not allow is padded: a hidden unit without weights is always 0.
     """
     for layer, rank in enumerate(ranks):
-        rank += -rank % types.rank_block
+        rank = ELEMENT_TYPES[types.predictors].padded(rank)
         for pattern, part, shape in (
             (FC1, "fc1", (rank, model.d_model)),
             (FC2, "fc2", (model.d_ff, rank)),
@@ -202,7 +203,7 @@ class ModelWriter:
                 _add_model_keys(writer, self.checkpoint)
                 add_vocabulary(writer, self.vocabulary)
                 writer.add_file_type(int(self.types.file_type))
-                if self.types.weights == "q4_0":
+                if self.types.weights != "f16":
                     writer.add_quantization_version(GGML_QUANT_VERSION)
                 for key, value in {**keys, **_provenance(self.checkpoint)}.items():
                     add = writer.add_string if isinstance(value, str) else writer.add_float32

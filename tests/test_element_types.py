@@ -22,7 +22,7 @@ from common.errors import ExportError
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import SplitResult, split
 from gguf_export.pwri.element_types import FileTypes, decode, encode, runnable
-from gguf_export.pwri.gpu_index import Q4_0_GROUPS, index_path, read_gpu_index
+from gguf_export.pwri.gpu_index import GROUPS, index_path, read_gpu_index
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
@@ -261,7 +261,7 @@ def split_for(file: Path, ffn_bytes: int) -> SplitResult:
 def test_q4_0_neurons_go_to_the_gpu_in_groups_of_256(quantised: Callable[..., Exported]) -> None:
     file = quantised("q4_0", "q4_0").bundle.model_file
     made = split_for(file, 140_000)
-    chosen, _ = read_gpu_index(index_path(file), 2, 1024, Q4_0_GROUPS)
+    chosen, _ = read_gpu_index(index_path(file), 2, 1024, GROUPS["q4_0"])
     numbers = [int(layer.sum()) for layer in chosen]
     # Three rows of 64 in 36 bytes each, and four bytes in the bucket.
     assert sum(numbers) == 140_000 // (3 * 36 + 4) // 256 * 256

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from common.errors import ExportError
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
-from gguf_export.pwri.gpu_index import Q4_0_GROUPS, Groups
+from gguf_export.pwri.gpu_index import GROUPS, Groups
 from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile, TensorInfo
 
@@ -373,7 +373,7 @@ def test_upstream_leaves_vram_unused_in_a_70b() -> None:
     """It takes a neuron for 2.25 · d_ff bytes: 64,512 where one has 49,156."""
     counts = statistics(12, 28672)
     budget = 12 * 10_000 * 49156
-    mine = choose_neurons(counts, [49156] * 12, budget, groups=Q4_0_GROUPS)
+    mine = choose_neurons(counts, [49156] * 12, budget, groups=GROUPS["q4_0"])
     theirs = upstream(counts, budget, range(12))
     assert total(theirs) == budget // 64512 // 256 * 256
     assert total(mine) == 10_000 * 12 // 256 * 256

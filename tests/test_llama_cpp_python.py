@@ -12,6 +12,8 @@ from stand_ins import in_one_line
 from common.errors import EngineError
 from gguf_export.bundle import export
 from gguf_export.settings import ExportConfig
+from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
+from powerinfer_bridge.benchmark.setup import open_programs
 from powerinfer_bridge.programs.llama_cpp import LlamaCppPython
 
 PACKAGE = """
@@ -99,6 +101,14 @@ def test_a_package_that_cannot_be_imported_is_an_error(package: Path) -> None:
     package.write_text("raise OSError('libllama.so: cannot open shared object file')")
     with refused(EngineError, "OSError: libllama.so: cannot open shared object file; "):
         LlamaCppPython().check()
+
+
+def test_the_timeout_of_a_benchmark_holds_for_the_package(package: Path, tmp_path: Path) -> None:
+    package.write_text("import time; time.sleep(600)")
+    file = tmp_path / "m.gguf"
+    config = BenchConfig(file=file, llama_cpp_bin=PYTHON, llama_cpp_gguf=file, timeout=0.5)
+    with refused(EngineError, "no end after 0.5 s"):
+        open_programs(config)
 
 
 def test_what_cannot_be_timed_is_refused(package: Path, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 
+from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
-from gguf_export.pwri.schema import BLOCK, HEAD, POSITIONS, parse_name
+from gguf_export.pwri.schema import HEAD, POSITIONS, parse_name
 
-OUTTYPES = {"f16": GGMLQuantizationType.F16, "q4_0": GGMLQuantizationType.Q4_0}
+OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in ELEMENT_TYPES}
 """What `--outtype` and `--predictor-type` may be."""
 
 PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
@@ -30,7 +31,7 @@ PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
 _QUANTIZE = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K)
 """What PowerInfer's own `quantize` gives the head of a Q4_0 file (llama.cpp:get_k_quant_type)."""
 
-WRITABLE = {*PLAIN, GGMLQuantizationType.Q4_0}
+WRITABLE = {*PLAIN, *OUTTYPES.values()}
 """Types that numbers can be written in."""
 
 READABLE = {*WRITABLE, *_QUANTIZE}
@@ -56,7 +57,7 @@ class FileTypes:
                 raise ExportError(
                     f"--{option} {value}: PowerInfer's sparse operators read FFN weights as F16 or "
                     "Q4_0 whatever the file says and compute nonsense from others",
-                    "choose f16 or q4_0",
+                    f"choose {' or '.join(OUTTYPES)}",
                 )
 
     def of(self, name: str, shape: tuple[int, ...], head: str = HEAD) -> GGMLQuantizationType:
@@ -80,13 +81,7 @@ class FileTypes:
     @property
     def file_type(self) -> LlamaFileType:
         """`general.file_type`."""
-        q4_0 = self.weights == "q4_0"
-        return LlamaFileType.MOSTLY_Q4_0 if q4_0 else LlamaFileType.MOSTLY_F16
-
-    @property
-    def rank_block(self) -> int:
-        """What a predictor's rank must be a multiple of; it is padded with zeros to it."""
-        return row_block(OUTTYPES[self.predictors])
+        return LlamaFileType[f"MOSTLY_{self.weights.upper()}"]
 
 
 def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, ...]:
@@ -95,16 +90,6 @@ def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, .
         return (GGMLQuantizationType.F32,)
     both = tuple(OUTTYPES.values())
     return both if parse_name(name).neurons else (*both, *_QUANTIZE)
-
-
-def row_block(kind: GGMLQuantizationType) -> int:
-    """Return what the rows of a matrix must be a multiple of.
-
-    Two blocks for Q4_0: the ARM kernels take them in pairs and would read past the row
-    (ggml-quants.c:ggml_vec_dot_q4_0_q8_0).
-    """
-    block: int = GGML_QUANT_SIZES[kind][0]
-    return 2 * block if kind is GGMLQuantizationType.Q4_0 else BLOCK
 
 
 def data_size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
@@ -126,7 +111,7 @@ def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.
     Returns:
         An array of that type, or bytes (..., row bytes) uint8 for Q4_0.
     """
-    if kind is GGMLQuantizationType.Q4_0:
+    if kind not in PLAIN:
         blocks: npt.NDArray[np.generic] = quants.quantize(np.ascontiguousarray(numbers), kind)
         return blocks
     return numbers.astype(PLAIN[kind], copy=False)

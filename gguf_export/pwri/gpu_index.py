@@ -32,6 +32,7 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
+from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
 from common.files import atomic_path
 from gguf_export.pwri.reader import GGUFFile, TensorInfo
@@ -82,8 +83,8 @@ class Groups:
         return torch.tensor(sizes, dtype=torch.int64)
 
 
-F16_GROUPS = Groups(32)
-Q4_0_GROUPS = Groups(256, rest=False)
+GROUPS = {name: Groups(each.gpu_block, each.gpu_rest) for name, each in ELEMENT_TYPES.items()}
+"""By the type of the FFN's matrices."""
 
 
 def index_path(model_file: Path) -> Path:
@@ -94,12 +95,11 @@ def index_path(model_file: Path) -> Path:
 def file_groups(file: GGUFFile) -> Groups:
     """Return what PowerInfer's kernels need for the type of a file's FFN."""
     down = file.tensors.get(f"blk.0.{DOWN}.weight")
-    q4_0 = down is not None and down.kind is GGMLQuantizationType.Q4_0
-    return Q4_0_GROUPS if q4_0 else F16_GROUPS
+    return GROUPS.get("f16" if down is None else down.kind.name.lower(), GROUPS["f16"])
 
 
 def write_gpu_index(
-    path: Path, chosen: Sequence[torch.Tensor], vram_capacity: int, groups: Groups = F16_GROUPS
+    path: Path, chosen: Sequence[torch.Tensor], vram_capacity: int, groups: Groups = GROUPS["f16"]
 ) -> None:
     """Write an index, whole or not at all.
 
@@ -158,7 +158,7 @@ class _IndexFile(GGUFFile):
 
 
 def read_gpu_index(
-    path: Path, n_layers: int, d_ff: int, groups: Groups = F16_GROUPS
+    path: Path, n_layers: int, d_ff: int, groups: Groups = GROUPS["f16"]
 ) -> tuple[list[torch.Tensor], int]:
     """Read an index and check it against the model.
 

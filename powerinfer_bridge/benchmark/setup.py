@@ -258,9 +258,8 @@ def _llama_cpp(config: BenchConfig, heartbeat: Heartbeat) -> LlamaCpp | LlamaCpp
     if config.llama_cpp_bin is None:
         return None
     if config.llama_cpp_bin == PYTHON:
-        return LlamaCppPython()
-    directory, timeout = Path(config.llama_cpp_bin), config.timeout
-    return LlamaCpp(directory, timeout=timeout, heartbeat=heartbeat)
+        return LlamaCppPython(timeout=config.timeout, heartbeat=heartbeat)
+    return LlamaCpp(Path(config.llama_cpp_bin), timeout=config.timeout, heartbeat=heartbeat)
 
 
 def _open_dense(path: Path | None) -> DenseFile | None:

@@ -116,7 +116,8 @@ def _programs(config: DoctorConfig, cards: Sequence[Gpu]) -> Iterator[Finding]:
     yield from guarded("llama.cpp", lambda: check_llama_cpp(llama_cpp, cards, timeout))
     if any(metadata.distributions(name="llama-cpp-python")):
         yield from guarded(
-            "llama-cpp-python", lambda: program_findings(LlamaCppPython().check(), cards)
+            "llama-cpp-python",
+            lambda: program_findings(LlamaCppPython(timeout=timeout).check(), cards),
         )
 
 

@@ -1,0 +1,52 @@
+"""The element types of matrices that PowerInfer's sparse operators run, by the names users type.
+
+Another one is an entry here; what it is called in a file is its name in capitals
+(`gguf.GGMLQuantizationType`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementType:
+    """How numbers are stored.
+
+    Attributes:
+        block: numbers that are rounded together.
+        block_bytes: what they take.
+        row_multiple: what the length of a row must be a multiple of.
+        fine: whether small differences of large numbers survive, as offsets by a constant need.
+        gpu_block: neurons that PowerInfer's CUDA kernels take at once.
+        gpu_rest: whether a layer whose neurons are no multiple of that may go there whole.
+    """
+
+    block: int
+    block_bytes: int
+    row_multiple: int
+    fine: bool
+    gpu_block: int
+    gpu_rest: bool
+
+    @property
+    def width(self) -> float:
+        """Bytes of a number relative to float16."""
+        return self.block_bytes / (2 * self.block)
+
+    def padded(self, length: int) -> int:
+        """Return the length of a row as it is stored."""
+        return length + -length % self.row_multiple
+
+
+ELEMENT_TYPES = {
+    "f16": ElementType(
+        block=1, block_bytes=2, row_multiple=32, fine=True, gpu_block=32, gpu_rest=True
+    ),
+    # Rows of two blocks: the ARM kernels take them in pairs and would read past the row
+    # (PowerInfer@d3ebd7c ggml-quants.c:ggml_vec_dot_q4_0_q8_0).
+    "q4_0": ElementType(
+        block=32, block_bytes=18, row_multiple=64, fine=False, gpu_block=256, gpu_rest=False
+    ),
+}
+ELEMENT_NAMES = tuple(ELEMENT_TYPES)
