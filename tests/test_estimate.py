@@ -58,8 +58,12 @@ def gpu(tmp_path: Path) -> str:
     return str(path)
 
 
-def estimated(config: EstimateConfig) -> Document:
-    found: Document = plain(estimate(config))
+MEASURED = Path("bench.json")
+"""What results that were never written are called."""
+
+
+def estimated(config: EstimateConfig, measured: Bench | None = None) -> Document:
+    found: Document = plain(estimate(config, measured))
     return found
 
 
@@ -131,8 +135,8 @@ def test_seconds_on_a_cpu_by_hand(exact_bundle: Bundle, cpu: str) -> None:
 
 
 def test_the_document_is_labelled_and_adds_up(exact_bundle: Bundle, gpu: str) -> None:
-    config = EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=measured())
-    document = estimated(config)
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=MEASURED)
+    document = estimated(config, measured())
     assert json.loads(json.dumps(document)) == document
     assert (document["kind"], document["schema_version"]) == ("psp.estimate", 1)
     assert document["label"] == "estimate"
@@ -171,9 +175,9 @@ def test_what_lies_in_vram_is_powerinfers_plan(exact_bundle: Bundle) -> None:
 
 def test_budgets_go_from_nothing_to_everything(exact_bundle: Bundle, gpu: str) -> None:
     config = EstimateConfig(
-        file=exact_bundle.model_file, hardware=gpu, bench=measured(), vram_budget="200KB"
+        file=exact_bundle.model_file, hardware=gpu, bench=MEASURED, vram_budget="200KB"
     )
-    document = estimated(config)
+    document = estimated(config, measured())
     rows = document["vram_budgets"]
     assert len(rows) >= 10
     assert [row["bytes"] for row in rows] == sorted(row["bytes"] for row in rows)
@@ -196,7 +200,7 @@ def test_budgets_go_from_nothing_to_everything(exact_bundle: Bundle, gpu: str) -
 
 def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str) -> None:
     document = estimated(
-        EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=measured())
+        EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=MEASURED), measured()
     )
     assert document["vram_budget_bytes"] == (1 << 30) - (256 << 20)
     assert document["dense"]["fits_on_gpu"]
@@ -238,11 +242,10 @@ def test_hostile_benchmarks_are_refused(
 
 def test_shares_that_rounding_left_beside_1_are_taken(exact_bundle: Bundle, cpu: str) -> None:
     shares = {"predicted_sparsity": 1e-9, "precision": 1 + 1e-9, "activation_sparsity": 1 + 1e-9}
-    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=measured(**shares))
-    assert estimate(config).activity.layers[1].both <= 1
+    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=MEASURED)
+    assert estimate(config, measured(**shares)).activity.layers[1].both <= 1
     none = measured(predicted_sparsity=1 + 1e-9)
-    config = EstimateConfig(file=exact_bundle.model_file, hardware=cpu, bench=none)
-    assert estimate(config).activity.layers[1].predicted == 0
+    assert estimate(config, none).activity.layers[1].predicted == 0
 
 
 def test_a_benchmark_of_another_model_is_refused(
@@ -251,7 +254,7 @@ def test_a_benchmark_of_another_model_is_refused(
     config: dict[str, Any] = {"file": exact_bundle.model_file, "hardware": cpu}
     other = parse(Bench, made_up_results.bench(n_layers=1))
     with refused(EngineError, "bench.json: 1 layers, the model has 2"):
-        estimate(EstimateConfig(**config, bench=other))
+        estimate(EstimateConfig(**config, bench=MEASURED), other)
     (tmp_path / "bench.json").write_text("{}")
     with refused(ResultError, "bench.json: no 'kind'", "or --density"):
         estimate(EstimateConfig(**config, bench=tmp_path))

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timezone
+from pathlib import Path
 
 from common.errors import PspError
 from common.files import write_bytes
@@ -128,13 +129,13 @@ def expect(setup: Setup, measured: Bench) -> tuple[Expectation | None, str | Non
     settings = EstimateConfig(
         file=config.file,
         hardware=config.hardware,
-        bench=measured,
+        bench=Path(BENCH.name),
         context=setup.room,
         vram_budget=config.vram_budget if gpu else None,
         threads=config.threads,
     )
     try:
-        found = estimate(settings)
+        found = estimate(settings, measured)
     except PspError as error:  # what was measured is worth more
         return None, str(error)
     speeds = dict[str, float | None](found.tokens_per_second)

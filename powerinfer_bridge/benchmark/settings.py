@@ -21,7 +21,6 @@ from common.settings import (
     check_settings,
     text_option,
 )
-from common.typed_json import plain
 from common.units import parse_size
 
 PYTHON = "python"
@@ -152,6 +151,8 @@ class BenchConfig:
 
     def document(self) -> dict[str, object]:
         """Return the settings as a result records them, ready for JSON."""
+        from common.typed_json import plain
+
         return {key: value for key, value in plain(self).items() if key not in _NOT_MEASURED}
 
     def identity(self) -> dict[str, object]:

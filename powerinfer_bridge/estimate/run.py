@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 
 from common.errors import EngineError
@@ -23,7 +22,7 @@ from gguf_export.pwri.memory_plan import KEPT_FREE, vram_option
 from powerinfer_bridge.estimate.calibration import calibrate_hardware
 from powerinfer_bridge.estimate.file import PASS_BENCH, EstimatedFile, Placement
 from powerinfer_bridge.estimate.settings import EstimateConfig
-from results.bench import BENCH
+from results.bench import BENCH, Bench
 from results.estimate import (
     ESTIMATE,
     ActivityFacts,
@@ -81,8 +80,12 @@ class _Case:
         return sparse_token(self.file.bytes, place, self.hardware, activities, self.position)
 
 
-def estimate(config: EstimateConfig) -> Estimate:
+def estimate(config: EstimateConfig, measured: Bench | None = None) -> Estimate:
     """Estimate a file's speed.
+
+    Args:
+        config: what to estimate.
+        measured: what `config.bench` holds, if that is known without reading it.
 
     Returns:
         What estimate.json holds; see docs/estimate.md.
@@ -94,7 +97,7 @@ def estimate(config: EstimateConfig) -> Estimate:
         if target is not None:
             refuse_existing(target, force=config.force)
     file = EstimatedFile(config.file)
-    activity, assumptions = _activity(config, file)
+    activity, assumptions = _activity(config, measured, file)
     hardware, calibration = load_hardware(config.hardware, config.threads), None
     if config.calibrate:
         hardware, calibration = calibrate_hardware(hardware, config.calibrate, file)
@@ -118,18 +121,19 @@ def estimate(config: EstimateConfig) -> Estimate:
     return found
 
 
-def _activity(config: EstimateConfig, file: EstimatedFile) -> tuple[ActivityFacts, list[str]]:
+def _activity(
+    config: EstimateConfig, measured: Bench | None, file: EstimatedFile
+) -> tuple[ActivityFacts, list[str]]:
     """Return how many neurons are computed, and what was taken for granted."""
     if config.density is not None:
         source = f"--density {config.density:g}"
         activity, assumptions = _stated_activity(config.density, config.precision, config.active)
         layers: tuple[Activity, ...] = (activity,) * file.hyper.n_layers
     else:
-        source, bench, assumptions = BENCH.name, config.bench, []
-        if isinstance(bench, Path):
-            source, bench = str(BENCH.path(bench)), BENCH.read(bench, PASS_BENCH)
-        assert bench is not None, "the settings have one of both"
-        layers = file.measured_activity(bench, source)
+        assert config.bench is not None, "the settings have one of both"
+        source, assumptions = str(BENCH.path(config.bench)), []
+        measured = measured or BENCH.read(config.bench, PASS_BENCH)
+        layers = file.measured_activity(measured, source)
     facts = ActivityFacts(
         source=source,
         predicted=fmean(each.predicted for each in layers),

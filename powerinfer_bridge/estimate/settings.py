@@ -8,16 +8,11 @@ from typing import Annotated
 
 from common.errors import EngineError
 from common.settings import Force, ModelFile, Option, Threads, check_settings
-from results.bench import Bench
 
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig:
-    """What to estimate.
-
-    Attributes:
-        bench: bench.json, its directory, or what stands in it.
-    """
+    """What to estimate."""
 
     file: ModelFile
     hardware: Annotated[
@@ -47,7 +42,7 @@ class EstimateConfig:
         ),
     ] = None
     bench: Annotated[
-        Path | Bench | None,
+        Path | None,
         Option("Instead of --density: a benchmark's results, layer by layer.", "DIR|bench.json"),
     ] = None
     vram_budget: Annotated[str | None, Option("VRAM.", "SIZE", unset="the card's less 256 MiB")] = (
