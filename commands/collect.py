@@ -17,7 +17,7 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     """Record, for every layer and token, the predictor's input and the active neurons."""
     from common.table import layer_table
     from predictor.collection.collect import collect as run
-    from predictor.traces.summary import trace_summary
+    from predictor.traces.store import trace_summary
 
     store = run(config, lambda line: click.echo(line, err=True))
     summary = trace_summary(store)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor
 from predictor.traces.packing import active_places, pack_active, pack_codes
-from predictor.traces.rows import LabelledRows, LayerWeights
-from predictor.traces.store import LayerRows
+from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 from predictor.training.coordinates import Moments
 from predictor.training.recipes import PSP, Recipe
 from predictor.training.start import Start, Starter, directions_of, pairs_start, start_sample
@@ -28,12 +29,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def rows_from(
     active: torch.Tensor, importance: torch.Tensor, inputs: torch.Tensor, bits: int = 8
-) -> LayerRows:
+) -> ShardedRows:
     """Store rows as a collection does."""
     packed, per_row = pack_active(active), active.sum(1)
     row, _ = active_places(packed)
     scale, codes = row_importance(importance[active], row, len(active), bits)
-    return LayerRows(
+    piece = LayerRows(
         inputs=inputs.half(),
         active=packed,
         counts=active.sum(0),
@@ -41,10 +42,12 @@ def rows_from(
         scale=scale,
         starts=torch.cumsum(per_row, 0) - per_row,
         importance=torch.from_numpy(pack_codes(codes.numpy(), bits)),
+        file=Path("traces"),
     )
+    return ShardedRows(piece)
 
 
-def planted_layer(mean: float) -> tuple[LayerRows, LayerWeights]:
+def planted_layer(mean: float) -> tuple[ShardedRows, LayerWeights]:
     """Return a layer whose gate has rank 8 beneath noise and is closed on the average input.
 
     Args:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from common.errors import TraceError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from predictor.traces.layer_rows import LayerRows, ShardedRows
-from predictor.traces.rows import LabelledRows, LayerWeights, normalise_rms
+from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows, normalise_rms
 from predictor.traces.store import TraceStore
 
 ROWS, D_MODEL, D_FF = 3000, 64, NARROW_D_FF
@@ -102,7 +101,7 @@ def test_rows_across_shards_are_those_of_one_piece(
         options: dict[str, Any] = {"normalise": normalise, "top": 9}
         ours, plain = (
             LabelledRows(sharded, weights, **options),
-            LabelledRows(whole, weights, **options),
+            LabelledRows(ShardedRows(whole), weights, **options),
         )
         for name in ("inputs", "active", "importance"):
             found, expected = getattr(ours, name)(index), getattr(plain, name)(index)
@@ -178,11 +177,9 @@ def test_contributions_are_relative_to_raw_inputs(
     store, index = stores[8], torch.randperm(ROWS, generator=seeded(3))[:300]
     rows = LabelledRows(store.layer(1), store.weights(1), normalise=normalise)
     raw = in_one_piece(store.layer(1)).inputs[index].float()
-    assert torch.equal(rows.raw(index), raw)
     assert torch.equal(rows.inputs(index), normalise_rms(raw) if normalise else raw)
     squares = raw.double().square().sum(1)
     assert float(squares.std() / squares.mean()) > 0.01
-    torch.testing.assert_close(rows.residual_squares(index).double(), squares, rtol=1e-5, atol=0)
     expected = rows.importance(index).double().square() / squares[:, None]
     places, found = rows.contributions(index)
     assert torch.equal(places, rows.active(index).flatten().nonzero()[:, 0])
@@ -194,7 +191,7 @@ def test_a_row_of_zeros_has_finite_contributions(stores: dict[int, TraceStore]) 
     piece = stores[8].layer(0).pieces[0]
     still = replace(piece, inputs=torch.zeros_like(piece.inputs))
     weights = LayerWeights(torch.zeros(D_FF, D_MODEL), torch.ones(D_FF))
-    rows = LabelledRows(still, weights, normalise=True)
+    rows = LabelledRows(ShardedRows(still), weights, normalise=True)
     contributions = rows.contributions(torch.arange(50))[1]
     assert len(contributions) > 0
     assert torch.isfinite(contributions).all()
@@ -230,7 +227,7 @@ def test_inputs_that_are_no_numbers_are_refused_where_they_are_used(
     others = torch.tensor([n for n in range(ROWS) if n != row])
     assert torch.isfinite(rows.inputs(others)).all()
     bad = torch.tensor([ROWS - 1, 5, row, row - 1])
-    for use in (rows.inputs, rows.raw, rows.residual_squares, rows.contributions):
+    for use in (rows.inputs, rows.rows.inputs_at, rows.contributions):
         with refused(TraceError, str(file), "NaN or inf", "psp traces check", "collect"):
             use(bad)
 
@@ -240,13 +237,13 @@ def test_infinities_of_both_signs_do_not_cancel(stores: dict[int, TraceStore]) -
     inputs = piece.inputs.clone()
     inputs[3, 0], inputs[3, 1] = float("inf"), -float("inf")
     with refused(TraceError, "NaN or inf"):
-        replace(piece, inputs=inputs).inputs_at(torch.arange(8))
+        ShardedRows(replace(piece, inputs=inputs)).inputs_at(torch.arange(8))
 
 
 def test_large_numbers_whose_sum_overflows_are_no_damage(stores: dict[int, TraceStore]) -> None:
     piece = stores[2].layer(0).pieces[0]
     large = torch.full(piece.inputs.shape, 3e38, dtype=torch.bfloat16)
-    rows: LayerRows = replace(piece, inputs=large)
+    rows = ShardedRows(replace(piece, inputs=large))
     assert torch.equal(rows.inputs_at(torch.arange(8)), large[:8].float())
 
 

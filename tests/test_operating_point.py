@@ -8,10 +8,10 @@ from conftest import refused
 
 from common.decisions import DecisionCounts
 from common.errors import PredictorError
+from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of, to_half
-from predictor.thresholds.curves import Curves, factors, fold, mean_positive, reached, trace_curves
-from predictor.thresholds.predicted_model import Quality
-from predictor.thresholds.search import (
+from predictor.thresholds.choose import (
+    Bound,
     Priced,
     at_price,
     best_ranks,
@@ -20,9 +20,9 @@ from predictor.thresholds.search import (
     price_bracket,
     price_for_bytes,
     price_for_gap,
-    within_bytes,
-    within_gap,
 )
+from predictor.thresholds.curves import Curves, factors, mean_positive, reached, trace_curves
+from predictor.thresholds.predicted_model import Quality
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 
@@ -47,10 +47,11 @@ def test_curves_are_what_counting_at_each_threshold_gives(
     index = torch.arange(0, 2000, 3)
     scale = mean_positive(predictor, rows, index)
     curves = trace_curves(predictor, rows, index, scale)
-    logits, active = logits_of(predictor, rows.raw(index)), rows.active(index)
+    inputs, active = rows.rows.inputs_at(index), rows.active(index)
+    logits = logits_of(predictor, inputs)
     positive = logits.clamp_min(0).sum(0) / (logits > 0).sum(0)
     torch.testing.assert_close(scale, positive)
-    squares = rows.importance(index).square() / rows.raw(index).square().sum(1, keepdim=True)
+    squares = rows.importance(index).square() / inputs.square().sum(1, keepdim=True)
     expected = {0: -3.5, 10: -0.625, 23: -(2**-4), 24: 2**-7, 41: 1.25 / 8, 63: 7.0}
     assert len(curves.thresholds) == 64
     for step, factor in expected.items():
@@ -168,14 +169,15 @@ def test_folded_thresholds_decide_as_the_thresholds_do(
     rows, predictor = layer
     index = torch.arange(500)
     scale = mean_positive(predictor, rows, index)
-    logits = logits_of(predictor, rows.raw(index))
+    logits = logits_of(predictor, rows.rows.inputs_at(index))
     # fc2 is rounded to float16 once more, each product by 2^-11 at most.
-    hidden = torch.relu(rows.raw(index) @ predictor.fc1.T)
+    hidden = torch.relu(rows.rows.inputs_at(index) @ predictor.fc1.T)
     for sign in (1, -1):
         thresholds = sign * scale * torch.linspace(0.01, 3, 1012)
         apart = (logits - thresholds).abs() > 2**-10 * (hidden @ predictor.fc2.abs().T)
         assert apart.float().mean() > 0.99
-        found = logits_of(fold(predictor, thresholds), rows.raw(index)) >= sign
+        scaled = Predictor(predictor.fc1, fold_rows(predictor.fc2, thresholds).float())
+        found = logits_of(scaled, rows.rows.inputs_at(index)) >= sign
         assert torch.equal(found[apart], (logits >= thresholds)[apart])
 
 
@@ -235,12 +237,13 @@ def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
     low = hand_made()
     better = Curves(low.thresholds, low.computed / 8, low.hits, low.missed, low.rows)
     scouts = {0: {32: low, 64: better}, 1: {32: low, 64: low}}
-    for test in (within_gap(1e-9), within_bytes(0.6)):
-        assert best_ranks(scouts, lambda rank: rank / 640, 2, test) == {0: 64, 1: 32}
-    dear = best_ranks(scouts, lambda rank: rank / 32, 2, within_gap(1e-9))
+    for bound in (Bound(max_ppl_gap=1e-9), Bound(ffn_bytes=0.6)):
+        assert best_ranks(scouts, lambda rank: rank / 640, 2, bound.leaves_room()) == {0: 64, 1: 32}
+    room = Bound(max_ppl_gap=1e-9).leaves_room()
+    dear = best_ranks(scouts, lambda rank: rank / 32, 2, room)
     assert dear == {0: 32, 1: 32}
     # In VRAM, where it costs a tenth, the same rank pays again.
-    in_vram = best_ranks(scouts, lambda rank: rank / 32, 2, within_gap(1e-9), 0.05)
+    in_vram = best_ranks(scouts, lambda rank: rank / 32, 2, room, 0.05)
     assert in_vram == {0: 64, 1: 32}
 
 

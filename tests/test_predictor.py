@@ -25,8 +25,7 @@ from planted import (
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor, decide, to_half
 from predictor.traces.packing import decode_importance
-from predictor.traces.rows import LabelledRows, LayerWeights, normalise_rms
-from predictor.traces.store import LayerRows
+from predictor.traces.rows import LabelledRows, LayerWeights, ShardedRows, normalise_rms
 from predictor.training.layer import evaluate, train_layer
 from predictor.training.recipes import DEJAVU, PSP, Recipe
 from predictor.training.start import moments_of, random_start
@@ -126,7 +125,7 @@ def test_half_precision_flips_only_logits_within_rounding_of_zero(
 
 
 @pytest.fixture(scope="module")
-def coded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows]:
+def coded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ShardedRows]:
     """Return active neurons, importance and inputs of 50 rows, and how they are stored."""
     active = torch.rand(50, 37, generator=seeded()) < 0.4
     active[7] = False
@@ -138,7 +137,7 @@ def coded() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows]:
 
 
 def test_rows_are_gathered_in_any_order(
-    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, ShardedRows],
 ) -> None:
     active, importance, inputs, stored = coded
     index = torch.cat([torch.randperm(50, generator=seeded(1)), torch.tensor([3, 3, 7])])
@@ -167,7 +166,7 @@ def test_importance_is_decoded_from_each_rows_own_codes(bits: int) -> None:
 
 @pytest.mark.parametrize("top", [1, 5, 18, 37])
 def test_clipped_labels_are_exactly_the_largest(
-    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows], top: int
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, ShardedRows], top: int
 ) -> None:
     """By |act(g)·u|, so the norms of the down columns are divided out."""
     active, importance, _, stored = coded
@@ -192,7 +191,7 @@ def test_clipping_keeps_no_more_labels_than_asked_for_where_magnitudes_tie() -> 
 
 
 def test_normalised_inputs_have_unit_root_mean_square(
-    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, LayerRows],
+    coded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, ShardedRows],
 ) -> None:
     rows = LabelledRows(coded[3], unweighted(37), normalise=True)
     inputs = rows.inputs(torch.arange(50))
@@ -205,12 +204,12 @@ def test_normalised_inputs_have_unit_root_mean_square(
 
 
 @pytest.fixture(scope="module")
-def planted() -> tuple[LayerRows, LayerWeights]:
+def planted() -> tuple[ShardedRows, LayerWeights]:
     return planted_layer(mean=1.2)
 
 
 def trained(
-    recipe: Recipe, planted: tuple[LayerRows, LayerWeights], seed: int = 0, **options: Any
+    recipe: Recipe, planted: tuple[ShardedRows, LayerWeights], seed: int = 0, **options: Any
 ) -> tuple[LabelledRows, Predictor]:
     rows = LabelledRows(*planted, normalise=recipe.normalise)
     generator = seeded(seed)
@@ -225,20 +224,20 @@ def recall_times_precision(predictor: Predictor, rows: LabelledRows) -> float:
     return metrics["activation_recall"] * metrics["precision"]
 
 
-def test_the_psp_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
+def test_the_psp_recipe_beats_its_start(planted: tuple[ShardedRows, LayerWeights]) -> None:
     rows, predictor = trained(replace(PSP, batch=128), planted)
     start = pairs(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
     assert importance_loss(predictor, rows) < 0.95 * importance_loss(start, rows)
 
 
-def test_the_dejavu_recipe_beats_its_start(planted: tuple[LayerRows, LayerWeights]) -> None:
+def test_the_dejavu_recipe_beats_its_start(planted: tuple[ShardedRows, LayerWeights]) -> None:
     rows, predictor = trained(replace(DEJAVU, batch=64, epochs=6), planted)
     start = random_start(RANK, D_MODEL, D_FF, seeded())
     assert recall_times_precision(predictor, rows) > 2 * recall_times_precision(start, rows)
 
 
 @pytest.mark.parametrize("recipe", [PSP, DEJAVU], ids=lambda recipe: recipe.name)
-def test_a_seed_fixes_the_result(recipe: Recipe, planted: tuple[LayerRows, LayerWeights]) -> None:
+def test_a_seed_fixes_the_result(recipe: Recipe, planted: tuple[ShardedRows, LayerWeights]) -> None:
     short = replace(recipe, batch=256, epochs=2)
     first, again, other = (trained(short, planted, seed)[1] for seed in (5, 5, 6))
     assert torch.equal(first.fc1, again.fc1)
@@ -257,7 +256,7 @@ def test_a_seed_fixes_the_result(recipe: Recipe, planted: tuple[LayerRows, Layer
     ids=["all epochs", "recall reached", "out of patience"],
 )
 def test_the_published_recipe_stops_by_recall(
-    planted: tuple[LayerRows, LayerWeights], changes: dict[str, Any], epochs: int
+    planted: tuple[ShardedRows, LayerWeights], changes: dict[str, Any], epochs: int
 ) -> None:
     steps: list[int] = []
     recipe = replace(DEJAVU, **({"epochs": 7, "batch": 500} | changes))
@@ -266,7 +265,7 @@ def test_the_published_recipe_stops_by_recall(
 
 
 def test_the_published_recipe_keeps_the_first_epoch_of_the_best_recall(
-    planted: tuple[LayerRows, LayerWeights],
+    planted: tuple[ShardedRows, LayerWeights],
 ) -> None:
     recipe = replace(DEJAVU, batch=600, learning_rate=0.01, epochs=4, patience=4)
     epochs = [
@@ -282,7 +281,7 @@ def test_the_published_recipe_keeps_the_first_epoch_of_the_best_recall(
 
 
 def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
-    planted: tuple[LayerRows, LayerWeights],
+    planted: tuple[ShardedRows, LayerWeights],
 ) -> None:
     rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
     start = pairs(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
@@ -291,16 +290,17 @@ def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
 
 
 def test_importance_weights_favour_the_neurons_whose_output_is_large(
-    planted: tuple[LayerRows, LayerWeights],
+    planted: tuple[ShardedRows, LayerWeights],
 ) -> None:
     half = D_FF // 2
     favour = torch.cat([torch.full((half,), 10.0), torch.ones(D_FF - half)])
     before = LabelledRows(*planted, normalise=False)
     every = torch.arange(3000)
-    stored = rows_from(before.active(every), before.importance(every) * favour, planted[0].inputs)
+    importance = before.importance(every) * favour
+    stored = rows_from(before.active(every), importance, before.inputs(every))
     layer = (stored, planted[1])
-    for importance, low, high in ((True, 0.15, 1.0), (False, -0.05, 0.05)):
-        recipe = replace(PSP, batch=200, epochs=4, importance=importance)
+    for weighted, low, high in ((True, 0.15, 1.0), (False, -0.05, 0.05)):
+        recipe = replace(PSP, batch=200, epochs=4, importance=weighted)
         rows, predictor = trained(recipe, layer)
         active = rows.active(HOLDOUT)
         found = active & decide(predictor, rows.inputs(HOLDOUT), 0.0)
@@ -308,12 +308,12 @@ def test_importance_weights_favour_the_neurons_whose_output_is_large(
         assert low < float(recall[:half].mean() - recall[half:].mean()) < high
 
 
-def test_training_never_reads_the_holdout(planted: tuple[LayerRows, LayerWeights]) -> None:
+def test_training_never_reads_the_holdout(planted: tuple[ShardedRows, LayerWeights]) -> None:
     recipe = replace(PSP, batch=256, epochs=1)
     _, first = trained(recipe, planted)
-    stored = planted[0]
+    (stored,) = planted[0].pieces
     spoilt = stored.inputs.clone()
     spoilt[HOLDOUT] = float("nan")
-    _, second = trained(recipe, (replace(stored, inputs=spoilt), planted[1]))
+    _, second = trained(recipe, (ShardedRows(replace(stored, inputs=spoilt)), planted[1]))
     assert torch.equal(first.fc1, second.fc1)
     assert torch.equal(first.fc2, second.fc2)

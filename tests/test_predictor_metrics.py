@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,7 @@ from predictor.reporting.metrics import (
 )
 from predictor.reporting.sweep import sweep_thresholds
 from predictor.traces.packing import pack_codes
-from predictor.traces.rows import LabelledRows, LayerWeights
-from predictor.traces.store import LayerRows
+from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 
 FC1 = torch.eye(2)
 FC2 = torch.tensor([[1.0, 0], [-1, 1], [0, 1], [-1, -1]])
@@ -40,7 +40,7 @@ def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> La
     counts = active.sum(1)
     codes = (torch.log2(importance[active]) + 10).to(torch.uint8).numpy()
     d_ff = importance.shape[1]
-    rows = LayerRows(
+    piece = LayerRows(
         inputs=inputs.half(),
         active=torch.from_numpy(np.packbits(active.numpy(), axis=1, bitorder="little")),
         counts=active.sum(0),
@@ -48,9 +48,10 @@ def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> La
         scale=torch.full((len(inputs),), 2**0.5),
         starts=torch.cumsum(counts, 0) - counts,
         importance=torch.from_numpy(pack_codes(codes, 4)),
+        file=Path("traces"),
     )
     weights = LayerWeights(torch.zeros(d_ff, inputs.shape[1]), torch.ones(d_ff))
-    return LabelledRows(rows, weights, normalise=False)
+    return LabelledRows(ShardedRows(piece), weights, normalise=False)
 
 
 def measure(rows: LabelledRows, held: torch.Tensor = HELD, **changes: Any) -> LayerMeasurement:

@@ -19,9 +19,8 @@ from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, PredictorType, logits_of
-from predictor.thresholds.choose import choose_thresholds
+from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import Quality
-from predictor.thresholds.search import Bound
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.recipes import DEJAVU, RECIPES
@@ -118,7 +117,7 @@ def test_metrics_are_told_of_the_thresholds(
         layer = calibrated.layer(number)
         predictor = Predictor(layer.fc1.float(), layer.fc2.float())
         counts = DecisionCounts()
-        counts.add(rows.active(held), logits_of(predictor, rows.raw(held)) >= 1.0)
+        counts.add(rows.active(held), logits_of(predictor, rows.rows.inputs_at(held)) >= 1.0)
         expected = counts.metrics(rank=len(layer.fc1), d_model=64, d_ff=1012)
         error = metrics.pop("ffn_output_error")
         assert metrics == pytest.approx(expected, abs=2e-3)

@@ -17,8 +17,7 @@ from common.errors import DataError, OutputError, TraceError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.manifest import TraceHeader
-from predictor.traces.store import TraceStore
-from predictor.traces.summary import trace_summary
+from predictor.traces.store import TraceStore, trace_summary
 
 Settings = Callable[..., CollectConfig]
 Change = Callable[[dict[str, Any]], object]

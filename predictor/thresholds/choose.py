@@ -1,82 +1,62 @@
-"""The last step of training: thresholds for every neuron at the price that a bound allows."""
+"""Thresholds for every neuron at the price that a bound allows, and ranks by the same price."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import isfinite
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
-
+from common.errors import PredictorError
 from common.typed_json import parse, plain
-from predictor.artifact import PredictorArtifact
+from predictor.artifact import PredictorArtifact, fold_rows
 from predictor.module import Predictor, PredictorType
-from predictor.thresholds.curves import (
-    Curves,
-    OperatingPoint,
-    fold,
-    mean_positive,
-    trace_curves,
-)
+from predictor.thresholds.curves import Curves, LayerCurves, OperatingPoint
 from predictor.thresholds.predicted_model import PredictedModel, Quality
-from predictor.thresholds.search import Bound, Priced, price_for_bytes, price_for_gap
-from predictor.traces.rows import LabelledRows
 from results.predictors import SearchPoint
 
-_CURVE_ROWS = 65536
-"""Training rows that thresholds are chosen on, at most."""
+_LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
+_BISECTIONS = 40
+_SIGNS = (1, -1)
+_MEASUREMENTS = 5
+_CLOSE = 0.9
+"""A measured divergence of this share of the bound is near enough."""
+
+_ERRORS = 2
+"""Standard errors by which a measured growth may exceed the bound."""
+
+_TYPICAL = 0.5
+"""Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.36 to 0.48
+in all but the first layer of the testbed (docs/decisions/0007)."""
 
 
-@dataclass(frozen=True)
-class LayerCurves:
-    """A layer's curves on training rows, by which thresholds are chosen, and on held-out rows.
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What thresholds must keep to; one of the two is given.
 
     Attributes:
-        train: on training rows.
-        holdout: on held-out rows, by which metrics are told.
-        active: active neurons of all held-out rows.
+        max_ppl_gap: largest growth of perplexity, a fraction.
+        ffn_bytes: largest mean FFN bytes ratio.
     """
 
-    train: Curves
-    holdout: Curves
-    active: int
+    max_ppl_gap: float | None = None
+    ffn_bytes: float | None = None
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return them for a file."""
-        tables: dict[str, torch.Tensor] = {"thresholds": self.train.thresholds}
-        for name, curves in (("train", self.train), ("holdout", self.holdout)):
-            tables |= {f"{name}.{part}": getattr(curves, part) for part in _PARTS}
-            tables[f"{name}.rows"] = torch.tensor(curves.rows)
-        return tables | {"active": torch.tensor(self.active)}
+    def __post_init__(self) -> None:
+        """Hold what callers rely on."""
+        assert (self.max_ppl_gap is None) != (self.ffn_bytes is None)
 
-    @classmethod
-    def read(cls, tables: Mapping[str, torch.Tensor]) -> LayerCurves:
-        """Return what `tensors` gave."""
+    def leaves_room(self, share: float = 1.0) -> Callable[[float, float], bool]:
+        """Return the test of `best_ranks` for some of the layers.
 
-        def curves(name: str) -> Curves:
-            parts = {part: tables[f"{name}.{part}"] for part in _PARTS}
-            rows = int(tables[f"{name}.rows"])
-            return Curves(thresholds=tables["thresholds"], rows=rows, **parts)
-
-        return cls(curves("train"), curves("holdout"), int(tables["active"]))
-
-
-_PARTS = ("computed", "hits", "missed")
-
-
-def measure_layer(
-    predictor: Predictor,
-    rows: LabelledRows,
-    train: torch.Tensor,
-    holdout: torch.Tensor,
-    generator: torch.Generator,
-) -> LayerCurves:
-    """Measure a trained predictor, rounded to float16, at all thresholds."""
-    sample = train[torch.randperm(len(train), generator=generator)[:_CURVE_ROWS]]
-    scale = mean_positive(predictor, rows, sample)
-    held = trace_curves(predictor, rows, holdout, scale)
-    active = sum(int(rows.active(part).sum()) for part in torch.split(holdout, 2048))
-    return LayerCurves(trace_curves(predictor, rows, sample, scale), held, active)
+        Args:
+            share: of the model's layers, which may use that share of a growth of perplexity.
+        """
+        if (most := self.ffn_bytes) is not None:
+            return lambda ratio, error: ratio > most
+        assert self.max_ppl_gap is not None
+        growth = math.log1p(self.max_ppl_gap * share)
+        return lambda ratio, error: error * _TYPICAL <= growth
 
 
 def choose_thresholds(
@@ -126,7 +106,8 @@ def choose_thresholds(
 
 def _finite(point: SearchPoint) -> SearchPoint:
     """Return a point without numbers that JSON does not have."""
-    lost = {k: None for k, v in vars(point).items() if isinstance(v, float) and not isfinite(v)}
+    numbers = {k: v for k, v in vars(point).items() if isinstance(v, float)}
+    lost = {k: None for k, v in numbers.items() if not math.isfinite(v)}
     return parse(SearchPoint, plain(point) | lost)
 
 
@@ -137,5 +118,223 @@ def folded(
     predictors = {}
     for n, point in points.items():
         layer = artifact.layer(n, folded=False)
-        predictors[n] = fold(Predictor(layer.fc1.float(), layer.fc2.float()), point.thresholds)
+        fc2 = fold_rows(layer.fc2, point.thresholds)
+        predictors[n] = Predictor(layer.fc1.float(), fc2.float())
     return predictors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Priced:
+    """All layers at one price.
+
+    Attributes:
+        price: of a computed neuron.
+        points: layer number to operating point.
+        sign: of all thresholds, 1 or -1.
+        ffn_bytes_ratio: mean over layers.
+        error: sum over layers.
+    """
+
+    price: float
+    points: Mapping[int, OperatingPoint]
+    sign: int
+    ffn_bytes_ratio: float
+    error: float
+
+
+def at_price(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], price: float, sign: int
+) -> Priced:
+    """Put all layers at one price.
+
+    Args:
+        curves: of each layer.
+        costs: bytes of each layer's predictor relative to its FFN.
+        price: of a computed neuron.
+        sign: of all thresholds, 1 or -1.
+    """
+    points = {layer: curve.at(price, sign) for layer, curve in curves.items()}
+    ratios = [point.density + costs[layer] for layer, point in points.items()]
+    return Priced(
+        price=price,
+        points=points,
+        sign=sign,
+        ffn_bytes_ratio=sum(ratios) / len(ratios),
+        error=sum(point.error for point in points.values()),
+    )
+
+
+def price_bracket(holds: Callable[[float], bool]) -> tuple[float, float]:
+    """Return the prices between which `holds` turns false once, hardly apart.
+
+    If it always holds the second is the highest price there is, if it never does the first is the
+    lowest.
+    """
+    low, high = math.log(_LOWEST_PRICE), math.log(_HIGHEST_PRICE)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(math.exp(middle)) else (low, middle)
+    return math.exp(low), math.exp(high)
+
+
+def _crossing(
+    curves: Mapping[int, Curves],
+    costs: Mapping[int, float],
+    sign: int,
+    holds: Callable[[Priced], bool],
+) -> tuple[Priced, Priced]:
+    """Return the operating points on both sides of the price at which `holds` turns false."""
+    option = partial(at_price, curves, costs, sign=sign)
+    last, first = price_bracket(lambda price: holds(option(price)))
+    return option(last), option(first)
+
+
+def fewest_bytes(curves: Mapping[int, Curves], costs: Mapping[int, float], error: float) -> Priced:
+    """Return what keeps an error in the fewest bytes, or else comes nearest to it."""
+    found = [_crossing(curves, costs, s, lambda priced: priced.error <= error)[0] for s in _SIGNS]
+    return min(found, key=lambda priced: (max(priced.error, error), priced.ffn_bytes_ratio))
+
+
+def least_error(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], ffn_bytes: float
+) -> Priced:
+    """Return what misses least within a mean FFN bytes ratio, or else comes nearest to it."""
+    found = [
+        _crossing(curves, costs, s, lambda priced: priced.ffn_bytes_ratio > ffn_bytes)[1]
+        for s in _SIGNS
+    ]
+    return min(found, key=lambda priced: (max(priced.ffn_bytes_ratio, ffn_bytes), priced.error))
+
+
+def price_for_bytes(
+    curves: Mapping[int, Curves], costs: Mapping[int, float], bound: float
+) -> tuple[Priced, list[SearchPoint]]:
+    """Return the operating point that misses least at a mean FFN bytes ratio within the bound.
+
+    Raises:
+        PredictorError: the predictors alone take more.
+    """
+    priced = least_error(curves, costs, bound)
+    if priced.ffn_bytes_ratio > bound:
+        raise PredictorError(
+            f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
+            f"is {priced.ffn_bytes_ratio:.4f}",
+            "lower --rank or allow more",
+        )
+    ratio = priced.ffn_bytes_ratio
+    return priced, [SearchPoint(price=priced.price, ffn_bytes_ratio=ratio, chosen=True)]
+
+
+def price_for_gap(
+    curves: Mapping[int, Curves],
+    costs: Mapping[int, float],
+    bound: float,
+    measure: Callable[[Priced], Quality],
+) -> tuple[Priced, list[SearchPoint]]:
+    """Return the operating point of fewest bytes that was found within a growth of perplexity.
+
+    The expected growth, the divergence, must be within it, and the measured one must not contradict
+    that by more than two standard errors: alone it scatters too much to be searched by. The growth
+    is near enough to a power of the error that curves predict, mostly the first, for a secant on
+    logarithms to need few measurements.
+
+    Args:
+        curves: of each layer.
+        costs: bytes of each layer's predictor relative to its FFN.
+        bound: largest growth of perplexity, a fraction.
+        measure: runs the model at an operating point.
+
+    Raises:
+        PredictorError: out of reach; it names the best.
+    """
+    allowed = math.log1p(bound)
+    aim = (0.5 + 0.5 * _CLOSE) * allowed
+    error = allowed / _TYPICAL
+    tried: dict[tuple[float, int], SearchPoint] = {}
+    seen: list[tuple[float, float]] = []
+    best: Priced | None = None
+    for _ in range(_MEASUREMENTS):
+        priced = fewest_bytes(curves, costs, error)
+        if (priced.price, priced.sign) in tried:
+            break
+        quality = measure(priced)
+        tried[priced.price, priced.sign] = SearchPoint(
+            price=priced.price,
+            ffn_bytes_ratio=priced.ffn_bytes_ratio,
+            ppl_gap=quality.ppl_gap,
+            **vars(quality),
+        )
+        least = math.log1p(quality.ppl_gap) - _ERRORS * quality.standard_error
+        growth = max(quality.kl_divergence, least, 1e-12)
+        if growth <= allowed and (best is None or priced.ffn_bytes_ratio < best.ffn_bytes_ratio):
+            best = priced
+        if _CLOSE * allowed <= growth <= allowed:
+            break
+        seen.append((max(priced.error, 1e-30), growth))
+        error = error_for(seen, aim)
+    if best is None:
+        nearest = max(tried.values(), key=lambda point: point.ffn_bytes_ratio)
+        raise PredictorError(
+            f"--max-ppl-gap {bound:g} is out of reach: the best has a gap of {nearest.ppl_gap:.3g} "
+            f"and a divergence of {nearest.kl_divergence:.3g} at FFN bytes "
+            f"{nearest.ffn_bytes_ratio:.4f}",
+            "raise --rank or allow more",
+        )
+    tried[best.price, best.sign] = replace(tried[best.price, best.sign], chosen=True)
+    return best, sorted(tried.values(), key=lambda point: point.ffn_bytes_ratio)
+
+
+def error_for(seen: Sequence[tuple[float, float]], growth: float) -> float:
+    """Return the error at which `growth` is to be expected, by the last two measurements.
+
+    Args:
+        seen: (error, growth) of measurements, all above zero; one stands for proportion.
+        growth: wanted.
+    """
+    error, found = seen[-1]
+    power = 1.0
+    if len(seen) > 1 and seen[-2][0] != error and seen[-2][1] != found:
+        before, grown = seen[-2]
+        power = math.log(found / grown) / math.log(error / before)
+    # Noise of the measured growth may turn the slope round.
+    return float(error * (growth / found) ** (1 / min(max(power, 0.25), 2.0)))
+
+
+def best_ranks(
+    scouts: Mapping[int, Mapping[int, Curves]],
+    cost: Callable[[int], float],
+    d_ff: int,
+    enough: Callable[[float, float], bool],
+    weight: float = 1.0,
+) -> dict[int, int]:
+    """Choose the rank of each layer.
+
+    Args:
+        scouts: layer number, rank to curves of a quickly trained predictor.
+        cost: bytes of a predictor of some rank relative to the FFN.
+        d_ff: neurons of a layer.
+        enough: tells, of a mean FFN bytes ratio and an error summed over layers, whether the price
+            may still rise.
+        weight: what a predictor's byte costs relative to one of a neuron, in the choice alone.
+
+    Returns:
+        Layer number to rank.
+    """
+
+    def choose(price: float) -> dict[int, tuple[int, OperatingPoint]]:
+        """Let every layer take what costs least, whatever the others' sign."""
+        chosen = {}
+        for layer, ranks in scouts.items():
+            options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in _SIGNS]
+            chosen[layer] = min(
+                options,
+                key=lambda o: o[1].error + price * d_ff * (weight * cost(o[0]) + o[1].density),
+            )
+        return chosen
+
+    def fits(price: float) -> bool:
+        chosen = choose(price).values()
+        ratio = sum(cost(rank) + point.density for rank, point in chosen) / len(chosen)
+        return enough(ratio, sum(point.error for _, point in chosen))
+
+    return {layer: rank for layer, (rank, _) in choose(price_bracket(fits)[0]).items()}

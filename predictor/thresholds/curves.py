@@ -15,12 +15,12 @@ comparisons.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from common.decisions import DecisionCounts
-from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
 
@@ -28,6 +28,10 @@ _SHARED = 0.5
 """Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
 
 _ROWS = 1024
+_CURVE_ROWS = 65536
+"""Training rows that thresholds are chosen on, at most."""
+
+_PARTS = ("computed", "hits", "missed")
 _BELOW, _ABOVE = (-4, 2), (-7, 3)
 """Octaves from and to which thresholds below and above zero reach: next to all neurons are computed
 at one end, next to none at the other."""
@@ -127,7 +131,7 @@ def trace_curves(
     tables = torch.zeros(3, (len(thresholds) + 1) * d_ff, dtype=torch.float64)
     neuron = torch.arange(d_ff, dtype=torch.int32)
     for part in torch.split(index, _ROWS):
-        steps = reached(logits_of(predictor, rows.raw(part)) / scale)
+        steps = reached(logits_of(predictor, rows.rows.inputs_at(part)) / scale)
         bins = steps.mul_(d_ff).add_(neuron).flatten()
         places, contributions = rows.contributions(part)
         active = bins[places]
@@ -151,7 +155,7 @@ def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor)
     """Return each neuron's mean positive logit, (d_ff,) float32, which thresholds are scaled by."""
     total, count = torch.zeros(len(predictor.fc2)), torch.zeros(len(predictor.fc2))
     for part in torch.split(index, _ROWS):
-        logits = logits_of(predictor, rows.raw(part))
+        logits = logits_of(predictor, rows.rows.inputs_at(part))
         total += logits.clamp_min(0).sum(0)
         count += (logits > 0).sum(0)
     mean = total / count.clamp_min(1)
@@ -159,18 +163,53 @@ def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor)
     return torch.where(count > 0, mean, torch.ones(()))
 
 
-def fold(predictor: Predictor, thresholds: torch.Tensor) -> Predictor:
-    """Divide each row of fc2 by the size of its neuron's threshold and round to float16.
+@dataclass(frozen=True)
+class LayerCurves:
+    """A layer's curves on training rows, by which thresholds are chosen, and on held-out rows.
 
-    Args:
-        predictor: rounded to float16.
-        thresholds: (d_ff,) float32, all above or all below zero.
-
-    Returns:
-        A predictor for threshold 1 or -1, whose float32 weights are exact float16 values.
+    Attributes:
+        train: on training rows.
+        holdout: on held-out rows, by which metrics are told.
+        active: active neurons of all held-out rows.
     """
-    fc2 = fold_rows(predictor.fc2.detach(), thresholds)
-    return Predictor(predictor.fc1.detach(), fc2.float())
+
+    train: Curves
+    holdout: Curves
+    active: int
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return them for a file."""
+        tables: dict[str, torch.Tensor] = {"thresholds": self.train.thresholds}
+        for name, curves in (("train", self.train), ("holdout", self.holdout)):
+            tables |= {f"{name}.{part}": getattr(curves, part) for part in _PARTS}
+            tables[f"{name}.rows"] = torch.tensor(curves.rows)
+        return tables | {"active": torch.tensor(self.active)}
+
+    @classmethod
+    def read(cls, tables: Mapping[str, torch.Tensor]) -> LayerCurves:
+        """Return what `tensors` gave."""
+
+        def curves(name: str) -> Curves:
+            parts = {part: tables[f"{name}.{part}"] for part in _PARTS}
+            rows = int(tables[f"{name}.rows"])
+            return Curves(thresholds=tables["thresholds"], rows=rows, **parts)
+
+        return cls(curves("train"), curves("holdout"), int(tables["active"]))
+
+
+def measure_layer(
+    predictor: Predictor,
+    rows: LabelledRows,
+    train: torch.Tensor,
+    holdout: torch.Tensor,
+    generator: torch.Generator,
+) -> LayerCurves:
+    """Measure a trained predictor, rounded to float16, at all thresholds."""
+    sample = train[torch.randperm(len(train), generator=generator)[:_CURVE_ROWS]]
+    scale = mean_positive(predictor, rows, sample)
+    held = trace_curves(predictor, rows, holdout, scale)
+    active = sum(int(rows.active(part).sum()) for part in torch.split(holdout, 2048))
+    return LayerCurves(trace_curves(predictor, rows, sample, scale), held, active)
 
 
 def factors() -> torch.Tensor:

@@ -160,8 +160,15 @@ class ShardWriter:
         Raises:
             OutputError: the system refused a write.
         """
+        layout = self._layout
         with self._explained():
-            self._append(batch)
+            self._put("inputs", batch.inputs, 2 * layout.d_model)
+            self._put("active", batch.active, -(-layout.d_ff // 8))
+            if layout.importance_bits:
+                self._put("scale", batch.scale, 4)
+                self._put_codes(batch.codes.numpy())
+        self._counts += batch.counts.numpy()
+        self._rows += len(batch.inputs)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -170,16 +177,6 @@ class ShardWriter:
             yield
         except OSError as error:
             raise write_error(self._name, error) from error
-
-    def _append(self, batch: BatchRows) -> None:
-        layout = self._layout
-        self._put("inputs", batch.inputs, 2 * layout.d_model)
-        self._put("active", batch.active, -(-layout.d_ff // 8))
-        if layout.importance_bits:
-            self._put("scale", batch.scale, 4)
-            self._put_codes(batch.codes.numpy())
-        self._counts += batch.counts.numpy()
-        self._rows += len(batch.inputs)
 
     def _put(self, name: str, rows: torch.Tensor, row_bytes: int) -> None:
         data = rows.contiguous().view(torch.uint8).numpy()
@@ -229,6 +226,19 @@ def _digest(file: Any) -> str:
     return digest.hexdigest()
 
 
+def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    """Map some tensors of a file, or all.
+
+    Raises:
+        TraceError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names or file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+
+
 def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
     """Map a shard file.
 
@@ -238,11 +248,7 @@ def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
     Raises:
         TraceError: missing, damaged, or of other sizes than `layout`.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+    tensors = read_tensors(path)
     for name, (kind, shape, _) in layout.parts(0).items():
         if name == "importance":
             shape = (layout.importance_bytes(int(tensors["counts"].sum())),)
@@ -263,12 +269,7 @@ def shard_counts(path: Path) -> torch.Tensor:
     Raises:
         TraceError: missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            counts: torch.Tensor = file.get_tensor("counts")
-    except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
-    return counts
+    return read_tensors(path, "counts")["counts"]
 
 
 def check_shard(path: Path, layout: ShardLayout) -> str:

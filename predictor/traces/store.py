@@ -4,7 +4,7 @@ Layout of a store directory::
 
     manifest.json                     written last at every commit; the truth about what is valid
     layer-00/weights.safetensors      gate (d_ff, d_model) float16 and down_norms (d_ff,) float32,
-                                      see `predictor.layer_weights`
+                                      see `LayerWeights`
     layer-00/shard-00000.safetensors  rows, see `shard_file`
 
 A shard is committed by renaming its file of every layer and then writing the manifest that counts
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,24 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
-from predictor.traces.layer_rows import LayerRows, ShardedRows
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.traces.packing import count_active
-from predictor.traces.rows import LayerWeights
+from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows
 from predictor.traces.shard_file import (
     ShardLayout,
     ShardWriter,
     check_shard,
     read_shard,
+    read_tensors,
     shard_counts,
 )
-
-__all__ = ["LayerRows", "TraceStore"]
 
 
 class TraceStore:
@@ -173,10 +170,7 @@ class TraceStore:
             TraceError: missing, damaged or of other sizes than the manifest says.
         """
         file = self._layer_file(layer, "weights")
-        try:
-            tensors: Mapping[str, torch.Tensor] = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise TraceError(f"{file}: missing or damaged ({error})", COLLECT_AGAIN) from error
+        tensors = read_tensors(file)
         d_ff, d_model = self.header.d_ff, self.header.d_model
         for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
             found = tuple(tensors[name].shape) if name in tensors else None
@@ -198,7 +192,7 @@ class TraceStore:
         if not self.progress.shards:
             raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
         shards = enumerate(self.progress.shards)
-        return ShardedRows([self._mapped(layer, number, shard.rows) for number, shard in shards])
+        return ShardedRows(*(self._mapped(layer, number, shard.rows) for number, shard in shards))
 
     def _mapped(self, layer: int, number: int, rows: int) -> LayerRows:
         file, bits = self._shard_file(layer, number), self.header.importance_bits
@@ -311,3 +305,43 @@ def _is_ours(file: Path) -> bool:
 
 def _joined(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def trace_summary(store: TraceStore) -> dict[str, Any]:
+    """Return what a store was made from, how far it is and every recorded layer's sparsity.
+
+    Raises:
+        TraceError: a shard is missing or damaged.
+    """
+    header = asdict(store.header)
+    sparsity = store.activation_sparsity() if store.rows else {}
+    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    return {
+        "traces": str(store.path),
+        "complete": store.progress.complete,
+        "tokens": store.rows,
+        "tokens_asked": header.pop("tokens"),
+        "documents": store.documents,
+        "shards": len(store.progress.shards),
+        "bytes": size,
+        **{name: value for name, value in header.items() if name != "layers"},
+        "activation_sparsity": sum(sparsity.values()) / len(sparsity) if sparsity else None,
+        "layers": [
+            {"layer": layer, "activation_sparsity": value} for layer, value in sparsity.items()
+        ],
+    }
+
+
+def check_traces(store: TraceStore) -> dict[str, Any]:
+    """Verify every committed file of a store.
+
+    Raises:
+        TraceError: naming the first file that is wrong.
+    """
+    store.check()
+    return {
+        "traces": str(store.path),
+        "complete": store.progress.complete,
+        "tokens": store.rows,
+        "files": len(store.header.layers) * (1 + len(store.progress.shards)),
+    }

@@ -13,8 +13,8 @@ from common.decisions import DecisionCounts
 from common.errors import PredictorError
 from predictor.artifact import Epoch, LayerPredictor
 from predictor.module import Predictor, PredictorType, decide, to_half
-from predictor.thresholds.choose import LayerCurves, measure_layer
-from predictor.thresholds.search import Bound
+from predictor.thresholds.choose import Bound
+from predictor.thresholds.curves import LayerCurves, measure_layer
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.loss import Batch, batches, loss_of, read_batches, set_gradients

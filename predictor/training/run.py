@@ -19,15 +19,14 @@ from common.overlap import several_at_once
 from cost_model.hardware import load_hardware
 from predictor.artifact import Epoch, PredictorArtifact, PredictorHeader
 from predictor.module import PredictorType
-from predictor.thresholds.choose import choose_thresholds
+from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
-from predictor.thresholds.search import Bound, candidate_ranks
 from predictor.traces.packing import RANKING_BITS
 from predictor.traces.store import TraceStore
 from predictor.training.layer import LayerResult, LayerTrainer
-from predictor.training.ranks import choose_ranks
+from predictor.training.ranks import candidate_ranks, choose_ranks
 from predictor.training.recipes import DEJAVU, published_rank, recipe_named
-from predictor.training.settings import AUTO, RANK_MULTIPLE, TrainConfig
+from predictor.training.settings import AUTO, TrainConfig
 
 _DEFAULT_GAP = 0.001
 Note = Callable[[str], None]
@@ -134,7 +133,7 @@ def _check_ranks(trainer: LayerTrainer) -> None:
                 f"rank {rank} exceeds twice d_model ({2 * d_model}), which is exact already",
                 "lower --rank",
             )
-    largest = max(config.fixed_ranks or candidate_ranks(d_model, RANK_MULTIPLE))
+    largest = max(config.fixed_ranks or candidate_ranks(d_model))
     if train < largest:
         raise PredictorError(
             f"{store.path}: {train} rows to train on are too few for rank {largest}",
