@@ -35,9 +35,8 @@ from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor
 from predictor.thresholds.predicted_model import PredictedModel
-from predictor.training.recipes import RECIPES, published_rank
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import RECIPES, TrainConfig, published_rank
 
 CONTEXT = 256
 

@@ -29,9 +29,8 @@ from predictor.traces.packing import active_places, pack_active
 from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import BatchRows
 from predictor.traces.store import TraceStore
-from predictor.training.recipes import RECIPES, recipe_named
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import RECIPES, TrainConfig
 
 D_MODEL, D_FF, SPARSITY = 4096, 11008, 0.88
 DOCUMENT, SHARD_ROWS, BATCH = 1000, 4096, 512
@@ -93,7 +92,7 @@ def measured(function: Callable[..., None], *arguments: object) -> dict[str, flo
 
 def train(traces: Path, rank: int, epochs: int, recipe: str) -> None:
     """Train as `psp train-predictor` does, for another number of epochs."""
-    RECIPES[recipe] = replace(recipe_named(recipe), epochs=epochs)
+    RECIPES[recipe] = replace(RECIPES[recipe], epochs=epochs)
     out = traces.with_name("predictors")
     train_predictors(TrainConfig(traces=traces, out=out, rank=rank, recipe=recipe))
 

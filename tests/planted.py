@@ -12,7 +12,7 @@ from predictor.module import Predictor
 from predictor.traces.packing import active_places, pack_active, pack_codes
 from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 from predictor.training.coordinates import Moments
-from predictor.training.recipes import PSP, Recipe
+from predictor.training.settings import PSP, Recipe
 from predictor.training.start import Start, Starter, directions_of, pairs_start, start_sample
 
 D_MODEL, D_FF = 64, 96

@@ -31,9 +31,8 @@ from predictor.traces.store import TraceStore
 from predictor.training.coordinates import Coordinates, Whitening, whitening_of
 from predictor.training.layer import train_layer
 from predictor.training.loss import Batch, loss_of, set_gradients
-from predictor.training.recipes import PSP
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import PSP, TrainConfig
 from predictor.training.start import (
     constant_start,
     directions_of,

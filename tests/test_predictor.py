@@ -27,7 +27,7 @@ from predictor.module import Predictor, decide, to_half
 from predictor.traces.packing import decode_importance
 from predictor.traces.rows import LabelledRows, LayerWeights, ShardedRows, normalise_rms
 from predictor.training.layer import evaluate, train_layer
-from predictor.training.recipes import DEJAVU, PSP, Recipe
+from predictor.training.settings import DEJAVU, PSP, Recipe
 from predictor.training.start import moments_of, random_start
 
 RANK = 32

@@ -22,9 +22,8 @@ from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor, decide
 from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
-from predictor.training.recipes import PSP
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import PSP, TrainConfig
 
 RANK = 32
 

@@ -12,13 +12,13 @@ import torch
 
 from common.decisions import DecisionCounts
 from predictor.artifact import LayerPredictor
-from predictor.module import Predictor, logits_of
+from predictor.module import Predictor, PredictorType, logits_of
 from predictor.reporting.metrics import (
     LayerMeasurement,
     average_precision,
     measure_predictor,
+    sweep_thresholds,
 )
-from predictor.reporting.sweep import sweep_thresholds
 from predictor.traces.packing import pack_codes
 from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 
@@ -29,6 +29,7 @@ INPUTS = torch.tensor([[1.0, 0], [0, 4], [9, 9]])
 
 IMPORTANCE = torch.tensor([[4.0, 2, 0, 0], [0, 0, 1, 4], [0, 0, 0, 16]])
 HELD = torch.tensor([0, 1])
+F16 = PredictorType("f16")
 
 
 def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> LabelledRows:
@@ -56,7 +57,8 @@ def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> La
 
 def measure(rows: LabelledRows, held: torch.Tensor = HELD, **changes: Any) -> LayerMeasurement:
     predictor = changes.pop("predictor", LayerPredictor(FC1.half(), FC2.half(), None))
-    return measure_predictor(rows, held, predictor, **({"layer": 3, "threshold": 0.0} | changes))
+    chosen: dict[str, Any] = {"layer": 3, "threshold": 0.0, "ffn_matrices": 3, "seed": 0}
+    return measure_predictor(rows, held, predictor, **{"element": F16} | chosen | changes)
 
 
 def test_every_metric_by_hand() -> None:
@@ -87,8 +89,9 @@ def test_a_logit_equal_to_the_threshold_is_computed() -> None:
 def test_a_narrow_predictor_and_an_ungated_ffn_change_bytes_alone() -> None:
     rows = rows_of(INPUTS, IMPORTANCE)
     plain = measure(rows).metrics
-    other = measure(rows, predictor_width=0.25, ffn_matrices=2).metrics
-    assert other.pop("ffn_bytes_ratio") == pytest.approx(0.25 * 12 / 16 + 5 / 8)
+    # 2 units become 64, of 18 bytes in 64 a weight.
+    other = measure(rows, element=PredictorType("q4_0"), ffn_matrices=2).metrics
+    assert other.pop("ffn_bytes_ratio") == pytest.approx(18 / 64 * 64 * 6 / 16 + 5 / 8)
     plain.pop("ffn_bytes_ratio")
     assert other == plain
 

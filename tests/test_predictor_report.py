@@ -21,9 +21,8 @@ from PIL import Image
 from common.errors import OutputError, PredictorError
 from common.typed_json import plain
 from predictor.artifact import Epoch, PredictorArtifact
-from predictor.reporting.metrics import LayerMeasurement
+from predictor.reporting.metrics import LayerMeasurement, Sweep, sweep_thresholds
 from predictor.reporting.report import make_report, report_predictors, write_report
-from predictor.reporting.sweep import Sweep, sweep_thresholds
 from predictor.traces.store import TraceStore
 from report.figures.predictors import (
     curves_figure,

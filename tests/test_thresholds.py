@@ -23,9 +23,8 @@ from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import Quality
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.recipes import DEJAVU, RECIPES
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import DEJAVU, RECIPES, TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.layer import jobs_for, product_dtype, train_layer
 from predictor.training.loss import Batch, batches, set_gradients
-from predictor.training.recipes import DEJAVU, PSP, Recipe
 from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import DEJAVU, PSP, Recipe, TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,8 @@
-"""How good a layer's predictor is on held-out documents."""
+"""How good a layer's predictor is on held-out documents, under each of many global thresholds.
+
+A threshold decides by comparison alone, so a histogram of the logits with the thresholds as edges
+holds every threshold's counts exactly: what is skipped under one is the sum of the bins below it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,139 @@ from dataclasses import dataclass
 
 import torch
 
+from common.decisions import DecisionCounts
 from predictor.artifact import LayerPredictor
-from predictor.module import Predictor, logits_of
-from predictor.reporting.sweep import Curve, Sweep, sweep_thresholds
+from predictor.module import Predictor, PredictorType, logits_of
 from predictor.traces.rows import LabelledRows
 
 DECISIONS_AT_ONCE = 2**22
 """Decisions of a batch, and of the sample that average precision is taken on."""
+
+_PER_OCTAVE, _LOWEST, _HIGHEST = 8, -6, 16
+_TINY = 1e-30
+
+
+def sweep_thresholds(threshold: float) -> torch.Tensor:
+    """Return (k,) float32 ascending thresholds: 0 and ±2^(n/8) from 2^-6 to 2^16, times a unit.
+
+    The unit is |threshold|, 1 if that is 0, so the threshold itself is one of them. Logits of
+    predictors with threshold 0 have no scale of their own, hence the wide range.
+    """
+    exponents = torch.arange(_LOWEST * _PER_OCTAVE, _HIGHEST * _PER_OCTAVE + 1)
+    positive = torch.exp2(exponents.double() / _PER_OCTAVE)
+    factors = torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+    return (factors * (abs(threshold) or 1.0)).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One layer under every threshold of a sweep.
+
+    Attributes:
+        thresholds: (k,) float32, ascending.
+        decisions: tokens times neurons.
+        active: truly active ones.
+        predicted: (k,) int64, decisions to compute.
+        hits: (k,) int64, those of them that are truly active.
+        missed_importance: (k,) float64, see `measure_predictor`; None without
+            importance.
+        ffn_output_error: (k,) float64, likewise.
+    """
+
+    thresholds: torch.Tensor
+    decisions: int
+    active: int
+    predicted: torch.Tensor
+    hits: torch.Tensor
+    missed_importance: torch.Tensor | None
+    ffn_output_error: torch.Tensor | None
+
+    @property
+    def density(self) -> torch.Tensor:
+        """(k,) float64, share of neurons predicted active: 1 − predicted sparsity."""
+        return self.predicted.double() / self.decisions
+
+    @property
+    def recall(self) -> torch.Tensor:
+        """(k,) float64, activation recall; 1 where nothing is active."""
+        if not self.active:
+            return torch.ones(len(self.hits), dtype=torch.float64)
+        return self.hits.double() / self.active
+
+    def position(self, threshold: float) -> int:
+        """Return where `threshold` stands in the sweep that was made around it."""
+        return int((self.thresholds == torch.tensor(threshold).float()).nonzero().item())
+
+    def counts(self, position: int) -> DecisionCounts:
+        """Return the counts of one threshold."""
+        return DecisionCounts(
+            decisions=self.decisions,
+            active=self.active,
+            predicted=int(self.predicted[position]),
+            hits=int(self.hits[position]),
+        )
+
+
+class Sweep:
+    """Histograms of a layer's logits, summed over batches of rows."""
+
+    def __init__(self, thresholds: torch.Tensor) -> None:
+        """Start empty.
+
+        Args:
+            thresholds: (k,) float32, ascending.
+        """
+        self.thresholds = thresholds
+        self.rows = 0
+        self.all, self.active = (torch.zeros(len(thresholds) + 1).long() for _ in range(2))
+        self.importance, self.error = (torch.zeros(len(thresholds) + 1).double() for _ in range(2))
+        self.has_importance = True
+
+    def add(
+        self,
+        logits: torch.Tensor,
+        active: torch.Tensor,
+        importance: torch.Tensor | None,
+        energy: torch.Tensor,
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            logits: (n, d_ff) float32.
+            active: (n, d_ff) bool.
+            importance: (n, d_ff) float32, or None where the traces hold none.
+            energy: (n,) float32, ‖x‖² of each row.
+        """
+        # The number of thresholds at or below a logit: it is skipped by all the others.
+        bins = torch.bucketize(logits, self.thresholds, out_int32=True, right=True)
+        mine = bins[active]
+        self.rows += len(logits)
+        self.all += self._histogram(bins.flatten())
+        self.active += self._histogram(mine)
+        if importance is None:
+            self.has_importance = False
+            return
+        relative = importance.square() / energy.clamp_min(_TINY)[:, None]
+        self.importance += self._histogram(mine, importance[active].double())
+        self.error += self._histogram(mine, relative[active].double())
+
+    def _histogram(self, bins: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.bincount(bins, weights, minlength=len(self.thresholds) + 1)
+
+    def curve(self) -> Curve:
+        """Return what every threshold computes and loses."""
+        everything, active = int(self.all.sum()), int(self.active.sum())
+        missed = self.importance.cumsum(0) / self.importance.sum().clamp_min(_TINY)
+        error = self.error.cumsum(0) / max(1, self.rows)
+        return Curve(
+            thresholds=self.thresholds,
+            decisions=everything,
+            active=active,
+            predicted=everything - self.all.cumsum(0)[:-1],
+            hits=active - self.active.cumsum(0)[:-1],
+            missed_importance=missed[:-1] if self.has_importance else None,
+            ffn_output_error=error[:-1] if self.has_importance else None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +179,9 @@ def measure_predictor(
     *,
     layer: int,
     threshold: float,
-    ffn_matrices: int = 3,
-    predictor_width: float = 1.0,
-    seed: int = 0,
+    ffn_matrices: int,
+    element: PredictorType,
+    seed: int,
     at_once: int = DECISIONS_AT_ONCE,
 ) -> LayerMeasurement:
     """Measure a predictor on held-out rows, a batch at a time.
@@ -81,7 +211,7 @@ def measure_predictor(
         layer: number of the layer.
         threshold: a neuron is computed unless its logit is below this.
         ffn_matrices: matrices of the FFN, 3 if gated, else 2.
-        predictor_width: bytes of a predictor's weight relative to one of the FFN.
+        element: type that the predictor will be exported in.
         seed: seed of the sample for average precision.
         at_once: decisions of a batch and of that sample.
     """
@@ -92,24 +222,23 @@ def measure_predictor(
     curve = _sweep(net, rows, torch.split(held, batch), threshold)
     chosen, rank = curve.position(threshold), len(predictor.fc1)
     metrics = curve.counts(chosen).metrics(
-        rank=rank,
+        rank=element.stored_rank(rank),
         d_model=predictor.fc1.shape[1],
         d_ff=rows.d_ff,
         ffn_matrices=ffn_matrices,
-        predictor_width=predictor_width,
+        predictor_width=element.width,
     )
     metrics["average_precision"] = _sampled_average_precision(net, rows, held, batch, seed)
     for name in ("missed_importance", "ffn_output_error"):
         if (values := getattr(curve, name)) is not None:
             metrics[name] = float(values[chosen])
-    counts = rows.rows.counts
     return LayerMeasurement(
         layer=layer,
         rank=rank,
         metrics=metrics,
         curve=curve,
         chosen=chosen,
-        activation_counts=counts,
+        activation_counts=rows.rows.counts,
     )
 
 

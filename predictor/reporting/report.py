@@ -113,11 +113,6 @@ def measure_predictors(
             f"{artifact.path}: holds no finished layer of {store.path}", "train one first"
         )
     held = store.holdout(header.holdout, header.seed).nonzero()[:, 0]
-
-    def width(layer: int) -> float:
-        rank = artifact.rank(layer)
-        return element.width * element.stored_rank(rank) / rank
-
     return [
         measure_predictor(
             LabelledRows(store.layer(layer), store.weights(layer), normalise=False),
@@ -126,7 +121,7 @@ def measure_predictors(
             layer=layer,
             threshold=header.threshold,
             ffn_matrices=store.header.ffn_matrices,
-            predictor_width=width(layer),
+            element=element,
             seed=header.seed,
         )
         for layer in tqdm(layers, unit="layer", desc="report", disable=None)
@@ -155,7 +150,10 @@ def make_report(
         average_precision_tokens=average_precision_tokens,
         predictor_type=predictor_type,
         mean=PredictorMetrics(**mean_metrics([layer.metrics for layer in layers])),
-        layers=tuple(_layer(layer) for layer in layers),
+        layers=tuple(
+            parse(PredictorLayer, {"layer": each.layer, "rank": each.rank, **each.metrics})
+            for each in layers
+        ),
         search=tuple(search),
         curves=tuple(point for layer in layers for point in _curve(layer)),
         hot_neurons=tuple(_hot_shares(layers)),
@@ -167,10 +165,6 @@ def _epochs(artifact: PredictorArtifact) -> Iterator[EpochPoint]:
     for layer, epochs in sorted(artifact.epochs.items()):
         for number, epoch in enumerate(epochs, 1):
             yield EpochPoint(layer=layer, epoch=number, **vars(epoch))
-
-
-def _layer(layer: LayerMeasurement) -> PredictorLayer:
-    return parse(PredictorLayer, {"layer": layer.layer, "rank": layer.rank, **layer.metrics})
 
 
 def _curve(layer: LayerMeasurement) -> Iterator[CurvePoint]:

@@ -18,8 +18,7 @@ from predictor.thresholds.curves import LayerCurves, measure_layer
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.loss import Batch, batches, loss_of, read_batches, set_gradients
-from predictor.training.recipes import Recipe
-from predictor.training.settings import TrainConfig
+from predictor.training.settings import Recipe, TrainConfig
 from predictor.training.start import Start, Starter, start_sample
 
 _EVALUATION_ROWS = 2048

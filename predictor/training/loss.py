@@ -19,7 +19,7 @@ from common.overlap import made_ahead
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.coordinates import Coordinates
-from predictor.training.recipes import Recipe
+from predictor.training.settings import Recipe
 
 READ_ROWS = 4096
 """Rows that are read together."""

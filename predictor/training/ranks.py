@@ -14,19 +14,11 @@ from predictor.module import PredictorType, to_half
 from predictor.thresholds.choose import best_ranks
 from predictor.thresholds.curves import Curves, mean_positive, trace_curves
 from predictor.training.layer import LayerTrainer, train_layer
-from predictor.training.settings import RANK_MULTIPLE
+from predictor.training.settings import candidate_ranks
 from predictor.training.start import Starter, start_sample
 
 _SCOUT_ROWS = 32768
 _CURVE_ROWS = 8192
-
-
-def candidate_ranks(d_model: int) -> list[int]:
-    """Return powers of two times `RANK_MULTIPLE`, up to a quarter of d_model."""
-    ranks = [RANK_MULTIPLE]
-    while 2 * ranks[-1] <= d_model // 4:
-        ranks.append(2 * ranks[-1])
-    return ranks
 
 
 def choose_ranks(trainer: LayerTrainer, layers: Sequence[int], weight: float) -> dict[int, int]:

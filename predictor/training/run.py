@@ -24,9 +24,15 @@ from predictor.thresholds.predicted_model import PredictedModel, held_out_window
 from predictor.traces.packing import RANKING_BITS
 from predictor.traces.store import TraceStore
 from predictor.training.layer import LayerResult, LayerTrainer
-from predictor.training.ranks import candidate_ranks, choose_ranks
-from predictor.training.recipes import DEJAVU, published_rank, recipe_named
-from predictor.training.settings import AUTO, TrainConfig
+from predictor.training.ranks import choose_ranks
+from predictor.training.settings import (
+    AUTO,
+    DEJAVU,
+    RECIPES,
+    TrainConfig,
+    candidate_ranks,
+    published_rank,
+)
 
 _DEFAULT_GAP = 0.001
 Note = Callable[[str], None]
@@ -80,7 +86,7 @@ def _predictor_weight(config: TrainConfig, note: Note) -> float:
 
 
 def _trainer(config: TrainConfig, store: TraceStore) -> LayerTrainer:
-    recipe = recipe_named(config.recipe)
+    recipe = RECIPES[config.recipe]
     if not PredictorType(config.predictor_type).fine:
         recipe = recipe.with_pairs()
     if recipe.name == DEJAVU.name and config.rank == AUTO:

@@ -13,7 +13,7 @@ from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.coordinates import Coordinates, Moments, whitening_of
 from predictor.training.loss import Batch, loss_of, read_batches
-from predictor.training.recipes import Recipe
+from predictor.training.settings import Recipe
 
 _MOMENT_ROWS = 32768
 _START_ROWS = 8192
