@@ -36,7 +36,7 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     result = run(config, note)
     if not is_main_process():
         return None
-    draw_training(config.training, {config.out.name: read_log(config.log)})
+    draw_training(config.training, config.out.name, read_log(config.log))
     if as_json:
         return print_json(result)
     mean = {"activation_sparsity": result["activation_sparsity"]}

@@ -28,9 +28,8 @@ from report.figures.style import (
     new_figure,
     style,
 )
-from report.formats import per_cent, tokens_per_second, visible
 from report.runs import Run
-from report.verdict import ARM_TITLES, arms_in_order
+from report.words import ARM_TITLES, arms_in_order, per_cent, tokens_per_second, visible
 from results.bench import Bench, Device, round_speeds
 
 if TYPE_CHECKING:

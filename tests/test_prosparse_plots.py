@@ -17,13 +17,13 @@ from report.figures.training_curves import draw_training, training_figure
 SCHEDULE = CARD_1B.scaled(0.002)
 
 
-def log_of(layers: int, factor: float = 1.0) -> list[dict[str, Any]]:
+def log_of(layers: int) -> list[dict[str, Any]]:
     """Make a log of the card's schedule, evaluated every fiftieth step."""
     lines: list[dict[str, Any]] = []
     for step in range(0, SCHEDULE.steps, 10):
         stage = SCHEDULE.stage_at(step)
         line: dict[str, Any] = {"step": step, "stage": stage, "kind": SCHEDULE.stages[stage].kind}
-        line["lambda"] = factor * SCHEDULE.factor(step)
+        line["lambda"] = SCHEDULE.factor(step)
         sparsity = [step / 250 + 0.01 * layer for layer in range(layers)]
         if step % 50 == 0:
             lines.append(line | {"ppl": 20 - step / 20, "sparsity": [9.0] * layers})
@@ -37,10 +37,10 @@ def curve(axes: Any, number: int) -> tuple[list[float], list[float]]:
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-def test_one_run_is_drawn_layer_by_layer() -> None:
+def test_a_run_is_drawn_layer_by_layer() -> None:
     log = log_of(3)
     with style():
-        figure = training_figure({"run": log})
+        figure = training_figure(log)
         sparsity, factor, ppl = figure.axes
     trained = [line for line in log if "ppl" not in line]
     steps = [line["step"] for line in trained]
@@ -59,27 +59,12 @@ def test_one_run_is_drawn_layer_by_layer() -> None:
     assert np.abs(np.array(marks) - np.array(ends)).max() <= 5
 
 
-def test_runs_are_compared_by_their_means() -> None:
-    runs = {"progressive": log_of(2), "fixed": log_of(2, 0.5), "silu": log_of(2, 0)}
-    with style():
-        sparsity, factor, ppl = training_figure(runs).axes
-    legend = sparsity.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == list(runs)
-    trained = [line for line in runs["fixed"] if "ppl" not in line]
-    means = [100 * sum(line["sparsity"]) / 2 for line in trained]
-    assert curve(sparsity, 1)[1] == pytest.approx(means)
-    assert curve(factor, 1)[1] == [line["lambda"] for line in runs["fixed"]]
-    assert max(curve(factor, 2)[1]) == 0
-    assert len(curve(ppl, 2)[0]) == 5
-
-
 @pytest.mark.parametrize("layers", [1, 12])
 def test_files_are_the_same_for_the_same_log(layers: int, tmp_path: Path) -> None:
     contents = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        files = draw_training(tmp_path / name, {"run": log_of(layers)})
+        files = draw_training(tmp_path / name, "run", log_of(layers))
         assert [file.name for file in files] == ["training.png", "training.svg"]
         contents.append([file.read_bytes() for file in files])
     assert contents[0] == contents[1]
@@ -88,11 +73,9 @@ def test_files_are_the_same_for_the_same_log(layers: int, tmp_path: Path) -> Non
 
 def test_a_log_of_evaluations_alone_is_drawn(tmp_path: Path) -> None:
     log = [line | {"lambda": 0} for line in log_of(2) if "ppl" in line]
-    assert all(file.stat().st_size for file in draw_training(tmp_path, {"run": log}))
+    assert all(file.stat().st_size for file in draw_training(tmp_path, "run", log))
 
 
 def test_nothing_to_plot_is_refused(tmp_path: Path) -> None:
-    with refused(DataError, "no training log"):
-        draw_training(tmp_path, {})
     with refused(DataError, "fixed", "no lines"):
-        draw_training(tmp_path, {"progressive": log_of(1), "fixed": []})
+        draw_training(tmp_path, "fixed", [])

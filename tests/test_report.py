@@ -14,7 +14,7 @@ from made_up_results import MACHINE, Document, bench, density, estimate, predict
 
 from common.errors import OutputError, ResultError
 from report.runs import load_runs
-from report.verdict import comparison, verdict, warnings
+from report.words import comparison, verdict, warnings
 from results.bench import Bench
 
 Change = Callable[[Document], Any]
@@ -173,7 +173,7 @@ def test_the_verdict_says_what_is_missing(tmp_path: Path) -> None:
         document[key] = [row for row in document[key] if not row[named].startswith("dense")]
     judged = verdict(loaded(tmp_path, document))
     assert judged is not None
-    assert judged.against == "computing all neurons in the same engine"
+    assert "computing all neurons in the same engine" in judged.sentence
     for words in (
         "whose speed is not PowerInfer's",
         "one round, spread unknown",

@@ -1,7 +1,4 @@
-"""Curves of training: sparsity against step, with the λ curve and held-out perplexity.
-
-The lines drawn are those of a training log, one run or several to compare.
-"""
+"""Curves of a training: sparsity against step, with the λ curve and held-out perplexity."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.errors import DataError
-from report.figures.style import GREY, INK, Look, layer_key, line_styles, new_figure, save, style
+from report.figures.style import GREY, INK, layer_key, line_styles, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,84 +23,61 @@ _FLOOR = 0.02
 and span two decades."""
 
 
-def draw_training(out: Path, runs: Mapping[str, Log]) -> list[Path]:
-    """Write `training.png` and `training.svg`, the same bytes for the same logs.
+def draw_training(out: Path, name: str, log: Log) -> list[Path]:
+    """Write `training.png` and `training.svg`, the same bytes for the same log.
 
     Args:
         out: existing directory.
-        runs: name to lines of a log, each with `step`, `stage`, `lambda`, the layers' `sparsity`
-            and, where it was evaluated, `ppl`; a single run is drawn layer by layer.
+        name: of the run, for errors.
+        log: lines, each with `step`, `stage`, `lambda`, the layers' `sparsity` and, where it was
+            evaluated, `ppl`.
 
     Returns:
         The files.
 
     Raises:
-        DataError: no run, or one without a line.
+        DataError: no line.
     """
-    for name, log in runs.items():
-        if not log:
-            raise DataError(f"{name}: its log has no lines", "train at least one logged step")
-    if not runs:
-        raise DataError("no training log to plot", "pass at least one")
+    if not log:
+        raise DataError(f"{name}: its log has no lines", "train at least one logged step")
     with style():
-        return save(training_figure(runs), out, "training")
+        return save(training_figure(log), out, "training")
 
 
-def training_figure(runs: Mapping[str, Log]) -> Figure:
+def training_figure(log: Log) -> Figure:
     """Draw sparsity above, λ and perplexity below it, over the same steps."""
     figure = new_figure(7.2, 5.6)
     axes = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.2, 1.8))
     sparsity, factor, ppl = axes
-    _sparsity(sparsity, runs)
-    for line, log in zip(_run_styles(len(runs)), runs.values(), strict=True):
-        factor.plot(*_points(log, "lambda"), **line)
-        if evaluated := [entry for entry in log if "ppl" in entry]:
-            ppl.plot(*_points(evaluated, "ppl"), marker="o", ms=3, **line)
-    _factor_scale(factor)
+    _sparsity(sparsity, log)
+    factor.plot(*_points(log, "lambda"), color=INK)
+    if evaluated := [entry for entry in log if "ppl" in entry]:
+        ppl.plot(*_points(evaluated, "ppl"), marker="o", ms=3, color=INK)
+    _factor_scale(factor, max(entry["lambda"] for entry in log))
     ppl.set_ylabel("Perplexity")
     ppl.set_xlabel("Step")
-    _stages(axes, next(iter(runs.values())))
-    if len(runs) == 1:
-        layer_key(figure, range(len(next(iter(runs.values()))[0]["sparsity"])))
+    _stages(axes, log)
+    layer_key(figure, range(len(log[0]["sparsity"])))
     return figure
 
 
-def _run_styles(count: int) -> list[Look]:
-    """Return a style for each run: black where colours stand for layers."""
-    return line_styles(count) if count > 1 else [{"color": INK}]
-
-
-def _sparsity(axes: Axes, runs: Mapping[str, Log]) -> None:
-    """Draw the mean of each run; of a single one its layers too."""
-    means = {name: _trained(log) for name, log in runs.items()}
-    if len(runs) == 1:
-        (steps, values) = next(iter(means.values()))
-        for column, line in zip(values.T, line_styles(values.shape[1]), strict=True):
-            axes.plot(steps, column, **line)
-        axes.plot(steps, values.mean(axis=1), color=INK, lw=2.2, label="mean")
-    else:
-        for (name, (steps, values)), line in zip(
-            means.items(), _run_styles(len(means)), strict=True
-        ):
-            axes.plot(steps, values.mean(axis=1), label=name, **line)
+def _sparsity(axes: Axes, log: Log) -> None:
+    """Draw each layer and their mean, from the training lines, from all if none trains."""
+    lines = [entry for entry in log if "ppl" not in entry] or log
+    steps, values = [e["step"] for e in lines], 100 * np.array([e["sparsity"] for e in lines])
+    for column, line in zip(values.T, line_styles(values.shape[1]), strict=True):
+        axes.plot(steps, column, **line)
+    axes.plot(steps, values.mean(axis=1), color=INK, lw=2.2, label="mean")
     axes.set_ylabel("Activation sparsity, %")
     axes.legend(loc="lower right")
-
-
-def _trained(log: Log) -> tuple[Any, Any]:
-    """Return steps and (steps, layers) per cent of the training lines, all lines if none trains."""
-    lines = [entry for entry in log if "ppl" not in entry] or log
-    return [e["step"] for e in lines], 100 * np.array([e["sparsity"] for e in lines])
 
 
 def _points(log: Log, key: str) -> tuple[list[int], list[float]]:
     return [entry["step"] for entry in log], [entry[key] for entry in log]
 
 
-def _factor_scale(axes: Axes) -> None:
+def _factor_scale(axes: Axes, largest: float) -> None:
     axes.set_ylabel("λ")
-    values = [np.asarray(line.get_ydata(), float).max() for line in axes.get_lines()]
-    largest = float(max(values, default=0.0))
     if largest > 0:
         axes.set_yscale("symlog", linthresh=_FLOOR * largest)
     axes.set_ylim(bottom=0)

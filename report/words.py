@@ -1,14 +1,19 @@
-"""The answer in a sentence: is it faster, than what, by how much, at what quality; and of runs."""
+"""What the page says in words: numbers, the answer in a sentence, and warnings.
+
+The answer: is it faster, than what, by how much, at what quality. Bytes are `common.units.size`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from report.formats import per_cent, ratio, tokens_per_second
 from report.runs import Run
 from results.bench import Arm, Bench
 from results.documents import Ratio
+
+NOTHING = "–"
+_LONGEST = 4000
 
 ARM_TITLES = {
     "predicted": "predicted neurons",
@@ -31,6 +36,36 @@ _ALIKE = {
 }
 
 
+def per_cent(share: float) -> str:
+    """Return a share in per cent, without the sign, as model cards have it."""
+    return f"{100 * share:.2f}"
+
+
+def signed_per_cent(share: float) -> str:
+    """Return a change in per cent, with sign."""
+    text = f"{100 * share:+.2f}\xa0%".replace("-", "−")
+    return text[1:] if text[1:].startswith("0.00") else text
+
+
+def tokens_per_second(value: float) -> str:
+    """Return tokens per second, three digits or more."""
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def ratio(value: float) -> str:
+    """Return how many times as much."""
+    return f"{value:.2f}"
+
+
+def visible(text: str) -> str:
+    """Escape what cannot be seen: control characters, turns of writing direction, half surrogates.
+
+    Otherwise a hostile name could show another text than it holds.
+    """
+    kept = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+    return "".join(c if c.isprintable() or c in "\n\t\xa0" else ascii(c)[1:-1] for c in kept)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What a benchmark shows.
@@ -38,13 +73,11 @@ class Verdict:
     Attributes:
         outcome: `faster`, `slower` or `even`.
         ratio: times as fast, as text.
-        against: what it is compared with.
         sentence: all of it.
     """
 
     outcome: str
     ratio: str
-    against: str
     sentence: str
 
 
@@ -79,7 +112,6 @@ def verdict(bench: Bench) -> Verdict | None:
     return Verdict(
         outcome=outcome,
         ratio=ratio(faster.ratio),
-        against=_AGAINST[over.name],
         sentence="".join(words),
     )
 
