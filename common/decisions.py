@@ -48,15 +48,11 @@ class DecisionCounts:
         token reads relative to dense: (predictor bytes + predicted-active share × FFN bytes) /
         FFN bytes.
 
-        Args:
-            rank: hidden units of the predictor.
-            d_model: hidden size.
-            d_ff: neurons of the layer.
-            ffn_matrices: matrices of the FFN, 3 if gated, else 2.
-            predictor_width: bytes of a predictor's weight relative to one of the FFN.
+        The arguments are those of `predictor_share`.
         """
         predicted = self.predicted / self.decisions
-        predictor = predictor_width * rank * (d_model + d_ff) / (ffn_matrices * d_model * d_ff)
+        sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
+        predictor = predictor_share(rank, predictor_width=predictor_width, **sizes)
         return {
             "activation_sparsity": 1 - self.active / self.decisions,
             "activation_recall": self.hits / self.active if self.active else 1.0,
@@ -64,6 +60,21 @@ class DecisionCounts:
             "predicted_sparsity": 1 - predicted,
             "ffn_bytes_ratio": predictor + predicted,
         }
+
+
+def predictor_share(
+    rank: int, *, d_model: int, d_ff: int, ffn_matrices: int, predictor_width: float
+) -> float:
+    """Return the bytes of a predictor relative to its FFN.
+
+    Args:
+        rank: hidden units of the predictor.
+        d_model: hidden size.
+        d_ff: neurons of the layer.
+        ffn_matrices: matrices of the FFN, 3 if gated, else 2.
+        predictor_width: bytes of a predictor's weight relative to one of the FFN.
+    """
+    return predictor_width * rank * (d_model + d_ff) / (ffn_matrices * d_model * d_ff)
 
 
 def mean_metrics(layers: list[dict[str, float]]) -> dict[str, float]:

@@ -230,19 +230,14 @@ class PredictorArtifact:
         epochs: Sequence[Epoch] = (),
     ) -> None:
         """Commit a layer: first its file, then the index that counts it."""
-        self._write(layer, vars(predictor))
+        self._save(self._file(layer), vars(predictor))
         self.layers[layer] = metrics
         self.epochs[layer] = tuple(epochs)
         self.write_header()
 
-    def _write(self, layer: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_bytes(self._file(layer), save(whole))
-
     def add_curves(self, layer: int, curves: Mapping[str, torch.Tensor]) -> None:
         """Keep what was measured at a layer's thresholds, before the layer itself is committed."""
-        whole = {name: tensor.contiguous() for name, tensor in curves.items()}
-        write_bytes(self._curves_file(layer), save(whole))
+        self._save(self._curves_file(layer), curves)
 
     def curves(self, layer: int) -> dict[str, torch.Tensor]:
         """Read what `add_curves` kept.
@@ -256,7 +251,8 @@ class PredictorArtifact:
         """Give every layer's neurons their own thresholds, (d_ff,) float32 each, of one sign."""
         self.header = replace(self.header, threshold=float(sign))
         for layer, values in thresholds.items():
-            self._write(layer, self._load(self._file(layer)) | {"thresholds": values})
+            file = self._file(layer)
+            self._save(file, self._load(file) | {"thresholds": values})
         self.write_header()
 
     def layer(self, layer: int, *, folded: bool = True) -> LayerPredictor:
@@ -309,6 +305,9 @@ class PredictorArtifact:
                 f"{self.path}/predictors.json: no rank of layer {layer}", TRAIN_AGAIN
             )
         return rank
+
+    def _save(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
         try:

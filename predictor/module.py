@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from common.decisions import predictor_share
 from common.errors import PredictorError
 
 _TYPES = {"f16": (1.0, 1), "q4_0": (18 / 64, 64)}
@@ -106,5 +107,5 @@ class PredictorType:
 
     def relative(self, rank: int, *, d_model: int, d_ff: int, ffn_matrices: int) -> float:
         """Return the bytes of a predictor relative to its FFN in float16."""
-        weights = self.stored_rank(rank) * (d_model + d_ff)
-        return self.width * weights / (ffn_matrices * d_model * d_ff)
+        sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
+        return predictor_share(self.stored_rank(rank), predictor_width=self.width, **sizes)

@@ -26,7 +26,7 @@ _TINY = 1e-20
 
 @dataclass(frozen=True)
 class LayerRows:
-    """Rows of one layer in one piece: those of a shard file, mapped, or rows in memory.
+    """Rows of one layer in one piece: those of a shard file, mapped.
 
     Attributes:
         inputs: (rows, d_model) float16 or bfloat16, the predictor's input.

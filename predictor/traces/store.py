@@ -85,7 +85,12 @@ class TraceStore:
     @property
     def documents(self) -> int:
         """Documents with at least one row."""
-        return len({number for number, _ in self._segments()})
+        return len({number for number, _ in self.segments})
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Document number and rows of each run of rows of one document, in order."""
+        return [segment for shard in self.progress.shards for segment in shard.segments]
 
     @property
     def identity(self) -> str:
@@ -258,16 +263,7 @@ class TraceStore:
                 "least 2",
                 "collect from more documents or more --tokens",
             )
-        return hold_out(list(self._segments()), share, seed)
-
-    def held_documents(self, share: float, seed: int) -> set[int]:
-        """Return the numbers of the documents that `holdout` holds out."""
-        return choose_documents(list(self._segments()), share, seed)
-
-    def _segments(self) -> Iterator[Sequence[int]]:
-        """Yield document number and rows of each run of rows, in order."""
-        for shard in self.progress.shards:
-            yield from shard.segments
+        return hold_out(self.segments, share, seed)
 
 
 def choose_documents(segments: Sequence[Sequence[int]], share: float, seed: int) -> set[int]:

@@ -44,7 +44,9 @@ def choose_ranks(trainer: LayerTrainer, layers: Sequence[int], weight: float) ->
         def work(layer: int, go_on: Callable[[], None]) -> dict[int, Curves]:
             return _scout(trainer, layer, ranks, go_on, bar)
 
-        curves = dict(several_at_once(work, layers, trainer.jobs(len(layers))))
+        found = several_at_once(work, layers, trainer.jobs(len(layers)))
+        # In the layers' order, whichever was ready first.
+        curves = dict(sorted(found, key=lambda made: made[0]))
     cost = partial(
         PredictorType(trainer.config.predictor_type).relative,
         d_model=header.d_model,

@@ -22,7 +22,7 @@ from predictor.module import PredictorType
 from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
 from predictor.traces.packing import RANKING_BITS
-from predictor.traces.store import TraceStore
+from predictor.traces.store import TraceStore, choose_documents
 from predictor.training.layer import LayerResult, LayerTrainer
 from predictor.training.ranks import choose_ranks
 from predictor.training.settings import (
@@ -307,7 +307,7 @@ def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> Predi
             "made of",
             "pass that one as --model",
         )
-    held = store.held_documents(config.holdout, config.seed)
+    held = choose_documents(store.segments, config.holdout, config.seed)
     windows = held_out_windows(
         store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens
     )
