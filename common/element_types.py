@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from common.decisions import predictor_share
+
 
 @dataclass(frozen=True, kw_only=True)
 class ElementType:
@@ -35,8 +37,13 @@ class ElementType:
         return self.block_bytes / (2 * self.block)
 
     def padded(self, length: int) -> int:
-        """Return the length of a row as it is stored."""
+        """Return the length of a row as it is stored, such as a predictor's rank."""
         return length + -length % self.row_multiple
+
+    def relative(self, rank: int, *, d_model: int, d_ff: int, ffn_matrices: int) -> float:
+        """Return the bytes of a predictor of this type relative to its FFN in float16."""
+        sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
+        return predictor_share(self.padded(rank), predictor_width=self.width, **sizes)
 
 
 ELEMENT_TYPES = {

@@ -6,18 +6,9 @@ below the threshold (ggml.c:ggml_compute_forward_mul_mat_sparse).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from torch.nn.functional import linear
-
-from common.decisions import predictor_share
-from common.errors import PredictorError
-
-_TYPES = {"f16": (1.0, 1), "q4_0": (18 / 64, 64)}
-"""Bytes of a weight relative to float16 (Q4_0 stores 32 in 18 bytes), and what export pads ranks to
-a multiple of (see `gguf_export.pwri.element_types`)."""
 
 
 class Predictor(nn.Module):
@@ -72,40 +63,3 @@ def logits_of(predictor: Predictor, inputs: torch.Tensor) -> torch.Tensor:
 def decide(predictor: Predictor, inputs: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return (rows, d_ff) bool for inputs (rows, d_model): true unless logit < threshold."""
     return predictor.forward(inputs).lt(threshold).logical_not()
-
-
-@dataclass(frozen=True)
-class PredictorType:
-    """The element type that predictors will be exported in, and the bytes that they take.
-
-    Attributes:
-        name: `f16` or `q4_0`.
-    """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        """Refuse other types."""
-        if self.name not in _TYPES:
-            raise PredictorError(
-                f"predictor type {self.name!r}: expected one of {', '.join(_TYPES)}"
-            )
-
-    @property
-    def fine(self) -> bool:
-        """Whether small differences of large numbers survive, as offsets by a constant need."""
-        return self.name == "f16"
-
-    @property
-    def width(self) -> float:
-        """Bytes of a weight relative to one of the FFN in float16."""
-        return _TYPES[self.name][0]
-
-    def stored_rank(self, rank: int) -> int:
-        """Return the rank in the file, padded."""
-        return rank + -rank % _TYPES[self.name][1]
-
-    def relative(self, rank: int, *, d_model: int, d_ff: int, ffn_matrices: int) -> float:
-        """Return the bytes of a predictor relative to its FFN in float16."""
-        sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
-        return predictor_share(self.stored_rank(rank), predictor_width=self.width, **sizes)

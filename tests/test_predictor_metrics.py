@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from common.decisions import DecisionCounts
+from common.element_types import ELEMENT_TYPES
 from predictor.artifact import LayerPredictor
-from predictor.module import Predictor, PredictorType, logits_of
+from predictor.module import Predictor, logits_of
 from predictor.reporting.metrics import (
     LayerMeasurement,
     average_precision,
@@ -29,7 +30,7 @@ INPUTS = torch.tensor([[1.0, 0], [0, 4], [9, 9]])
 
 IMPORTANCE = torch.tensor([[4.0, 2, 0, 0], [0, 0, 1, 4], [0, 0, 0, 16]])
 HELD = torch.tensor([0, 1])
-F16 = PredictorType("f16")
+F16 = ELEMENT_TYPES["f16"]
 
 
 def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> LabelledRows:
@@ -68,8 +69,8 @@ def test_every_metric_by_hand() -> None:
         "activation_recall": pytest.approx(2 / 4),
         "precision": pytest.approx(2 / 5),
         "predicted_sparsity": pytest.approx(1 - 5 / 8),
-        # Predictor 2 · (2 + 4) of the FFN's 3 · 2 · 4.
-        "ffn_bytes_ratio": pytest.approx(12 / 24 + 5 / 8),
+        # 2 units are stored as 32: 32 · (2 + 4) of the FFN's 3 · 2 · 4.
+        "ffn_bytes_ratio": pytest.approx(32 * 6 / 24 + 5 / 8),
         # At logits 4, 1, -1, -4, where recall grows: 1 of 2, 2 of 3, 3 of 7, 4 of 8 are active.
         "average_precision": pytest.approx((1 / 2 + 2 / 3 + 3 / 7 + 4 / 8) / 4),
         # Skipped: 2 of the first token, 4 of the second; ‖x‖² is 1 and 16.
@@ -90,7 +91,7 @@ def test_a_narrow_predictor_and_an_ungated_ffn_change_bytes_alone() -> None:
     rows = rows_of(INPUTS, IMPORTANCE)
     plain = measure(rows).metrics
     # 2 units become 64, of 18 bytes in 64 a weight.
-    other = measure(rows, element=PredictorType("q4_0"), ffn_matrices=2).metrics
+    other = measure(rows, element=ELEMENT_TYPES["q4_0"], ffn_matrices=2).metrics
     assert other.pop("ffn_bytes_ratio") == pytest.approx(18 / 64 * 64 * 6 / 16 + 5 / 8)
     plain.pop("ffn_bytes_ratio")
     assert other == plain

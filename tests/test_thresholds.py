@@ -14,11 +14,12 @@ import torch
 from conftest import make_export, refused
 
 from common.decisions import DecisionCounts
+from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
-from predictor.module import Predictor, PredictorType, logits_of
+from predictor.module import Predictor, logits_of
 from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import Quality
 from predictor.traces.rows import LabelledRows
@@ -155,7 +156,7 @@ def test_points_without_a_finite_perplexity_are_kept_as_not_measured(
     artifact = PredictorArtifact.open(Path(shutil.copytree(calibrated.path, tmp_path / "p")))
     model: Any = Model()
     bound = Bound(max_ppl_gap=0.5)
-    choose_thresholds(artifact, bound, PredictorType("f16"), 3, lambda: model)
+    choose_thresholds(artifact, bound, ELEMENT_TYPES["f16"], 3, lambda: model)
     assert PredictorArtifact.open(artifact.path).search == artifact.search
     gaps = [point.ppl_gap for point in artifact.search]
     assert gaps.count(None) == 1

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from common.decisions import DecisionCounts
+from common.element_types import ElementType
 from predictor.artifact import LayerPredictor
-from predictor.module import Predictor, PredictorType, logits_of
+from predictor.module import Predictor, logits_of
 from predictor.traces.rows import LabelledRows
 
 DECISIONS_AT_ONCE = 2**22
@@ -180,7 +181,7 @@ def measure_predictor(
     layer: int,
     threshold: float,
     ffn_matrices: int,
-    element: PredictorType,
+    element: ElementType,
     seed: int,
     at_once: int = DECISIONS_AT_ONCE,
 ) -> LayerMeasurement:
@@ -222,7 +223,7 @@ def measure_predictor(
     curve = _sweep(net, rows, torch.split(held, batch), threshold)
     chosen, rank = curve.position(threshold), len(predictor.fc1)
     metrics = curve.counts(chosen).metrics(
-        rank=element.stored_rank(rank),
+        rank=element.padded(rank),
         d_model=predictor.fc1.shape[1],
         d_ff=rows.d_ff,
         ffn_matrices=ffn_matrices,

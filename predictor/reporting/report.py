@@ -22,13 +22,13 @@ import torch
 from tqdm import tqdm
 
 from common.decisions import mean_metrics
+from common.element_types import ELEMENT_TYPES, ElementType
 from common.errors import PredictorError
 from common.files import atomic_directory, refuse_existing
 from common.hot_neurons import SHARES, hot_neuron_curve
 from common.typed_json import parse, plain
 from common.version import tool_version
 from predictor.artifact import PredictorArtifact
-from predictor.module import PredictorType
 from predictor.reporting.metrics import LayerMeasurement, measure_predictor, sample_rows
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -77,7 +77,7 @@ def report_predictors(
         PspError: traces of another collection, no finished layer in them, or existing output.
     """
     refuse_existing(out, force=force, marker=PREDICTORS.name)
-    measured = measure_predictors(store, artifact, PredictorType(predictor_type))
+    measured = measure_predictors(store, artifact, ELEMENT_TYPES[predictor_type])
     header = artifact.header
     report = make_report(
         measured,
@@ -95,7 +95,7 @@ def report_predictors(
 
 
 def measure_predictors(
-    store: TraceStore, artifact: PredictorArtifact, element: PredictorType
+    store: TraceStore, artifact: PredictorArtifact, element: ElementType
 ) -> list[LayerMeasurement]:
     """Measure every finished layer that the traces hold, one in memory at a time.
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from common.element_types import ElementType
 from common.errors import PredictorError
 from common.typed_json import parse, plain
 from predictor.artifact import PredictorArtifact, fold_rows
-from predictor.module import Predictor, PredictorType
+from predictor.module import Predictor
 from predictor.thresholds.curves import Curves, LayerCurves, OperatingPoint
 from predictor.thresholds.predicted_model import PredictedModel, Quality
 from results.predictors import SearchPoint
@@ -62,7 +63,7 @@ class Bound:
 def choose_thresholds(
     artifact: PredictorArtifact,
     bound: Bound,
-    stored: PredictorType,
+    stored: ElementType,
     ffn_matrices: int,
     open_model: Callable[[], PredictedModel],
 ) -> None:
@@ -95,7 +96,7 @@ def choose_thresholds(
         chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
     for n, point in chosen.points.items():
         counts = layers[n].holdout.counts(point.steps, layers[n].active)
-        rank = stored.stored_rank(artifact.rank(n))
+        rank = stored.padded(artifact.rank(n))
         metrics = counts.metrics(rank=rank, predictor_width=stored.width, **sizes)
         error = layers[n].holdout.choose(point.steps).error
         artifact.layers[n] = {**metrics, "ffn_output_error": error}

@@ -10,9 +10,10 @@ from dataclasses import astuple, dataclass
 import torch
 
 from common.decisions import DecisionCounts
+from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from predictor.artifact import Epoch, LayerPredictor
-from predictor.module import Predictor, PredictorType, decide, to_half
+from predictor.module import Predictor, decide, to_half
 from predictor.thresholds.choose import Bound
 from predictor.thresholds.curves import LayerCurves, measure_layer
 from predictor.traces.rows import LabelledRows
@@ -280,9 +281,9 @@ class LayerTrainer:
         predictor: Predictor,
         epochs: Sequence[Epoch],
     ) -> LayerResult:
-        header, element = self.store.header, PredictorType(self.config.predictor_type)
+        header, element = self.store.header, ELEMENT_TYPES[self.config.predictor_type]
         metrics = evaluate(predictor, rows, self.holdout).metrics(
-            rank=element.stored_rank(rank),
+            rank=element.padded(rank),
             d_model=header.d_model,
             d_ff=header.d_ff,
             ffn_matrices=header.ffn_matrices,

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from common.element_types import ELEMENT_TYPES
 from common.overlap import several_at_once
-from predictor.module import PredictorType, to_half
+from predictor.module import to_half
 from predictor.thresholds.choose import best_ranks
 from predictor.thresholds.curves import Curves, mean_positive, trace_curves
 from predictor.training.layer import LayerTrainer, train_layer
@@ -48,7 +49,7 @@ def choose_ranks(trainer: LayerTrainer, layers: Sequence[int], weight: float) ->
         # In the layers' order, whichever was ready first.
         curves = dict(sorted(found, key=lambda made: made[0]))
     cost = partial(
-        PredictorType(trainer.config.predictor_type).relative,
+        ELEMENT_TYPES[trainer.config.predictor_type].relative,
         d_model=header.d_model,
         d_ff=header.d_ff,
         ffn_matrices=header.ffn_matrices,

@@ -13,12 +13,12 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import check_device
 from architectures.windows import LEAST_TOKENS
+from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.overlap import several_at_once
 from cost_model.hardware import load_hardware
 from predictor.artifact import Epoch, PredictorArtifact, PredictorHeader
-from predictor.module import PredictorType
 from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
 from predictor.traces.packing import RANKING_BITS
@@ -68,7 +68,7 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
         choose_thresholds(
             artifact,
             trainer.bound,
-            PredictorType(config.predictor_type),
+            ELEMENT_TYPES[config.predictor_type],
             store.header.ffn_matrices,
             lambda: _held_out_model(config, store, note),
         )
@@ -87,7 +87,7 @@ def _predictor_weight(config: TrainConfig, note: Note) -> float:
 
 def _trainer(config: TrainConfig, store: TraceStore) -> LayerTrainer:
     recipe = RECIPES[config.recipe]
-    if not PredictorType(config.predictor_type).fine:
+    if not ELEMENT_TYPES[config.predictor_type].fine:
         recipe = recipe.with_pairs()
     if recipe.name == DEJAVU.name and config.rank == AUTO:
         config = replace(config, rank=published_rank(store.header.d_model))

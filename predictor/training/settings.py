@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from common.element_types import ELEMENT_NAMES
 from common.errors import PredictorError
 from common.settings import Force, Option, Resume, Seed, check_settings, layers_option
 
@@ -185,7 +186,7 @@ class TrainConfig:
     ] = None
     predictor_type: Annotated[
         str,
-        Option("Type that will be exported, by which bytes are counted.", choices=("f16", "q4_0")),
+        Option("Type that will be exported, by which bytes are counted.", choices=ELEMENT_NAMES),
     ] = "f16"
     model: Annotated[
         str | None, Option("To measure with.", "DIR|HUB_ID", unset="the traces' own")
