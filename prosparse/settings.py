@@ -186,13 +186,14 @@ class SparsityConfig:
         Raises:
             SparsityError: naming it.
         """
+        check_settings(self, SparsityError)
         for threshold in self.thresholds:
             if not 0 <= threshold < math.inf:
                 raise SparsityError(
                     f"--thresholds: {threshold:g} is no threshold of FATReLU",
                     "pass finite numbers of 0 (ReLU) or more",
                 )
-        if self.max_ppl_gap is not None and not 0 < self.max_ppl_gap < math.inf:
+        if self.max_ppl_gap == math.inf:
             raise SparsityError(
                 f"--max-ppl-gap is {self.max_ppl_gap:g}, expected a finite number above 0",
                 "1% allows perplexity to grow by a hundredth",

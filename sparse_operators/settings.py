@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from common.settings import Device, ModelName, Option, Seed, Threads, fraction_of
+from common.errors import SettingsError
+from common.settings import Device, ModelName, Option, Seed, Threads, check_settings, fraction_of
 
 SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
 """Hidden size and neurons of LLaMA-2."""
@@ -78,6 +79,10 @@ class OperatorBenchConfig:
         bool, Option("First measure how this GPU runs the kernels best, and keep it for later.")
     ] = False
 
+    def __post_init__(self) -> None:
+        """Refuse settings that measure nothing."""
+        check_settings(self, SettingsError)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -100,3 +105,7 @@ class GenerateConfig:
         Option("Type to run in; auto: float32 on the CPU, else the checkpoint's.", choices=DTYPES),
     ] = "auto"
     threads: Threads = 1
+
+    def __post_init__(self) -> None:
+        """Refuse settings that measure nothing."""
+        check_settings(self, SettingsError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from conftest import refused
 
 from commands.options import settings_options
-from common.errors import DataError
+from common.errors import DataError, PspError
 from common.settings import (
     Option,
     check_settings,
@@ -161,3 +162,19 @@ def test_every_setting_of_a_command_says_what_it_is(kind: type) -> None:
         assert option.argument or option.help.endswith((".", "]")), name
     for field in fields(kind):
         assert field.name in options or field.default is not MISSING
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: GenerateConfig(model="m", count=1), "-n is 1, expected a number of at least 2"),
+        (lambda: OperatorBenchConfig(dtype="int8"), "--dtype is 'int8'"),
+        (lambda: SparsityConfig(model="m", data="d", tokens=1), "--tokens is 1"),
+        (lambda: VerifyConfig(file=Path("f"), max_ppl_gap=0.0), "--max-ppl-gap is 0"),
+        (lambda: QuickstartConfig(size="vast"), "--size is 'vast'"),
+        (lambda: SplitConfig(file=Path("f"), vram_budget="1GiB", context=0), "--ctx is 0"),
+    ],
+)
+def test_settings_of_commands_hold_their_limits(make: Callable[[], object], said: str) -> None:
+    with refused(PspError, said):
+        make()

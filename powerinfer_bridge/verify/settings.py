@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from common.settings import ModelFile, Option
+from common.errors import SettingsError
+from common.settings import ModelFile, Option, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +21,7 @@ class VerifyConfig:
         float | None,
         Option("With --model: largest perplexity gap that passes, a fraction.", above=0),
     ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no file can pass."""
+        check_settings(self, SettingsError)
