@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 Document = dict[str, Any]
-SPEEDS = {
-    "predicted": 16.3,
-    "all_neurons": 7.9,
-    "dense_powerinfer": 8.4,
-    "dense_llama_cpp": 9.1,
-}
+SPEEDS = {"predicted": 16.3, "all_neurons": 7.9, "dense_powerinfer": 8.4, "dense_llama_cpp": 9.1}
 _GIB = 2**30
 MACHINE: Document = {
     "cpu": "Imaginary CPU @ 3.00GHz",
