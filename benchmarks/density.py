@@ -39,7 +39,7 @@ from results.bench import (
     Bench,
 )
 from results.density import DENSITY, Density, Point, Shape
-from results.documents import Speed
+from results.parts import Speed
 
 _ARMS = ("predicted", "all_neurons", "dense", "dense_llama_cpp")
 """Arms of a point, in the table's order."""

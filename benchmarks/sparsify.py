@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.shared import print_line
-from prosparse.journal import read_log
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
+from prosparse.training_log import read_log
 from quickstart.model import Corpus, build_model, train_tokenizer, write_corpus
 from quickstart.settings import SIZES, Size
 from report.figures.style import ACCENT, DARK, GREY, MIDDLE, new_figure, save, style

@@ -28,9 +28,9 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     For several GPUs start it with accelerate launch. Then psp sparsity measures the result.
     """
     from common.table import fact_table, layer_table
-    from prosparse.journal import read_log
     from prosparse.training import is_main_process
     from prosparse.training import sparsify as run
+    from prosparse.training_log import read_log
     from report.figures.training_curves import draw_training
 
     result = run(config, note)

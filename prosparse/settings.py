@@ -121,7 +121,7 @@ class SparsifyConfig:
 
     @property
     def log(self) -> Path:
-        """JSON lines, see `prosparse.journal`."""
+        """JSON lines, see `prosparse.training_log`."""
         return self.training / "log.jsonl"
 
     def step_windows(self, processes: int) -> int:

@@ -2,7 +2,7 @@
 
 The output directory is an ordinary Hugging Face checkpoint, written last. Beside it `training/`
 holds the packed windows, checkpoints to resume from, TensorBoard's files (`runs/`) and `log.jsonl`,
-whose lines `prosparse.journal` describes. Several GPUs, FSDP and DeepSpeed are accelerate's
+whose lines `prosparse.training_log` describes. Several GPUs, FSDP and DeepSpeed are accelerate's
 business: start the command with `accelerate launch`.
 """
 
@@ -215,8 +215,8 @@ def make_trainer(
     """Return the Trainer with the L1 term, ready to run."""
     from transformers import PrinterCallback, default_data_collator
 
-    from prosparse.journal import Journal
     from prosparse.trainer import KeepGood, SparsityTrainer
+    from prosparse.training_log import Journal
 
     model: nn.Module = loaded.causal_lm
     trainer = SparsityTrainer(
@@ -235,7 +235,7 @@ def make_trainer(
 
 
 def _result(config: SparsifyConfig) -> dict[str, Any]:
-    from prosparse.journal import last_evaluation, read_log
+    from prosparse.training_log import last_evaluation, read_log
 
     last = last_evaluation(read_log(config.log))
     layers = last["sparsity"]

@@ -32,8 +32,8 @@ from report.words import (
 )
 from results.bench import BENCH, Arm, Bench
 from results.density import DENSITY
-from results.documents import METRICS
 from results.estimate import ESTIMATE
+from results.parts import METRICS
 from results.predictors import PREDICTORS, PredictorReport
 
 Row = list[str]

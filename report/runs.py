@@ -11,8 +11,8 @@ from typing import TypeVar
 from common.errors import ResultError
 from results.bench import BENCH, Bench
 from results.density import DENSITY, Density
-from results.documents import HotNeurons, Layer, ResultFile
 from results.estimate import ESTIMATE, Estimate
+from results.parts import HotNeurons, Layer, ResultFile
 from results.predictors import PREDICTORS, PredictorReport, SearchPoint
 
 Document = TypeVar("Document")

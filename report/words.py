@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from report.runs import Run
 from results.bench import Arm, Bench
-from results.documents import Ratio
+from results.parts import Ratio
 
 NOTHING = "–"
 _LONGEST = 4000

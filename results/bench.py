@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Final, Literal
 
 from common.typed_json import AtLeastOne, Count, Misfit, Positive, Range, Share
-from results.documents import (
+from results.parts import (
     Amount,
     HotNeurons,
     Layer,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from common.typed_json import LEFT_OUT, AtLeastOne, Count, Range, Share
-from results.documents import MachineFacts, Ratio, ResultFile, Speed, Speeds
+from results.parts import MachineFacts, Ratio, ResultFile, Speed, Speeds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from common.typed_json import Count, Positive, Share
 from cost_model.calibration import Prediction
 from cost_model.hardware import Hardware
 from cost_model.model_bytes import Activity
-from results.documents import Amount, ResultFile
+from results.parts import Amount, ResultFile
 
 
 @dataclass(frozen=True, kw_only=True)

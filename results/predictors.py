@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from common.typed_json import LEFT_OUT, AtLeastOne, Count, Range, Share
-from results.documents import Amount, HotNeurons, Layer, Metrics, ResultFile
+from results.parts import Amount, HotNeurons, Layer, Metrics, ResultFile
 
 
 @dataclass(frozen=True, kw_only=True)

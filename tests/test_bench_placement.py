@@ -31,7 +31,7 @@ from powerinfer_bridge.benchmark.placement import (
 )
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.programs.sample import ProgramFacts
-from results.documents import METRICS, Layer
+from results.parts import METRICS, Layer
 
 ROOM = 64
 

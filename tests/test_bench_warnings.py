@@ -30,7 +30,7 @@ from results.bench import (
     Continuations,
     Warned,
 )
-from results.documents import GpuFacts, MachineFacts, Ratio
+from results.parts import GpuFacts, MachineFacts, Ratio
 
 MADE = parse(Bench, made_up_results.bench())
 CARD = GpuFacts(name="card", memory_bytes=24 * GIB)

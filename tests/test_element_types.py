@@ -27,9 +27,9 @@ from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
 from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig, SplitConfig
+from powerinfer_bridge.engine.arithmetic import rounded, to_q8_0, to_q8_k
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.operators import rounded, to_q8_0, to_q8_k
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verify.verification import verify

@@ -10,7 +10,7 @@ import pytest
 from click.testing import Result
 from conftest import ModelMaker
 
-from prosparse.journal import read_log
+from prosparse.training_log import read_log
 
 pytestmark = pytest.mark.usefixtures("trainer_is_imported")
 Run = Callable[..., Result]

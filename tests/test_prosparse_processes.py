@@ -25,7 +25,7 @@ from conftest import ModelMaker
 from safetensors.torch import load_file
 
 from architectures.checkpoint import Checkpoint
-from prosparse.journal import read_log
+from prosparse.training_log import read_log
 
 ROOT = Path(__file__).parents[1]
 STAGES = """stages:

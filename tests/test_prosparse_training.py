@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.errors import CheckpointError, DataError, OutputError, PspError, SparsityError
-from prosparse.journal import last_evaluation, read_log
 from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.texts import WindowSet, window_sets
 from prosparse.trainer import SparsifyError
 from prosparse.training import sparsify
+from prosparse.training_log import last_evaluation, read_log
 
 pytestmark = pytest.mark.usefixtures("trainer_is_imported")
 ROOT = Path(__file__).parents[1]

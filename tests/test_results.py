@@ -16,8 +16,8 @@ from made_up_results import Document, bench, density, estimate, predictor_report
 from common.errors import ResultError
 from results.bench import BENCH, Bench, round_speeds
 from results.density import DENSITY
-from results.documents import ResultFile
 from results.estimate import ESTIMATE
+from results.parts import ResultFile
 from results.predictors import PREDICTORS
 
 MADE: dict[str, tuple[ResultFile[Any], Callable[[], Document]]] = {

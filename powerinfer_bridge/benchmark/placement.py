@@ -27,7 +27,7 @@ from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.programs.sample import ProgramFacts
 from results.bench import BenchLayer, Device, Placement
-from results.documents import HotNeurons, Layer
+from results.parts import HotNeurons, Layer
 
 _PARTS: dict[Role, str] = {
     "embedding": "embedding",

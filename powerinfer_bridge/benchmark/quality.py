@@ -17,7 +17,7 @@ from powerinfer_bridge.benchmark.journal import Journal
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
-from results.documents import METRICS, Layer, Metrics
+from results.parts import METRICS, Layer, Metrics
 
 
 @dataclass(frozen=True, kw_only=True)

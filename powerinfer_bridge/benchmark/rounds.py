@@ -34,7 +34,7 @@ from results.bench import (
     SampleRow,
     round_speeds,
 )
-from results.documents import Ratio, RatioOver
+from results.parts import Ratio, RatioOver
 
 Run = Callable[[str], RunSample]
 

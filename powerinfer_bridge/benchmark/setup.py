@@ -33,7 +33,7 @@ from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import ProgramFacts
 from results.bench import Input, Versions
-from results.documents import GpuFacts, MachineFacts
+from results.parts import GpuFacts, MachineFacts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import torch
 
 from architectures.rope import RopeScaling, yarn_magnitude
 from gguf_export.pwri.hyperparameters import Hyperparameters
-from powerinfer_bridge.engine.operators import Operators, to_f16
+from powerinfer_bridge.engine.arithmetic import Operators, to_f16
 
 _FAST, _SLOW = 32, 1
 """Turns within the original context between which YaRN blends, where no option sets others

@@ -20,8 +20,8 @@ from common.errors import EngineError
 from common.machine import weight_budget
 from gguf_export.contract import OpenedFile, require_layout
 from gguf_export.pwri.hyperparameters import POSITION_OFFSET, POSITION_ROWS
+from powerinfer_bridge.engine.arithmetic import Operators, Weights, rounded
 from powerinfer_bridge.engine.attention import Attention, KVCache
-from powerinfer_bridge.engine.operators import Operators, Weights, rounded
 
 
 class Engine:

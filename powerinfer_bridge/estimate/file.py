@@ -19,8 +19,8 @@ from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD, parse_name
 from gguf_export.pwri.statistics import read_statistics
 from results.bench import Bench
-from results.documents import Metrics
 from results.estimate import PlacementFacts
+from results.parts import Metrics
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from report.figures.style import (
     save,
     style,
 )
-from results.documents import HotNeurons, Layer
+from results.parts import HotNeurons, Layer
 from results.predictors import CurvePoint, PredictorReport, SearchPoint
 
 if TYPE_CHECKING:

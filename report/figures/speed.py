@@ -22,7 +22,7 @@ from report.figures.style import (
 )
 from results.bench import Device, RoundSpeeds
 from results.density import Point
-from results.documents import Speed
+from results.parts import Speed
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
