@@ -27,8 +27,8 @@ from benchmarks.shared import (
     random_llama_7b,
 )
 from gguf_export.bundle import export
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
+from gguf_files.reader import GGUFFile
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 RANK = 1024

@@ -21,9 +21,9 @@ from common.errors import FormatError, PspError, printable
 from gguf_export.pwri.element_types import runnable
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, expected_shapes, read_hyperparameters
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY, parse_name
 from gguf_export.tokens.vocabulary import PIECES, Vocabulary, read_file_vocabulary
+from gguf_files.reader import GGUFFile
 
 RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
 """What must hold before the embedded engine can run the file."""

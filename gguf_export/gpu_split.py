@@ -26,9 +26,9 @@ from gguf_export.pwri.gpu_index import (
 )
 from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory, vram_option
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.statistics import read_statistics
 from gguf_export.settings import SplitConfig
+from gguf_files.reader import GGUFFile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from gguf import GGUFValueType
 from architectures.tensor_files import TensorFiles, is_plain
 from common.errors import PredictorError
 from common.files import read_json, write_bytes, write_json
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import FC1, FC2, THRESHOLD_KEY
 from gguf_export.pwri.statistics import (
     has_statistics,
@@ -23,6 +22,7 @@ from gguf_export.pwri.statistics import (
     read_saved,
     statistics_file,
 )
+from gguf_files.reader import GGUFFile
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
 _FETCH = "fetch the predictors again"

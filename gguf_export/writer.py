@@ -24,7 +24,7 @@ from common.files import write_error
 from common.overlap import flushed_meanwhile, made_ahead
 from common.version import tool_version
 from gguf_export.predictor_source import PredictorSource
-from gguf_export.pwri.element_types import FileTypes, data_size, encode
+from gguf_export.pwri.element_types import FileTypes, encode
 from gguf_export.pwri.schema import (
     ACTIVATION_KEY,
     DENSE_DOWN,
@@ -34,10 +34,11 @@ from gguf_export.pwri.schema import (
     FC2,
     FINGERPRINT_KEY,
     HEAD,
-    SPARSE_MAGIC,
     VERSION_KEY,
 )
 from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
+from gguf_files.elements import data_size
+from gguf_files.reader import SPARSE_MAGIC
 
 _PIECE = 1 << 20
 """Numbers that are converted at once."""

@@ -14,7 +14,15 @@ import zipfile
 from pathlib import Path
 
 ROOMS = (
-    *("architectures", "commands", "common", "gguf_export", "powerinfer_bridge", "predictor"),
+    *(
+        "architectures",
+        "commands",
+        "common",
+        "gguf_export",
+        "gguf_files",
+        "powerinfer_bridge",
+        "predictor",
+    ),
     *("cost_model", "prosparse", "quickstart", "report", "results", "sparse_operators"),
 )
 DATA = (

@@ -10,7 +10,7 @@ from conftest import TEXT, make_export
 from test_export_families import NAMES, write_model
 
 from common.typed_json import plain
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
 

@@ -18,8 +18,8 @@ from gguf_export.gpu_split import split
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import BUCKET_BYTES
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.placement import (
     PLACED_PARTS,
     NeuronFacts,

@@ -13,7 +13,7 @@ import pytest
 
 from common.typed_json import parse
 from common.units import GIB
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.placement import NeuronFacts
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.setup import DenseFile, Machine, Programs, Setup

@@ -15,8 +15,8 @@ from click.testing import Result
 from gguf import GGUFValueType
 
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.writer import ModelWriter
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.verify import verification
 
 Psp = Callable[..., Result]

@@ -13,8 +13,8 @@ from gguf import GGUFValueType
 
 from common.errors import FormatError, OutputError
 from gguf_export.bundle import Bundle, export
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 

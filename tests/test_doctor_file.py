@@ -18,8 +18,8 @@ from common.units import GIB
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import split
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_finding
 from powerinfer_bridge.doctor.finding import Finding, Status
 from powerinfer_bridge.doctor.model_files import (

@@ -21,12 +21,13 @@ from architectures.tokenizer import load_tokenizer
 from common.errors import ExportError
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import SplitResult, split
-from gguf_export.pwri.element_types import FileTypes, decode, encode, runnable
+from gguf_export.pwri.element_types import FileTypes, encode, runnable
 from gguf_export.pwri.gpu_index import GROUPS, index_path, read_gpu_index
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig, SplitConfig
+from gguf_files.elements import decode
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.arithmetic import rounded, to_q8_0, to_q8_k
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine

@@ -19,7 +19,7 @@ from common.typed_json import parse, plain
 from cost_model.model_bytes import LayerPlace, Place, on_cpu
 from cost_model.roofline import PARTS
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.estimate.file import EstimatedFile
 from powerinfer_bridge.estimate.run import estimate
 from powerinfer_bridge.estimate.settings import EstimateConfig

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from architectures.checkpoint import Checkpoint
 from common.errors import ExportError, PredictorError, PspError
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from predictor.artifact import PredictorArtifact
 
 KEYS: dict[str, tuple[Any, ...]] = {

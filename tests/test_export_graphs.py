@@ -19,9 +19,9 @@ from architectures.falcon import FALCON_40B
 from common.errors import EngineError, ExportError
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.memory_plan import BUCKET_BYTES, MemorySettings, plan_memory
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import ExportConfig
 from gguf_export.writer import group_qkv
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity

@@ -23,9 +23,9 @@ from gguf_export.gpu_split import split
 from gguf_export.predictor_source import open_predictors, read_ranks
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.pwri.inspection import inspect_file, inspection_table
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.statistics import read_statistics
 from gguf_export.settings import SplitConfig
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.verify.verification import verification_table, verify
 
 ALLOWED_SECONDS = 5.0

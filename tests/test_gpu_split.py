@@ -16,7 +16,7 @@ from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.gpu_index import GROUPS, Groups
 from gguf_export.pwri.memory_plan import MemoryPlan, MemorySettings, plan_memory
-from gguf_export.pwri.reader import GGUFFile, TensorInfo
+from gguf_files.reader import GGUFFile, TensorInfo
 
 GIB = 1024**3
 

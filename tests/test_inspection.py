@@ -15,7 +15,7 @@ from gguf import GGUFWriter
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.inspection import inspect_file, inspection_table
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 
 
 @pytest.fixture(scope="module")

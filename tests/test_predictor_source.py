@@ -24,7 +24,7 @@ from published import gated_shapes
 from common.errors import ExportError, FormatError, PredictorError
 from gguf_export.bundle import Bundle
 from gguf_export.predictor_source import open_predictors
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 
 Damage = Callable[[Path], object]
 

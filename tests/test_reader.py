@@ -14,10 +14,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile, TensorInfo, Value
+from gguf_files.reader import GGUFFile, TensorInfo, Value
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-TENSOR_F32, TENSOR_F16, TENSOR_Q4_0, TENSOR_Q4_1, TENSOR_I32 = 0, 1, 2, 3, 26
+TENSOR_F32, TENSOR_F16, TENSOR_Q4_0, TENSOR_Q8_1, TENSOR_I32 = 0, 1, 2, 9, 26
 HUGE = [2**31, 2**32, 2**62, 2**63, 2**64 - 1]
 # Far below what a lying header asks for, far above what an honest small file needs.
 ALLOWED_BYTES = 1 << 20
@@ -354,13 +354,13 @@ def test_paths_that_are_no_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_values_and_tensors_that_are_not_there_are_refused_by_name(tmp_path: Path) -> None:
-    unused = tensor(b"q", (32,), TENSOR_Q4_1, 0)
-    file = opened(tmp_path, pwri([array(b"list", F32, 0, b"")], [unused], bytes(32)))
+    unused = tensor(b"q", (32,), TENSOR_Q8_1, 0)
+    file = opened(tmp_path, pwri([array(b"list", F32, 0, b"")], [unused], bytes(40)))
     requests: list[tuple[str, Callable[[], object]]] = [
         ("key size is missing", lambda: file.value("size", GGUFValueType.UINT32)),
         ("key list is FLOAT32, expected UINT32", lambda: file.value("list", GGUFValueType.UINT32)),
         ("tensor m is missing", lambda: file.tensor("m")),
-        ("tensor q has type Q4_1", lambda: file.tensor("q")),
+        ("tensor q has type Q8_1", lambda: file.tensor("q")),
     ]
     for problem, request in requests:
         with pytest.raises(FormatError) as caught:

@@ -20,7 +20,7 @@ from architectures.rope import RopeScaling, read_rope, rope_parameters
 from common.errors import CheckpointError
 from gguf_export.bundle import Bundle
 from gguf_export.pwri.hyperparameters import read_hyperparameters
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import Rotary
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.verify.verification import verify

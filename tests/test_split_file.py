@@ -16,8 +16,8 @@ from common.errors import ExportError, FormatError, OutputError, PredictorError
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import split
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.settings import SplitConfig
+from gguf_files.reader import GGUFFile
 
 LAYERS, D_FF = 2, 1012
 # Gate, up and down row of a neuron in float16, and its number in the bucket.

@@ -16,9 +16,9 @@ from tokenizer_kinds import real_prompt_ids
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
 from gguf_export.tokens.vocabulary import Vocabulary, read_file_vocabulary
+from gguf_files.reader import GGUFFile
 
 CORPUS = [
     TEXT,

@@ -18,7 +18,7 @@ from gguf import GGUFValueType, GGUFWriter
 from common.errors import FormatError
 from common.machine import weight_budget
 from gguf_export.bundle import Bundle
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine, generate
 

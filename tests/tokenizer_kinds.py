@@ -14,9 +14,9 @@ from conftest import TEXT
 from gguf import GGUFWriter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
 from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary, read_file_vocabulary
+from gguf_files.reader import GGUFFile
 
 CORPUS = [TEXT * 20, *MIXED_TEXTS * 5]
 LLAMA_3 = (

@@ -6,36 +6,25 @@ ggml.c:ggml_compute_forward_mul_mat_axpy; ggml-cuda.cu asserts the same), so the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
+from gguf import GGMLQuantizationType, LlamaFileType, quants
 
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
 from gguf_export.pwri.schema import HEAD, POSITIONS, parse_name
+from gguf_files.elements import PLAIN
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in ELEMENT_TYPES}
 """What `--outtype` and `--predictor-type` may be."""
-
-PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
-    GGMLQuantizationType.F32: np.dtype("<f4"),
-    GGMLQuantizationType.F16: np.dtype("<f2"),
-    GGMLQuantizationType.I32: np.dtype("<i4"),
-}
-"""Types whose elements are numpy's."""
 
 _QUANTIZE = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K)
 """What PowerInfer's own `quantize` gives the head of a Q4_0 file (llama.cpp:get_k_quant_type)."""
 
 WRITABLE = {*PLAIN, *OUTTYPES.values()}
 """Types that numbers can be written in."""
-
-READABLE = {*WRITABLE, *_QUANTIZE}
-"""Types whose numbers can be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +81,6 @@ def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, .
     return both if parse_name(name).neurons else (*both, *_QUANTIZE)
 
 
-def data_size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    """Return the bytes of a tensor's data; the last dimension is a whole number of blocks."""
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    size: int = math.prod(shape) // block * block_bytes
-    return size
-
-
 def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.NDArray[np.generic]:
     """Return numbers as the file stores them.
 
@@ -115,19 +97,3 @@ def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.
         blocks: npt.NDArray[np.generic] = quants.quantize(np.ascontiguousarray(numbers), kind)
         return blocks
     return numbers.astype(PLAIN[kind], copy=False)
-
-
-def decode(
-    data: npt.NDArray[np.uint8], shape: tuple[int, ...], kind: GGMLQuantizationType
-) -> npt.NDArray[np.generic]:
-    """Return the numbers of a tensor's data, in their own type or float32 if quantised.
-
-    Args:
-        data: its bytes, (n,) uint8.
-        shape: numpy order.
-        kind: one of `READABLE`.
-    """
-    if kind in PLAIN:
-        return data.view(PLAIN[kind]).reshape(shape)
-    numbers: npt.NDArray[np.generic] = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
-    return numbers

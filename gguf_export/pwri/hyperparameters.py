@@ -14,7 +14,6 @@ from gguf import GGUFValueType
 
 from architectures.rope import RopeScaling
 from common.errors import FormatError
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import (
     ACTIVATION_THRESHOLD_KEY,
     BLOCK,
@@ -25,6 +24,7 @@ from gguf_export.pwri.schema import (
     SMALLEST_D_FF,
     THRESHOLD_KEY,
 )
+from gguf_files.reader import GGUFFile
 
 POSITION_ROWS = 2050
 """Rows of a table of learned positions, whatever a file says (llm_load_hparams, OPT)."""

@@ -11,8 +11,8 @@ import numpy as np
 from gguf import GGUFValueType
 
 from common.errors import printable
-from gguf_export.pwri.reader import GGUFFile, Value
-from gguf_export.pwri.schema import DENSE_MAGIC, FC1, SPARSE_MAGIC, VERSION, Role, parse_name
+from gguf_export.pwri.schema import FC1, Role, parse_name
+from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, VERSION, GGUFFile, Value
 
 _SHOWN_CHARACTERS = 120
 _SHOWN_ELEMENTS = 5

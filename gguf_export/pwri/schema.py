@@ -10,12 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-DENSE_MAGIC = b"GGUF"
-SPARSE_MAGIC = b"PWRI"
-"""A file that starts with these bytes is run sparsely; otherwise the layout is GGUF version 3."""
-
-VERSION = 3
-ALIGNMENT = 32
 BLOCK = 32
 """Row sizes (d_model and rank) must be multiples of this."""
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from gguf import GGUFValueType, TokenType
 
 from common.errors import DataError
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.tokens.encoders import (
     BYTE_TOKENS,
     SPACE,
@@ -23,6 +22,7 @@ from gguf_export.tokens.encoders import (
     PieceEncoder,
     characters,
 )
+from gguf_files.reader import GGUFFile
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

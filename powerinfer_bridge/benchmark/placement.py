@@ -21,9 +21,9 @@ from gguf_export.pwri.memory_plan import (
     plan_memory,
     vram_option,
 )
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import Role, parse_name
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.programs.sample import ProgramFacts
 from results.bench import BenchLayer, Device, Placement

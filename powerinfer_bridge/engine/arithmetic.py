@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 from torch.nn import functional
 
 from gguf_export.pwri.hyperparameters import Hyperparameters
-from gguf_export.pwri.reader import GGUFFile
+from gguf_files.reader import GGUFFile
 
 _Q8_0_BLOCK, _Q8_K_BLOCK = 32, 256
 

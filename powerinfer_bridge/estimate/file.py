@@ -15,9 +15,9 @@ from gguf_export.gpu_split import captured_share, choose_neurons
 from gguf_export.pwri.gpu_index import file_groups
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
-from gguf_export.pwri.reader import GGUFFile
 from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD, parse_name
 from gguf_export.pwri.statistics import read_statistics
+from gguf_files.reader import GGUFFile
 from results.bench import Bench
 from results.estimate import PlacementFacts
 from results.parts import Metrics

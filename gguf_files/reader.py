@@ -19,8 +19,14 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from common.errors import FormatError
-from gguf_export.pwri.element_types import PLAIN, READABLE, data_size, decode
-from gguf_export.pwri.schema import ALIGNMENT, DENSE_MAGIC, SPARSE_MAGIC, VERSION
+from gguf_files.elements import PLAIN, data_size, decode
+
+DENSE_MAGIC = b"GGUF"
+SPARSE_MAGIC = b"PWRI"
+"""A file that starts with these bytes PowerInfer runs sparsely; the layout is GGUF's."""
+
+VERSION = 3
+ALIGNMENT = 32
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -256,15 +262,15 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise self.error(f"tensor {name} is missing")
-        if info.kind not in READABLE:
-            raise FormatError(
-                f"{self.path}: tensor {name} has type {info.kind.name}, which PowerInfer's sparse "
-                "operators do not run",
-                "export with f16 or q4_0",
-            )
         data, shape = self._bytes[info.start : info.start + info.size], info.shape
         if rows is not None:
             if len(shape) == 1 and info.kind not in PLAIN:
                 raise self.error(f"tensor {name} is a vector of {info.kind.name}, expected F32")
             data, shape = data.reshape(shape[0], -1)[rows].reshape(-1), (len(rows), *shape[1:])
-        return decode(data, shape, info.kind)
+        try:
+            return decode(data, shape, info.kind)
+        except NotImplementedError as error:
+            raise FormatError(
+                f"{self.path}: tensor {name} has type {info.kind.name}, which cannot be read",
+                "export with f16 or q4_0",
+            ) from error
