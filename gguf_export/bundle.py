@@ -21,18 +21,12 @@ from gguf_export.predictor_source import (
 )
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.gpu_index import index_path
-from gguf_export.pwri.schema import (
-    ACTIVATION_THRESHOLD_KEY,
-    BLOCK,
-    NOTE_KEY,
-    RECIPE_KEY,
-    SMALLEST_D_FF,
-    THRESHOLD_KEY,
-)
+from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter, plan_predictors
+from gguf_files.names import ACTIVATION_THRESHOLD_KEY, NOTE_KEY, RECIPE_KEY
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,10 @@ from common.overlap import flushed_meanwhile, made_ahead
 from common.version import tool_version
 from gguf_export.predictor_source import PredictorSource
 from gguf_export.pwri.element_types import FileTypes, encode
-from gguf_export.pwri.schema import (
-    ACTIVATION_KEY,
-    DENSE_DOWN,
-    DOWN,
-    EMBEDDING,
-    FC1,
-    FC2,
-    FINGERPRINT_KEY,
-    HEAD,
-    VERSION_KEY,
-)
+from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD
 from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
 from gguf_files.elements import data_size
+from gguf_files.names import ACTIVATION_KEY, DENSE_DOWN, DOWN, FINGERPRINT_KEY, VERSION_KEY
 from gguf_files.reader import SPARSE_MAGIC
 
 _PIECE = 1 << 20

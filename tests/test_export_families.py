@@ -15,7 +15,8 @@ from families import BY_NAME, VARIANTS, Variant, Written, write
 
 from architectures.registry import ARCHITECTURES
 from architectures.tokenizer import load_tokenizer
-from gguf_export.pwri.schema import ACTIVATION_THRESHOLD_KEY, DENSE_THRESHOLD
+from gguf_export.pwri.schema import DENSE_THRESHOLD
+from gguf_files.names import ACTIVATION_THRESHOLD_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine

@@ -35,7 +35,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
 from common.files import atomic_path
-from gguf_export.pwri.schema import DOWN
+from gguf_files.names import DOWN
 from gguf_files.reader import SPARSE_MAGIC, GGUFFile, TensorInfo
 
 INDEX_ARCHITECTURE = "generic.gpu_index"

@@ -14,16 +14,8 @@ from gguf import GGUFValueType
 
 from architectures.rope import RopeScaling
 from common.errors import FormatError
-from gguf_export.pwri.schema import (
-    ACTIVATION_THRESHOLD_KEY,
-    BLOCK,
-    DOWN,
-    EMBEDDING,
-    HEAD,
-    POSITIONS,
-    SMALLEST_D_FF,
-    THRESHOLD_KEY,
-)
+from gguf_export.pwri.schema import BLOCK, EMBEDDING, HEAD, POSITIONS, SMALLEST_D_FF, THRESHOLD_KEY
+from gguf_files.names import ACTIVATION_THRESHOLD_KEY, DOWN
 from gguf_files.reader import GGUFFile
 
 POSITION_ROWS = 2050

@@ -24,7 +24,8 @@ import numpy as np
 from common.errors import EXPORT_AGAIN, ExportError
 from common.units import GIB
 from gguf_export.pwri.hyperparameters import Hyperparameters
-from gguf_export.pwri.schema import DOWN, STEMS, parse_name
+from gguf_export.pwri.schema import STEMS, parse_name
+from gguf_files.names import DOWN
 from gguf_files.reader import TensorInfo
 
 _KV_BYTES = {"f16": 2, "f32": 4}

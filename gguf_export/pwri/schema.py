@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from gguf_files.names import DOWN
+
 BLOCK = 32
 """Row sizes (d_model and rank) must be multiples of this."""
 
@@ -20,28 +22,6 @@ SMALLEST_D_FF = 1001
 THRESHOLD_KEY = "powerinfer.sparse_threshold"
 DENSE_THRESHOLD = -1e30
 """A threshold that computes every neuron: the dense ReLU model in the sparse engine."""
-
-VERSION_KEY = "psp.version"
-"""String like the other keys of our own, which PowerInfer does not read: psp's version."""
-
-FINGERPRINT_KEY = "psp.model_fingerprint"
-"""Fingerprint of the checkpoint that the file was made from."""
-
-ACTIVATION_KEY = "psp.activation"
-"""The model's activation function."""
-
-ACTIVATION_THRESHOLD_KEY = "psp.activation_threshold"
-"""float32: FATReLU's threshold. PowerInfer computes ReLU whatever it says; who measures predictors
-needs to know which neurons they were meant to find."""
-
-RECIPE_KEY = "psp.recipe"
-"""How the predictors were made, as JSON."""
-
-NOTE_KEY = "psp.note"
-"""What a user must know of a dense file."""
-
-DOWN, DENSE_DOWN = "ffn_down_t", "ffn_down"
-"""The down matrix in a sparse file, transposed, and in a dense one."""
 
 FC1 = "blk.{layer}.fc1.weight"
 FC2 = "blk.{layer}.fc2.weight"

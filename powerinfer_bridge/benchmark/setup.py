@@ -17,7 +17,7 @@ from common.machine import Gpu, cpu_name, read_gpus, read_memory, usable_threads
 from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
 from gguf_export.pwri.gpu_index import index_path
-from gguf_export.pwri.schema import FINGERPRINT_KEY
+from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.inputs import (
     describe_files,

@@ -14,7 +14,8 @@ from common.errors import CheckpointError, FormatError, PspError, printable
 from common.machine import Gpu
 from common.units import size
 from gguf_export.contract import OpenedFile, Report, check_structure
-from gguf_export.pwri.schema import FINGERPRINT_KEY, SMALLEST_D_FF
+from gguf_export.pwri.schema import SMALLEST_D_FF
+from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
 from powerinfer_bridge.doctor.finding import Finding, Status, from_error, ok, problem, warning

@@ -23,11 +23,12 @@ from common.documents import sample_text
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
 from gguf_export.pwri.element_types import WRITABLE, encode
-from gguf_export.pwri.schema import DENSE_THRESHOLD, FINGERPRINT_KEY
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.tokens.encoders import spell, split_words
 from gguf_export.tokens.model_vocabulary import read_vocabulary, share_differing
 from gguf_export.tokens.vocabulary import BYTE_LEVEL
 from gguf_files.elements import decode
+from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine

@@ -1,0 +1,23 @@
+"""Names in files that more than one room reads: keys of our own, and the FFN's down matrix."""
+
+VERSION_KEY = "psp.version"
+"""String like the other keys of our own, which PowerInfer does not read: psp's version."""
+
+FINGERPRINT_KEY = "psp.model_fingerprint"
+"""Fingerprint of the checkpoint that the file was made from."""
+
+ACTIVATION_KEY = "psp.activation"
+"""The model's activation function."""
+
+ACTIVATION_THRESHOLD_KEY = "psp.activation_threshold"
+"""float32: FATReLU's threshold. PowerInfer computes ReLU whatever it says; who measures predictors
+needs to know which neurons they were meant to find."""
+
+RECIPE_KEY = "psp.recipe"
+"""How the predictors were made, as JSON."""
+
+NOTE_KEY = "psp.note"
+"""What a user must know of a dense file."""
+
+DOWN, DENSE_DOWN = "ffn_down_t", "ffn_down"
+"""The down matrix in a sparse file, transposed, and in a dense one."""
