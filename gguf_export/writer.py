@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
+from architectures.layouts import to_file
 from architectures.spec import ModelShape, TensorRule
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
@@ -56,36 +57,6 @@ class PlannedTensor:
     def size(self) -> int:
         """Bytes of its data in the file."""
         return data_size(self.shape, self.kind)
-
-
-def permute_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder rows for ggml's RoPE, which rotates neighbouring pairs instead of halves.
-
-    Row `h·D + c·D/2 + i` of Hugging Face's layout becomes row `h·D + 2i + c` (head h, half c, D the
-    head size). Source: PowerInfer@d3ebd7c convert.py:permute.
-
-    Args:
-        weight: (heads · head size, columns).
-        heads: heads in the rows.
-    """
-    rows, columns = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
-
-
-def group_qkv(weight: torch.Tensor, model: ModelShape) -> torch.Tensor:
-    """Reorder Falcon's fused rows: all queries, then all keys, then all values.
-
-    In Hugging Face's layout every key/value head has its queries, its key and its value together.
-    Source: PowerInfer@d3ebd7c convert-hf-to-powerinfer-gguf.py:FalconModel.write_tensors.
-
-    Args:
-        weight: ((n_heads + 2 · n_kv_heads) · head size, columns).
-        model: gives the numbers of heads.
-    """
-    groups = weight.reshape(model.n_kv_heads, -1, model.head_dim, weight.shape[1])
-    parts = groups[:, :-2], groups[:, -2:-1], groups[:, -1:]
-    return torch.cat([part.reshape(-1, weight.shape[1]) for part in parts])
 
 
 def _plan_model(
@@ -134,14 +105,7 @@ def plan_predictors(
 
 def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> torch.Tensor:
     """Return a checkpoint tensor in the file's layout."""
-    weight, model = checkpoint.read(rule, layer), checkpoint.shape
-    if rule.transform == "permute_q":
-        return permute_rope(weight, model.n_heads)
-    if rule.transform == "permute_k":
-        return permute_rope(weight, model.n_kv_heads)
-    if rule.transform == "group_qkv":
-        return group_qkv(weight, model)
-    return weight.T if rule.transform == "transpose" else weight
+    return to_file(checkpoint.read(rule, layer), rule.transform, checkpoint.shape)
 
 
 def _read_predictor(

@@ -16,11 +16,11 @@ from published import opt_formula
 from test_export_families import LOGIT_TOLERANCE, runnable, tokens_of, write_model
 
 from architectures.falcon import FALCON_40B
+from architectures.layouts import group_qkv
 from common.errors import EngineError, ExportError
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.memory_plan import BUCKET_BYTES, MemorySettings, plan_memory
 from gguf_export.settings import ExportConfig
-from gguf_export.writer import group_qkv
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine, generate
