@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk: config and tensors, read lazily."""
+"""A checkpoint on disk, a Hugging Face directory or a GGUF file, read lazily."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 
 from architectures.config_json import Config
+from architectures.gguf_model.source import GGUFSource, locate_file
 from architectures.registry import resolve
+from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
-from architectures.tensor_files import TensorFiles
 from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
@@ -65,41 +66,87 @@ def read_config(path: Path) -> Config:
     return read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
 
 
+def open_source(model: str | Path, hidden_act: str | None = None) -> Source:
+    """Find a model and read its config.
+
+    Args:
+        model: directory or hub id, see `locate`; or a GGUF file, see `locate_file`.
+        hidden_act: activation of a GGUF file that names none.
+
+    Raises:
+        CheckpointError: not found, no config, a file of no model, or an activation for a directory.
+    """
+    file = locate_file(str(model))
+    if file is not None:
+        return GGUFSource(file, hidden_act)
+    path = locate(str(model))
+    if hidden_act is not None:
+        raise CheckpointError(
+            f"{path}: --hidden-act is for GGUF files", "leave it out, config.json says it"
+        )
+    return Directory(path, read_config(path))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose config, family, tensor names and tensor shapes have been checked.
 
     Attributes:
-        path: its directory.
-        config: config.json.
+        origin: the directory or file.
+        config: config.json, or what stands for it.
         architecture: the family that it belongs to.
         shape: its sizes.
     """
 
-    path: Path
+    origin: Source
     config: Config
     architecture: Architecture
     shape: ModelShape
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
+    def open(cls, model: str | Path, hidden_act: str | None = None) -> Checkpoint:
         """Open and check a checkpoint; no tensor data is read.
+
+        Args:
+            model: see `open_source`.
+            hidden_act: activation of a GGUF file that names none.
 
         Raises:
             CheckpointError: unsupported family or activation, a missing or truncated shard, a
                 missing tensor or one of the wrong shape.
         """
-        path = locate(str(model))
-        config = read_config(path)
-        architecture = resolve(config)
-        checkpoint = cls(path, config, architecture, architecture.read_shape(config))
+        origin = open_source(model, hidden_act)
+        return cls.of(origin, origin.config)
+
+    @classmethod
+    def of(cls, origin: Source, config: Config) -> Checkpoint:
+        """Open a source with its own or a changed config; see `open`."""
+        try:
+            architecture = resolve(config)
+            checkpoint = cls(origin, config, architecture, architecture.read_shape(config))
+        except CheckpointError as error:
+            raise origin.refusal(error) from error
         checkpoint.check_tensors()
         return checkpoint
 
+    @property
+    def path(self) -> Path:
+        """The directory or file."""
+        return self.origin.path
+
+    @property
+    def directory(self) -> Path:
+        """Where config.json and the tokenizer's files are: a file has them unpacked.
+
+        Raises:
+            CheckpointError: a file without a vocabulary that psp can use.
+        """
+        return self.origin.directory
+
     @cached_property
-    def files(self) -> TensorFiles:
+    def files(self) -> Tensors:
         """The stored tensors by name."""
-        return TensorFiles(self.path)
+        return self.origin.tensors(self.architecture, self.shape)
 
     def source(self, rule: TensorRule, layer: int = 0) -> str:
         """Return the stored name of the tensor that a rule stands for.
@@ -160,7 +207,7 @@ class Checkpoint:
         Raises:
             CheckpointError: as `load_tokenizer`.
         """
-        return load_tokenizer(self.path, self.shape.vocab_size, self.config)
+        return load_tokenizer(self.directory, self.shape.vocab_size, self.config)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -175,8 +222,10 @@ class Checkpoint:
         """SHA-256 over the sizes and a sample of every FFN: tells two models apart cheaply.
 
         A fine-tune with the same config differs in the sampled weights. Not a checksum of the
-        whole checkpoint.
+        whole checkpoint. A file that psp made has the one of the checkpoint that it was made from.
         """
+        if self.origin.fingerprint is not None:
+            return self.origin.fingerprint
         digest = hashlib.sha256()
         facts = {"architecture": self.architecture.name, **self.shape.facts()}
         digest.update(json.dumps(facts, sort_keys=True).encode())

@@ -72,6 +72,6 @@ def group_qkv(weight: torch.Tensor, model: ModelShape) -> torch.Tensor:
 def ungroup_qkv(weight: torch.Tensor, model: ModelShape) -> torch.Tensor:
     """Undo `group_qkv`."""
     kv_rows = model.n_kv_heads * model.head_dim
-    parts = weight.split([len(weight) - 2 * kv_rows, kv_rows, kv_rows])
+    parts = torch.split(weight, [len(weight) - 2 * kv_rows, kv_rows, kv_rows])
     size = (model.n_kv_heads, -1, model.head_dim, weight.shape[1])
     return torch.cat([part.reshape(size) for part in parts], dim=1).reshape(weight.shape)

@@ -26,7 +26,7 @@ from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter, plan_predictors
-from gguf_files.names import ACTIVATION_THRESHOLD_KEY, NOTE_KEY, RECIPE_KEY
+from gguf_files.names import NOTE_KEY, RECIPE_KEY
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,12 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     predictors = open_predictors(config.predictors)
     ranks = _check_requirements(config, checkpoint, predictors)
     shape, dense_note = checkpoint.shape, checkpoint.architecture.dense_note or ""
-    vocabulary = read_vocabulary(checkpoint.path, shape.vocab_size, checkpoint.config)
+    vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
     warnings = (*vocabulary.warnings, *([dense_note] if config.dense else []))
     bundle = replace(Bundle.beside(config.out), warnings=warnings)
     bundle.refuse_existing(force=config.force)
     sparse_keys: dict[str, float | str] = {
         THRESHOLD_KEY: predictors.threshold,
-        ACTIVATION_THRESHOLD_KEY: shape.activation_threshold,
         RECIPE_KEY: predictors.recipe,
     }
     writer = ModelWriter(checkpoint, vocabulary, config.types)

@@ -29,7 +29,14 @@ from gguf_export.pwri.element_types import FileTypes, encode
 from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD
 from gguf_export.tokens.vocabulary import Vocabulary, add_vocabulary
 from gguf_files.elements import data_size
-from gguf_files.names import ACTIVATION_KEY, DENSE_DOWN, DOWN, FINGERPRINT_KEY, VERSION_KEY
+from gguf_files.names import (
+    ACTIVATION_KEY,
+    ACTIVATION_THRESHOLD_KEY,
+    DENSE_DOWN,
+    DOWN,
+    FINGERPRINT_KEY,
+    VERSION_KEY,
+)
 from gguf_files.reader import SPARSE_MAGIC
 
 _PIECE = 1 << 20
@@ -205,11 +212,12 @@ def _add_model_keys(writer: GGUFWriter, checkpoint: Checkpoint) -> None:
             writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
 
 
-def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
+def _provenance(checkpoint: Checkpoint) -> dict[str, float | str]:
     return {
         VERSION_KEY: tool_version(),
         FINGERPRINT_KEY: checkpoint.fingerprint,
         ACTIVATION_KEY: checkpoint.shape.activation,
+        ACTIVATION_THRESHOLD_KEY: checkpoint.shape.activation_threshold,
     }
 
 

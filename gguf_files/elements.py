@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,3 +42,14 @@ def decode(
         return data.view(PLAIN[kind]).reshape(shape)
     numbers: npt.NDArray[np.generic] = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
     return numbers
+
+
+@cache
+def readable(kind: GGMLQuantizationType) -> bool:
+    """Whether `decode` knows a type: gguf dequantises most, some of ggml's it does not."""
+    _, block_bytes = GGML_QUANT_SIZES[kind]
+    try:
+        decode(np.zeros(block_bytes, np.uint8), (1, GGML_QUANT_SIZES[kind][0]), kind)
+    except NotImplementedError:
+        return False
+    return True

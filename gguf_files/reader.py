@@ -245,6 +245,20 @@ class GGUFFile:
         if isinstance(self._mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
+    def mapped(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return a tensor's bytes in a mapping of its own, (size,) uint8.
+
+        The memory goes back with the array. What is written to it does not reach the file.
+
+        Raises:
+            FormatError: the file cannot be read any more.
+        """
+        info = self.tensors[name]
+        try:
+            return np.memmap(self.path, np.uint8, "c", info.start, (info.size,)).view(np.ndarray)
+        except (OSError, ValueError) as error:
+            raise self.error(f"tensor {name} cannot be read ({error})") from error
+
     def tensor(self, name: str, rows: npt.NDArray[np.integer[Any]] | None = None) -> Any:
         """Return a tensor's numbers, numpy array.
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from architectures.checkpoint import Checkpoint, locate, read_config
+from architectures.checkpoint import Checkpoint, open_source
 from architectures.config_json import Config
 from architectures.gated import FATReLU
 from architectures.registry import resolve
+from architectures.source import Source
 from common.errors import CheckpointError
 
 SUBSTITUTABLE = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "fatrelu")
@@ -57,34 +58,32 @@ def has_one_gate(checkpoint: Checkpoint) -> bool:
     return architecture.ffn_matrices == 3 and len(architecture.activation_taps) == 1
 
 
-def open_with_relu(model: str) -> Checkpoint:
+def open_with_relu(model: str | Source) -> Checkpoint:
     """Open a gated checkpoint of any activation as if it had ReLU.
 
     Args:
-        model: directory or hub id.
+        model: see `architectures.checkpoint.open_source`, or what it gave.
 
     Raises:
         CheckpointError: not gated, an unsupported family, an activation that ReLU may not replace,
             or a damaged checkpoint.
     """
-    path = locate(model)
-    found = read_config(path)
+    origin = open_source(model) if isinstance(model, str) else model
+    found = origin.config
     config = with_activation(found, "relu")
     family = resolve(config)
     if family.ffn_matrices != 3:
         raise CheckpointError(
-            f"{path / 'config.json'}: family {family.name} has no gated FFN",
+            f"{origin.config_name}: family {family.name} has no gated FFN",
             "psp sparsify makes gated models sparse (LLaMA, Mistral, MiniCPM, ProSparse)",
         )
     if len(family.activation_taps) != 1 or found.get("hidden_act") not in SUBSTITUTABLE:
         raise CheckpointError(
-            f"{path / 'config.json'}: hidden_act is {found.get('hidden_act')!r} in family "
+            f"{origin.config_name}: hidden_act is {found.get('hidden_act')!r} in family "
             f"{family.name}, expected one of {', '.join(SUBSTITUTABLE)}",
             "pass such a model",
         )
-    checkpoint = Checkpoint(path, config, family, family.read_shape(config))
-    checkpoint.check_tensors()
-    return checkpoint
+    return Checkpoint.of(origin, config)
 
 
 @dataclass(frozen=True)
@@ -105,23 +104,22 @@ class Opened:
         return shifted((0.0,)) if self.own.activation == "fatrelu" else self.own
 
 
-def open_any(model: str) -> Opened:
-    """Open a checkpoint of any supported family, SiLU ones included.
+def open_any(model: str, hidden_act: str | None = None) -> Opened:
+    """Open a checkpoint of any supported family, SiLU ones included; see `open_source`.
 
     Raises:
         CheckpointError: an unsupported family or a damaged checkpoint.
     """
-    path = locate(model)
-    config = read_config(path)
-    name = config.get("hidden_act")
-    if name in ("relu", "fatrelu", "drelu") or resolve(config).ffn_matrices != 3:
-        shape = (checkpoint := Checkpoint.open(path)).shape
+    origin = open_source(model, hidden_act)
+    name = origin.config.get("hidden_act")
+    if name in ("relu", "fatrelu", "drelu") or resolve(origin.config).ffn_matrices != 3:
+        shape = (checkpoint := Checkpoint.of(origin, origin.config)).shape
         if not has_one_gate(checkpoint):
             return Opened(checkpoint, Setting(activation=shape.activation))
         own = shifted((shape.activation_threshold,) * shape.n_layers)
     else:
         own = Setting(activation=str(name))
-    return Opened(open_with_relu(str(path)), own)
+    return Opened(open_with_relu(origin), own)
 
 
 def with_activation(config: Config, activation: str, threshold: float = 0.0) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     trainer.model.config.use_cache = True  # off in training
     trainer.model.save_pretrained(part, state_dict=state)
-    copy_tokenizer(checkpoint.path, out)
+    copy_tokenizer(checkpoint.directory, out)
     config = read_json(part / "config.json", OutputError, "start again")
     for file in sorted(part.iterdir()):
         if file.name != "config.json":

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from architectures.checkpoint import Checkpoint
-from common.errors import CheckpointError, OutputError
-from common.files import atomic_directory, read_json, refuse_existing, write_json
+from common.errors import OutputError
+from common.files import atomic_directory, refuse_existing, write_json
 from common.version import tool_version
 from prosparse.activation import with_activation
 
@@ -59,7 +59,7 @@ def write_shifted(
         OutputError: the operating system refused.
     """
     threshold, scales = common_threshold(thresholds)
-    config = read_json(checkpoint.path / "config.json", CheckpointError, "mend it")
+    config = checkpoint.origin.config
     with atomic_directory(out) as part:
         for file in _companions(checkpoint):
             shutil.copyfile(file, part / file.name)
@@ -84,7 +84,7 @@ def _companions(checkpoint: Checkpoint) -> list[Path]:
     """Return the files beside the weights, but no index of weights of another kind."""
     suffix = next(iter(checkpoint.files.shards.values())).suffix
     other = "pytorch_model.bin" if suffix == ".safetensors" else "model.safetensors"
-    files = {file for pattern in _COMPANIONS for file in checkpoint.path.glob(pattern)}
+    files = {file for pattern in _COMPANIONS for file in checkpoint.directory.glob(pattern)}
     return sorted(f for f in files if f.is_file() and f.name != f"{other}.index.json")
 
 

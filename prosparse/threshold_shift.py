@@ -111,7 +111,7 @@ def _open_sparse(model: str) -> Opened:
         refuse_fatrelu(opened.checkpoint)
     if opened.own.activation not in ("relu", "fatrelu"):
         raise SparsityError(
-            f"{opened.checkpoint.path / 'config.json'}: hidden_act is {opened.own.activation!r}, "
+            f"{opened.checkpoint.origin.config_name}: hidden_act is {opened.own.activation!r}, "
             "a threshold is searched for 'relu' or 'fatrelu'",
             "train with psp sparsify first",
         )

@@ -196,7 +196,7 @@ def load_trainable(checkpoint: Checkpoint, activation: str) -> LoadedModel:
         weight.data = weight.data.clone()  # else it may be the checkpoint's own file, mapped
     model.requires_grad_(True).train()
     if activation == "keep":
-        found = read_json(checkpoint.path / "config.json", OutputError, "restore it")
+        found = checkpoint.origin.config
         set_activation(model, found["hidden_act"], float(found.get("hidden_act_param", 0)))
     config: Any = model.config
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -172,7 +172,7 @@ def _agreement(dense: Decoding, operators: Decoding) -> dict[str, object]:
 def _require_gated(checkpoint: Checkpoint) -> None:
     if checkpoint.architecture.ffn_matrices != 3:
         raise CheckpointError(
-            f"{checkpoint.path}/config.json: {checkpoint.architecture.name} has no gated FFN, "
+            f"{checkpoint.origin.config_name}: {checkpoint.architecture.name} has no gated FFN, "
             "which the operators need",
             "pass a LLaMA-like model with ReLU or FATReLU",
         )

@@ -175,8 +175,8 @@ def _qkv_rows(shape: ModelShape) -> torch.Tensor:
 def _same_ids(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them."""
     vocabulary, rows, text = opened.vocabulary, len(opened.vocabulary.tokens), _text()
-    tokenizer = load_tokenizer(checkpoint.path, rows, checkpoint.config)
-    expected = read_vocabulary(checkpoint.path, rows, checkpoint.config)
+    tokenizer = load_tokenizer(checkpoint.directory, rows, checkpoint.config)
+    expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
     if vocabulary.bos_id != expected.bos_id:
         raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):

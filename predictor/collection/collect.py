@@ -183,7 +183,7 @@ def choose_template(checkpoint: Checkpoint, choice: str, report: Report) -> str:
     """
     if choice != "auto":
         return choice
-    found = chat.detect(chat_template_of(checkpoint.path))
+    found = chat.detect(chat_template_of(checkpoint.directory))
     if found is None:
         report(
             "chat template: the model has one that psp does not know, text is used as it is; pass "

@@ -1,0 +1,74 @@
+"""Which activation a file's model has: what it says, what its program computes, what a user says.
+
+A PowerInfer file (`PWRI`) means ReLU. A dense one of arch llama says nothing unless psp wrote it:
+llama.cpp computes SiLU whatever the model was trained with.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from architectures.gguf_model.keys import Keys, shortest, text_of
+from gguf_files.names import ACTIVATION_KEY, ACTIVATION_THRESHOLD_KEY
+
+
+def activation_of(
+    keys: Keys,
+    chosen: str | None,
+    *,
+    always: str | None = None,
+    dense: str = "silu",
+    sparse: tuple[str, ...] = ("relu", "fatrelu"),
+) -> dict[str, Any]:
+    """Return `hidden_act`, and `hidden_act_param` of FATReLU.
+
+    Args:
+        keys: of the file.
+        chosen: what the user says, `fatrelu:T` with its threshold; None for nothing.
+        always: the only activation that the architecture has.
+        dense: what programs compute for a dense file.
+        sparse: what a sparse file may have, the first if nothing more is known.
+
+    Raises:
+        CheckpointError: the user says something else than the file, or no activation.
+    """
+    wanted = None if chosen is None else _parse(keys, chosen)
+    found, sure = _found(keys, always, dense, sparse)
+    if wanted is None:
+        return found
+    name, has = wanted["hidden_act"], found["hidden_act"]
+    if (sure and wanted != found) or (keys.file.sparse and not always and name not in sparse):
+        raise keys.error(f"--hidden-act is {chosen}, the file's model has {has}", "leave it out")
+    return wanted
+
+
+def _found(
+    keys: Keys, always: str | None, dense: str, sparse: tuple[str, ...]
+) -> tuple[dict[str, Any], bool]:
+    """Return what the file tells, and whether that is beyond doubt."""
+    said = keys.file.values.get(ACTIVATION_KEY)
+    name = always or (sparse[0] if keys.file.sparse else dense)
+    if said is None or always:
+        return {"hidden_act": name}, always is not None
+    name = text_of(said.data)
+    if name != "fatrelu":
+        return {"hidden_act": name}, True
+    threshold = keys.file.values.get(ACTIVATION_THRESHOLD_KEY)
+    if threshold is None:
+        return {"hidden_act": name}, False
+    return _parse(keys, f"fatrelu:{shortest(threshold.data)}"), True
+
+
+def _parse(keys: Keys, text: str) -> dict[str, Any]:
+    name, colon, number = text.partition(":")
+    if not colon and name != "fatrelu":
+        return {"hidden_act": name}
+    try:
+        threshold = float(number)
+    except ValueError:
+        threshold = math.nan
+    if name != "fatrelu" or not 0 < threshold < math.inf:
+        problem = f"--hidden-act is {text!r}, expected a name such as relu, or fatrelu:0.01"
+        raise keys.error(problem, "write the threshold after the colon")
+    return {"hidden_act": name, "hidden_act_param": threshold}

@@ -1,0 +1,214 @@
+"""The config.json that says what a GGUF file's metadata says.
+
+Keys: llama.cpp's gguf-py constants and PowerInfer@d3ebd7c llama.cpp:LLM_KV_NAMES. What a file
+cannot say, the activation above all, comes from the caller or from what its programs compute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from gguf import GGUFValueType
+
+from architectures.gguf_model.activation import activation_of
+from architectures.gguf_model.keys import Keys, text_of
+from architectures.gguf_model.tokenizer_files import special_ids
+from architectures.spec import POSITION_OFFSET
+from common.errors import CheckpointError
+from gguf_files.reader import GGUFFile
+
+_EMBEDDING, _HEAD, _POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
+_FREQUENCIES = "rope_freqs.weight"
+_SECOND_NORM = "blk.0.attn_norm_2.weight"
+_NEUTRAL = {
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "logit_scale": 1,
+    "attention.scale": 1,
+    "attention.clamp_kqv": 0,
+    "attention.max_alibi_bias": 0,
+    "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0,
+    "expert_count": 0,
+}
+"""Keys that change what a graph computes, and the value with which they do not."""
+
+_SCALING = {"type", "factor", "original_context_length", "finetuned"}
+"""What is understood after `rope.scaling.`."""
+
+
+def config_of(file: GGUFFile, hidden_act: str | None) -> dict[str, Any]:
+    """Return a Hugging Face config.
+
+    Args:
+        file: dense (`GGUF`) or sparse (`PWRI`).
+        hidden_act: activation where the file names none, `fatrelu:T` with its threshold.
+
+    Raises:
+        CheckpointError: an architecture that psp does not support, keys that are missing or
+            impossible, or an activation other than the file's.
+    """
+    name = _architecture(file)
+    keys = Keys(file, name)
+    if text_of(getattr(file.values.get("general.type"), "data", b"model")) == "adapter":
+        raise keys.error("is an adapter, not a model", "merge it into its model first")
+    if keys.size("block_count") > len(file.tensors):
+        raise keys.error(f"block_count is {keys.size('block_count')}, more than there are tensors")
+    own = () if name != "minicpm" else ("embedding_scale", "residual_scale", "logit_scale")
+    for key, value in _NEUTRAL.items():
+        if key not in own and keys.has(key) and keys.real(key) != value:
+            remedy = "psp knows no such model of this architecture"
+            raise keys.error(f"key {keys.full(key)} is {keys.real(key):g}", remedy)
+    common = {
+        "hidden_size": keys.size("embedding_length"),
+        "num_hidden_layers": keys.size("block_count"),
+        "num_attention_heads": keys.size("attention.head_count"),
+        "vocab_size": _rows(keys, _EMBEDDING),
+        "max_position_embeddings": keys.size("context_length"),
+        "tie_word_embeddings": _HEAD not in file.tensors,
+        **special_ids(file),
+    }
+    return common | _FAMILIES[name](keys, hidden_act)
+
+
+def _architecture(file: GGUFFile) -> str:
+    try:
+        name: str = file.value("general.architecture", GGUFValueType.STRING)
+    except Exception as error:
+        raise CheckpointError(
+            f"{file.path}: names no architecture", "pass a model's GGUF file"
+        ) from error
+    if name not in _FAMILIES:
+        raise CheckpointError(
+            f"{file.path}: architecture {name!r} is not supported",
+            f"supported: {', '.join(_FAMILIES)}",
+        )
+    return name
+
+
+def _rows(keys: Keys, name: str) -> int:
+    info = keys.file.tensors.get(name)
+    if info is None:
+        raise keys.error(f"tensor {name} is missing")
+    return info.shape[0]
+
+
+def _llama(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+    n_heads = keys.size("attention.head_count")
+    head_dim = keys.size("attention.key_length", keys.size("embedding_length") // max(n_heads, 1))
+    context = keys.size("context_length")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_key_value_heads": keys.size("attention.head_count_kv", n_heads),
+        "head_dim": head_dim,
+        # PowerInfer has no window: it limits the context, as Mistral's does in its family.
+        "max_position_embeddings": min(context, keys.size("attention.sliding_window", context)),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
+        "attention_bias": False,
+        "mlp_bias": False,
+        **_rope(keys, head_dim),
+        **activation_of(keys, hidden_act, dense="silu"),
+    }
+
+
+def _bamboo(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+    # The class is one that transformers has; `drelu` makes the family.
+    return _llama(keys, None) | activation_of(keys, hidden_act, always="drelu")
+
+
+def _minicpm(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+    """Return MiniCPM's constants too; files from before they had keys have 12, 1.4 and 256.
+
+    Source: llama.cpp convert_hf_to_gguf.py:MiniCPMModel, and its loader's defaults for old files.
+    """
+    d_model, n_layers = keys.size("embedding_length"), keys.size("block_count")
+    found = _llama(keys, hidden_act) | {
+        "architectures": ["MiniCPMForCausalLM"],
+        "model_type": "minicpm",
+        "scale_emb": keys.real("embedding_scale", 12.0),
+        "scale_depth": 1.4,
+        "dim_model_base": 256,
+    }
+    if keys.has("residual_scale"):
+        found["scale_depth"] = keys.real("residual_scale") * math.sqrt(n_layers)
+    if keys.has("logit_scale"):
+        found["dim_model_base"] = d_model / keys.real("logit_scale")
+    return found
+
+
+def _falcon(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+    """Return the layout that the tensors show: file names do not tell Falcon's three apart."""
+    n_heads = keys.size("attention.head_count")
+    n_kv_heads = keys.size("attention.head_count_kv", n_heads)
+    two_norms = _SECOND_NORM in keys.file.tensors
+    head_dim = keys.size("embedding_length") // max(n_heads, 1)
+    d_ff = keys.size("feed_forward_length", 4 * keys.size("embedding_length"))
+    found = activation_of(keys, hidden_act, dense="gelu", sparse=("relu",))
+    return {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "ffn_hidden_size": d_ff,
+        "num_kv_heads": n_kv_heads,
+        "new_decoder_architecture": two_norms or n_kv_heads != 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
+        "multi_query": True,
+        "parallel_attn": True,
+        "bias": False,
+        "alibi": False,
+        "layer_norm_epsilon": keys.real("attention.layer_norm_epsilon"),
+        "activation": found["hidden_act"],
+        **_rope(keys, head_dim),
+    }
+
+
+def _opt(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+    found = activation_of(keys, hidden_act, always="relu")
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "ffn_dim": keys.size("feed_forward_length"),
+        "max_position_embeddings": _rows(keys, _POSITIONS) - POSITION_OFFSET,
+        "activation_function": found["hidden_act"],
+        # PowerInfer's graph has no other head, and its loader no tensor for one.
+        "tie_word_embeddings": True,
+    }
+
+
+_FAMILIES: dict[str, Callable[[Keys, str | None], dict[str, Any]]] = {
+    "llama": _llama,
+    "bamboo": _bamboo,
+    "minicpm": _minicpm,
+    "falcon": _falcon,
+    "opt": _opt,
+}
+
+
+def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
+    """Return base and scaling in the keys that transformers of any age reads."""
+    turned = keys.size("rope.dimension_count", head_dim)
+    if turned != head_dim:
+        raise keys.error(
+            f"key {keys.full('rope.dimension_count')} is {turned}, expected the head's {head_dim}",
+            "PowerInfer turns whole heads",
+        )
+    prefix = keys.full("rope.scaling.")
+    for key in keys.file.values:
+        if key.startswith(prefix) and key.removeprefix(prefix) not in _SCALING:
+            raise keys.error(f"key {key} is there", "PowerInfer has no such scaling of positions")
+    theta = {"rope_theta": keys.real("rope.freq_base", 10000.0)}
+    if _FREQUENCIES in keys.file.tensors and (keys.file.tensor(_FREQUENCIES) != 1).any():
+        return theta | {"rope_scaling": {"rope_type": "llama3"}}  # refused in the family's words
+    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
+    kind = keys.text("rope.scaling.type", "linear")
+    if kind == "none" or (kind in ("linear", "yarn") and factor in (0, 1)):
+        return theta
+    scaling: dict[str, Any] = {"rope_type": kind, "type": kind, "factor": factor}
+    if kind == "yarn":
+        trained = keys.size("context_length")
+        original = keys.size("rope.scaling.original_context_length", trained)
+        scaling["original_max_position_embeddings"] = original or trained
+    return theta | {"rope_scaling": scaling}

@@ -1,0 +1,122 @@
+"""A GGUF file as the source of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType
+
+from architectures.gguf_model.config import config_of
+from architectures.gguf_model.keys import FETCH_FILE, text_of
+from architectures.gguf_model.tensors import GGUFTensors
+from architectures.gguf_model.tokenizer_files import write_tokenizer_files
+from architectures.spec import Architecture, ModelShape
+from common.errors import CheckpointError, FormatError, reason
+from gguf_files.names import FINGERPRINT_KEY
+from gguf_files.reader import GGUFFile
+
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+def locate_file(model: str) -> Path | None:
+    """Return the file of a model that is one, None if the name is that of no file.
+
+    Args:
+        model: `FILE.gguf` or any other plain file, or `OWNER/NAME:FILE.gguf` on the Hugging Face
+            hub, of which that file alone is fetched.
+
+    Raises:
+        CheckpointError: no such file, or one that cannot be fetched.
+    """
+    if os.path.exists(model):
+        return None if os.path.isdir(model) else Path(model)
+    hub = _HUB_FILE.fullmatch(model)
+    if hub is None:
+        if model.endswith(".gguf"):
+            raise CheckpointError(f"{model}: no such file", "pass a model's GGUF file")
+        return None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub[1], hub[2]))
+    except Exception as error:
+        # The client raises many kinds: no network, unknown repository, gated repository.
+        raise CheckpointError(
+            f"{model}: neither a file nor fetched from the hub ({reason(error)})",
+            "check the name, the network and your access",
+        ) from error
+
+
+class GGUFSource:
+    """A file seen as a directory; see `architectures.source.Source`."""
+
+    def __init__(self, path: Path, hidden_act: str | None = None) -> None:
+        """Read the header.
+
+        Args:
+            path: of the file.
+            hidden_act: activation where the file names none.
+
+        Raises:
+            CheckpointError: no such file, damaged, or of no model that psp supports.
+        """
+        self.path = path
+        try:
+            self.file = GGUFFile(path)
+        except FormatError as error:
+            raise CheckpointError(error.problem, FETCH_FILE) from error
+        self.config: dict[str, Any] = config_of(self.file, hidden_act)
+
+    @property
+    def config_name(self) -> str:
+        """The file itself."""
+        return str(self.path)
+
+    @cached_property
+    def directory(self) -> Path:
+        """A temporary directory with config.json and tokenizer files, gone when this object is.
+
+        Raises:
+            CheckpointError: the file's vocabulary is missing, damaged or of an unknown kind.
+        """
+        root = Path(tempfile.mkdtemp(prefix="psp-"))
+        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        directory = root / self.path.name
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
+        try:
+            write_tokenizer_files(self.file, directory)
+        except FormatError as error:
+            raise CheckpointError(error.problem, FETCH_FILE) from error
+        return directory
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """What psp wrote: rounding and quantising do not make another model."""
+        value = self.file.values.get(FINGERPRINT_KEY)
+        if value is None or value.kind is not GGUFValueType.STRING:
+            return None
+        text = text_of(value.data)
+        return text if _FINGERPRINT.fullmatch(text) else None
+
+    def tensors(self, architecture: Architecture, shape: ModelShape) -> GGUFTensors:
+        """Return its tensors in Hugging Face's layout."""
+        return GGUFTensors(self.file, architecture, shape)
+
+    def refusal(self, error: CheckpointError) -> CheckpointError:
+        """Name the file instead of the config.json that it does not have."""
+        problem, remedy = error.problem.removeprefix("config.json: "), error.remedy
+        if problem == error.problem:
+            return error
+        if problem.startswith(("hidden_act", "activation")):
+            remedy = "if the model was trained with ReLU, say so with --hidden-act relu"
+        return CheckpointError(f"{self.path}: {problem}", remedy)

@@ -1,0 +1,114 @@
+"""Tensors of a GGUF file by their Hugging Face names, in Hugging Face's layout.
+
+One tensor is dequantised at a time, mapped from the file where its numbers need no change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from architectures.layouts import from_file
+from architectures.spec import Architecture, ModelShape, Transform
+from common.errors import CheckpointError
+from gguf_files.elements import decode, readable
+from gguf_files.names import DENSE_DOWN, DOWN
+from gguf_files.reader import GGUFFile, TensorInfo
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_PLAIN = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_QUANTISED = torch.float16
+"""What a quantised model is run and saved in; its numbers are read as float32, exactly."""
+
+_NOT_THE_MODEL = re.compile(r"blk\.\d+\.(fc[12]\.weight|attn_rot_embd\..*)|rope_freqs\.weight")
+"""Predictors, and what only repeats the keys; `config` looks at the frequencies."""
+
+
+class GGUFTensors:
+    """Lazy access to a file's tensors; see `architectures.source.Tensors`."""
+
+    def __init__(self, file: GGUFFile, architecture: Architecture, shape: ModelShape) -> None:
+        """Match the file's tensors with a family's rules.
+
+        Raises:
+            CheckpointError: a tensor that the family does not have, or of a type that cannot be
+                read. What is missing is for the caller to tell.
+        """
+        self._file, self._shape = file, shape
+        self._stored = dict(_stored(file, architecture, shape))
+        self.shards: dict[str, Path] = dict.fromkeys(self._stored, file.path)
+        used = {info.name for info, _ in self._stored.values()}
+        for name, info in file.tensors.items():
+            if name in used and not readable(info.kind):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} has type {info.kind.name}, which cannot be read",
+                    "pass the model in another type, such as F16 or Q8_0",
+                )
+            if name not in used and not _NOT_THE_MODEL.fullmatch(name):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} belongs to no {architecture.name} model",
+                    "psp would leave it out and compute another model; pass another file",
+                )
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return a tensor's shape, and its dtype: float16 for what is quantised."""
+        info, transform = self._stored[name]
+        shape = info.shape[::-1] if transform == "transpose" else info.shape
+        return shape, _PLAIN.get(info.kind, _QUANTISED)
+
+    def read(self, name: str, count: int | None = None) -> torch.Tensor:
+        """Read a tensor, or its first `count` rows, in its own dtype or float32 if quantised.
+
+        Raises:
+            FormatError: the file cannot be read any more.
+        """
+        info, transform = self._stored[name]
+        if transform == "transpose":
+            return from_file(self._numbers(info, columns=count), transform, self._shape)
+        if transform == "none":
+            return self._numbers(info, rows=count)
+        return from_file(self._numbers(info), transform, self._shape)[:count]
+
+    def _numbers(
+        self, info: TensorInfo, rows: int | None = None, columns: int | None = None
+    ) -> torch.Tensor:
+        """Return the first rows and columns of a stored tensor; no other block is decoded."""
+        block, block_bytes = GGML_QUANT_SIZES[info.kind]
+        *outer, length = info.shape
+        blocks = length // block if columns is None else min(-(-columns // block), length // block)
+        table: npt.NDArray[np.uint8] = self._file.mapped(info.name)
+        if outer:
+            table = table.reshape(*outer, -1)[:rows]
+        table = table[..., : blocks * block_bytes]
+        plain = _PLAIN.get(info.kind)
+        if plain is not None:
+            return torch.from_numpy(table).view(plain)
+        shape = (*table.shape[:-1], blocks * block)
+        numbers = decode(table.reshape(-1), shape, info.kind)
+        return torch.from_numpy(numbers)[..., :columns]
+
+
+def _stored(
+    file: GGUFFile, architecture: Architecture, shape: ModelShape
+) -> Iterator[tuple[str, tuple[TensorInfo, Transform]]]:
+    """Yield the Hugging Face name of each tensor that is there, its place and its layout."""
+    for rule, target in architecture.exported:
+        for layer in range(shape.n_layers if rule.per_layer else 1):
+            sparse = target.format(layer=layer)
+            dense = sparse.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
+            if sparse in file.tensors:
+                yield rule.source.format(layer=layer), (file.tensors[sparse], rule.transform)
+            elif dense in file.tensors:
+                yield rule.source.format(layer=layer), (file.tensors[dense], "none")
