@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ NAMES = [variant.name for variant in VARIANTS]
 F16 = FileTypes(weights="f16", predictors="f16")
 # One rounding of the weights to float16, 2^-12 relative, through a few dozen products.
 LOGIT_TOLERANCE = 2e-3
+# FATReLU jumps at its threshold: rounding folded weights turns a neuron on or off here and there.
+JUMP_TOLERANCE = 5e-2
 
 
 def write_file(checkpoint: Checkpoint, path: Path, *, sparse: bool = True) -> Path:
@@ -53,11 +56,22 @@ def test_a_file_gives_the_model_that_it_was_made_of(
             assert torch.equal(found.float(), exact.float()), rule.source
     tokens = [original.tokenizer().bos_id(), *original.tokenizer().encode(TEXT)][:30]
     logits = load_model(made, dtype=torch.float32, device="cpu").logits(torch.tensor([tokens]))[0]
-    theirs = models[name].reference(tokens).logits.float()
-    torch.testing.assert_close(logits, theirs, atol=LOGIT_TOLERANCE * float(theirs.std()), rtol=0)
+    theirs = rounded(models[name]).reference(tokens).logits.float()
+    share = JUMP_TOLERANCE if made.shape.activation == "fatrelu" else LOGIT_TOLERANCE
+    torch.testing.assert_close(logits, theirs, atol=share * float(theirs.std()), rtol=0)
     assert made.tokenizer().encode(TEXT) == original.tokenizer().encode(TEXT)
     assert made.tokenizer().bos_id() == original.tokenizer().bos_id()
     assert made.fingerprint == original.fingerprint
+
+
+def rounded(written: Written) -> Written:
+    """Round matrices as a file does, but where constants are folded into them first."""
+    if written.variant.family == "minicpm":
+        return written
+    return replace(
+        written,
+        tensors={n: t.half() if t.ndim > 1 else t for n, t in written.tensors.items()},
+    )
 
 
 def made_rule(made: Checkpoint, rule: TensorRule) -> TensorRule:
