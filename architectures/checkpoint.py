@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from architectures.config_json import Config
-from architectures.gguf_model.source import GGUFSource, locate_file
+from architectures.gguf_model.source import open_file
 from architectures.registry import resolve
 from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
@@ -66,24 +66,19 @@ def read_config(path: Path) -> Config:
     return read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
 
 
-def open_source(model: str | Path, hidden_act: str | None = None) -> Source:
+def open_source(model: str | Path) -> Source:
     """Find a model and read its config.
 
     Args:
-        model: directory or hub id, see `locate`; or a GGUF file, see `locate_file`.
-        hidden_act: activation of a GGUF file that names none.
+        model: directory or hub id, see `locate`; or a GGUF file, see `gguf_model.source.open_file`.
 
     Raises:
-        CheckpointError: not found, no config, a file of no model, or an activation for a directory.
+        CheckpointError: not found, no config, or a file of no model that psp supports.
     """
-    file = locate_file(str(model))
+    file = open_file(str(model))
     if file is not None:
-        return GGUFSource(file, hidden_act)
+        return file
     path = locate(str(model))
-    if hidden_act is not None:
-        raise CheckpointError(
-            f"{path}: --hidden-act is for GGUF files", "leave it out, config.json says it"
-        )
     return Directory(path, read_config(path))
 
 
@@ -104,18 +99,17 @@ class Checkpoint:
     shape: ModelShape
 
     @classmethod
-    def open(cls, model: str | Path, hidden_act: str | None = None) -> Checkpoint:
+    def open(cls, model: str | Path) -> Checkpoint:
         """Open and check a checkpoint; no tensor data is read.
 
         Args:
             model: see `open_source`.
-            hidden_act: activation of a GGUF file that names none.
 
         Raises:
             CheckpointError: unsupported family or activation, a missing or truncated shard, a
                 missing tensor or one of the wrong shape.
         """
-        origin = open_source(model, hidden_act)
+        origin = open_source(model)
         return cls.of(origin, origin.config)
 
     @classmethod

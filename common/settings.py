@@ -98,7 +98,8 @@ def check_settings(settings: Any, error: type[PspError]) -> None:
                 raise error(f"{option.names[-1]} {problem}")
 
 
-ModelName = Annotated[str, Option("Hugging Face checkpoint.", "DIR|HUB_ID")]
+MODEL_FORMS = "DIR|FILE.gguf|HUB_ID"
+ModelName = Annotated[str, Option("Hugging Face checkpoint, or GGUF file.", MODEL_FORMS)]
 Field = Annotated[str, Option("Key of the text in every kind but .txt.")]
 Seed = Annotated[int, Option("Makes a run repeatable.", least=0, most=2**32 - 1)]
 Force = Annotated[bool, Option("Replace existing outputs.")]

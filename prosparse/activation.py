@@ -104,13 +104,13 @@ class Opened:
         return shifted((0.0,)) if self.own.activation == "fatrelu" else self.own
 
 
-def open_any(model: str, hidden_act: str | None = None) -> Opened:
+def open_any(model: str) -> Opened:
     """Open a checkpoint of any supported family, SiLU ones included; see `open_source`.
 
     Raises:
         CheckpointError: an unsupported family or a damaged checkpoint.
     """
-    origin = open_source(model, hidden_act)
+    origin = open_source(model)
     name = origin.config.get("hidden_act")
     if name in ("relu", "fatrelu", "drelu") or resolve(origin.config).ffn_matrices != 3:
         shape = (checkpoint := Checkpoint.of(origin, origin.config)).shape

@@ -26,6 +26,7 @@ MARKER = "threshold_shift.json"
 
 _COMPANIONS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja", "*.py")
 _UP = "mlp.up_proj.weight"
+_SHARD_BYTES = 1 << 31
 
 
 def check_out(out: Path, checkpoint: Checkpoint, force: bool) -> None:
@@ -63,8 +64,11 @@ def write_shifted(
     with atomic_directory(out) as part:
         for file in _companions(checkpoint):
             shutil.copyfile(file, part / file.name)
-        for shard in sorted(set(checkpoint.files.shards.values())):
-            _write_shard(checkpoint, shard, part / shard.name, scales)
+        if checkpoint.path.is_dir():
+            for shard in sorted(set(checkpoint.files.shards.values())):
+                _write_shard(checkpoint, shard, part / shard.name, scales)
+        else:
+            _write_anew(checkpoint, part, scales)
         write_json(part / "config.json", with_activation(config, "fatrelu", threshold))
         origin = {"model": str(checkpoint.path), "tool_version": tool_version()}
         write_json(part / MARKER, origin | dict(facts))
@@ -107,6 +111,32 @@ def _write_shard(
         save_file(tensors, target, metadata={"format": "pt"})
     else:
         torch.save(tensors, target)
+
+
+def _write_anew(checkpoint: Checkpoint, part: Path, scales: Sequence[float]) -> None:
+    """Write the weights of a GGUF file as safetensors, in the type that the model is run in."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    factors = _factors(checkpoint, scales)
+    empty = {name: _empty(checkpoint, name) for name in checkpoint.files.shards}
+    plan = split_torch_state_dict_into_shards(empty, max_shard_size=_SHARD_BYTES)
+    for file, names in plan.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensor = checkpoint.files.read(name)
+            tensor = tensor.double() * factors[name] if name in factors else tensor
+            tensors[name] = tensor.to(empty[name].dtype).contiguous()
+        save_file(tensors, part / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(part / "model.safetensors.index.json", index)
+
+
+def _empty(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    shape, dtype = checkpoint.files.describe(name)
+    assert isinstance(dtype, torch.dtype)  # `check_tensors` refuses others
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _factors(checkpoint: Checkpoint, scales: Sequence[float]) -> dict[str, float]:

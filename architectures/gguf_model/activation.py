@@ -39,7 +39,7 @@ def activation_of(
         return found
     name, has = wanted["hidden_act"], found["hidden_act"]
     if (sure and wanted != found) or (keys.file.sparse and not always and name not in sparse):
-        raise keys.error(f"--hidden-act is {chosen}, the file's model has {has}", "leave it out")
+        raise keys.error(f"its model has {has}, not {chosen}", f"leave ':{chosen}' out")
     return wanted
 
 
@@ -69,6 +69,6 @@ def _parse(keys: Keys, text: str) -> dict[str, Any]:
     except ValueError:
         threshold = math.nan
     if name != "fatrelu" or not 0 < threshold < math.inf:
-        problem = f"--hidden-act is {text!r}, expected a name such as relu, or fatrelu:0.01"
-        raise keys.error(problem, "write the threshold after the colon")
+        problem = f"activation {text!r} after the file's name, expected relu, or fatrelu:0.01"
+        raise keys.error(problem, "write a threshold above 0")
     return {"hidden_act": name, "hidden_act_param": threshold}

@@ -39,12 +39,12 @@ _SCALING = {"type", "factor", "original_context_length", "finetuned"}
 """What is understood after `rope.scaling.`."""
 
 
-def config_of(file: GGUFFile, hidden_act: str | None) -> dict[str, Any]:
+def config_of(file: GGUFFile, activation: str | None) -> dict[str, Any]:
     """Return a Hugging Face config.
 
     Args:
         file: dense (`GGUF`) or sparse (`PWRI`).
-        hidden_act: activation where the file names none, `fatrelu:T` with its threshold.
+        activation: of its model where the file names none, `fatrelu:T` with its threshold.
 
     Raises:
         CheckpointError: an architecture that psp does not support, keys that are missing or
@@ -70,7 +70,7 @@ def config_of(file: GGUFFile, hidden_act: str | None) -> dict[str, Any]:
         "tie_word_embeddings": _HEAD not in file.tensors,
         **special_ids(file),
     }
-    return common | _FAMILIES[name](keys, hidden_act)
+    return common | _FAMILIES[name](keys, activation)
 
 
 def _architecture(file: GGUFFile) -> str:
@@ -95,7 +95,7 @@ def _rows(keys: Keys, name: str) -> int:
     return info.shape[0]
 
 
-def _llama(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+def _llama(keys: Keys, activation: str | None) -> dict[str, Any]:
     n_heads = keys.size("attention.head_count")
     head_dim = keys.size("attention.key_length", keys.size("embedding_length") // max(n_heads, 1))
     context = keys.size("context_length")
@@ -111,22 +111,22 @@ def _llama(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         **_rope(keys, head_dim),
-        **activation_of(keys, hidden_act, dense="silu"),
+        **activation_of(keys, activation, dense="silu"),
     }
 
 
-def _bamboo(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+def _bamboo(keys: Keys, activation: str | None) -> dict[str, Any]:
     # The class is one that transformers has; `drelu` makes the family.
-    return _llama(keys, None) | activation_of(keys, hidden_act, always="drelu")
+    return _llama(keys, None) | activation_of(keys, activation, always="drelu")
 
 
-def _minicpm(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+def _minicpm(keys: Keys, activation: str | None) -> dict[str, Any]:
     """Return MiniCPM's constants too; files from before they had keys have 12, 1.4 and 256.
 
     Source: llama.cpp convert_hf_to_gguf.py:MiniCPMModel, and its loader's defaults for old files.
     """
     d_model, n_layers = keys.size("embedding_length"), keys.size("block_count")
-    found = _llama(keys, hidden_act) | {
+    found = _llama(keys, activation) | {
         "architectures": ["MiniCPMForCausalLM"],
         "model_type": "minicpm",
         "scale_emb": keys.real("embedding_scale", 12.0),
@@ -140,14 +140,14 @@ def _minicpm(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
     return found
 
 
-def _falcon(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
+def _falcon(keys: Keys, activation: str | None) -> dict[str, Any]:
     """Return the layout that the tensors show: file names do not tell Falcon's three apart."""
     n_heads = keys.size("attention.head_count")
     n_kv_heads = keys.size("attention.head_count_kv", n_heads)
     two_norms = _SECOND_NORM in keys.file.tensors
     head_dim = keys.size("embedding_length") // max(n_heads, 1)
     d_ff = keys.size("feed_forward_length", 4 * keys.size("embedding_length"))
-    found = activation_of(keys, hidden_act, dense="gelu", sparse=("relu",))
+    found = activation_of(keys, activation, dense="gelu", sparse=("relu",))
     return {
         "architectures": ["FalconForCausalLM"],
         "model_type": "falcon",
@@ -165,8 +165,8 @@ def _falcon(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
     }
 
 
-def _opt(keys: Keys, hidden_act: str | None) -> dict[str, Any]:
-    found = activation_of(keys, hidden_act, always="relu")
+def _opt(keys: Keys, activation: str | None) -> dict[str, Any]:
+    found = activation_of(keys, activation, always="relu")
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",

@@ -24,26 +24,45 @@ from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")
+_WITH_ACTIVATION = re.compile(r"(.+\.gguf):([a-z_]+(?::[^:]+)?)")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
-def locate_file(model: str) -> Path | None:
-    """Return the file of a model that is one, None if the name is that of no file.
+def open_file(model: str) -> GGUFSource | None:
+    """Open a model that is one file, None if the name is that of no file.
 
     Args:
-        model: `FILE.gguf` or any other plain file, or `OWNER/NAME:FILE.gguf` on the Hugging Face
-            hub, of which that file alone is fetched.
+        model: a file, or `OWNER/NAME:FILE.gguf` on the Hugging Face hub, of which that file alone
+            is fetched; after it `:ACTIVATION` (`:relu`, `:fatrelu:0.01`), which counts where the
+            file does not say.
 
     Raises:
-        CheckpointError: no such file, or one that cannot be fetched.
+        CheckpointError: no such file, one that cannot be fetched, is damaged, or of no model that
+            psp supports.
     """
-    if os.path.exists(model):
-        return None if os.path.isdir(model) else Path(model)
-    hub = _HUB_FILE.fullmatch(model)
-    if hub is None:
-        if model.endswith(".gguf"):
-            raise CheckpointError(f"{model}: no such file", "pass a model's GGUF file")
+    name, activation = _parts(model)
+    if os.path.isdir(name) or not (os.path.exists(name) or name.endswith(".gguf")):
         return None
+    return GGUFSource(_located(name), activation)
+
+
+def local_path(model: str) -> Path:
+    """Return the path that a model's name has on this disk, whether there is one or not."""
+    return Path(_parts(model)[0])
+
+
+def _parts(model: str) -> tuple[str, str | None]:
+    """Return a model's name without its activation, and that."""
+    named = None if os.path.exists(model) else _WITH_ACTIVATION.fullmatch(model)
+    return (model, None) if named is None else (named[1], named[2])
+
+
+def _located(name: str) -> Path:
+    if os.path.exists(name):
+        return Path(name)
+    hub = _HUB_FILE.fullmatch(name)
+    if hub is None:
+        raise CheckpointError(f"{name}: no such file", "pass a model's GGUF file or directory")
     from huggingface_hub import hf_hub_download
 
     try:
@@ -51,7 +70,7 @@ def locate_file(model: str) -> Path | None:
     except Exception as error:
         # The client raises many kinds: no network, unknown repository, gated repository.
         raise CheckpointError(
-            f"{model}: neither a file nor fetched from the hub ({reason(error)})",
+            f"{name}: neither a file nor fetched from the hub ({reason(error)})",
             "check the name, the network and your access",
         ) from error
 
@@ -59,12 +78,12 @@ def locate_file(model: str) -> Path | None:
 class GGUFSource:
     """A file seen as a directory; see `architectures.source.Source`."""
 
-    def __init__(self, path: Path, hidden_act: str | None = None) -> None:
+    def __init__(self, path: Path, activation: str | None = None) -> None:
         """Read the header.
 
         Args:
             path: of the file.
-            hidden_act: activation where the file names none.
+            activation: of its model where the file names none, `fatrelu:T` with its threshold.
 
         Raises:
             CheckpointError: no such file, damaged, or of no model that psp supports.
@@ -74,7 +93,7 @@ class GGUFSource:
             self.file = GGUFFile(path)
         except FormatError as error:
             raise CheckpointError(error.problem, FETCH_FILE) from error
-        self.config: dict[str, Any] = config_of(self.file, hidden_act)
+        self.config: dict[str, Any] = config_of(self.file, activation)
 
     @property
     def config_name(self) -> str:
@@ -118,5 +137,5 @@ class GGUFSource:
         if problem == error.problem:
             return error
         if problem.startswith(("hidden_act", "activation")):
-            remedy = "if the model was trained with ReLU, say so with --hidden-act relu"
+            remedy = f"if the model was trained with ReLU, say so: --model {self.path}:relu"
         return CheckpointError(f"{self.path}: {problem}", remedy)

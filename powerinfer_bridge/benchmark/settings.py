@@ -10,6 +10,7 @@ from typing import Annotated
 from common.errors import EngineError
 from common.settings import (
     LLAMA_CPP_VARIABLE,
+    MODEL_FORMS,
     Field,
     Force,
     ModelFile,
@@ -76,7 +77,7 @@ class BenchConfig:
     ] = 512
     chunks: Annotated[int, Option("Perplexity windows, at most.", least=1)] = 16
     model: Annotated[
-        str | None, Option("The file's checkpoint, for transformers' perplexity.", "DIR|HUB_ID")
+        str | None, Option("The file's checkpoint, for transformers' perplexity.", MODEL_FORMS)
     ] = None
     prompt: Annotated[str, Option("Text to continue.")] = "The first thing to know about"
     prompts: Annotated[

@@ -10,6 +10,7 @@ from shlex import quote
 from gguf import GGUFValueType
 
 from architectures.checkpoint import Checkpoint
+from architectures.gguf_model.source import local_path
 from common.errors import CheckpointError, FormatError, PspError, printable
 from common.machine import Gpu
 from common.units import size
@@ -80,15 +81,16 @@ def _broken(report: Report) -> Iterator[Finding]:
             yield problem(f"file: {name}", outcome.detail, outcome.remedy or look)
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
-    """Open a checkpoint of this disk; nothing is fetched.
+def open_checkpoint(model: Path) -> Checkpoint:
+    """Open a checkpoint of this disk, a directory or a GGUF file; nothing is fetched.
 
     Raises:
-        CheckpointError: no such directory, an unsupported family, or damaged.
+        CheckpointError: not there, an unsupported family, or damaged.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory", "pass a checkpoint's directory")
-    return Checkpoint.open(directory)
+    if not local_path(str(model)).exists():
+        problem = f"{model}: no such directory or file"
+        raise CheckpointError(problem, "pass a checkpoint's directory or GGUF file")
+    return Checkpoint.open(model)
 
 
 def export_bytes(checkpoint: Checkpoint) -> int:

@@ -22,7 +22,7 @@ class DoctorConfig:
     llama_cpp_bin: Annotated[
         Path | None, Option("Directory of llama.cpp's programs.", "DIR", envvar=LLAMA_CPP_VARIABLE)
     ] = None
-    model: Annotated[Path | None, Option("Hugging Face checkpoint to look at too.", "DIR")] = None
+    model: Annotated[Path | None, Option("Checkpoint to look at too.", "DIR|FILE.gguf")] = None
     out: Annotated[
         Path | None, Option("Where outputs will go.", "DIR", unset="beside the file, or here")
     ] = None

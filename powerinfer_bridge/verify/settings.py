@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from common.errors import SettingsError
-from common.settings import ModelFile, Option, check_settings
+from common.settings import MODEL_FORMS, ModelFile, Option, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class VerifyConfig:
 
     file: ModelFile
     model: Annotated[
-        str | None, Option("Compare tensors, tokens and logits with this checkpoint.", "DIR|HUB_ID")
+        str | None, Option("Compare tensors, tokens and logits with this checkpoint.", MODEL_FORMS)
     ] = None
     max_ppl_gap: Annotated[
         float | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from common.element_types import ELEMENT_NAMES
 from common.errors import PredictorError
-from common.settings import Force, Option, Resume, Seed, check_settings, layers_option
+from common.settings import MODEL_FORMS, Force, Option, Resume, Seed, check_settings, layers_option
 
 AUTO = "auto"
 RANK_MULTIPLE = 32
@@ -189,7 +189,7 @@ class TrainConfig:
         Option("Type that will be exported, by which bytes are counted.", choices=ELEMENT_NAMES),
     ] = "f16"
     model: Annotated[
-        str | None, Option("To measure with.", "DIR|HUB_ID", unset="the traces' own")
+        str | None, Option("To measure with.", MODEL_FORMS, unset="the traces' own")
     ] = None
     data: Annotated[
         str | None, Option("Text to measure on, all of it.", unset="the traces' held-out part")
