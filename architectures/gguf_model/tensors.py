@@ -75,16 +75,13 @@ class GGUFTensors:
             FormatError: the file cannot be read any more.
         """
         info, transform = self._stored[name]
-        if transform == "transpose":
-            return from_file(self._numbers(info, columns=count), transform, self._shape)
-        if transform == "none":
-            return self._numbers(info, rows=count)
-        return from_file(self._numbers(info), transform, self._shape)[:count]
+        rows = count if transform == "none" else None
+        columns = count if transform == "transpose" else None
+        numbers = self._numbers(info, rows, columns)
+        return from_file(numbers, transform, self._shape)[:count]
 
-    def _numbers(
-        self, info: TensorInfo, rows: int | None = None, columns: int | None = None
-    ) -> torch.Tensor:
-        """Return the first rows and columns of a stored tensor; no other block is decoded."""
+    def _numbers(self, info: TensorInfo, rows: int | None, columns: int | None) -> torch.Tensor:
+        """Return a stored matrix's first rows and columns, in whole blocks; None for all."""
         block, block_bytes = GGML_QUANT_SIZES[info.kind]
         *outer, length = info.shape
         blocks = length // block if columns is None else min(-(-columns // block), length // block)
@@ -97,7 +94,7 @@ class GGUFTensors:
             return torch.from_numpy(table).view(plain)
         shape = (*table.shape[:-1], blocks * block)
         numbers = decode(table.reshape(-1), shape, info.kind)
-        return torch.from_numpy(numbers)[..., :columns]
+        return torch.from_numpy(numbers)
 
 
 def _stored(
