@@ -37,9 +37,10 @@ def activation_of(
     found, sure = _found(keys, always, dense, sparse)
     if wanted is None:
         return found
-    name, has = wanted["hidden_act"], found["hidden_act"]
-    if (sure and wanted != found) or (keys.file.sparse and not always and name not in sparse):
-        raise keys.error(f"its model has {has}, not {chosen}", f"leave ':{chosen}' out")
+    possible = wanted == found if sure else not keys.file.sparse or wanted["hidden_act"] in sparse
+    if not possible:
+        problem = f"its model has {found['hidden_act']}, not {chosen}"
+        raise keys.error(problem, f"leave ':{chosen}' out")
     return wanted
 
 
