@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
 
 Data = tuple[npt.NDArray[Any], GGMLQuantizationType]
-VOCAB, D_MODEL, D_FF, HEADS, KV_HEADS = 300, 256, 512, 4, 2
+VOCAB, D_MODEL, D_FF, HEADS, KV_HEADS = 320, 256, 512, 4, 2
 SHAPES = {
     "token_embd": (VOCAB, D_MODEL),
     "output": (VOCAB, D_MODEL),
@@ -55,7 +55,8 @@ def llama_keys() -> dict[str, Any]:
 
 def llama_tensors(kind: GGMLQuantizationType = GGMLQuantizationType.F16) -> dict[str, Data]:
     """Return its tensors: matrices of random bytes of a type, norms of random float32."""
-    rng, tensors = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    tensors: dict[str, Data] = {}
     for name, shape in SHAPES.items():
         block, size = GGML_QUANT_SIZES[kind]
         if len(shape) == 1:

@@ -19,7 +19,8 @@ from prosparse.activation import open_any, open_with_relu
 
 F32 = GGMLQuantizationType.F32
 ONES = np.ones(D_MODEL // HEADS // 2, dtype=np.float32)
-Keys, Tensors = dict[str, Any], dict[str, Any]
+Keys = dict[str, Any]
+Tensors = dict[str, Any]
 Edit = Callable[[Keys, Tensors], object]
 
 

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFValueType, TokenType
+from gguf import GGUFValueType
 
+from architectures.gguf_model.rust_tokenizer import bpe, save
 from architectures.gguf_model.tokenizer_files import FileVocabulary
-from common.errors import CheckpointError, reason
-
-FILE = "tokenizer.json"
+from common.errors import CheckpointError
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -89,7 +88,7 @@ def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:
         CheckpointError: an unknown way of splitting words, or merges that do not fit the tokens.
         FormatError: merges of another type.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
 
     pre = vocabulary.file.optional("tokenizer.ggml.pre", GGUFValueType.STRING, "")
     if pre not in _WORDS:
@@ -98,23 +97,11 @@ def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:
             f"psp does not know (known: {', '.join(filter(None, _WORDS))})",
             "pass the model's Hugging Face directory",
         )
-    ids = {token: number for number, token in enumerate(vocabulary.tokens)}
-    try:
-        model = models.BPE(ids, _merges(vocabulary), ignore_merges=pre in _NEWER)
-    except Exception as error:  # the library's own kind has no name
-        raise vocabulary.error(f"merges do not fit its tokens ({reason(error)})") from error
+    model = bpe(vocabulary, _merges(vocabulary), ignore_merges=pre in _NEWER)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_WORDS[pre]())
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
-            special = kind == TokenType.CONTROL
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    begun = vocabulary.flag("add_bos_token", pre in _NEWER)
-    if begun:
-        tokenizer.post_processor = _begin(vocabulary)
-    tokenizer.save(str(directory / FILE))
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": begun}
+    return save(tokenizer, vocabulary, directory, begun=pre in _NEWER)
 
 
 def _merges(vocabulary: FileVocabulary) -> list[tuple[str, str]]:
@@ -123,13 +110,3 @@ def _merges(vocabulary: FileVocabulary) -> list[tuple[str, str]]:
     if any(len(pair) != 2 for pair in pairs):
         raise vocabulary.error("a merge does not name two tokens")
     return [(left, right) for left, right in pairs]
-
-
-def _begin(vocabulary: FileVocabulary) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
-    number = vocabulary.special["bos"]
-    bos = vocabulary.tokens[number]
-    return TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, number)]
-    )

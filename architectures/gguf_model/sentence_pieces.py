@@ -1,4 +1,8 @@
-"""A SentencePiece model from a file's pieces, scores and types."""
+"""A SentencePiece model from a file's pieces, and a tokenizer.json that does the same.
+
+transformers 5 reads a tokenizer.model in ways of its own (leading and repeated spaces), a
+tokenizer.json as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,15 @@ from typing import Any
 
 from gguf import GGUFValueType, TokenType
 
+from architectures.gguf_model.rust_tokenizer import bpe, save
 from architectures.gguf_model.tokenizer_files import FileVocabulary
 
 FILE = "tokenizer.model"
+_SPACE = "\u2581"
 
 
 def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:
-    """Write `tokenizer.model`.
+    """Write `tokenizer.model` and `tokenizer.json`.
 
     Types of GGUF are SentencePiece's. The normaliser is LLaMA's: spaces become U+2581, nothing else
     changes, and a text begins with one unless the file says otherwise.
@@ -35,9 +41,10 @@ def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:
     unknown = vocabulary.types.count(TokenType.UNKNOWN)
     if unknown != 1:
         raise vocabulary.error(f"{unknown} tokens are of type UNKNOWN, expected 1")
+    known = set(sentencepiece_model_pb2.ModelProto.SentencePiece.Type.values())
     rows = zip(vocabulary.tokens, scores.tolist(), vocabulary.types, strict=True)
     for piece, score, kind in rows:
-        if kind not in sentencepiece_model_pb2.ModelProto.SentencePiece.Type.values():
+        if kind not in known:
             raise vocabulary.error(f"token {piece!r} has unknown type {kind}")
         model.pieces.add(piece=piece, score=score, type=kind)
     special = vocabulary.special
@@ -54,10 +61,39 @@ def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:
     model.normalizer_spec.remove_extra_whitespaces = False
     model.normalizer_spec.escape_whitespaces = True
     (directory / FILE).write_bytes(model.SerializeToString())
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "add_bos_token": vocabulary.flag("add_bos_token", True),
-        "add_eos_token": vocabulary.flag("add_eos_token", False),
-        "add_prefix_space": prefix,
-        "legacy": True,
-    }
+    return _write_json(vocabulary, directory, scores.tolist(), prefix)
+
+
+def _write_json(
+    vocabulary: FileVocabulary, directory: Path, scores: list[float], prefix: bool
+) -> dict[str, Any]:
+    from tokenizers import Tokenizer, decoders, normalizers
+
+    model = bpe(
+        vocabulary,
+        _merges(vocabulary, scores),
+        unk_token=vocabulary.tokens[vocabulary.types.index(TokenType.UNKNOWN)],
+        fuse_unk=True,
+        byte_fallback=TokenType.BYTE in vocabulary.types,
+    )
+    tokenizer = Tokenizer(model)
+    first = [normalizers.Prepend(_SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", _SPACE)])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps += [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(steps)
+    return save(tokenizer, vocabulary, directory, begun=True)
+
+
+def _merges(vocabulary: FileVocabulary, scores: list[float]) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that make a piece, the one of the highest score first."""
+    merged = (TokenType.NORMAL, TokenType.USER_DEFINED)
+    rows = zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
+    normal = {token: score for token, score, kind in rows if kind in merged}
+    pairs = [
+        (-score, piece[:at], piece[at:])
+        for piece, score in normal.items()
+        for at in range(1, len(piece))
+        if piece[:at] in normal and piece[at:] in normal
+    ]
+    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]
