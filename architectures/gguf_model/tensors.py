@@ -78,7 +78,8 @@ class GGUFTensors:
         rows = count if transform == "none" else None
         columns = count if transform == "transpose" else None
         numbers = self._numbers(info, rows, columns)
-        return from_file(numbers, transform, self._shape)[:count]
+        # Laid out as in a directory, so that sums come out the same to the last bit.
+        return from_file(numbers, transform, self._shape)[:count].contiguous()
 
     def _numbers(self, info: TensorInfo, rows: int | None, columns: int | None) -> torch.Tensor:
         """Return a stored matrix's first rows and columns, in whole blocks; None for all."""
