@@ -154,7 +154,8 @@ def require_layout(opened: OpenedFile) -> None:
 
 
 def _file(file: GGUFFile) -> str:
-    return f"GGUF version 3, {len(file.values)} keys, {len(file.tensors)} tensors, all inside"
+    found = f"{len(file.values)} keys, {len(file.tensors)} tensors"
+    return f"GGUF version {file.version}, {found}, all inside"
 
 
 def _layout(file: GGUFFile) -> str:

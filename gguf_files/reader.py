@@ -1,8 +1,8 @@
 """Reading of GGUF and PWRI files, hostile ones included.
 
 Every count, length and offset is checked against the file's size before anything is allocated, so
-a lying header costs a one-line error and nothing else. Layout: ggml's gguf.md, version 3,
-little-endian; types: the `gguf` package's constants.
+a lying header costs a one-line error and nothing else. Layout: ggml's gguf.md, versions 2 and 3,
+which differ in nothing where both are little-endian; types: the `gguf` package's constants.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ SPARSE_MAGIC = b"PWRI"
 """A file that starts with these bytes PowerInfer runs sparsely; the layout is GGUF's."""
 
 VERSION = 3
+"""What psp writes; version 2 has the same layout, and PowerInfer reads both."""
+
+VERSIONS = (2, VERSION)
 ALIGNMENT = 32
+"""Where a file does not say its own, in `general.alignment`."""
+
+_LEAST_ALIGNMENT = 8
 
 _SCALARS = {
     GGUFValueType.UINT8: "<B",
@@ -79,7 +85,16 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An opened file whose header has been checked against its size."""
+    """An opened file whose header has been checked against its size.
+
+    Attributes:
+        path: the file.
+        sparse: whether its magic is PWRI.
+        version: of its format.
+        alignment: bytes that tensors start at multiples of.
+        values: metadata by key.
+        tensors: where they lie, by name, in the file's order.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the header.
@@ -105,9 +120,7 @@ class GGUFFile:
         if magic not in (DENSE_MAGIC, SPARSE_MAGIC):
             raise self.error(f"magic is {magic!r}, expected {SPARSE_MAGIC!r} or {DENSE_MAGIC!r}")
         self.sparse = magic == SPARSE_MAGIC
-        version = self._scalar("<I", "version")
-        if version != VERSION:
-            raise self.error(f"version is {version}, expected {VERSION}")
+        self.version = self._version()
         tensor_count = self._count("tensor count", least=24)
         value_count = self._count("value count", least=13)
         self.values: dict[str, Value] = {}
@@ -116,7 +129,7 @@ class GGUFFile:
             if name in self.values:
                 raise self.error(f"key {name} appears twice")
             self.values[name] = self._value(name)
-        self._check_alignment()
+        self.alignment = self._alignment()
         infos = [self._tensor_info() for _ in range(tensor_count)]
         self.tensors = self._place(infos)
 
@@ -124,6 +137,18 @@ class GGUFFile:
         """Return the error for a file that breaks PowerInfer's contract."""
         return FormatError(
             f"{self.path}: {problem}", "the file is damaged or foreign, export the file again"
+        )
+
+    def _version(self) -> int:
+        version: int = self._scalar("<I", "version")
+        if version in VERSIONS:
+            return version
+        swapped = int.from_bytes(struct.pack("<I", version), "big")
+        found = f"{swapped}, big-endian" if 1 <= swapped <= VERSION else str(version)
+        raise FormatError(
+            f"{self.path}: version is {found}, expected {' or '.join(map(str, VERSIONS))}, "
+            "little-endian",
+            "convert the model again with a current converter",
         )
 
     def _take(self, size: int, what: str) -> npt.NDArray[np.uint8]:
@@ -178,13 +203,18 @@ class GGUFFile:
         count = self._count(name, least=struct.calcsize(code))
         return self._take(count * struct.calcsize(code), name).view(np.dtype(code)).copy()
 
-    def _check_alignment(self) -> None:
+    def _alignment(self) -> int:
         value = self.values.get("general.alignment")
         if value is None:
-            return
-        if value.kind is not GGUFValueType.UINT32 or value.data != ALIGNMENT:
-            found = value.data if value.element is None else "an array"
-            raise self.error(f"general.alignment is {found}, expected {ALIGNMENT} as UINT32")
+            return ALIGNMENT
+        found = value.data if value.element is None else "an array"
+        whole = value.kind is GGUFValueType.UINT32
+        if not whole or found < _LEAST_ALIGNMENT or found & (found - 1):
+            raise self.error(
+                f"general.alignment is {found}, expected a power of two from {_LEAST_ALIGNMENT} on "
+                "as UINT32"
+            )
+        return int(found)
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor name")
@@ -202,7 +232,7 @@ class GGUFFile:
     def _place(
         self, infos: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]]
     ) -> dict[str, TensorInfo]:
-        base = -(-self._at // ALIGNMENT) * ALIGNMENT
+        base = -(-self._at // self.alignment) * self.alignment
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in infos:
             size = data_size(shape, kind)
@@ -210,8 +240,8 @@ class GGUFFile:
                 raise self.error(f"tensor {name} appears twice")
             if 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
                 raise self.error(f"tensor {name} has shape {shape}, no multiple of its block")
-            if offset % ALIGNMENT:
-                raise self.error(f"tensor {name} is not aligned to {ALIGNMENT} bytes")
+            if offset % self.alignment:
+                raise self.error(f"tensor {name} is not aligned to {self.alignment} bytes")
             if base + offset + size > len(self._bytes):
                 raise self.error(f"tensor {name} ends after the file does")
             tensors[name] = TensorInfo(name, shape, kind, base + offset, size)

@@ -60,6 +60,10 @@ def pwri(
     return header + bytes(-len(header) % alignment) + data
 
 
+def aligned(size: int) -> bytes:
+    return key(b"general.alignment", U32, struct.pack("<I", size))
+
+
 def small() -> tuple[bytes, int]:
     """Return a small honest file and the size of its header."""
     keys = [
@@ -304,8 +308,10 @@ FOUR = struct.pack("<I", 4)
     ("content", "problem"),
     [
         (pwri(magic=b"LMGG"), "magic is b'LMGG'"),
-        (pwri(version=2), "version is 2, expected 3"),
-        (pwri(version=0x03000000), "version is 50331648"),
+        (pwri(version=1), "version is 1, expected 2 or 3, little-endian; convert"),
+        (pwri(version=4), "version is 4, expected 2 or 3"),
+        (pwri(version=0), "version is 0, expected 2 or 3"),
+        (pwri(version=0x03000000), "version is 3, big-endian, expected"),
         (pwri([key(b"k", U32, FOUR), key(b"k", U32, FOUR)]), "key k appears twice"),
         (pwri([key(b"k", 13, FOUR)]), "k has unknown type 13"),
         (pwri([array(b"k", 99, 1, FOUR)]), "k has unknown type 99"),
@@ -368,15 +374,43 @@ def test_values_and_tensors_that_are_not_there_are_refused_by_name(tmp_path: Pat
         assert problem in one_line(caught.value)
 
 
+@pytest.mark.parametrize("alignment", [8, 16, 32, 64, 256])
 @pytest.mark.parametrize("filler", range(0, 64, 16))
-def test_another_alignment_is_read_right_or_refused(tmp_path: Path, filler: int) -> None:
-    keys = [
-        key(b"general.alignment", U32, struct.pack("<I", 64)),
-        key(b"filler", STRING, text(bytes(filler))),
-    ]
-    tensors = [tensor(b"m", (2,), TENSOR_F32, 0)]
-    content = pwri(keys, tensors, struct.pack("<2f", 1, 2) + bytes(56), alignment=64)
-    if survives(tmp_path, content):
-        assert opened(tmp_path, content).tensor("m").tolist() == [1, 2]
-    else:
-        assert "alignment" in refusal(tmp_path, content)
+def test_every_alignment_is_read_right(tmp_path: Path, filler: int, alignment: int) -> None:
+    keys = [aligned(alignment), key(b"filler", STRING, text(bytes(filler)))]
+    tensors = [tensor(b"m", (2,), TENSOR_F32, 0), tensor(b"n", (1,), TENSOR_F32, alignment)]
+    data = struct.pack("<2f", 1, 2).ljust(alignment, b"\0") + struct.pack("<f", 3)
+    file = opened(tmp_path, pwri(keys, tensors, data, alignment=alignment))
+    assert file.alignment == alignment
+    assert (file.tensor("m").tolist(), file.tensor("n").tolist()) == ([1, 2], [3])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(aligned(size) for size in (0, 1, 4, 24, 2**32 - 1)),
+        key(b"general.alignment", U64, struct.pack("<Q", 32)),
+        array(b"general.alignment", U32, 1, struct.pack("<I", 32)),
+    ],
+)
+def test_an_alignment_that_the_format_does_not_know_is_refused(
+    tmp_path: Path, value: bytes
+) -> None:
+    assert "expected a power of two from 8 on as UINT32" in refusal(tmp_path, pwri([value]))
+
+
+def test_a_tensor_is_checked_against_the_file_s_own_alignment(tmp_path: Path) -> None:
+    content = pwri([aligned(64)], [tensor(b"t", (8,), TENSOR_F32, 32)], bytes(128), alignment=64)
+    assert "tensor t is not aligned to 64 bytes" in refusal(tmp_path, content)
+    huge = pwri([aligned(2**31)], [tensor(b"t", (8,), TENSOR_F32, 0)], bytes(64))
+    assert "tensor t ends after the file does" in refusal(tmp_path, huge)
+
+
+def test_version_2_has_the_layout_of_3(tmp_path: Path) -> None:
+    content, _ = small()
+    old = content[:4] + struct.pack("<I", 2) + content[8:]
+    three, two = opened(tmp_path, content), opened(tmp_path, old)
+    assert (three.version, two.version) == (3, 2)
+    assert two.tensors == three.tensors
+    for name in two.tensors:
+        np.testing.assert_array_equal(two.tensor(name), three.tensor(name))

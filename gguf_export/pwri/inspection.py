@@ -12,7 +12,7 @@ from gguf import GGUFValueType
 
 from common.errors import printable
 from gguf_export.pwri.schema import FC1, Role, parse_name
-from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, VERSION, GGUFFile, Value
+from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, GGUFFile, Value
 
 _SHOWN_CHARACTERS = 120
 _SHOWN_ELEMENTS = 5
@@ -32,7 +32,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a sparse (PWRI) or dense (GGUF) file; no tensor data is read.
 
     Args:
-        path: any file of GGUF version 3.
+        path: any file of GGUF version 2 or 3.
 
     Returns:
         A JSON-ready document. `keys` maps names to their type and value; long texts are cut and
@@ -55,7 +55,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "file_bytes": path.stat().st_size,
         "magic": (SPARSE_MAGIC if file.sparse else DENSE_MAGIC).decode(),
         "kind": "sparse" if file.sparse else "dense",
-        "version": VERSION,
+        "version": file.version,
         "architecture": _plain(name.data) if name is not None and text else None,
         "keys": {printable(key, 2**16): _value(value) for key, value in file.values.items()},
         "tensors": [
