@@ -89,6 +89,7 @@ class GGUFFile:
 
     Attributes:
         path: the file.
+        files: all files that hold it, one here.
         sparse: whether its magic is PWRI.
         version: of its format.
         alignment: bytes that tensors start at multiples of.
@@ -103,6 +104,7 @@ class GGUFFile:
             FormatError: not such a file, truncated, or a header that lies.
         """
         self.path = path
+        self.files: tuple[Path, ...] = (path,)
         # Opening a pipe would wait for a writer.
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
             raise FormatError(f"{path}: is no plain file", "pass a file made by 'psp export-gguf'")
@@ -136,7 +138,8 @@ class GGUFFile:
     def error(self, problem: str) -> FormatError:
         """Return the error for a file that breaks PowerInfer's contract."""
         return FormatError(
-            f"{self.path}: {problem}", "the file is damaged or foreign, export the file again"
+            f"{self.path}: {problem}",
+            "the file is damaged or foreign, fetch or export the file again",
         )
 
     def _version(self) -> int:
@@ -281,13 +284,19 @@ class GGUFFile:
         The memory goes back with the array. What is written to it does not reach the file.
 
         Raises:
-            FormatError: the file cannot be read any more.
+            FormatError: the tensor is missing, or the file cannot be read any more.
         """
-        info = self.tensors[name]
+        info = self._info(name)
         try:
             return np.memmap(self.path, np.uint8, "c", info.start, (info.size,)).view(np.ndarray)
         except (OSError, ValueError) as error:
             raise self.error(f"tensor {name} cannot be read ({error})") from error
+
+    def _info(self, name: str) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise self.error(f"tensor {name} is missing")
+        return info
 
     def tensor(self, name: str, rows: npt.NDArray[np.integer[Any]] | None = None) -> Any:
         """Return a tensor's numbers, numpy array.
@@ -303,9 +312,7 @@ class GGUFFile:
         Raises:
             FormatError: the tensor is missing or of another type.
         """
-        info = self.tensors.get(name)
-        if info is None:
-            raise self.error(f"tensor {name} is missing")
+        info = self._info(name)
         data, shape = self._bytes[info.start : info.start + info.size], info.shape
         if rows is not None:
             if len(shape) == 1 and info.kind not in PLAIN:

@@ -21,7 +21,7 @@ from architectures.gguf_model.tokenizer_files import write_tokenizer_files
 from architectures.spec import Architecture, ModelShape
 from common.errors import CheckpointError, FormatError, reason
 from gguf_files.names import FINGERPRINT_KEY
-from gguf_files.reader import GGUFFile
+from gguf_files.split_set import open_gguf
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")
 _WITH_ACTIVATION = re.compile(r"(.+\.gguf):([a-z_]+(?::[^:]+)?)")
@@ -90,7 +90,7 @@ class GGUFSource:
         """
         self.path = path
         try:
-            self.file = GGUFFile(path)
+            self.file = open_gguf(path)
         except FormatError as error:
             raise CheckpointError(error.problem, FETCH_FILE) from error
         self.config: dict[str, Any] = config_of(self.file, activation)

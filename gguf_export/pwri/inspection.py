@@ -13,6 +13,7 @@ from gguf import GGUFValueType
 from common.errors import printable
 from gguf_export.pwri.schema import FC1, Role, parse_name
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, GGUFFile, Value
+from gguf_files.split_set import open_gguf
 
 _SHOWN_CHARACTERS = 120
 _SHOWN_ELEMENTS = 5
@@ -32,19 +33,20 @@ def inspect_file(path: Path) -> dict[str, Any]:
     """Describe a sparse (PWRI) or dense (GGUF) file; no tensor data is read.
 
     Args:
-        path: any file of GGUF version 2 or 3.
+        path: any file of GGUF version 2 or 3, or one of a split set, of which all is told.
 
     Returns:
         A JSON-ready document. `keys` maps names to their type and value; long texts are cut and
         arrays shortened to their length and first elements; numbers that JSON does not have are
         texts. `tensors` are in the file's order, shapes in numpy's; sizes are bytes and so are
-        offsets, which count from the file's beginning. `predictor_ranks` names the layers that
-        have a predictor. `bytes_by_kind` adds up to `tensor_bytes`.
+        offsets, which count from the beginning of the file that holds the tensor.
+        `predictor_ranks` names the layers that have a predictor. `bytes_by_kind` adds up to
+        `tensor_bytes`.
 
     Raises:
         FormatError: not such a file, truncated, or a header that lies.
     """
-    file = GGUFFile(path)
+    file = open_gguf(path)
     name = file.values.get("general.architecture")
     text = name is not None and name.kind is GGUFValueType.STRING
     kinds = dict.fromkeys(_KINDS.values(), 0)
@@ -52,7 +54,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         kinds[_KINDS[parse_name(info.name).role]] += info.size
     return {
         "file": str(path),
-        "file_bytes": path.stat().st_size,
+        "file_bytes": sum(each.stat().st_size for each in file.files),
         "magic": (SPARSE_MAGIC if file.sparse else DENSE_MAGIC).decode(),
         "kind": "sparse" if file.sparse else "dense",
         "version": file.version,
