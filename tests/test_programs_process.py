@@ -79,6 +79,16 @@ def test_a_program_gets_its_arguments_and_an_empty_place_and_nothing_to_read(
     assert 0 < run.seconds < 30
 
 
+def test_numbers_of_programs_have_a_point_in_every_locale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    code = "import os\nprint(os.environ.get('LC_ALL'), os.environ['LC_NUMERIC'])"
+    run = run_program([str(write_program(tmp_path / "main", code))], timeout=30)
+    assert run.stdout == "None C\n"
+    assert run.environment == {}
+
+
 def test_output_in_a_wrong_encoding_is_kept_as_far_as_it_can_be(tmp_path: Path) -> None:
     body = "import sys\nsys.stdout.buffer.write('é'.encode('latin-1') + b'\\x00 ok')"
     run = run_program([str(write_program(tmp_path / "p", body))], timeout=30)

@@ -56,6 +56,11 @@ class Finished:
     seconds: float
 
 
+_POINT: dict[str, str | None] = {"LC_ALL": None, "LC_NUMERIC": "C"}
+"""PowerInfer's `main` takes the environment's locale (common/console.cpp), and prints `3,85 ms` in
+a German one. LC_ALL would win over the second."""
+
+
 def run_program(
     command: Sequence[str],
     *,
@@ -64,6 +69,8 @@ def run_program(
     heartbeat: Heartbeat | None = None,
 ) -> Finished:
     """Run a program in an empty working directory that goes away, with nothing to read.
+
+    Its numbers have a decimal point, whatever the user's locale says.
 
     Args:
         command: absolute path of the program, and its arguments.
@@ -75,7 +82,7 @@ def run_program(
         EngineError: it cannot be started, takes too long or prints too much.
     """
     overrides = dict(environment or {})
-    merged: dict[str, str | None] = {**os.environ, **overrides}
+    merged: dict[str, str | None] = {**os.environ, **_POINT, **overrides}
     variables = {key: value for key, value in merged.items() if value is not None}
     start = time.monotonic()
     # The programs leave log files in the working directory.
