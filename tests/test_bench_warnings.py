@@ -86,6 +86,7 @@ class Around:
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     load: float = 0.0
+    threshold: str | None = None
     cuda: bool | None = None
     llama_cpp_cuda: bool | None = None
     index_problem: str | None = None
@@ -95,14 +96,14 @@ class Around:
 
     def setup(self) -> Setup:
         """Return it with neither files nor programs behind it."""
-        hyper = SimpleNamespace(activation_threshold=self.activation_threshold)
+        hyper = SimpleNamespace(activation_threshold=self.activation_threshold, threshold=-1.0)
         dense = {
             name: DenseFile(path=Path("d"), element_type="F16", architecture=architecture)
             for name, architecture in self.architectures.items()
         }
         return Setup(
             config=BenchConfig(file=Path("m"), powerinfer_bin=Path("bin"), **self.settings),
-            machine=Machine(facts=IDLE, load=self.load),
+            machine=Machine(facts=IDLE, load=self.load, threshold=self.threshold),
             file=cast(GGUFFile, None),
             engine=cast(Engine, SimpleNamespace(hyper=hyper)),
             programs=Programs(
@@ -187,6 +188,11 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
         "computes SiLU, not this model's ReLU",
     ),
     "fatrelu": (document(), Around(activation_threshold=0.01), "FATReLU at 0.01, PowerInfer"),
+    "threshold-variable": (
+        document(),
+        Around(threshold="0,5"),
+        "is '0,5', which is no number and read as 0: it was left out here, where the file's -1",
+    ),
     "ppl-gap": (document(ppl_gap=0.011), Around(), "by +1.10%"),
     "ppl-transformers": (document(ppl_transformers=10.2), Around(), "in transformers 10.2000"),
     "texts-differ": (document(greedy_text_same=False), Around(), "texts"),

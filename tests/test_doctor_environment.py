@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from powerinfer_bridge.doctor.environment import (
     variable_findings,
 )
 from powerinfer_bridge.doctor.finding import Finding
+from powerinfer_bridge.programs.build import threshold_read
 
 CARD = Gpu(name="NVIDIA X", memory=24 * GIB, free=24 * GIB, driver="550.1", capability="8.9")
 PROCESSOR = Processor(
@@ -193,7 +195,28 @@ def test_variables(variables: dict[str, str], has_gpu: bool, expected: list[str]
     assert all(finding.check in variables for finding in findings)
 
 
-def test_a_threshold_that_is_no_number_is_shown_as_it_is() -> None:
-    variables = {"LLAMA_SPARSE_PRED_THRESHOLD": "high"}
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("-1e30", -1e30),
+        (" 2", 2),
+        ("", 0),
+        ("0,5", 0),
+        ("1,5", 1),
+        ("1e", 1),
+        ("1_0", 1),
+        ("high", 0),
+        ("\u0663", 0),
+        (".5.", 0.5),
+        ("0x1p3", 8),
+        ("inf", math.inf),
+    ],
+)
+def test_a_threshold_is_told_as_powerinfer_reads_it(text: str, read: float) -> None:
+    """The expected ones are what its log said of each."""
+    variables = {"LLAMA_SPARSE_PRED_THRESHOLD": text}
     (finding,) = variable_findings(variables, usable_threads=8, has_gpu=False)
-    assert "'high', which is no number" in finding.found
+    assert threshold_read(text) == read
+    odd = text not in ("-1e30", " 2", "0x1p3")
+    assert finding.found.startswith(f"{text!r}, which is no number" if odd else f"{read:g}: ")
+    assert f"{read:g}: a PowerInfer run by hand takes it instead of the file's" in finding.found

@@ -29,6 +29,7 @@ from powerinfer_bridge.benchmark.inputs import (
 from powerinfer_bridge.benchmark.placement import NeuronFacts, read_neuron_facts, vram_budget
 from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
 from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import ProgramFacts
@@ -44,11 +45,13 @@ class Machine:
         facts: what results say of it.
         gpus: NVIDIA GPUs whose memory their driver tells.
         load: mean number of running processes over the last minute, before the benchmark.
+        threshold: what the environment has PowerInfer take instead of a file's; None if nothing.
     """
 
     facts: MachineFacts
     gpus: tuple[Gpu, ...] = ()
     load: float = 0.0
+    threshold: str | None = None
 
 
 def this_machine() -> Machine:
@@ -60,7 +63,8 @@ def this_machine() -> Machine:
         memory_bytes=read_memory().total,
         gpus=tuple(GpuFacts(name=card.name, memory_bytes=card.memory) for card in gpus),
     )
-    return Machine(facts=facts, gpus=gpus, load=os.getloadavg()[0])
+    told = os.environ.get(THRESHOLD_VARIABLE)
+    return Machine(facts=facts, gpus=gpus, load=os.getloadavg()[0], threshold=told)
 
 
 @dataclass

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from common.units import size
 from powerinfer_bridge.benchmark.setup import Setup
+from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 from results.bench import (
     DENSE_LLAMA_CPP,
     DENSE_POWERINFER,
@@ -133,6 +134,14 @@ def _baselines(result: Bench, setup: Setup) -> Warnings:
 
 
 def _quality(result: Bench, setup: Setup, estimate_problem: str | None) -> Warnings:
+    told = setup.machine.threshold
+    if told is not None:
+        yield (
+            "threshold-variable",
+            f"{THRESHOLD_VARIABLE} is {threshold_told(told)}: it was left out here, where the "
+            f"file's {setup.engine.hyper.threshold:g} counts; a PowerInfer run by hand would take "
+            "it, unset it",
+        )
     threshold = setup.engine.hyper.activation_threshold
     if threshold:
         yield (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 from common.machine import Gpu, Gpus, Memory, Processor
 from common.units import GIB, size
 from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
-from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE
+from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 
 THREADS, DEVICES, OFFLINE = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"
 
@@ -225,15 +224,9 @@ def variable_findings(
 
 
 def _threshold(value: str) -> Finding:
-    try:
-        threshold = float(value)
-    except ValueError:
-        threshold = math.nan
-    said = f"{threshold:g}" if math.isfinite(threshold) else f"{value!r}, which is no number"
-    found = f"{said}: a PowerInfer run by hand takes it instead of the file's threshold"
-    return warning(
-        THRESHOLD_VARIABLE, found, f"unset {THRESHOLD_VARIABLE}; psp's own runs leave it out"
-    )
+    found = f"{threshold_told(value)}: a PowerInfer run by hand takes it instead of the file's"
+    remedy = f"unset {THRESHOLD_VARIABLE}; psp's own runs leave it out"
+    return warning(THRESHOLD_VARIABLE, f"{found} threshold", remedy)
 
 
 def _threads(value: str, usable: int) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -13,6 +14,13 @@ from powerinfer_bridge.programs.process import Finished, last_words
 
 THRESHOLD_VARIABLE = "LLAMA_SPARSE_PRED_THRESHOLD"
 """Overrides a sparse file's threshold in PowerInfer's programs."""
+
+_NUMBER = re.compile(
+    r"\s*([+-]?(?:0x(?:[0-9a-f]+\.?[0-9a-f]*|\.[0-9a-f]+)(?:p[+-]?\d+)?"
+    r"|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|inf|nan))",
+    re.ASCII | re.IGNORECASE,
+)
+"""What C's `strtod` reads at the beginning of a text."""
 
 _PLACES = (".", "bin", "build/bin")
 _FOREIGN = {
@@ -63,6 +71,26 @@ _SIGNALS = {
     signal.SIGILL: "the build is for another CPU: build it on this machine",
     signal.SIGKILL: "the system may have run out of memory: close other programs",
 }
+
+
+def threshold_read(text: str) -> float:
+    """Return what PowerInfer makes of `LLAMA_SPARSE_PRED_THRESHOLD`, whatever it holds.
+
+    It calls `atof`, which takes the longest number at the beginning and 0 where there is none
+    (PowerInfer@d3ebd7c llama.cpp:llm_load_hparams).
+    """
+    match = _NUMBER.match(text)
+    if match is None:
+        return 0.0
+    return float.fromhex(match[1]) if "x" in match[1].lower() else float(match[1])
+
+
+def threshold_told(text: str) -> str:
+    """Return a value of that variable as a message says it, and what PowerInfer makes of it."""
+    read = threshold_read(text)
+    match = _NUMBER.fullmatch(text)
+    plain = match is not None and math.isfinite(read)
+    return f"{read:g}" if plain else f"{text!r}, which is no number and read as {read:g}"
 
 
 def build_directory(directory: Path, names: Iterable[str]) -> Path:
