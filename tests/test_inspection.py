@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import refused
 from gguf import GGUFWriter
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
+from gguf_export.pwri.gpu_index import index_path, write_gpu_index
 from gguf_export.pwri.inspection import inspect_file, inspection_table
 from gguf_files.reader import GGUFFile
 
@@ -192,6 +194,30 @@ def test_no_tensor_data_is_read(exact_bundle: Bundle, tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert document["tensor_bytes"] == rows * 2048
+
+
+def test_a_gpu_index_is_told(tmp_path: Path) -> None:
+    path = index_path(tmp_path / "m.powerinfer.gguf")
+    layers = [torch.arange(1012) < number for number in (64, 0, 1012)]
+    write_gpu_index(path, layers, 5_000_000_000)
+    document = inspect_file(path)
+    assert (document["magic"], document["kind"]) == ("PWRI", "gpu index")
+    assert document["architecture"] == "generic.gpu_index"
+    assert document["keys"]["split.vram_capacity"] == {"type": "UINT64", "value": 5_000_000_000}
+    assert document["gpu_neurons"] == [
+        {"layer": 0, "neurons": 64},
+        {"layer": 1, "neurons": 0},
+        {"layer": 2, "neurons": 1012},
+    ]
+    assert {each["type"] for each in document["tensors"]} == {"I32"}
+    assert document["tensor_bytes"] == 4 * (3 * 1012 + 64 + 1012)
+    table = inspection_table(document)
+    assert "PWRI, version 3: gpu index" in table
+    assert "on the GPU    0: 64, 1: 0, 2: 1012" in table
+    damaged = path.with_name(f"x{path.name}")
+    damaged.write_bytes(path.read_bytes()[:-4000])
+    with refused(FormatError, str(damaged), "ends after the file does"):
+        inspect_file(damaged)
 
 
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from common.files import atomic_path
 from gguf_files.names import DOWN
 from gguf_files.reader import SPARSE_MAGIC, GGUFFile, TensorInfo
 
+INDEX_SUFFIX = ".generated.gpuidx"
 INDEX_ARCHITECTURE = "generic.gpu_index"
 CAPACITY_KEY = "split.vram_capacity"
 """uint64, bytes of VRAM that the neurons need."""
@@ -89,7 +90,7 @@ GROUPS = {name: Groups(each.gpu_block, each.gpu_rest) for name, each in ELEMENT_
 
 def index_path(model_file: Path) -> Path:
     """Return where PowerInfer looks for a model's index."""
-    return model_file.with_name(f"{model_file.name}.generated.gpuidx")
+    return model_file.with_name(model_file.name + INDEX_SUFFIX)
 
 
 def file_groups(file: GGUFFile) -> Groups:
@@ -138,7 +139,7 @@ def write_gpu_index(
         file.write(SPARSE_MAGIC)
 
 
-class _IndexFile(GGUFFile):
+class IndexFile(GGUFFile):
     """A file with PowerInfer's int32, in which vectors may be empty."""
 
     def _place(
@@ -174,7 +175,7 @@ def read_gpu_index(
     Raises:
         FormatError: damaged, of another model, or one that PowerInfer would refuse or misread.
     """
-    file = _IndexFile(path)
+    file = IndexFile(path)
     if not file.sparse:
         raise file.error("starts as a dense model file")
     architecture = file.value("general.architecture", GGUFValueType.STRING)

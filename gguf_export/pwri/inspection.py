@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from common.errors import printable
+from gguf_export.pwri.gpu_index import BUCKET, INDEX_SUFFIX, IndexFile
 from gguf_export.pwri.schema import FC1, Role, parse_name
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, GGUFFile, Value
 from gguf_files.split_set import open_gguf
@@ -30,23 +31,25 @@ _KINDS: dict[Role | None, str] = {
 
 
 def inspect_file(path: Path) -> dict[str, Any]:
-    """Describe a sparse (PWRI) or dense (GGUF) file; no tensor data is read.
+    """Describe a sparse (PWRI) or dense (GGUF) file, or a GPU index; no tensor data is read.
 
     Args:
-        path: any file of GGUF version 2 or 3, or one of a split set, of which all is told.
+        path: any file of GGUF version 2 or 3, or one of a split set, of which all is told. An
+            index is known by its name, which PowerInfer fixes.
 
     Returns:
         A JSON-ready document. `keys` maps names to their type and value; long texts are cut and
         arrays shortened to their length and first elements; numbers that JSON does not have are
         texts. `tensors` are in the file's order, shapes in numpy's; sizes are bytes and so are
         offsets, which count from the beginning of the file that holds the tensor.
-        `predictor_ranks` names the layers that have a predictor. `bytes_by_kind` adds up to
-        `tensor_bytes`.
+        `predictor_ranks` names the layers that have a predictor, `gpu_neurons` those of an index.
+        `bytes_by_kind` adds up to `tensor_bytes`.
 
     Raises:
         FormatError: not such a file, truncated, or a header that lies.
     """
-    file = open_gguf(path)
+    index = path.name.endswith(INDEX_SUFFIX)
+    file = IndexFile(path) if index else open_gguf(path)
     name = file.values.get("general.architecture")
     text = name is not None and name.kind is GGUFValueType.STRING
     kinds = dict.fromkeys(_KINDS.values(), 0)
@@ -56,7 +59,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "file": str(path),
         "file_bytes": sum(each.stat().st_size for each in file.files),
         "magic": (SPARSE_MAGIC if file.sparse else DENSE_MAGIC).decode(),
-        "kind": "sparse" if file.sparse else "dense",
+        "kind": "gpu index" if index else "sparse" if file.sparse else "dense",
         "version": file.version,
         "architecture": _plain(name.data) if name is not None and text else None,
         "keys": {printable(key, 2**16): _value(value) for key, value in file.values.items()},
@@ -70,7 +73,8 @@ def inspect_file(path: Path) -> dict[str, Any]:
             }
             for info in file.tensors.values()
         ],
-        "predictor_ranks": _ranks(file),
+        "predictor_ranks": _first_sizes(file, FC1, 2, "rank"),
+        "gpu_neurons": _first_sizes(file, BUCKET, 1, "neurons"),
         "bytes_by_kind": kinds,
         "tensor_bytes": sum(info.size for info in file.tensors.values()),
     }
@@ -99,14 +103,15 @@ def _value(value: Value) -> dict[str, object]:
     }
 
 
-def _ranks(file: GGUFFile) -> list[dict[str, int]]:
-    """Return the rank of every layer that has a predictor, by layer."""
-    ranks = []
+def _first_sizes(file: GGUFFile, pattern: str, dimensions: int, size: str) -> list[dict[str, int]]:
+    """Return the first size of every layer's tensor of a name and so many dimensions, by layer."""
+    found = []
     for name, info in file.tensors.items():
         layer = parse_name(name).layer
-        if layer is not None and name == FC1.format(layer=layer) and len(info.shape) == 2:
-            ranks.append({"layer": layer, "rank": info.shape[0]})
-    return sorted(ranks, key=lambda row: row["layer"])
+        whole = layer is not None and name == pattern.format(layer=layer)
+        if layer is not None and whole and len(info.shape) == dimensions:
+            found.append({"layer": layer, size: info.shape[0]})
+    return sorted(found, key=lambda row: row["layer"])
 
 
 def inspection_table(document: Mapping[str, Any]) -> str:
@@ -117,8 +122,10 @@ def inspection_table(document: Mapping[str, Any]) -> str:
         "file": printable(document["file"], 2**16),
         "magic": f"{magic}, version {version}: {document['kind']}",
         "architecture": document["architecture"],
-        "ranks": _ranks_line(document["predictor_ranks"]),
+        "ranks": _sizes_line(document["predictor_ranks"], "rank", "no predictors"),
     }
+    if document["kind"] == "gpu index":
+        facts["on the GPU"] = _sizes_line(document["gpu_neurons"], "neurons", "no layers")
     keys = {name: _value_line(value) for name, value in document["keys"].items()}
     shares = {
         kind.replace("_", " "): f"{size:,} ({size / total:.1%})" if total else "0"
@@ -137,12 +144,12 @@ def inspection_table(document: Mapping[str, Any]) -> str:
     return "\n\n".join(f"{title}\n{_aligned(rows)}".rstrip() for title, rows in parts)
 
 
-def _ranks_line(ranks: list[dict[str, int]]) -> str:
-    """Return the ranks of all layers, one number where they are equal."""
-    found = [row["rank"] for row in ranks]
+def _sizes_line(sizes: list[dict[str, int]], name: str, none: str) -> str:
+    """Return the sizes of all layers, one number where they are equal."""
+    found = [row[name] for row in sizes]
     if len(set(found)) > 1:
-        return ", ".join(f"{row['layer']}: {row['rank']}" for row in ranks)
-    return f"{found[0]} in each of {len(found)} layers" if found else "no predictors"
+        return ", ".join(f"{row['layer']}: {row[name]}" for row in sizes)
+    return f"{found[0]} in each of {len(found)} layers" if found else none
 
 
 def _value_line(value: Mapping[str, Any]) -> str:
