@@ -25,10 +25,11 @@ from gguf_export.pwri.statistics import (
 from gguf_files.reader import GGUFFile
 from predictor.artifact import LayerPredictor, PredictorArtifact
 
+_PARTS = ("fc1.weight", "fc2.weight")
 _FETCH = "fetch the predictors again"
 _MOST_LAYERS = 10_000
 _LARGEST = torch.finfo(torch.float32).max
-_EMBEDDED = "model.layers.{layer}.mlp.predictor.{part}.weight"
+_EMBEDDED = "model.layers.{layer}.mlp.predictor."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,8 @@ def _from_directory(path: Path) -> PredictorSource:
         content = read_saved(file)
         if not isinstance(content, dict):
             raise PredictorError(f"{file}: expected fc1.weight and fc2.weight", _FETCH)
-        return [(file, name, content.get(name)) for name in ("fc1.weight", "fc2.weight")]
+        _refuse_others(file, content)
+        return [(file, name, content.get(name)) for name in _PARTS]
 
     return _imported(
         path,
@@ -170,10 +172,21 @@ def _from_directory(path: Path) -> PredictorSource:
     )
 
 
+def _refuse_others(where: Path, names: Iterable[object]) -> None:
+    """Refuse what PowerInfer's predictors cannot hold, such as a bias."""
+    others = sorted(map(str, set(names) - set(_PARTS)))
+    if others:
+        raise PredictorError(
+            f"{where}: holds {', '.join(others[:5])} beside {' and '.join(_PARTS)}; PowerInfer's "
+            "predictors have two matrices and no bias",
+            "train predictors with psp train-predictor",
+        )
+
+
 def _from_checkpoint(path: Path) -> PredictorSource:
     """TurboSparse: `mlp.predictor.fc1` and `fc2` read the residual and keep logits above 0."""
     files = TensorFiles(path)
-    n_layers = _count(lambda layer: _EMBEDDED.format(layer=layer, part="fc1") in files.shards)
+    n_layers = _count(lambda layer: _EMBEDDED.format(layer=layer) + _PARTS[0] in files.shards)
     if not n_layers:
         raise PredictorError(
             f"{path}: a checkpoint without predictors in it",
@@ -181,8 +194,12 @@ def _from_checkpoint(path: Path) -> PredictorSource:
         )
 
     def read(layer: int) -> Parts:
-        names = (_EMBEDDED.format(layer=layer, part=part) for part in ("fc1", "fc2"))
-        return ((path, n, files.read(n) if n in files.shards else None) for n in names)
+        prefix = _EMBEDDED.format(layer=layer)
+        held = [name for name in files.shards if name.startswith(prefix)]
+        _refuse_others(path, (name.removeprefix(prefix) for name in held))
+        return (
+            (path, n, files.read(n) if n in held else None) for n in map(prefix.__add__, _PARTS)
+        )
 
     return _imported(path, "checkpoint", n_layers, read)
 
@@ -197,6 +214,9 @@ def _from_file(path: Path) -> PredictorSource:
         raise file.error(f"{THRESHOLD_KEY} is {threshold}")
 
     def read(layer: int) -> Parts:
+        prefix = FC1.format(layer=layer).removesuffix(_PARTS[0])
+        held = (name.removeprefix(prefix) for name in file.tensors if name.startswith(prefix))
+        _refuse_others(path, (name for name in held if name.startswith(("fc1.", "fc2."))))
         names = (name.format(layer=layer) for name in (FC1, FC2))
         return ((path, name, torch.tensor(file.tensor(name))) for name in names)
 

@@ -13,13 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_export, refused, write_predictors
 from damages import compress
 from families import BY_NAME, write
-from gguf import GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 from published import gated_shapes
+from rewriting import rewritten, stored
 
 from common.errors import ExportError, FormatError, PredictorError
 from gguf_export.bundle import Bundle
@@ -126,6 +128,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "model_0.pt: expected fc1.weight and fc2.weight",
     ),
     "fc1 missing": (lambda path: _save(path, fc1_weight=None), "fc1.weight is missing"),
+    "biases": (
+        lambda path: _save(path, fc1_bias=torch.zeros(128), fc2_bias=torch.zeros(1012)),
+        "model_0.pt: holds fc1.bias, fc2.bias beside fc1.weight and fc2.weight; PowerInfer's",
+    ),
+    "a third matrix": (lambda path: _save(path, fc3_weight=torch.eye(2)), "holds fc3.weight"),
+    "no names": (
+        lambda path: torch.save({1: torch.eye(2)}, path / "model_0.pt"),
+        "model_0.pt: holds 1 beside",
+    ),
     "fc2 a vector": (lambda path: _save(path, fc2_weight=torch.zeros(9)), "fc2.weight is missing"),
     "integers": (
         lambda path: _save(path, fc1_weight=torch.zeros(128, 64, dtype=torch.int64)),
@@ -247,6 +258,27 @@ def test_predictors_inside_a_checkpoint_are_taken_from_it(
     assert not made.activation_directory.exists()
     with refused(PredictorError, str(model_dir), "without predictors", "psp train-predictor"):
         open_predictors(model_dir)
+
+
+def test_a_bias_in_a_checkpoint_or_file_is_refused(
+    tokenizer_bytes: bytes, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    """PowerInfer would have no place for it, and without it the logits are others."""
+    variant = BY_NAME["turbosparse"].changed(intermediate_size=1012)
+
+    def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+        bias = {"model.layers.1.mlp.predictor.fc2.bias": (1012,)}
+        return {**gated_shapes(config, predictor=32), **bias}
+
+    written = write(replace(variant, shapes=shapes), tmp_path / "turbo", tokenizer_bytes)
+    source = open_predictors(written.path)
+    source.layer(0)
+    with refused(PredictorError, str(written.path), "holds fc2.bias beside"):
+        source.layer(1)
+    bias = {"blk.1.fc1.bias": stored(np.zeros(128), GGMLQuantizationType.F32)}
+    file = rewritten(exact_bundle.model_file, tmp_path / "m.gguf", tensors=bias)
+    with refused(PredictorError, str(file), "holds fc1.bias beside"):
+        open_predictors(file).layer(1)
 
 
 def test_a_file_without_predictors_or_damaged_is_refused(
