@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +18,14 @@ from gguf_export.predictor_source import (
     read_ranks,
     write_directories,
 )
-from gguf_export.pwri.element_types import FileTypes
+from gguf_export.pwri.element_types import FileTypes, recipe_allows
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter, plan_predictors
-from gguf_files.names import NOTE_KEY, RECIPE_KEY
+from gguf_files.names import NOTE_KEY, PREDICTOR_TYPE_KEY, RECIPE_KEY
 
 
 @dataclass(frozen=True)
@@ -119,6 +118,7 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     sparse_keys: dict[str, float | str] = {
         THRESHOLD_KEY: predictors.threshold,
         RECIPE_KEY: predictors.recipe,
+        PREDICTOR_TYPE_KEY: config.types.predictors,
     }
     writer = ModelWriter(checkpoint, vocabulary, config.types)
     with _unnamed(bundle, config.dense, predictors.counted) as unnamed:
@@ -252,7 +252,7 @@ def _check_rows(shape: ModelShape, types: FileTypes) -> None:
 
 def _check_precision(predictors: PredictorSource, types: FileTypes) -> None:
     """Refuse to round predictors whose units differ from a constant by little."""
-    if types.predictors != "f16" and json.loads(predictors.recipe).get("start") == "constant":
+    if not recipe_allows(predictors.recipe, types.predictors):
         raise ExportError(
             f"{predictors.path}: was trained for float16, {types.predictors} would spoil it",
             f"pass --predictor-type f16, or train with --predictor-type {types.predictors}",

@@ -16,6 +16,9 @@ needs to know which neurons they were meant to find."""
 RECIPE_KEY = "psp.recipe"
 """How the predictors were made, as JSON."""
 
+PREDICTOR_TYPE_KEY = "psp.predictor_type"
+"""Element type of the predictors' matrices as exported: what they were trained and judged for."""
+
 NOTE_KEY = "psp.note"
 """What a user must know of a dense file."""
 

@@ -6,22 +6,27 @@ ggml.c:ggml_compute_forward_mul_mat_axpy; ggml-cuda.cu asserts the same), so the
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, LlamaFileType, quants
+from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType, quants
 
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError
 from gguf_export.pwri.schema import HEAD, POSITIONS, parse_name
 from gguf_files.elements import PLAIN
+from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY
+from gguf_files.reader import GGUFFile
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in ELEMENT_TYPES}
 """What `--outtype` and `--predictor-type` may be."""
 
-_QUANTIZE = (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q6_K)
-"""What PowerInfer's own `quantize` gives the head of a Q4_0 file (llama.cpp:get_k_quant_type)."""
+_OTHER_NAMES = ("F32", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_OTHERS = tuple(GGMLQuantizationType[name] for name in _OTHER_NAMES)
+"""What matrices outside the sparse FFN may have besides: all other types that PowerInfer's ggml
+multiplies with (ggml.c:type_traits), each of them run. It has no BF16 and none of the IQ types."""
 
 WRITABLE = {*PLAIN, *OUTTYPES.values()}
 """Types that numbers can be written in."""
@@ -78,7 +83,32 @@ def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, .
     if len(shape) == 1:
         return (GGMLQuantizationType.F32,)
     both = tuple(OUTTYPES.values())
-    return both if parse_name(name).neurons else (*both, *_QUANTIZE)
+    return both if parse_name(name).neurons else (*both, *_OTHERS)
+
+
+def intended_type(file: GGUFFile) -> str | None:
+    """Return the type that a file's predictors were exported in, such as `F16`; None if unknown.
+
+    Files from before the key tell it where a recipe knows float16 only.
+    """
+    said = file.optional(PREDICTOR_TYPE_KEY, GGUFValueType.STRING, None)
+    if said is not None:
+        return str(said).upper()
+    recipe = file.optional(RECIPE_KEY, GGUFValueType.STRING, "{}")
+    return None if recipe_allows(recipe, "q4_0") else "F16"
+
+
+def recipe_allows(recipe: str, kind: str) -> bool:
+    """Whether predictors of a recipe (JSON; text of others allows all) may be rounded to a type.
+
+    Those that start as a constant have units that differ from it by little.
+    """
+    try:
+        settings = json.loads(recipe)
+    except (ValueError, RecursionError):
+        return True
+    constant = isinstance(settings, dict) and settings.get("start") == "constant"
+    return ELEMENT_TYPES[kind].fine or not constant
 
 
 def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.NDArray[np.generic]:

@@ -3,7 +3,7 @@
 The vector that multiplies a weight is rounded by the weight's type. Results are float32: a dot
 product of blocks is an exact sum of integers times both scales, which float32 reproduces up to the
 order of summation. Source: PowerInfer@d3ebd7c ggml.c:type_traits (`vec_dot_type`) and
-ggml-quants.c:quantize_row_q8_0, quantize_row_q8_K_reference.
+ggml-quants.c:quantize_row_q8_0, quantize_row_q8_1, quantize_row_q8_K_reference.
 """
 
 from __future__ import annotations
@@ -103,9 +103,14 @@ class Operators:
 
 def rounded(x: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
     """Round (..., n) float32 as ggml does before it multiplies with weights of type `kind`."""
-    if kind is GGMLQuantizationType.F16:
+    name = kind.name
+    if name == "F32":
+        return x
+    if name == "F16":
         return to_f16(x)
-    return to_q8_k(x) if kind is GGMLQuantizationType.Q6_K else to_q8_0(x)
+    if name.endswith("_K"):
+        return to_q8_k(x)
+    return to_q8_0(x) if name.endswith("_0") else to_q8_1(x)
 
 
 def to_f16(x: torch.Tensor) -> torch.Tensor:
@@ -115,10 +120,22 @@ def to_f16(x: torch.Tensor) -> torch.Tensor:
 
 def to_q8_0(x: torch.Tensor) -> torch.Tensor:
     """Round to 8 bits in blocks of 32: the scale is a float16, ties go to even."""
+    blocks, largest = _blocks(x)
+    return (blocks * to_f16(largest / 127)).reshape(x.shape)
+
+
+def to_q8_1(x: torch.Tensor) -> torch.Tensor:
+    """Round as `to_q8_0`, but the scale is a float32."""
+    blocks, largest = _blocks(x)
+    return (blocks * (largest / 127)).reshape(x.shape)
+
+
+def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return blocks of 32 as whole numbers up to 127, and the largest magnitude of each."""
     blocks = x.reshape(-1, _Q8_0_BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
     inverse = torch.where(largest > 0, 127 / largest, 0)
-    return ((blocks * inverse).round() * to_f16(largest / 127)).reshape(x.shape)
+    return (blocks * inverse).round(), largest
 
 
 def to_q8_k(x: torch.Tensor) -> torch.Tensor:
