@@ -18,10 +18,10 @@ from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
 from common.errors import FormatError, PspError, printable
-from gguf_export.pwri.element_types import intended_type, runnable
+from gguf_export.pwri.element_types import check_predictor_types, runnable
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, expected_shapes, read_hyperparameters
-from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY, parse_name
+from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD, THRESHOLD_KEY, parse_name
 from gguf_export.tokens.vocabulary import PIECES, Vocabulary, read_file_vocabulary
 from gguf_files.reader import GGUFFile
 
@@ -134,7 +134,7 @@ def check_structure(report: Report, opened: OpenedFile, *, header_only: bool = F
     report.check("shapes", lambda: _shapes(opened), "keys")
     report.check("types", lambda: _types(opened.file), "file")
     report.check("predictor ranks", lambda: _ranks(opened), "keys")
-    report.check("predictor types", lambda: _predictor_types(opened.file), "file")
+    report.check("predictor types", lambda: check_predictor_types(opened.file), "file")
     if header_only:
         return
     for kind in ("predictors", "norms", "weights"):
@@ -191,9 +191,11 @@ def _keys(opened: OpenedFile) -> str:
 
 
 def _threshold(file: GGUFFile) -> str:
-    threshold: float = file.value(THRESHOLD_KEY, GGUFValueType.FLOAT32)
+    threshold: float = file.optional(THRESHOLD_KEY, GGUFValueType.FLOAT32, 0.0)
     if not math.isfinite(threshold):
         raise file.error(f"{THRESHOLD_KEY} is {threshold}")
+    if threshold <= DENSE_THRESHOLD:
+        return f"{threshold:g}: no neuron is skipped, as without predictors"
     return f"neurons with a logit below {threshold:g} are skipped"
 
 
@@ -260,29 +262,6 @@ def _ranks(opened: OpenedFile) -> str:
             )
         ranks.append(sides[0])
     return f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else f"{ranks[0]}"
-
-
-def _predictor_types(file: GGUFFile) -> str:
-    """Refuse predictors in another type than they were exported in.
-
-    PowerInfer's `quantize` rounds them with everything else, which those trained for float16 do not
-    bear.
-    """
-    found = {
-        name: info.kind.name
-        for name, info in file.tensors.items()
-        if parse_name(name).role == "predictor"
-    }
-    said = intended_type(file)
-    for name, kind in found.items() if said is not None else ():
-        if kind != said:
-            raise FormatError(
-                f"{file.path}: tensor {name} is {kind}, the predictors were exported as {said}, "
-                "and rounding spoils them",
-                "run no quantize on the file, export it with --outtype q4_0 instead",
-            )
-    kinds = " and ".join(sorted(set(found.values()))) or "none"
-    return f"{kinds}, as exported" if said is not None else f"{kinds}, the file says no other"
 
 
 def _kind(name: str, dimensions: int) -> str:

@@ -210,14 +210,15 @@ class GGUFFile:
         value = self.values.get("general.alignment")
         if value is None:
             return ALIGNMENT
-        found = value.data if value.element is None else "an array"
-        whole = value.kind is GGUFValueType.UINT32
-        if not whole or found < _LEAST_ALIGNMENT or found & (found - 1):
-            raise self.error(
-                f"general.alignment is {found}, expected a power of two from {_LEAST_ALIGNMENT} on "
-                "as UINT32"
-            )
-        return int(found)
+        found = value.data
+        whole = value.kind is GGUFValueType.UINT32 and found >= _LEAST_ALIGNMENT
+        if whole and not found & (found - 1):
+            return int(found)
+        said = found if value.element is None else "an array"
+        raise self.error(
+            f"general.alignment is {said}, expected a power of two from {_LEAST_ALIGNMENT} on as "
+            "UINT32"
+        )
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self._name("tensor name")

@@ -14,6 +14,7 @@ from conftest import TEXT
 from rewriting import rewritten
 
 from gguf_export.bundle import Bundle
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_read
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verify.verification import verify
@@ -32,6 +33,17 @@ def test_alignments_and_version_2_run_and_pass(
     powerinfer_bin: Path, exact_bundle: Bundle, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     file = rewritten(exact_bundle.model_file, tmp_path / "changed.powerinfer.gguf", **change)
+    assert verify(file).ok
+    assert perplexity(powerinfer_bin, file) == perplexity(powerinfer_bin, exact_bundle.model_file)
+
+
+def test_keys_may_be_missing_that_have_defaults(
+    powerinfer_bin: Path, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    names = ("general.name", "llama.rope.freq_base", "powerinfer.sparse_threshold")
+    file = tmp_path / "changed.powerinfer.gguf"
+    rewritten(exact_bundle.model_file, file, keys=dict.fromkeys(names))
+    assert not set(names) & set(GGUFFile(file).values)
     assert verify(file).ok
     assert perplexity(powerinfer_bin, file) == perplexity(powerinfer_bin, exact_bundle.model_file)
 

@@ -114,9 +114,9 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
         "is UINT64, expected UINT32",
     ),
     "missing key": (
-        lambda content: content.keys.pop("llama.rope.freq_base"),
+        lambda content: content.keys.pop("llama.block_count"),
         {"keys"},
-        "key llama.rope.freq_base is missing",
+        "key llama.block_count is missing",
     ),
     "heads": (value("llama.attention.head_count", 3), {"keys"}, "n_heads=3"),
     "blocks": (value("llama.block_count", 20_000), {"keys"}, "more than there are tensors"),

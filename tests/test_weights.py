@@ -15,9 +15,11 @@ import torch
 from conftest import TEXT
 from gguf import GGUFValueType, GGUFWriter
 
+from architectures.rope import RopeScaling
 from common.errors import FormatError
 from common.machine import weight_budget
 from gguf_export.bundle import Bundle
+from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine, generate
@@ -273,14 +275,32 @@ def test_impossible_constants_are_refused(
     assert_remedy(refusal(exact_bundle, tmp_path, value(key, number)))
 
 
+def test_keys_that_powerinfer_does_without_have_its_defaults(
+    exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    content = Content.of(exact_bundle.model_file)
+    for key in (
+        "general.name",
+        "llama.attention.head_count_kv",
+        "llama.rope.freq_base",
+        "llama.rope.dimension_count",
+        "powerinfer.sparse_threshold",
+        "psp.activation_threshold",
+    ):
+        del content.keys[key]
+    content.keys["llama.rope.scale_linear"] = (4.0, GGUFValueType.FLOAT32, None)
+    hyper = read_hyperparameters(GGUFFile(content.write(tmp_path / "m.powerinfer.gguf")))
+    found = (hyper.name, hyper.n_kv_heads, hyper.rope_theta, hyper.threshold)
+    assert found == ("", hyper.n_heads, 10000.0, 0.0)
+    assert hyper.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+
+
 @pytest.mark.parametrize(
     "key",
     [
-        "general.name",
         "llama.embedding_length",
+        "llama.attention.head_count",
         "llama.attention.layer_norm_rms_epsilon",
-        "llama.rope.freq_base",
-        "powerinfer.sparse_threshold",
     ],
 )
 def test_a_missing_key_is_named(exact_bundle: Bundle, tmp_path: Path, key: str) -> None:

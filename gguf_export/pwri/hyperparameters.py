@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from gguf import GGUFValueType
@@ -20,6 +21,9 @@ from gguf_files.reader import GGUFFile
 
 POSITION_ROWS = 2050
 """Rows of a table of learned positions, whatever a file says (llm_load_hparams, OPT)."""
+
+ROPE_THETA = 10000.0
+"""Base of rotary positions where a file names none."""
 
 POSITION_OFFSET = 2
 """Rows of it before that of the first token (llama_build_graph)."""
@@ -137,7 +141,7 @@ class Hyperparameters:
 
 
 def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
-    """Read and check the keys of a sparse file.
+    """Read and check the keys of a sparse file; those that it may leave out have defaults.
 
     Raises:
         FormatError: a dense file, another architecture, a missing key or impossible sizes.
@@ -152,30 +156,32 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         raise file.error(f"architecture {kind!r} is not supported, expected {expected}")
     graph = GRAPHS[kind]
 
-    def size(key: str) -> int:
-        value: int = file.value(f"{kind}.{key}", GGUFValueType.UINT32)
+    def size(key: str, default: int | None = None) -> int:
+        read = file.value if default is None else partial(file.optional, default=default)
+        value: int = read(f"{kind}.{key}", GGUFValueType.UINT32)
         return value
 
-    def real(key: str) -> float:
-        value: float = file.value(key, GGUFValueType.FLOAT32)
+    def real(key: str, default: float | None = None) -> float:
+        read = file.value if default is None else partial(file.optional, default=default)
+        value: float = read(key, GGUFValueType.FLOAT32)
         return value
 
+    n_heads = size("attention.head_count")
     found = Hyperparameters(
-        name=file.value("general.name", GGUFValueType.STRING),
+        name=file.optional("general.name", GGUFValueType.STRING, ""),
         graph=graph,
         d_model=size("embedding_length"),
         d_ff=size("feed_forward_length"),
         n_layers=size("block_count"),
-        n_heads=size("attention.head_count"),
-        n_kv_heads=size("attention.head_count_kv"),
+        n_heads=n_heads,
+        n_kv_heads=size("attention.head_count_kv", n_heads),
         two_norms=graph.parallel and "blk.0.attn_norm_2.weight" in file.tensors,
         context_length=size("context_length"),
         norm_eps=real(f"{kind}.{graph.norm_key}") if graph.norm_key else 0.0,
-        rope_theta=real(f"{kind}.rope.freq_base") if graph.rotary else 0.0,
+        rope_theta=real(f"{kind}.rope.freq_base", ROPE_THETA) if graph.rotary else 0.0,
         rope_scaling=_scaling(file, kind, graph) if graph.rotary else None,
-        threshold=real(THRESHOLD_KEY),
-        # Files of other makers do not have it.
-        activation_threshold=file.optional(ACTIVATION_THRESHOLD_KEY, GGUFValueType.FLOAT32, 0.0),
+        threshold=real(THRESHOLD_KEY, 0.0),
+        activation_threshold=real(ACTIVATION_THRESHOLD_KEY, 0.0),
     )
     _check(file, found)
     return found
@@ -187,7 +193,8 @@ def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
     name = file.optional(f"{prefix}.type", GGUFValueType.STRING, "linear")
     if name not in ("none", "linear", "yarn"):
         raise file.error(f"{prefix}.type is {name!r}, expected 'none', 'linear' or 'yarn'")
-    factor = file.optional(f"{prefix}.factor", GGUFValueType.FLOAT32, 1.0)
+    old = file.optional(f"{kind}.rope.scale_linear", GGUFValueType.FLOAT32, 1.0)
+    factor = file.optional(f"{prefix}.factor", GGUFValueType.FLOAT32, old)
     if not 0 < factor < math.inf:
         raise file.error(f"{prefix}.factor is {factor:g}, expected a number above 0")
     if factor == 1 or name == "none":
