@@ -12,19 +12,16 @@ from architectures.spec import ModelShape
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
-from gguf_export.predictor_source import (
-    PredictorSource,
-    open_predictors,
-    read_ranks,
-    write_directories,
-)
-from gguf_export.pwri.element_types import FileTypes, recipe_allows
+from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
+from gguf_export.predictor_kinds import open_predictors
+from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
+from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allows
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
-from gguf_export.writer import ModelWriter, plan_predictors
+from gguf_export.writer import ModelWriter
 from gguf_files.names import NOTE_KEY, PREDICTOR_TYPE_KEY, RECIPE_KEY
 
 
@@ -108,21 +105,19 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
             PowerInfer cannot run, existing outputs, or a refused write.
     """
     checkpoint = Checkpoint.open(config.model)
-    predictors = open_predictors(config.predictors)
+    predictors = open_predictors(config.predictors, checkpoint.shape)
     ranks = _check_requirements(config, checkpoint, predictors)
     shape, dense_note = checkpoint.shape, checkpoint.architecture.dense_note or ""
     vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
-    warnings = (*vocabulary.warnings, *([dense_note] if config.dense else []))
+    warnings = (*vocabulary.warnings, *_conversions(config, checkpoint))
+    warnings += (dense_note,) if config.dense else ()
     bundle = replace(Bundle.beside(config.out), warnings=warnings)
     bundle.refuse_existing(force=config.force)
-    sparse_keys: dict[str, float | str] = {
-        THRESHOLD_KEY: predictors.threshold,
-        RECIPE_KEY: predictors.recipe,
-        PREDICTOR_TYPE_KEY: config.types.predictors,
-    }
+    sparse_keys = _predictor_keys(predictors, config.types)
     writer = ModelWriter(checkpoint, vocabulary, config.types)
-    with _unnamed(bundle, config.dense, predictors.counted) as unnamed:
-        write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
+    with _unnamed(bundle, config.dense, predictors) as unnamed:
+        if not predictors.empty:
+            write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
         planned = plan_predictors(predictors, ranks, shape, config.types)
         writer.write(unnamed.model_file, bundle.model_file, sparse_keys, planned, sparse=True)
         if check is not None:
@@ -133,25 +128,47 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     return bundle
 
 
+def _conversions(config: ExportConfig, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield which tensors of a GGUF model are not copied, for each file that is written of it."""
+    for sparse in (True, *([False] if config.dense else [])):
+        note = conversion_note(list(plan_model(checkpoint, sparse=sparse, types=config.types)))
+        if note is not None:
+            yield note if sparse else f"dense file: {note}"
+
+
+def _predictor_keys(predictors: PredictorSource, types: FileTypes) -> dict[str, float | str]:
+    """Return the keys of a file that tell of its predictors."""
+    keys: dict[str, float | str] = {
+        THRESHOLD_KEY: predictors.threshold,
+        RECIPE_KEY: predictors.recipe,
+    }
+    kept = predictors.file if keeps_types(predictors, types) else None
+    said = types.predictors if kept is None else intended_type(kept)
+    return keys if said is None else keys | {PREDICTOR_TYPE_KEY: said.lower()}
+
+
 @contextmanager
-def _unnamed(bundle: Bundle, dense: bool, counted: bool) -> Iterator[Bundle]:
+def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterator[Bundle]:
     """Yield a bundle of temporary names, which become the bundle's own, the model file's last.
 
-    Then what an earlier model left there goes: its index, which PowerInfer would load, and the
-    dense file and statistics where this one has none.
+    Then what an earlier model left there goes: its index, which PowerInfer would load, and what
+    this one has not: a dense file, statistics, predictors.
     """
+    directories = {
+        "predictor_directory": not predictors.empty,
+        "activation_directory": predictors.counted,
+    }
     with ExitStack() as stack:
         paths = {"model_file": stack.enter_context(atomic_path(bundle.model_file))}
         if dense:
             paths["dense_file"] = stack.enter_context(atomic_path(bundle.dense_file))
-        for name in ("predictor_directory", *(["activation_directory"] if counted else [])):
+        for name in (name for name, there in directories.items() if there):
             paths[name] = stack.enter_context(atomic_directory(getattr(bundle, name)))
         yield replace(bundle, warnings=(), **paths)
         remove_output(index_path(bundle.model_file))
-        if not dense:
-            remove_output(bundle.dense_file)
-        if not counted:
-            remove_output(bundle.activation_directory)
+        for name in ("dense_file", *directories):
+            if name not in paths:
+                remove_output(getattr(bundle, name))
 
 
 def _check_requirements(
@@ -170,7 +187,8 @@ def _check_requirements(
     _check_family(checkpoint, config.dense)
     ranks = _check_fit(checkpoint, predictors)
     _check_rows(checkpoint.shape, config.types)
-    _check_precision(predictors, config.types)
+    if not keeps_types(predictors, config.types):
+        _check_precision(predictors, config.types)
     if config.vram_budget is not None and not predictors.counted:
         raise ExportError(
             f"{predictors.path}: comes without activation statistics, by which --vram-budget "

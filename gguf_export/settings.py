@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".powerinfer.gguf"
 
+_DEFAULT = "f16"
 _TYPES = f"[{'|'.join(ELEMENT_NAMES)}]"
 _BUDGET = Option("VRAM for PowerInfer, such as 24GiB: write which neurons live there.", "SIZE")
 Context = Annotated[
@@ -35,7 +36,7 @@ class ExportConfig:
     """Settings of an export.
 
     Attributes:
-        predictors: see `predictor_source.open_predictors`.
+        predictors: see `predictor_kinds.open_predictors`.
         vram_budget: with one a GPU split will follow, which needs activation statistics; so do
             `context` and `kv_type`.
     """
@@ -44,18 +45,31 @@ class ExportConfig:
     predictors: Annotated[
         Path,
         Option(
-            "From psp train-predictor; or PowerInfer's model_N.pt, or a GGUF file that has some.",
-            "PREDICTORS",
+            "From psp train-predictor; or PowerInfer's model_N.pt; or a GGUF file that has some; "
+            "or none, which computes every neuron.",
+            "PREDICTORS|none",
         ),
     ]
     out: Annotated[
         Path,
         Option("Model file; the rest of the bundle is written beside it.", "NAME.powerinfer.gguf"),
     ]
-    outtype: Annotated[str, Option("Element type of the matrices of the model.", _TYPES)] = "f16"
+    outtype: Annotated[
+        str | None,
+        Option(
+            "Element type of the matrices of the model.",
+            _TYPES,
+            unset="f16; a GGUF model keeps what PowerInfer runs",
+        ),
+    ] = None
     predictor_type: Annotated[
-        str, Option("Element type of the matrices of predictors.", _TYPES)
-    ] = "f16"
+        str | None,
+        Option(
+            "Element type of the matrices of predictors.",
+            _TYPES,
+            unset="f16; those in a GGUF file keep theirs",
+        ),
+    ] = None
     dense: Annotated[
         bool,
         Option("Also write NAME.dense.gguf, to time against; for arch llama its text is wrong."),
@@ -77,7 +91,12 @@ class ExportConfig:
         """Element types of the files."""
         from gguf_export.pwri.element_types import FileTypes
 
-        return FileTypes(weights=self.outtype, predictors=self.predictor_type)
+        return FileTypes(
+            weights=_DEFAULT if self.outtype is None else self.outtype,
+            predictors=_DEFAULT if self.predictor_type is None else self.predictor_type,
+            weights_chosen=self.outtype is not None,
+            predictors_chosen=self.predictor_type is not None,
+        )
 
     @property
     def split(self) -> SplitConfig | None:

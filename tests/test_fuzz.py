@@ -20,7 +20,8 @@ from test_weights import Content
 from common.errors import FormatError, PspError
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import split
-from gguf_export.predictor_source import open_predictors, read_ranks
+from gguf_export.predictor_kinds import open_predictors
+from gguf_export.predictor_source import read_ranks
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.pwri.inspection import inspect_file, inspection_table
 from gguf_export.pwri.statistics import read_statistics

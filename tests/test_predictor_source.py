@@ -25,7 +25,7 @@ from rewriting import rewritten, stored
 
 from common.errors import ExportError, FormatError, PredictorError
 from gguf_export.bundle import Bundle
-from gguf_export.predictor_source import open_predictors
+from gguf_export.predictor_kinds import open_predictors
 from gguf_files.reader import GGUFFile
 
 Damage = Callable[[Path], object]
@@ -57,7 +57,7 @@ def test_imported_predictors_give_the_same_tensors_and_statistics(
         theirs = torch.load(exact_bundle.activation_directory / name, weights_only=True)
         assert torch.equal(ours, theirs)
     recipe = json.loads(GGUFFile(made.model_file).values["psp.recipe"].data)
-    assert recipe["name"] == "imported"
+    assert recipe["name"] == ("imported" if kind == "directory" else "made by hand")
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

@@ -46,7 +46,7 @@ class GGUFTensors:
             CheckpointError: a tensor that the family does not have, or of a type that cannot be
                 read. What is missing is for the caller to tell.
         """
-        self._file, self._shape = file, shape
+        self.file, self._shape = file, shape
         self._stored = dict(_stored(file, architecture, shape))
         self.shards: dict[str, Path] = dict.fromkeys(self._stored, file.path)
         used = {info.name for info, _ in self._stored.values()}
@@ -61,6 +61,10 @@ class GGUFTensors:
                     f"{file.path}: tensor {name} belongs to no {architecture.name} model",
                     "psp would leave it out and compute another model; pass another file",
                 )
+
+    def stored(self, name: str) -> tuple[TensorInfo, Transform]:
+        """Return where a tensor lies, and how its layout there differs from Hugging Face's."""
+        return self._stored[name]
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return a tensor's shape, and its dtype: float16 for what is quantised."""
@@ -86,7 +90,7 @@ class GGUFTensors:
         block, block_bytes = GGML_QUANT_SIZES[info.kind]
         *outer, length = info.shape
         blocks = length // block if columns is None else min(-(-columns // block), length // block)
-        table: npt.NDArray[np.uint8] = self._file.mapped(info.name)
+        table: npt.NDArray[np.uint8] = self.file.mapped(info.name)
         if outer:
             table = table.reshape(*outer, -1)[:rows]
         table = table[..., : blocks * block_bytes]

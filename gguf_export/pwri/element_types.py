@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType, quants
+from gguf import GGMLQuantizationType, GGUFValueType, quants
 
 from common.element_types import ELEMENT_TYPES
-from common.errors import ExportError
+from common.errors import ExportError, FormatError
 from gguf_export.pwri.schema import HEAD, POSITIONS, parse_name
 from gguf_files.elements import PLAIN
 from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY
@@ -39,10 +39,15 @@ class FileTypes:
     Attributes:
         weights: of the model's matrices, `f16` or `q4_0`.
         predictors: of the predictors' matrices, likewise.
+        weights_chosen: whether the first was asked for; else what a GGUF model stores stays where
+            PowerInfer runs it.
+        predictors_chosen: the same of predictors in a file.
     """
 
     weights: str = "f16"
     predictors: str = "f16"
+    weights_chosen: bool = True
+    predictors_chosen: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what PowerInfer's sparse operators do not read."""
@@ -72,11 +77,6 @@ class FileTypes:
         left = name in (head, POSITIONS)
         return GGMLQuantizationType.F16 if left else OUTTYPES[self.weights]
 
-    @property
-    def file_type(self) -> LlamaFileType:
-        """`general.file_type`."""
-        return LlamaFileType[f"MOSTLY_{self.weights.upper()}"]
-
 
 def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, ...]:
     """Return the types in which a tensor of the file may be stored."""
@@ -84,6 +84,32 @@ def runnable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, .
         return (GGMLQuantizationType.F32,)
     both = tuple(OUTTYPES.values())
     return both if parse_name(name).neurons else (*both, *_OTHERS)
+
+
+def check_predictor_types(file: GGUFFile) -> str:
+    """Return what types a file's predictors have, which must be those that they were exported in.
+
+    PowerInfer's `quantize` rounds them with everything else, which those trained for float16 do not
+    bear.
+
+    Raises:
+        FormatError: they were rounded.
+    """
+    found = {
+        name: info.kind.name
+        for name, info in file.tensors.items()
+        if parse_name(name).role == "predictor" and len(info.shape) > 1
+    }
+    said = intended_type(file)
+    for name, kind in found.items() if said is not None else ():
+        if kind != said:
+            raise FormatError(
+                f"{file.path}: tensor {name} is {kind}, the predictors were exported as {said}, "
+                "and rounding spoils them",
+                "run no quantize on the file, export it with --outtype q4_0 instead",
+            )
+    kinds = " and ".join(sorted(set(found.values()))) or "none"
+    return f"{kinds}, as exported" if said is not None else f"{kinds}, the file says no other"
 
 
 def intended_type(file: GGUFFile) -> str | None:

@@ -12,7 +12,7 @@ from gguf import GGUFValueType
 
 from common.errors import printable
 from gguf_export.pwri.gpu_index import BUCKET, INDEX_SUFFIX, IndexFile
-from gguf_export.pwri.schema import FC1, Role, parse_name
+from gguf_export.pwri.schema import DENSE_THRESHOLD, FC1, THRESHOLD_KEY, Role, parse_name
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, GGUFFile, Value
 from gguf_files.split_set import open_gguf
 
@@ -43,6 +43,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         texts. `tensors` are in the file's order, shapes in numpy's; sizes are bytes and so are
         offsets, which count from the beginning of the file that holds the tensor.
         `predictor_ranks` names the layers that have a predictor, `gpu_neurons` those of an index.
+        `skips_neurons` is whether a sparse file has a threshold that any logit can be below.
         `bytes_by_kind` adds up to `tensor_bytes`.
 
     Raises:
@@ -75,6 +76,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         ],
         "predictor_ranks": _first_sizes(file, FC1, 2, "rank"),
         "gpu_neurons": _first_sizes(file, BUCKET, 1, "neurons"),
+        "skips_neurons": _skips(file),
         "bytes_by_kind": kinds,
         "tensor_bytes": sum(info.size for info in file.tensors.values()),
     }
@@ -124,6 +126,8 @@ def inspection_table(document: Mapping[str, Any]) -> str:
         "architecture": document["architecture"],
         "ranks": _sizes_line(document["predictor_ranks"], "rank", "no predictors"),
     }
+    if document["kind"] == "sparse" and not document["skips_neurons"]:
+        facts["ranks"] += "; no neuron is skipped, whatever they say"
     if document["kind"] == "gpu index":
         facts["on the GPU"] = _sizes_line(document["gpu_neurons"], "neurons", "no layers")
     keys = {name: _value_line(value) for name, value in document["keys"].items()}
@@ -150,6 +154,12 @@ def _sizes_line(sizes: list[dict[str, int]], name: str, none: str) -> str:
     if len(set(found)) > 1:
         return ", ".join(f"{row['layer']}: {row[name]}" for row in sizes)
     return f"{found[0]} in each of {len(found)} layers" if found else none
+
+
+def _skips(file: GGUFFile) -> bool:
+    value = file.values.get(THRESHOLD_KEY)
+    plain = value is not None and value.kind is GGUFValueType.FLOAT32
+    return file.sparse and not (plain and value is not None and value.data <= DENSE_THRESHOLD)
 
 
 def _value_line(value: Mapping[str, Any]) -> str:
