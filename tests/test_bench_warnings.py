@@ -87,6 +87,7 @@ class Around:
     settings: Mapping[str, Any] = field(default_factory=dict)
     load: float = 0.0
     threshold: str | None = None
+    file_threshold: float = -1.0
     cuda: bool | None = None
     llama_cpp_cuda: bool | None = None
     index_problem: str | None = None
@@ -96,7 +97,9 @@ class Around:
 
     def setup(self) -> Setup:
         """Return it with neither files nor programs behind it."""
-        hyper = SimpleNamespace(activation_threshold=self.activation_threshold, threshold=-1.0)
+        hyper = SimpleNamespace(
+            activation_threshold=self.activation_threshold, threshold=self.file_threshold
+        )
         dense = {
             name: DenseFile(path=Path("d"), element_type="F16", architecture=architecture)
             for name, architecture in self.architectures.items()
@@ -193,6 +196,7 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
         Around(threshold="0,5"),
         "is '0,5', which is no number and read as 0: it was left out here, where the file's -1",
     ),
+    "no-predictors": (document(), Around(file_threshold=-1e30), "skips no neuron"),
     "ppl-gap": (document(ppl_gap=0.011), Around(), "by +1.10%"),
     "ppl-transformers": (document(ppl_transformers=10.2), Around(), "in transformers 10.2000"),
     "texts-differ": (document(greedy_text_same=False), Around(), "texts"),
