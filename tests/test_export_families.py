@@ -101,6 +101,16 @@ def test_every_family_is_exported() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_exported_again_a_file_is_the_same_to_the_byte(
+    exported: Exports, tmp_path: Path, name: str
+) -> None:
+    file = exported(name).file
+    again = make_export(file, file, tmp_path / file.name)
+    assert again.model_file.read_bytes() == file.read_bytes()
+    assert not again.warnings
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("threshold", [None, DENSE_THRESHOLD], ids=["predicted", "dense"])
 def test_logits_equal_the_published_formula(
     exported: Exports, name: str, threshold: float | None
