@@ -6,23 +6,28 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from architectures.config_json import Config
+from architectures.directory import ORIGINAL, other_kind
 from architectures.gguf_model.source import open_file
-from architectures.registry import resolve
+from architectures.missing_tensors import explain_missing
+from architectures.registry import resolve, with_class
 from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tokenizer import Tokenizer, load_tokenizer
+from architectures.weight_files import has_weights, refuse_pointer
 from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FINGERPRINT_ROWS = 8
+_TEXTS = ("config.json", "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
+"""Files beside the weights that must be there themselves if they are there at all."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -39,6 +44,8 @@ def locate(model: str) -> Path:
     path = Path(model)
     if os.path.isdir(path):
         return path
+    if path.is_file():
+        raise CheckpointError(f"{model}: is a file", f"pass its directory: --model {path.parent}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory", "pass a checkpoint's directory")
     from huggingface_hub import snapshot_download
@@ -58,12 +65,17 @@ def locate(model: str) -> Path:
 
 
 def read_config(path: Path) -> Config:
-    """Return the config.json of a model directory.
+    """Return the config.json of a model directory, its class filled in (`registry.with_class`).
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: missing or damaged, or the directory is of another kind.
     """
-    return read_json(path / "config.json", CheckpointError, "pass a Hugging Face model directory")
+    file = path / "config.json"
+    if not file.exists() and not has_weights(path) and (found := other_kind(path)) is not None:
+        raise CheckpointError(*found)
+    for name in _TEXTS:
+        refuse_pointer(path / name)
+    return with_class(read_json(file, CheckpointError, "pass a Hugging Face model directory"))
 
 
 def open_source(model: str | Path) -> Source:
@@ -114,12 +126,17 @@ class Checkpoint:
 
     @classmethod
     def of(cls, origin: Source, config: Config) -> Checkpoint:
-        """Open a source with its own or a changed config; see `open`."""
+        """Open a source with its own or a changed config; see `open`.
+
+        A stored output head counts where it is not the embedding, whatever the config says.
+        """
         try:
             architecture = resolve(config)
             checkpoint = cls(origin, config, architecture, architecture.read_shape(config))
         except CheckpointError as error:
             raise origin.refusal(error) from error
+        if checkpoint.shape.tied_embeddings and checkpoint._has_own_head():
+            checkpoint = replace(checkpoint, shape=replace(checkpoint.shape, tied_embeddings=False))
         checkpoint.check_tensors()
         return checkpoint
 
@@ -142,21 +159,72 @@ class Checkpoint:
         """The stored tensors by name."""
         return self.origin.tensors(self.architecture, self.shape)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user may not expect of the files, in lines."""
+        lines = [*self.files.notes]
+        declared = self.architecture.read_shape(self.config).tied_embeddings
+        if declared and not self.shape.tied_embeddings:
+            lines.append(
+                f"{self.path}: config.json ties the output head to the embedding "
+                "(tie_word_embeddings, or its default), but a head that differs is stored; that "
+                "one is used, as transformers 5 does (4 ties)"
+            )
+        if (self.path / "adapter_config.json").exists():
+            lines.append(f"{self.path}: the LoRA adapter beside the model is passed over")
+        return tuple(lines)
+
     def source(self, rule: TensorRule, layer: int = 0) -> str:
         """Return the stored name of the tensor that a rule stands for.
 
         Raises:
             CheckpointError: neither it nor its tied stand-in is stored.
         """
-        name = rule.source.format(layer=layer)
-        if rule.tied_to is not None and self.shape.tied_embeddings:
-            name = rule.tied_to
-        # Checkpoints saved from the bare model lack the first part of every name.
-        base = self.architecture.layers.partition(".")[0]
-        for stored in (name, name.removeprefix(f"{base}.")):
-            if stored in self.files.shards:
+        names = [name.format(layer=layer) for name in self._names(rule)]
+        for stored in map(self._stored, names):
+            if stored is not None:
                 return stored
-        raise CheckpointError(f"{self.path}: tensor {name} is missing", FETCH_AGAIN)
+        headless = rule.tied_to is not None and self._bare
+        problem, remedy = explain_missing(names[0], self.files.shards, head=headless)
+        raise CheckpointError(f"{self.path}: {problem}", remedy)
+
+    def _names(self, rule: TensorRule) -> tuple[str, ...]:
+        """Return the names under which a rule's tensor may be stored, the preferred one first.
+
+        Of tied embeddings either may be left out: transformers ties to the one that is there.
+        """
+        if not self.shape.tied_embeddings:
+            return (rule.source,)
+        if rule.tied_to is not None:
+            return rule.tied_to, rule.source
+        heads = (r.source for r in self.architecture.tensors if r.tied_to == rule.source)
+        return rule.source, *heads
+
+    def _stored(self, name: str) -> str | None:
+        """Return a tensor's stored name; those saved from the bare model lack the first part."""
+        names = (name, name.removeprefix(self._base))
+        return next((stored for stored in names if stored in self.files.shards), None)
+
+    @property
+    def _base(self) -> str:
+        return self.architecture.layers.partition(".")[0] + "."
+
+    @property
+    def _bare(self) -> bool:
+        """Whether the weights are those of the model without its head."""
+        return not any(name.startswith(self._base) for name in self.files.shards)
+
+    def _has_own_head(self) -> bool:
+        """Whether the stored head is another tensor than the embedding; both are mapped, not read.
+
+        As transformers decides (transformers@5.23.0 modeling_utils.py:_tied_params_are_equal).
+        """
+        for rule in self.architecture.tensors:
+            if rule.tied_to is not None:
+                head, embedding = self._stored(rule.source), self._stored(rule.tied_to)
+                if head is not None and embedding is not None:
+                    return not _equal(self.files.read(head), self.files.read(embedding))
+        return False
 
     def check_tensors(self) -> None:
         """Refuse files that do not hold every tensor of the family, in its shape and a float type.
@@ -169,11 +237,13 @@ class Checkpoint:
                 name = self.source(rule, layer)
                 found, dtype = self.files.describe(name)
                 where = f"{self.files.shards[name]}: tensor {name}"
+                if dtype == torch.float64:
+                    remedy = "save the model in float32 (model.float().save_pretrained)"
+                    raise CheckpointError(f"{where} is float64", remedy)
                 if dtype not in _DTYPES:
                     raise CheckpointError(
                         f"{where} has dtype {dtype}",
-                        "quantised checkpoints cannot be used, pass "
-                        "the float16, bfloat16 or float32 original",
+                        f"quantised checkpoints cannot be used, {ORIGINAL}",
                     )
                 if found != rule.shape(self.shape):
                     raise CheckpointError(
@@ -229,3 +299,9 @@ class Checkpoint:
                 rows = self.files.read(name, _FINGERPRINT_ROWS).float().contiguous()
                 digest.update(rows.numpy().tobytes())
         return digest.hexdigest()
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    return one.shape == other.shape and torch.equal(one.float(), other.float())

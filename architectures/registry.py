@@ -7,6 +7,7 @@ graph is a file of its own, with an `architectures.spec.Architecture`, and a nam
 from __future__ import annotations
 
 from architectures.config_json import Config, refuse
+from architectures.directory import ORIGINAL
 from architectures.falcon import FALCON
 from architectures.gated import GATED
 from architectures.opt import OPT
@@ -14,6 +15,31 @@ from architectures.spec import Architecture
 from common.errors import CheckpointError
 
 ARCHITECTURES: tuple[Architecture, ...] = (*GATED, OPT, *FALCON)
+
+
+_MODEL_TYPES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "sparsellama": "SparseLlamaForCausalLM",
+    "minicpm": "MiniCPMForCausalLM",
+    "bamboo": "BambooForCausalLM",
+    "opt": "OPTForCausalLM",
+    "falcon": "FalconForCausalLM",
+}
+"""Class of a `model_type`: transformers' AutoModelForCausalLM, or the model's own code."""
+
+
+def with_class(config: Config) -> Config:
+    """Return a config that names its class, where `model_type` alone tells it.
+
+    So it does where `architectures` is absent or empty, or holds the model without its head
+    (`LlamaModel`): transformers goes by `model_type` too.
+    """
+    declared, kind = config.get("architectures"), config.get("model_type")
+    name = _MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if name is None or declared not in (None, [], [name.replace("ForCausalLM", "Model")]):
+        return config
+    return {**config, "architectures": [name]}
 
 
 def resolve(config: Config) -> Architecture:
@@ -24,17 +50,20 @@ def resolve(config: Config) -> Architecture:
     """
     declared = config.get("architectures")
     classes = declared if isinstance(declared, list) else []
-    if config.get("quantization_config") is not None:
-        refuse(
-            "quantization_config",
-            config["quantization_config"],
-            "none",
-            "pass the float16, bfloat16 or float32 original",
-        )
+    for key in ("quantization_config", "quantization"):
+        if (found := config.get(key)) is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            refuse(key, method or found, "none, because the weights are quantised", ORIGINAL)
     for architecture in ARCHITECTURES:
         known = any(name in architecture.hf_classes for name in classes)
         if known and architecture.claims(config):
             return architecture
+    if isinstance(config.get("text_config"), dict):
+        raise CheckpointError(
+            f"config.json: architectures is {declared!r}, a model around a language model, which "
+            "text_config describes",
+            "save the language model alone (model.language_model.save_pretrained) and pass that",
+        )
     supported = {name: None for family in ARCHITECTURES for name in family.hf_classes}
     raise CheckpointError(
         f"config.json: architectures is {declared!r}, which psp does not support",

@@ -20,6 +20,11 @@ class Tensors(Protocol):
     """Lazy access to stored tensors by their Hugging Face names."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user may not expect of the choice of files, in lines."""
+        ...
+
+    @property
     def shards(self) -> Mapping[str, Path]:
         """Tensor name to the file that holds it."""
         ...
@@ -95,7 +100,7 @@ class Directory:
 
     def tensors(self, architecture: Architecture, shape: ModelShape) -> TensorFiles:
         """Return the stored tensors."""
-        return TensorFiles(self.path)
+        return TensorFiles(self.path, self.config.get("transformers_weights"))
 
     def refusal(self, error: CheckpointError) -> CheckpointError:
         """Return the error as it is: it names config.json."""

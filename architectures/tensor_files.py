@@ -14,10 +14,10 @@ from typing import Any, TypeGuard
 import safetensors
 import torch
 
+from architectures.missing_tensors import wrapper_prefix
+from architectures.weight_files import WeightFiles, find_weights
 from common.errors import FETCH_AGAIN, CheckpointError, reason
-from common.files import read_json
 
-_KINDS = ("model.safetensors", "pytorch_model.bin")
 _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -70,12 +70,43 @@ def is_plain(value: object) -> TypeGuard[torch.Tensor]:
 
 
 class TensorFiles:
-    """Lazy access to the tensors of a directory; safetensors are preferred where both kinds are."""
+    """Lazy access to the tensors of a directory, in the files that `find_weights` chooses.
 
-    def __init__(self, path: Path) -> None:
-        """Name the directory; nothing is read yet."""
+    Where a wrapper (torch.compile, DataParallel) gave all names a first part, it is left out.
+    """
+
+    def __init__(self, path: Path, named: object = None) -> None:
+        """Name the directory; nothing is read yet.
+
+        Args:
+            path: the directory.
+            named: `transformers_weights` of its config.json.
+        """
         self.path = path
+        self.named = named
         self._opened: dict[Path, dict[str, torch.Tensor]] = {}
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """The files that hold the tensors.
+
+        Raises:
+            CheckpointError: as `find_weights`.
+        """
+        return find_weights(self.path, self.named)
+
+    @cached_property
+    def _stored(self) -> dict[str, Path]:
+        """Stored name to file; of a name that several shards hold, the last counts."""
+        stored: dict[str, Path] = {}
+        for shard in self.weights.shards:
+            stored |= self._names(shard)
+        return stored
+
+    @cached_property
+    def prefix(self) -> str:
+        """What stands before all stored names, see `wrapper_prefix`."""
+        return wrapper_prefix(self._stored)
 
     @cached_property
     def shards(self) -> dict[str, Path]:
@@ -84,33 +115,22 @@ class TensorFiles:
         Raises:
             CheckpointError: no weights, a damaged index or a missing or damaged shard.
         """
-        for kind in _KINDS:
-            index = self.path / f"{kind}.index.json"
-            if index.exists():
-                return self._indexed(index)
-            if (self.path / kind).exists():
-                return self._names(self.path / kind)
-        raise CheckpointError(
-            f"{self.path}: holds no weights, expected {' or '.join(_KINDS)} (or their index.json)",
-            FETCH_AGAIN,
-        )
+        return {name.removeprefix(self.prefix): file for name, file in self._stored.items()}
 
-    def _indexed(self, index: Path) -> dict[str, Path]:
-        weight_map = read_json(index, CheckpointError, FETCH_AGAIN).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: no 'weight_map'", FETCH_AGAIN)
-        present: dict[str, Path] = {}
-        for shard in sorted(set(map(str, weight_map.values()))):
-            if Path(shard).name != shard:
-                raise CheckpointError(
-                    f"{index}: shard {shard!r} is no plain file name", FETCH_AGAIN
-                )
-            present |= self._names(self.path / shard)
-        return present
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user may not expect of the choice of files and names, in lines."""
+        weights, lines = self.weights, []
+        if weights.passed_over:
+            lines.append(
+                f"weights are those of {weights.chosen}, as transformers chooses; "
+                f"{', '.join(weights.passed_over)} beside it is passed over"
+            )
+        if self.prefix:
+            lines.append(f"{weights.chosen}: {self.prefix!r} before all tensor names is left out")
+        return tuple(lines)
 
     def _names(self, shard: Path) -> dict[str, Path]:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard}: shard is missing", FETCH_AGAIN)
         if shard.suffix != ".safetensors":
             return dict.fromkeys(self._torch_file(shard), shard)
         try:
@@ -135,7 +155,7 @@ class TensorFiles:
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """Return a tensor's shape and its dtype, as text where torch's checkpoints have none."""
-        shard = self.shards[name]
+        shard, name = self.shards[name], self.prefix + name
         if shard.suffix != ".safetensors":
             tensor = self._torch_file(shard)[name]
             return tuple(tensor.shape), tensor.dtype
@@ -145,7 +165,7 @@ class TensorFiles:
 
     def read(self, name: str, count: int | None = None) -> torch.Tensor:
         """Read a tensor in its stored dtype, or its first `count` rows; mapped where possible."""
-        shard = self.shards[name]
+        shard, name = self.shards[name], self.prefix + name
         if shard.suffix == ".safetensors":
             with safetensors.safe_open(shard, framework="pt") as file:
                 stored: torch.Tensor = (

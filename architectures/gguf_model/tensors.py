@@ -39,6 +39,8 @@ _NOT_THE_MODEL = re.compile(r"blk\.\d+\.(fc[12]\.weight|attn_rot_embd\..*)|rope_
 class GGUFTensors:
     """Lazy access to a file's tensors; see `architectures.source.Tensors`."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, file: GGUFFile, architecture: Architecture, shape: ModelShape) -> None:
         """Match the file's tensors with a family's rules.
 

@@ -1,0 +1,127 @@
+"""Which files of a model directory hold its weights, where there may be several sets of them.
+
+The order is transformers' own (transformers@5.23.0 `modeling_utils.py:
+_get_resolved_checkpoint_files`): what config.json names as `transformers_weights`, then a single
+safetensors file, then one with an index, then PyTorch's single file and its index. An earlier save
+may have left any of the others behind.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from architectures.directory import other_kind
+from common.errors import FETCH_AGAIN, CheckpointError
+from common.files import read_json
+
+INDEX = ".index.json"
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+_ORDER = tuple(name for single in SINGLE for name in (single, f"{single}{INDEX}"))
+_LFS = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""A pointer is a few short lines (git-lfs docs/spec.md: less than 1024 bytes)."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that transformers would load.
+
+    Attributes:
+        shards: the files with tensors, in the order in which they are read.
+        chosen: the file that decided: one of weights, or an index.
+        passed_over: names of other weights that the directory holds.
+    """
+
+    shards: tuple[Path, ...]
+    chosen: Path
+    passed_over: tuple[str, ...]
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds weights under one of transformers' names."""
+    return any((path / name).is_file() for name in _ORDER)
+
+
+def find_weights(path: Path, named: object = None) -> WeightFiles:
+    """Choose among the weights of a directory.
+
+    Args:
+        path: the directory.
+        named: `transformers_weights` of its config.json, None where it has no such key.
+
+    Raises:
+        CheckpointError: no weights, a name that leads out of the directory, a damaged index, a
+            shard that is missing or a Git LFS pointer.
+    """
+    there = [name for name in _ORDER if (path / name).is_file()]
+    if named is not None:
+        there = [_explicit(path, named), *(name for name in there if name != named)]
+    if not there:
+        raise _none(path)
+    chosen = path / there[0]
+    refuse_pointer(chosen)
+    shards = _indexed(chosen) if chosen.name.endswith(INDEX) else [chosen]
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: shard is missing", FETCH_AGAIN)
+        refuse_pointer(shard)
+    return WeightFiles(tuple(shards), chosen, tuple(there[1:]))
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse what Git left in a file's place when Git LFS was not installed.
+
+    Raises:
+        CheckpointError: the file is such a pointer.
+    """
+    if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+        return
+    with file.open("rb") as content:
+        if content.read(len(_LFS)) == _LFS:
+            raise CheckpointError(
+                f"{file}: is a Git LFS pointer, the file itself was not fetched",
+                "install git-lfs and run 'git lfs pull' in that directory",
+            )
+
+
+def _explicit(path: Path, named: object) -> str:
+    """Return the name in `transformers_weights`, for which transformers has the same rules."""
+    safe = isinstance(named, str) and Path(named).name == named
+    if not safe or not str(named).endswith((".safetensors", f".safetensors{INDEX}")):
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers_weights is {named!r}, expected the name of a "
+            ".safetensors file, or of its index, in the directory",
+            "mend or remove that key",
+        )
+    if not (path / str(named)).is_file():
+        raise CheckpointError(
+            f"{path / str(named)}: not there, though config.json names it as transformers_weights",
+            FETCH_AGAIN,
+        )
+    return str(named)
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the files that an index lists, all in its own directory."""
+    weight_map = read_json(index, CheckpointError, FETCH_AGAIN).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no 'weight_map'", FETCH_AGAIN)
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} is no plain file name", FETCH_AGAIN)
+    return [index.parent / name for name in names]
+
+
+def _none(path: Path) -> CheckpointError:
+    if (found := other_kind(path)) is not None:
+        return CheckpointError(*found)
+    expected = " or ".join(SINGLE)
+    problem = f"{path}: holds no weights, expected {expected} (or their index.json)"
+    others = [
+        f.name for suffix in ("safetensors", "bin", "pt", "pth") for f in path.glob(f"*.{suffix}")
+    ]
+    if others:
+        problem += f"; found {', '.join(sorted(others)[:3])}"
+    return CheckpointError(problem, FETCH_AGAIN)
