@@ -58,7 +58,7 @@ def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
     Raises:
         CheckpointError: a scaling that PowerInfer does not compute.
     """
-    given, kind = _given(config), rope_kind(config)
+    given, kind = given_parameters(config), rope_kind(config)
     theta = real(given if "rope_theta" in given else config, "rope_theta", 10000.0)
     if theta > _LARGEST_BASE:
         refuse("rope_theta", theta, f"at most {_LARGEST_BASE:g}", MEND)
@@ -80,12 +80,16 @@ def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
 
 def rope_kind(config: Config) -> str:
     """Return what kind of scaling a config asks for, `default` for none."""
-    given = _given(config)
+    given = given_parameters(config)
     return str(given.get("rope_type", given.get("type", "default")))
 
 
-def _given(config: Config) -> Config:
-    """Return the parameters as transformers chooses them where both keys are there."""
+def given_parameters(config: Config) -> Config:
+    """Return the parameters as transformers chooses them where both keys are there.
+
+    Raises:
+        CheckpointError: they are no object.
+    """
     for key in ("rope_scaling", "rope_parameters"):
         found = config.get(key)
         if found and not isinstance(found, dict):

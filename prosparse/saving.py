@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from architectures.checkpoint import Checkpoint
+from architectures.old_keys import with_old_keys
 from common.errors import OutputError
 from common.files import read_json, write_bytes, write_json
 
@@ -74,7 +75,7 @@ def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
             file.replace(out / file.name)
     # Whoever finds a config.json finds all of the model. Its dtype is still that of training.
     name = str(checkpoint.dtype).removeprefix("torch.")
-    write_json(out / "config.json", config | {"dtype": name})
+    write_json(out / "config.json", with_old_keys(config | {"dtype": name}))
     shutil.rmtree(part)
 
 

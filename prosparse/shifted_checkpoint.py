@@ -12,10 +12,13 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from architectures.checkpoint import Checkpoint
+from architectures.old_keys import with_old_keys
+from architectures.weight_files import INDEX, SINGLE
 from common.errors import OutputError
 from common.files import atomic_directory, refuse_existing, write_json
 from common.version import tool_version
@@ -60,16 +63,14 @@ def write_shifted(
         OutputError: the operating system refused.
     """
     threshold, scales = common_threshold(thresholds)
-    config = checkpoint.origin.config
     with atomic_directory(out) as part:
         for file in _companions(checkpoint):
             shutil.copyfile(file, part / file.name)
         if checkpoint.path.is_dir():
-            for shard in sorted(set(checkpoint.files.shards.values())):
-                _write_shard(checkpoint, shard, part / shard.name, scales)
+            _write_weights(checkpoint, part, scales)
         else:
             _write_anew(checkpoint, part, scales)
-        write_json(part / "config.json", with_activation(config, "fatrelu", threshold))
+        write_json(part / "config.json", _config(checkpoint, threshold))
         origin = {"model": str(checkpoint.path), "tool_version": tool_version()}
         write_json(part / MARKER, origin | dict(facts))
     return threshold
@@ -84,21 +85,47 @@ def common_threshold(thresholds: Sequence[float]) -> tuple[float, tuple[float, .
     return threshold, tuple(threshold / own for own in thresholds)
 
 
+def _config(checkpoint: Checkpoint, threshold: float) -> dict[str, Any]:
+    """Return the model's own config with the threshold, true of the weights as they are written."""
+    tied = checkpoint.shape.tied_embeddings
+    config = {**checkpoint.origin.config, "tie_word_embeddings": tied}
+    config.pop("transformers_weights", None)
+    return with_old_keys(with_activation(config, "fatrelu", threshold))
+
+
 def _companions(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files beside the weights, but no index of weights of another kind."""
-    suffix = next(iter(checkpoint.files.shards.values())).suffix
-    other = "pytorch_model.bin" if suffix == ".safetensors" else "model.safetensors"
+    """Return the files beside the weights, no index and no adapter among them."""
     files = {file for pattern in _COMPANIONS for file in checkpoint.directory.glob(pattern)}
-    return sorted(f for f in files if f.is_file() and f.name != f"{other}.index.json")
+    left = ("adapter_config.json", INDEX)
+    return sorted(f for f in files if f.is_file() and not f.name.endswith(left))
+
+
+def _write_weights(checkpoint: Checkpoint, part: Path, scales: Sequence[float]) -> None:
+    """Write the files of weights and, where there are several, their index."""
+    shards = sorted(set(checkpoint.files.shards.values()))
+    single = SINGLE[0] if shards[0].suffix == ".safetensors" else SINGLE[1]
+    if len(shards) == 1:
+        return _write_shard(checkpoint, shards[0], part / single, scales)
+    for shard in shards:
+        _write_shard(checkpoint, shard, part / shard.name, scales)
+    files = checkpoint.files
+    index = {
+        "metadata": {"total_size": sum(files.read(name).nbytes for name in files.shards)},
+        "weight_map": {name: shard.name for name, shard in files.shards.items()},
+    }
+    return write_json(part / f"{single}{INDEX}", index)
+
+
+def _names_in(checkpoint: Checkpoint, shard: Path) -> list[str]:
+    return [name for name, file in checkpoint.files.shards.items() if file == shard]
 
 
 def _write_shard(
     checkpoint: Checkpoint, shard: Path, target: Path, scales: Sequence[float]
 ) -> None:
     """Copy one file of weights, with gates and up projections scaled."""
-    factors = _factors(checkpoint, scales)
-    names = [name for name, file in checkpoint.files.shards.items() if file == shard]
-    if factors.keys().isdisjoint(names):
+    factors, names = _factors(checkpoint, scales), _names_in(checkpoint, shard)
+    if not checkpoint.files.prefix and factors.keys().isdisjoint(names):
         shutil.copyfile(shard, target)
         return
     tensors = {name: checkpoint.files.read(name) for name in names}

@@ -13,8 +13,9 @@ import numpy as np
 import sentencepiece
 import torch
 
-from common.errors import DataError
-from common.files import write_bytes
+from architectures.old_keys import with_old_keys
+from common.errors import DataError, OutputError
+from common.files import read_json, write_bytes, write_json
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
 from prosparse.training import sparsify
@@ -151,6 +152,8 @@ def write_untrained(corpus: Corpus, directory: Path, size: Size, seed: int) -> N
     model = build_model(size).half()
     train_tokenizer(corpus, directory / "tokenizer.model", size.vocab_size)
     model.save_pretrained(directory)
+    config = read_json(directory / "config.json", OutputError, "start again")
+    write_json(directory / "config.json", with_old_keys(config))
 
 
 def train_model(corpus: Corpus, untrained: Path, out: Path, size: Size, seed: int) -> None:

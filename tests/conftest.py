@@ -29,6 +29,7 @@ from predictor.traces.store import TraceStore
 
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
+TRANSFORMERS_4 = os.environ.get("PSP_TRANSFORMERS_4")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 NARROW_D_FF = 348
@@ -338,3 +339,14 @@ def llama_cpp_bin() -> Path:
     if not LLAMA_CPP_BIN:
         pytest.skip("set PSP_LLAMA_CPP_BIN to a llama.cpp build's bin directory to run this")
     return Path(LLAMA_CPP_BIN)
+
+
+@pytest.fixture(scope="session")
+def transformers_4() -> Path:
+    """Directory of an installed transformers 4, or a visible skip."""
+    if not TRANSFORMERS_4:
+        pytest.skip(
+            "set PSP_TRANSFORMERS_4 to a directory made by pip install --no-deps --target with "
+            "transformers<5, huggingface_hub<1 and tokenizers<0.23 to run this"
+        )
+    return Path(TRANSFORMERS_4)

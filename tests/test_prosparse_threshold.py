@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, ModelMaker, refused
-from families import BY_NAME, Written, write
+from families import BY_NAME, Written, save_tensors, write
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
@@ -26,6 +26,7 @@ from prosparse.settings import SparsityConfig
 from prosparse.shifted_checkpoint import MARKER, common_threshold, write_shifted
 from prosparse.threshold_shift import largest_within, shift
 
+INDEX = "pytorch_model.bin.index.json"
 WINDOWS = [[1, *range(5, 40)], [1, *range(60, 90)]]
 
 
@@ -230,10 +231,44 @@ def test_weights_stay_as_they_are_under_a_common_threshold(
     assert write_shifted(checkpoint, (0.25, 0.25), out, {}) == 0.25
     kept = {file.name for file in out.iterdir()} - {MARKER}
     assert kept == {file.name for file in written.path.iterdir()} - {"notes.txt"}
-    for name in kept - {"config.json"}:
+    for name in kept - {"config.json", INDEX}:
         assert (out / name).read_bytes() == (written.path / name).read_bytes()
+    old, new = (json.loads((p / INDEX).read_text()) for p in (written.path, out))
+    assert new == old
     was, now = (json.loads((p / "config.json").read_text()) for p in (written.path, out))
     assert now == was | {"hidden_act": "fatrelu", "hidden_act_param": 0.25}
+
+
+@pytest.mark.parametrize("thresholds", [(0.3, 0.3), (0.1, 0.7)])
+def test_what_is_written_has_one_set_of_weights_under_plain_names(
+    tokenizer_bytes: bytes, tmp_path: Path, thresholds: tuple[float, ...]
+) -> None:
+    """Two sets, names behind a wrapper, a head that the config denies: all is settled."""
+    written = make("relu-llama", tmp_path / "model", tokenizer_bytes)
+    named = {f"_orig_mod.{name}": tensor for name, tensor in written.tensors.items()}
+    save_tensors(named, written.path, "sharded safetensors")
+    config = json.loads((written.path / "config.json").read_text())
+    index = "model.safetensors.index.json"
+    (written.path / index).rename(written.path / "other.safetensors.index.json")
+    config |= {"tie_word_embeddings": True, "architectures": None}
+    config["transformers_weights"] = "other.safetensors.index.json"
+    (written.path / "config.json").write_text(json.dumps(config))
+    (written.path / "adapter_config.json").write_text("{}")
+    checkpoint, out = Checkpoint.open(written.path), tmp_path / "shifted"
+    assert len(checkpoint.notes) == 4
+    write_shifted(checkpoint, thresholds, out, {})
+    shifted_model = Checkpoint.open(out)
+    assert not shifted_model.notes
+    assert not shifted_model.files.prefix
+    assert (out / index).exists()
+    assert not list(out.glob("*.bin*"))
+    found = json.loads((out / "config.json").read_text())
+    assert found["architectures"] == ["LlamaForCausalLM"]
+    assert found["tie_word_embeddings"] is False
+    assert "transformers_weights" not in found
+    wanted = logits_of(checkpoint, thresholds)
+    difference = logits_of(shifted_model) - wanted
+    assert float(difference.square().mean().sqrt()) < 2e-2 * float(wanted.std())
 
 
 def test_one_threshold_lies_amid_those_of_the_layers() -> None:

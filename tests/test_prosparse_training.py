@@ -95,7 +95,9 @@ def test_the_result_is_a_sparse_checkpoint(trained: Trained, tmp_path: Path) -> 
     assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
     assert checkpoint.config["eos_token_id"] == 2
     assert checkpoint.dtype == torch.float16  # the original's
-    assert checkpoint.config["dtype"] == "float16"
+    assert checkpoint.config["dtype"] == checkpoint.config["torch_dtype"] == "float16"
+    assert checkpoint.config["rope_theta"] == 10000.0
+    assert checkpoint.config["rope_scaling"] is None
     assert (config.out / "tokenizer.model").is_file()
     assert result["steps"] == 24
     assert not list(config.training.glob("checkpoint-*"))
