@@ -90,9 +90,20 @@ def is_main_process() -> bool:
 
 
 def training_arguments(config: SparsifyConfig) -> Any:
-    """Return transformers' TrainingArguments for a run."""
+    """Return transformers' TrainingArguments for a run.
+
+    Raises:
+        SparsityError: bfloat16 on a GPU that has none.
+    """
     import transformers
 
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    bfloat16 = config.precision == "bfloat16"
+    if bfloat16 and not on_cpu and not transformers.utils.is_torch_bf16_gpu_available():
+        raise SparsityError(
+            "--precision bfloat16: this GPU does not compute in bfloat16",
+            "pass --precision float32, or --device cpu",
+        )
     decayed = config.schedule.steps - config.schedule.start_of("decay")
     name, options = {
         "constant": ("constant_with_warmup", {}),
@@ -115,12 +126,12 @@ def training_arguments(config: SparsifyConfig) -> Any:
         weight_decay=config.weight_decay,
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
-        bf16=config.precision == "bfloat16",
+        bf16=bfloat16,
         activation_checkpointing=config.checkpointing,
         # With reentry the L1 term would get no gradients.
         activation_checkpointing_kwargs={"use_reentrant": False},
         train_sampling_strategy="sequential",  # `WindowSet` has the order
-        dataloader_pin_memory=config.device == "auto" and torch.cuda.is_available(),
+        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         remove_unused_columns=False,
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,
@@ -131,7 +142,7 @@ def training_arguments(config: SparsifyConfig) -> Any:
         save_total_limit=_KEPT,
         report_to=["tensorboard"],
         disable_tqdm=True,
-        use_cpu=config.device == "cpu",
+        use_cpu=on_cpu,
         ddp_timeout=_PATIENCE,
         seed=config.seed,
     )
