@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,16 +52,24 @@ def continue_greedily(model: nn.Module, prompt: Tensor, count: int) -> Continuat
         prompt: (1, length) int64 token ids on the model's device.
         count: tokens to make, at least 2.
     """
+    cache = _cache_name(model)
     output: Any = model(input_ids=prompt, use_cache=True)
     made = [output.logits[:, -1:].argmax(-1)]
     _wait_for(prompt.device)
     start = time.perf_counter()
     while len(made) < count:
-        output = model(input_ids=made[-1], past_key_values=output.past_key_values, use_cache=True)
+        past = {cache: getattr(output, cache)}
+        output = model(input_ids=made[-1], use_cache=True, **past)
         made.append(output.logits[:, -1:].argmax(-1))
     _wait_for(prompt.device)
     seconds = time.perf_counter() - start
     return Continuation(torch.cat(made, 1)[0].tolist(), seconds)
+
+
+def _cache_name(model: nn.Module) -> str:
+    """Return what a model calls its keys and values; from transformers 5.24 on `cache`."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 @dataclass(frozen=True, kw_only=True)

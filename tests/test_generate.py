@@ -91,24 +91,35 @@ def test_other_types(psp: Psp, model_dir: Path, dtype: str) -> None:
 
 
 class CountingModel(nn.Module):
-    """Continues n by n + 1, or by n + 2 while its FFN is sparse."""
+    """Continues n by n + 1, or by n + 2 while its FFN is sparse; cached as before 5.24."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.step, self.lengths = 1, list[int]()
+        self.step, self.lengths, self.caches = 1, list[int](), list[int | None]()
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool, past_key_values: Any = None) -> Any:
         assert use_cache
         self.lengths.append(input_ids.shape[1])
+        self.caches.append(past_key_values)
         logits = nn.functional.one_hot((input_ids + self.step) % 100, 100).float()
         return SimpleNamespace(logits=logits, past_key_values=(past_key_values or 0) + 1)
 
 
-def test_decoding_feeds_one_token_at_a_time() -> None:
-    model = CountingModel()
+class NewerModel(CountingModel):
+    """Names its cache as transformers does from 5.24 on."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, cache: Any = None) -> Any:  # type: ignore[override]
+        output = super().forward(input_ids, use_cache, cache)
+        return SimpleNamespace(logits=output.logits, cache=output.past_key_values)
+
+
+@pytest.mark.parametrize("kind", [CountingModel, NewerModel])
+def test_decoding_feeds_one_token_at_a_time(kind: type[CountingModel]) -> None:
+    model = kind()
     made = continue_greedily(model, torch.tensor([[7, 8, 9]]), 4)
     assert made.tokens == [10, 11, 12, 13]
     assert model.lengths == [3, 1, 1, 1]
+    assert model.caches == [None, 1, 2, 3]
     assert made.tokens_per_second == pytest.approx(3 / made.seconds)
 
 
