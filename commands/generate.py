@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import show
+from commands.printing import note, show
 from sparse_operators.settings import GenerateConfig
 
 
@@ -20,4 +20,4 @@ def generate(config: GenerateConfig, as_json: bool) -> None:
     from sparse_operators.generation import generate as run
     from sparse_operators.generation import report
 
-    show(run(config), report, as_json=as_json)
+    show(run(config, note), report, as_json=as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import echo, print_json
+from commands.printing import echo, note, print_json
 from powerinfer_bridge.verify.settings import VerifyConfig
 
 
@@ -17,7 +17,7 @@ def verify(config: VerifyConfig, as_json: bool) -> None:
     from powerinfer_bridge.verify.verification import verification_table
     from powerinfer_bridge.verify.verification import verify as run
 
-    report = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap)
+    report = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap, note=note)
     if as_json:
         print_json(report.document())
     else:

@@ -107,6 +107,8 @@ def sparsity(config: SparsityConfig, note: Note = lambda line: None) -> Sparsity
 def load(opened: Opened, config: SparsityConfig, note: Note) -> ExchangeableModel:
     """Load the model and the text, and say what a reader of the figures must know."""
     checkpoint, own = opened.checkpoint, opened.own
+    for line in checkpoint.notes:
+        note(line)
     if own.activation not in ("relu", "fatrelu", "drelu"):
         note(
             f"{own.name} is never exactly zero: its sparsity is 0, and relu and fatrelu below are "

@@ -55,6 +55,9 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
 
     checkpoint = open_with_relu(config.model)
     arguments = training_arguments(config)
+    if arguments.process_index == 0:
+        for line in checkpoint.notes:
+            report(line)
     if arguments.n_gpu > 1:
         raise SparsityError(
             f"{arguments.n_gpu} GPUs are visible to one process",

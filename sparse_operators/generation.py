@@ -21,6 +21,7 @@ from common.typed_json import plain
 from sparse_operators.module import replaced_mlps
 from sparse_operators.settings import GenerateConfig
 
+Note = Callable[[str], None]
 Switch = Callable[[], AbstractContextManager[None]]
 """Gives a model another FFN while its context is open."""
 
@@ -125,8 +126,12 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def generate(config: GenerateConfig) -> dict[str, Any]:
+def generate(config: GenerateConfig, note: Note = lambda line: None) -> dict[str, Any]:
     """Continue a prompt with a checkpoint, dense and with the operators.
+
+    Args:
+        config: settings.
+        note: receives lines about the checkpoint.
 
     Returns:
         The document that `psp generate --json` prints.
@@ -136,6 +141,8 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
         SettingsError: the model's context is too short for the prompt and its continuation.
     """
     checkpoint, device = Checkpoint.open(config.model), config.device
+    for line in checkpoint.notes:
+        note(line)
     _require_gated(checkpoint)
     chosen = {"auto": torch.float32 if device == "cpu" else checkpoint.dtype}
     dtype = chosen.get(config.dtype) or getattr(torch, config.dtype)

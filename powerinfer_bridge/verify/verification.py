@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -22,6 +23,7 @@ def verify(
     context: int = 256,
     chunks: int = 4,
     run: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Check a file, and compare it with its model if one is named.
 
@@ -32,6 +34,7 @@ def verify(
         context: window of logits and perplexity, tokens; at most the model's context.
         chunks: perplexity windows, at most.
         run: run both models too, for logits and perplexity.
+        note: receives lines about the checkpoint.
 
     Returns:
         The checks; with a model its figures are `logit_spread`, `logit_difference_dense` and
@@ -45,6 +48,8 @@ def verify(
     report, opened = Report(path), OpenedFile(path)
     check_structure(report, opened)
     if checkpoint is not None:
+        for line in checkpoint.notes:
+            note(line)
         check_model(report, opened, checkpoint)
         if run:
             check_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)

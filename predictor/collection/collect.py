@@ -55,6 +55,8 @@ def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceS
     """
     check_device(config.device)
     checkpoint = Checkpoint.open(config.model)
+    for line in checkpoint.notes:
+        report(line)
     tokenizer = checkpoint.tokenizer()
     template = choose_template(checkpoint, config.chat_template, report)
     header = trace_header(config, checkpoint, template)

@@ -301,6 +301,8 @@ class _Shown:
 def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> PredictedModel:
     """Load the traces' model with held-out windows to run."""
     checkpoint = Checkpoint.open(config.model or store.header.model)
+    for line in checkpoint.notes:
+        note(line)
     if checkpoint.fingerprint != store.header.model_fingerprint:
         raise PredictorError(
             f"{checkpoint.path}: its weights or sizes differ from the model that {store.path} was "

@@ -1,0 +1,89 @@
+"""What a user may not expect of a directory is said once by every command that reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from conftest import ModelMaker, write_predictors
+from safetensors.torch import load_file, save_file
+
+from gguf_files.reader import GGUFFile
+
+Psp = Callable[..., Result]
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def odd_dir(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model whose config denies its head, beside the index of an earlier save."""
+    path = make_model(tmp_path_factory.mktemp("odd") / "model", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    assert HEAD not in tensors
+    torch.manual_seed(1)
+    tensors[HEAD] = 0.15 * torch.randn(320, 64).half()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {HEAD: "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.fixture(scope="module")
+def predictors(odd_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    write_predictors(odd_dir, path := tmp_path_factory.mktemp("exact") / "predictors")
+    return path
+
+
+def assert_told(result: Result) -> None:
+    assert result.exit_code == 0, result.output
+    json.loads(result.stdout)
+    told = result.stderr
+    assert told.count("a head that differs is stored") == 1
+    assert told.count("model.safetensors.index.json beside it is passed over") == 1
+
+
+def test_collect_sparsity_and_generate_say_it_on_standard_error(
+    psp: Psp, odd_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    data = ("--data", data_file, "--tokens", 300, "--json")
+    assert_told(psp("collect", "--model", odd_dir, *data, "--out", tmp_path / "traces"))
+    assert_told(psp("sparsity", "--model", odd_dir, *data))
+    assert_told(psp("generate", "--model", odd_dir, "--prompt", "def", "-n", 2, "--json"))
+
+
+def test_sparsify_says_it_and_keeps_the_head_apart(
+    psp: Psp, odd_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "two.yaml").write_text(
+        "stages:\n- {kind: progressive, lambda: 0.1, until_step: 2}\n"
+    )
+    settings = ("--context", 16, "--batch", 1, "--eval-windows", 1)
+    settings += ("--schedule", tmp_path / "two.yaml")
+    out = ("--out", tmp_path / "sparse", "--precision", "bfloat16", "--json")
+    result = psp("sparsify", "--model", odd_dir, "--data", data_file, *settings, *out)
+    assert_told(result)
+    config = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    trained = load_file(tmp_path / "sparse" / "model.safetensors")
+    stored = load_file(odd_dir / "model.safetensors")
+    torch.testing.assert_close(trained[HEAD], stored[HEAD], atol=1e-2, rtol=0)
+
+
+def test_an_exported_file_has_the_stored_head(
+    psp: Psp, odd_dir: Path, predictors: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "x.powerinfer.gguf"
+    result = psp(
+        "export-gguf", "--model", odd_dir, "--predictors", predictors, "--out", file, "--json"
+    )
+    assert_told(result)
+    assert json.loads(result.stdout)["verified"]
+    assert_told(psp("verify", file, "--model", odd_dir, "--json"))
+    head = GGUFFile(file).tensor("output.weight")
+    expected = load_file(odd_dir / "model.safetensors")[HEAD]
+    assert np.array_equal(np.asarray(head, np.float32), expected.float().numpy())
