@@ -184,8 +184,9 @@ class Checkpoint:
         for stored in map(self._stored, names):
             if stored is not None:
                 return stored
-        headless = rule.tied_to is not None and self._bare
-        problem, remedy = explain_missing(names[0], self.files.shards, head=headless)
+        problem, remedy = explain_missing(
+            names[0], self.files.shards, head=rule.tied_to is not None, bare=self._bare
+        )
         raise CheckpointError(f"{self.path}: {problem}", remedy)
 
     def _names(self, rule: TensorRule) -> tuple[str, ...]:

@@ -28,13 +28,16 @@ def wrapper_prefix(names: Collection[str]) -> str:
     return prefix
 
 
-def explain_missing(name: str, stored: Collection[str], *, head: bool) -> tuple[str, str]:
+def explain_missing(
+    name: str, stored: Collection[str], *, head: bool, bare: bool
+) -> tuple[str, str]:
     """Return problem and remedy.
 
     Args:
         name: the tensor that is missing.
         stored: names of the checkpoint's tensors.
         head: it is the output head, and no other tensor stands in for it.
+        bare: the names are those of a model without a head, such as `LlamaModel`.
     """
     stem = name.removesuffix("weight")
     missing = f"tensor {name} is missing"
@@ -47,10 +50,10 @@ def explain_missing(name: str, stored: Collection[str], *, head: bool) -> tuple[
     if other := next((found for found in stored if found.endswith(f".{name}")), None):
         remedy = "save the language model alone, without what is around it, and pass that"
         return f"{missing}, {other} is there", remedy
-    if head:
-        remedy = (
-            "pass the checkpoint of the causal language model, or set tie_word_embeddings to true "
-            "in config.json if its head is the embedding"
-        )
-        return f"{missing}: the model was saved without its output head", remedy
-    return missing, FETCH_AGAIN
+    if not head:
+        return missing, FETCH_AGAIN
+    tie = "or set tie_word_embeddings to true in config.json if its head is the embedding"
+    if not bare:
+        return missing, f"{FETCH_AGAIN}, {tie}"
+    remedy = f"pass the checkpoint of the causal language model, {tie}"
+    return f"{missing}: the model was saved without its output head", remedy

@@ -66,6 +66,7 @@ def resolve(config: Config) -> Architecture:
         )
     supported = {name: None for family in ARCHITECTURES for name in family.hf_classes}
     raise CheckpointError(
-        f"config.json: architectures is {declared!r}, which psp does not support",
+        f"config.json: architectures is {declared!r}, model_type {config.get('model_type')!r}, "
+        "which psp does not support",
         f"supported: {', '.join(supported)}",
     )

@@ -75,14 +75,17 @@ def refuse_pointer(file: Path) -> None:
     Raises:
         CheckpointError: the file is such a pointer.
     """
-    if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
-        return
-    with file.open("rb") as content:
-        if content.read(len(_LFS)) == _LFS:
-            raise CheckpointError(
-                f"{file}: is a Git LFS pointer, the file itself was not fetched",
-                "install git-lfs and run 'git lfs pull' in that directory",
-            )
+    try:
+        if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+            return
+        begin = file.read_bytes()[: len(_LFS)]
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if begin == _LFS:
+        raise CheckpointError(
+            f"{file}: is a Git LFS pointer, the file itself was not fetched",
+            "install git-lfs and run 'git lfs pull' in that directory",
+        )
 
 
 def _explicit(path: Path, named: object) -> str:

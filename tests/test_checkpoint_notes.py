@@ -62,8 +62,7 @@ def test_sparsify_says_it_and_keeps_the_head_apart(
     (tmp_path / "two.yaml").write_text(
         "stages:\n- {kind: progressive, lambda: 0.1, until_step: 2}\n"
     )
-    settings = ("--context", 16, "--batch", 1, "--eval-windows", 1)
-    settings += ("--schedule", tmp_path / "two.yaml")
+    settings = ("--context", 16, "--batch", 1, "--schedule", tmp_path / "two.yaml")
     out = ("--out", tmp_path / "sparse", "--precision", "bfloat16", "--json")
     result = psp("sparsify", "--model", odd_dir, "--data", data_file, *settings, *out)
     assert_told(result)

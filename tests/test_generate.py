@@ -108,7 +108,7 @@ class CountingModel(nn.Module):
 class NewerModel(CountingModel):
     """Names its cache as transformers does from 5.24 on."""
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool, cache: Any = None) -> Any:  # type: ignore[override]
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, cache: Any = None) -> Any:
         output = super().forward(input_ids, use_cache, cache)
         return SimpleNamespace(logits=output.logits, cache=output.past_key_values)
 

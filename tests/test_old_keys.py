@@ -96,7 +96,7 @@ def test_transformers_4_computes_what_5_does(
         model = make_model(tmp_path / f"{kind}-model", intermediate_size=96, rope_parameters=rope)
         out = tmp_path / kind
         schedule = Schedule.of(("progressive", 1e-3, 2))
-        settings = {"context": 16, "batch": 1, "eval_windows": 1, "device": "cpu"}
+        settings: dict[str, Any] = {"context": 16, "batch": 1, "eval_windows": 1, "device": "cpu"}
         sparsify(
             SparsifyConfig(
                 model=str(model), data=str(data_file), out=out, schedule=schedule, **settings
