@@ -17,7 +17,8 @@ from architectures.rope import given_parameters
 def with_old_keys(config: Config) -> dict[str, Any]:
     """Return a config.json that says under the old names too what it says under the new ones.
 
-    A scaling has its kind as `rope_type` and as `type`, which is what older readers look for.
+    A scaling has its kind as `type`, which is what all readers look for; transformers up to 4.42
+    refuses a linear one with more than `type` and `factor`.
     """
     written = dict(config)
     if "dtype" in config:
@@ -31,5 +32,5 @@ def with_old_keys(config: Config) -> dict[str, Any]:
     if theta is not None:
         written["rope_theta"] = theta
     scaled = kind not in ("default", None)
-    written["rope_scaling"] = {"rope_type": kind, "type": kind, **scaling} if scaled else None
+    written["rope_scaling"] = {"type": kind, **scaling} if scaled else None
     return written

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import ModelMaker
+from packaging.version import Version
 
 from architectures.old_keys import with_old_keys
 from architectures.rope import read_rope
@@ -28,8 +30,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 OLD: dict[str, tuple[float, dict[str, Any] | None]] = {
     "default": (5e5, None),
-    "linear": (7e4, {"type": "linear", "rope_type": "linear", "factor": 4.0}),
-    "yarn": (1e4, {"type": "yarn", "rope_type": "yarn", **YARN}),
+    "linear": (7e4, {"type": "linear", "factor": 4.0}),
+    "yarn": (1e4, {"type": "yarn", **YARN}),
 }
 
 
@@ -77,7 +79,7 @@ import sys, torch, transformers, warnings
 assert transformers.__version__.startswith("4."), transformers.__version__
 tokens = torch.load(sys.argv[1])
 for path in sys.argv[2:]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, torch_dtype="auto")
     assert model.dtype == torch.float16, model.dtype
     with torch.no_grad():
         torch.save(model.float()(tokens).logits, path + "/logits.pt")
@@ -92,7 +94,11 @@ def test_transformers_4_computes_what_5_does(
 
     torch.save(TOKENS, tmp_path / "tokens.pt")
     paths = []
+    (installed,) = distributions(name="transformers", path=[str(transformers_4)])
+    knows_yarn = Version(installed.version) >= Version("4.43")
     for kind, rope in ROPES.items():
+        if kind == "yarn" and not knows_yarn:
+            continue
         model = make_model(tmp_path / f"{kind}-model", intermediate_size=96, rope_parameters=rope)
         out = tmp_path / kind
         schedule = Schedule.of(("progressive", 1e-3, 2))
