@@ -211,7 +211,7 @@ def _check_family(checkpoint: Checkpoint, dense: bool) -> None:
             raise ExportError(
                 f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
                 f"only head in PowerInfer's {family.gguf_name} graph",
-                "tie_word_embeddings must be true",
+                "pass a model whose output head is its embedding",
             )
     if dense and family.dense_note is None:
         raise ExportError(

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from conftest import ModelMaker, write_predictors
+from conftest import TEXT, ModelMaker, write_predictors
 from safetensors.torch import load_file, save_file
 
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.perplexity import perplexity, perplexity_windows
+from powerinfer_bridge.programs.powerinfer import PowerInfer
 
 Psp = Callable[..., Result]
 HEAD = "lm_head.weight"
@@ -86,3 +89,25 @@ def test_an_exported_file_has_the_stored_head(
     head = GGUFFile(file).tensor("output.weight")
     expected = load_file(odd_dir / "model.safetensors")[HEAD]
     assert np.array_equal(np.asarray(head, np.float32), expected.float().numpy())
+
+
+@pytest.mark.powerinfer
+def test_the_real_powerinfer_has_the_perplexity_of_transformers(
+    psp: Psp, odd_dir: Path, predictors: Path, powerinfer_bin: Path, tmp_path: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    file = tmp_path / "x.powerinfer.gguf"
+    psp("export-gguf", "--model", odd_dir, "--predictors", predictors, "--out", file)
+    text, context = TEXT * 6, 32
+    real = PowerInfer(powerinfer_bin).perplexity(file, text, context, None, threads=1)
+    model = LlamaForCausalLM.from_pretrained(odd_dir, dtype=torch.float32).eval()
+    ids = [1, *Engine(file).vocabulary.encode(text.removesuffix("\n"))]
+
+    @torch.inference_mode()
+    def evaluate(window: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = model(torch.tensor([window])).logits[0]
+        return logits
+
+    theirs = perplexity(evaluate, perplexity_windows(ids, 1, context), "transformers")
+    assert theirs == pytest.approx(real, rel=0.005)
