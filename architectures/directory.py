@@ -98,9 +98,9 @@ _KINDS = (
         _say("save them from transformers 4 for PyTorch (from_tf or from_flax) and pass that"),
     ),
     Kind(
-        ("predictors.json", "manifest.json"),
-        "an output of psp's, no model",
-        _say("pass the model that it was made of"),
+        ("predictors.json", "layer-*/weights.safetensors"),
+        "traces or predictors of psp's",
+        _say("pass the model that they were made of"),
     ),
     Kind(
         ("*/config.json", "snapshots/*/config.json"),

@@ -47,7 +47,8 @@ def explain_missing(
     if lora := next((found for found in stored if "lora_" in found), None):
         remedy = "merge the adapter into the model (peft: merge_and_unload), save and pass that"
         return f"{missing}, {lora} is there: a LoRA adapter is not merged", remedy
-    if other := next((found for found in stored if found.endswith(f".{name}")), None):
+    inner = name.partition(".")[2] if name.count(".") > 1 else name
+    if other := next((found for found in stored if found.endswith(f".{inner}")), None):
         remedy = "save the language model alone, without what is around it, and pass that"
         return f"{missing}, {other} is there", remedy
     if not head:
