@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def test_the_first_merge_of_the_list_goes_first(tmp_path: Path) -> None:
         (keys(BYTES + SPECIAL + ABC, [" a b"]), "merge ' a b' does not name"),
         (keys(BYTES + SPECIAL + ABC, ["a c"]), "merge 'a c' makes no token"),
         (keys(BYTES + SPECIAL + ABC, ["a " + "b" * 100_000]), "does not name two tokens"),
-        (keys(BYTES[1:] + SPECIAL * 1, ["a b"], bos_token_id=0), "token 'Ā' of byte 0 is missing"),
+        (keys(BYTES[:-1] + SPECIAL, ["a b"], bos_token_id=0), "merge 'a b' makes no token"),
+        (keys([b for b in BYTES if b[0] != "Ċ"] + SPECIAL + ABC, ["a b"]), "token 'Ċ' of byte 10"),
         (keys(BYTES + SPECIAL + ABC + ABC[:1], ["a b"]), "token 'ab' appears twice"),
         (keys([*BYTES, *SPECIAL, ("a b", 0, TokenType.NORMAL)], ["a b"]), "not spelt in GPT-2's"),
         (keys([*BYTES, *SPECIAL, (b"\xff", 0, TokenType.NORMAL)], ["a b"]), "is no UTF-8"),
@@ -195,6 +197,26 @@ def test_real_perplexity_is_the_engines(powerinfer_bin: Path, bundle: tuple[Path
     real = PowerInfer(powerinfer_bin).perplexity(file, text, 64, None, threads=1)
     ours = engine_perplexity(Engine(file), text, 64, None, "engine")
     assert math.isclose(real, ours, rel_tol=2e-4), (real, ours)
+
+
+@pytest.mark.powerinfer
+def test_real_powerinfer_reads_a_vocabulary_without_some_bytes_and_stops_at_them(
+    powerinfer_bin: Path, bundle: tuple[Path, Bundle], tmp_path: Path
+) -> None:
+    model, exported = tmp_path / "m", tmp_path / "m.powerinfer.gguf"
+    shutil.copytree(bundle[0], model)
+    vocab = json.loads((model / "vocab.json").read_text(encoding="utf-8"))
+    del vocab["ć"], vocab["õ"]  # bytes 07 and F5
+    (model / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    write_predictors(model, tmp_path / "predictors", exact)
+    make_export(model, tmp_path / "predictors", exported)
+    vocabulary, main = Engine(exported).vocabulary, powerinfer_bin / "main"
+    assert vocabulary.absent_bytes == {0x07, 0xF5}
+    text = vocabulary.without_absent("".join(MIXED_TEXTS[9:13]))
+    assert kinds.real_prompt_ids(main, exported, text, tmp_path) == vocabulary.prompt_ids(text)
+    with pytest.raises(subprocess.CalledProcessError) as stopped:
+        kinds.real_prompt_ids(main, exported, "a\x07b", tmp_path)
+    assert b"byte not found in vocab" in stopped.value.stderr
 
 
 @pytest.mark.powerinfer

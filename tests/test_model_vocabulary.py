@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from architectures.tokenizer import load_tokenizer
-from common.errors import CheckpointError, ExportError
+from common.errors import CheckpointError, DataError, ExportError
 from gguf_export.tokens.encoders import spell
 from gguf_export.tokens.model_vocabulary import (
     MIXED_TEXTS,
@@ -218,7 +219,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "neither byte-level tokens nor byte fallback",
     ),
     "no merges": (lambda d: d["model"].update(merges=[]), "there are no merges"),
-    "a byte missing": (lambda d: d["model"]["vocab"].pop("Ā"), "token 'Ā' of byte 0 is missing"),
+    "a byte missing": (lambda d: d["model"]["vocab"].pop("ß"), "token 'ß' of byte 223 is missing"),
     "words": (
         lambda d: d.update(
             model={"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}
@@ -240,6 +241,22 @@ def test_what_powerinfer_cannot_do_is_refused(tmp_path: Path, name: str) -> None
     change(path, edit)
     with conftest.refused(ExportError, str(path / "tokenizer.json"), part, "use "):
         read_vocabulary(path, 600, {"bos_token_id": 0, "eos_token_id": 0})
+
+
+def test_bytes_that_ordinary_text_does_without_may_be_missing(tmp_path: Path) -> None:
+    """As in SmolLM2's vocabulary, and Falcon's: F5 is in no UTF-8, F1 leads no characters."""
+    path = kinds.byte_level(tmp_path, "GPT-2", ["<|endoftext|>"])
+
+    vocab = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert {"Ą", "ñ", "õ"} <= vocab.keys()
+    change(path, lambda d: [d["model"]["vocab"].pop(token) for token in ("Ą", "ñ", "õ")])
+    vocabulary = read_vocabulary(path, 600, {"bos_token_id": 0, "eos_token_id": 0})
+    assert vocabulary.absent_bytes == {0x04, 0xF1, 0xF5}
+    assert any("no token of 3 bytes" in w and "(04 F1 F5)" in w for w in vocabulary.warnings)
+    assert vocabulary.without_absent("a\x04b\U00040000c") == "abc"
+    assert vocabulary.encode("ab") == [vocabulary.ids[b"a"], vocabulary.ids[b"b"]]
+    with conftest.refused(DataError, "byte 0x04", "PowerInfer stops", "remove it"):
+        vocabulary.encode("a\x04b")
 
 
 def test_a_byte_piece_that_is_missing_is_refused(tmp_path: Path, tokenizer_bytes: bytes) -> None:

@@ -226,6 +226,11 @@ def test_a_megabyte_takes_seconds(vocabulary: Vocabulary, tmp_path: Path, text: 
     assert time.perf_counter() - start < 60
 
 
+def test_without_a_key_bos_is_powerinfers(tmp_path: Path) -> None:
+    """PowerInfer@d3ebd7c llama.cpp:llm_load_vocab; its converter writes none for Falcon."""
+    assert read(tmp_path / "v.gguf", keys(bos_token_id=None)).bos_id == 1
+
+
 def without(token: str) -> list[tuple[str, float, TokenType]]:
     return [piece for piece in PIECES if piece[0] != token]
 
@@ -237,7 +242,6 @@ def without(token: str) -> list[tuple[str, float, TokenType]]:
         (keys(tokens=None), "key tokenizer.ggml.tokens is missing"),
         (keys(scores=None), "key tokenizer.ggml.scores is missing"),
         (keys(token_type=None), "key tokenizer.ggml.token_type is missing"),
-        (keys(bos_token_id=None), "key tokenizer.ggml.bos_token_id is missing"),
         (keys(model="gpt2"), "key tokenizer.ggml.merges is missing"),
         (keys(model="bert"), "tokenizer 'bert' is not supported, expected 'llama' or 'gpt2'"),
         (keys(tokens=list(range(10))), "tokenizer.ggml.tokens is INT32, expected STRING"),

@@ -21,7 +21,9 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+from common.errors import DataError
 
 Symbol = TypeVar("Symbol", str, bytes)
 
@@ -66,7 +68,7 @@ class PieceEncoder:
     """Turns bytes into ids."""
 
     def __init__(self, ids: Mapping[bytes, int], scores: Sequence[float]) -> None:
-        """Take a vocabulary that has all 256 byte pieces.
+        """Take a vocabulary; of a byte without a piece a text is refused.
 
         Args:
             ids: id of each token.
@@ -79,7 +81,11 @@ class PieceEncoder:
         }
 
     def encode(self, data: bytes) -> list[int]:
-        """Return the ids of a text."""
+        """Return the ids of a text.
+
+        Raises:
+            DataError: a byte that is needed has no piece: PowerInfer stops there.
+        """
         return _ids_of_parts(
             self._segments(characters(data.replace(b" ", SPACE))), self._segment_ids
         )
@@ -97,14 +103,26 @@ class PieceEncoder:
         for symbol in merge_pairs(characters(segment), self._order):
             number = self._ids.get(symbol)
             if number is None:
-                ids.extend(self._ids[b"<0x%02X>" % byte] for byte in symbol)
+                ids.extend(self._byte_id(byte) for byte in symbol)
             else:
                 ids.append(number)
         return ids
 
+    def _byte_id(self, byte: int) -> int:
+        number = self._ids.get(b"<0x%02X>" % byte)
+        return _refuse_byte(byte) if number is None else number
+
     def _order(self, left: bytes, right: bytes) -> float | None:
         number = self._ids.get(left + right)
         return None if number is None else -self._scores[number]
+
+
+def _refuse_byte(byte: int) -> NoReturn:
+    raise DataError(
+        f"the text holds byte 0x{byte:02X}, of which the model's vocabulary has no token and at "
+        "which PowerInfer stops",
+        "remove it",
+    )
 
 
 def characters(data: bytes) -> list[bytes]:
@@ -129,7 +147,7 @@ class ByteLevelEncoder:
     """Turns texts into ids."""
 
     def __init__(self, ids: Mapping[bytes, int], merges: Iterable[bytes]) -> None:
-        """Take a vocabulary whose bytes and merge results are all tokens.
+        """Take a vocabulary whose merge results are all tokens, and the bytes that texts need.
 
         Args:
             ids: id of each token.
@@ -142,11 +160,19 @@ class ByteLevelEncoder:
             self._ranks.setdefault((left, right), rank)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that UTF-8 can hold."""
+        """Return the ids of a text that UTF-8 can hold.
+
+        Raises:
+            DataError: it holds a byte that is no token: PowerInfer throws there.
+        """
         return _ids_of_parts(split_words(text), self._word_ids)
 
     def _word_ids(self, word: str) -> list[int]:
-        return [self._ids[symbol] for symbol in merge_pairs(list(spell(word)), self._rank)]
+        return [self._id(symbol) for symbol in merge_pairs(list(spell(word)), self._rank)]
+
+    def _id(self, symbol: str) -> int:
+        number = self._ids.get(symbol)
+        return _refuse_byte(BYTE_TOKENS.index(symbol)) if number is None else number
 
     def _rank(self, left: str, right: str) -> int | None:
         return self._ranks.get((left, right))

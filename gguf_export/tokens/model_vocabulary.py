@@ -76,19 +76,31 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = 
 
 def _measured(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Vocabulary:
     """Add the share of ids that differ, on texts of many kinds."""
-    share = share_differing(vocabulary.encode, tokenizer.encode)
+    texts = tuple(map(vocabulary.without_absent, MIXED_TEXTS))
+    share = share_differing(vocabulary.encode, tokenizer.encode, texts)
     reasons, warnings = list(vocabulary.differences), list(vocabulary.warnings)
     if share and not reasons:
         reasons = ["PowerInfer's ids differ from those of the model's tokenizer"]
     if reasons:
         said = f"{share:.2%} of the ids of texts of many kinds differ from the model's tokenizer"
         warnings = [*reasons, said, *warnings]
+    warnings += _absent(vocabulary)
     if vocabulary.eos_id == NONE:
         default = 11 if vocabulary.kind == BYTE_LEVEL else 2
         warnings.append(
             f"no end-of-sequence id is known, PowerInfer takes {default}; add it to config.json"
         )
     return replace(vocabulary, differences=tuple(reasons), warnings=tuple(warnings))
+
+
+def _absent(vocabulary: Vocabulary) -> Iterator[str]:
+    bytes_ = sorted(vocabulary.absent_bytes)
+    if bytes_:
+        named = " ".join(f"{byte:02X}" for byte in bytes_)
+        yield (
+            f"the vocabulary has no token of {len(bytes_)} bytes that ordinary text does without "
+            f"({named}), and PowerInfer stops at a text that holds one"
+        )
 
 
 def share_differing(

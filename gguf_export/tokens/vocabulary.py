@@ -33,9 +33,18 @@ BYTE_LEVEL = "gpt2"
 """`tokenizer.ggml.model` of byte-level BPE, which merges by rank."""
 BYTE_PIECES = {b"<0x%02X>" % byte: byte for byte in range(256)}
 """The byte of each piece that stands for one."""
+DEFAULT_BOS = {PIECES: 1, BYTE_LEVEL: 11}
+"""Begin-of-sequence ids of files without the key (PowerInfer@d3ebd7c llama.cpp:llm_load_vocab)."""
+ORDINARY_BYTES = frozenset(
+    (*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3)
+)
+"""Bytes that texts are made of. The others are control characters, occur in no UTF-8, or lead
+planes without characters (F1, F2) or of private ones (F4). PowerInfer reads files without tokens of
+these, and stops at a text that holds one."""
 NONE = -1
 
 _UNKNOWN = "\u2585".encode()
+_BYTE_NAMES = {character.encode(): byte for byte, character in enumerate(BYTE_TOKENS)}
 _BYTES = {character: bytes([byte]) for byte, character in enumerate(BYTE_TOKENS)}
 
 
@@ -128,6 +137,18 @@ class Vocabulary:
         if not text:
             return []
         return self._encode(_to_bytes(" " * (space_prefix and self.kind == PIECES) + text))
+
+    @cached_property
+    def absent_bytes(self) -> frozenset[int]:
+        """Bytes that no token stands for."""
+        names = BYTE_PIECES if self.kind == PIECES else _BYTE_NAMES
+        return frozenset(byte for name, byte in names.items() if name not in self.ids)
+
+    def without_absent(self, text: str) -> str:
+        """Return a text without the characters at which PowerInfer stops for want of a token."""
+        if not self.absent_bytes:
+            return text
+        return "".join(c for c in text if self.absent_bytes.isdisjoint(_to_bytes(c)))
 
     def _encode(self, data: bytes) -> list[int]:
         encoder = self.encoder
@@ -237,8 +258,8 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
     def array(name: str, element: GGUFValueType) -> Any:
         return file.value(f"tokenizer.ggml.{name}", GGUFValueType.ARRAY, element)
 
-    def number(name: str) -> Any:
-        return file.optional(f"tokenizer.ggml.{name}_token_id", GGUFValueType.UINT32, NONE)
+    def number(name: str, default: int = NONE) -> Any:
+        return file.optional(f"tokenizer.ggml.{name}_token_id", GGUFValueType.UINT32, default)
 
     tokens = array("tokens", GGUFValueType.STRING)
     merges = array("merges", GGUFValueType.STRING) if kind == BYTE_LEVEL else []
@@ -249,7 +270,7 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
         types=array("token_type", GGUFValueType.INT32).tolist(),
         scores=scores,
         merges=merges,
-        bos_id=file.value("tokenizer.ggml.bos_token_id", GGUFValueType.UINT32),
+        bos_id=number("bos", DEFAULT_BOS[kind]),
         eos_id=number("eos"),
         unk_id=number("unknown"),
         pad_id=number("padding"),
@@ -287,9 +308,8 @@ def _piece_problems(vocabulary: Vocabulary) -> Iterator[str]:
 
 
 def _merge_problems(vocabulary: Vocabulary) -> Iterator[str]:
-    for byte, character in enumerate(BYTE_TOKENS):
-        if character.encode() not in vocabulary.ids:
-            yield f"token {character!r} of byte {byte} is missing"
+    for byte in sorted(vocabulary.absent_bytes & ORDINARY_BYTES):
+        yield f"token {BYTE_TOKENS[byte]!r} of byte {byte} is missing"
     alphabet = set("".join(BYTE_TOKENS))
     for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True):
         if kind == TokenType.NORMAL and not alphabet.issuperset(token.decode("utf-8", "replace")):

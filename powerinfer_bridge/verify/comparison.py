@@ -187,7 +187,7 @@ def _same_ids(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
         raise FormatError("tokenizer: scores differ from the model's", "export it again")
     count = 0
-    for part in (text, _MIXED):
+    for part in map(vocabulary.without_absent, (text, _MIXED)):
         ours, theirs = vocabulary.encode(part), tokenizer.encode(part)
         if isinstance(tokenizer, RustTokenizer) and vocabulary.kind == BYTE_LEVEL:
             merged = tokenizer.merge(map(spell, split_words(part)))  # by their merges, our words
@@ -199,7 +199,8 @@ def _same_ids(opened: OpenedFile, checkpoint: Checkpoint) -> str:
         count += len(ours)
     if not expected.differences:
         return f"{count} ids equal the model's, prose and mixed scripts"
-    share = share_differing(vocabulary.encode, tokenizer.encode, (*text.splitlines(), _MIXED))
+    texts = map(vocabulary.without_absent, (*text.splitlines(), _MIXED))
+    share = share_differing(vocabulary.encode, tokenizer.encode, tuple(texts))
     return f"the model's vocabulary; {share:.2%} of ids differ: {'; '.join(expected.differences)}"
 
 
