@@ -19,7 +19,7 @@ from architectures.missing_tensors import explain_missing
 from architectures.registry import resolve, with_class
 from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
-from architectures.tokenizer import Tokenizer, load_tokenizer
+from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from architectures.weight_files import has_weights, refuse_pointer
 from common.errors import FETCH_AGAIN, CheckpointError, reason
 from common.files import read_json
@@ -266,7 +266,7 @@ class Checkpoint:
         """Read one tensor of a block, such as `mlp.gate_proj.weight`, its factor folded in."""
         return self.read(self.architecture.rule(name), layer)
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> OwnTokenizer:
         """Load the model's own tokenizer.
 
         Raises:

@@ -1,19 +1,28 @@
 """The checkpoint's own tokenizer and the name of its chat template.
 
-tokenizer.model is read by SentencePiece; tokenizer.json, and the vocab.json with merges.txt of
-GPT-2's byte-level BPE, by Hugging Face's `tokenizers`. No code of a checkpoint is run.
+One reading serves every command. tokenizer.model is read by SentencePiece; tokenizer.json, and the
+vocab.json with merges.txt of GPT-2's byte-level BPE, by Hugging Face's `tokenizers`. Tokens that
+other files add are found as they are in transformers. No code of a checkpoint is run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from architectures.config_json import Config
+from architectures.piece_tokenizer import PieceTokenizer, open_pieces
+from architectures.rust_tokenizer import (
+    RustTokenizer,
+    check_rows,
+    complete,
+    first_id,
+    open_json,
+    open_pair,
+    vocabulary_of,
+)
+from architectures.tokenizer_files import TokenizerFiles
 from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
 
@@ -21,7 +30,7 @@ if TYPE_CHECKING:
     import sentencepiece
     import tokenizers
 
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 class Tokenizer(Protocol):
@@ -40,55 +49,161 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path: Path, vocab_size: int, config: Config | None = None) -> Tokenizer:
-    """Load the first of tokenizer.model, tokenizer.json, vocab.json with merges.txt.
+OwnTokenizer: TypeAlias = PieceTokenizer | RustTokenizer
+"""A checkpoint's."""
+
+
+def load_tokenizer(path: Path, vocab_size: int, config: Config | None = None) -> OwnTokenizer:
+    """Load the first usable of tokenizer.model, tokenizer.json, vocab.json with merges.txt.
+
+    Where tokenizer.json has another vocabulary than tokenizer.model, tokenizer.json counts, as for
+    transformers: the other is then of the model that this one was made from.
 
     Args:
         path: the checkpoint's directory.
         vocab_size: rows of the model's embedding, at least as many as there are tokens.
-        config: its config.json, whose `bos_token_id` counts for all but tokenizer.model.
+        config: its config.json, for what the tokenizer's files do not say.
 
     Raises:
         CheckpointError: no tokenizer, a damaged one, one without a begin-of-sequence token or with
-            more tokens than the model has rows. `encode` raises it too: some damage shows only in
-            use.
+            more tokens than the model has rows, or files that contradict each other. `encode`
+            raises it too: some damage shows only in use.
     """
-    if (path / "tokenizer.model").is_file():
-        tokenizer: Tokenizer = load_sentencepiece(path, vocab_size)
-        return tokenizer
-    file, rust = _read_rust(path)
-    _check_rows(file, "tokens", max(rust.get_vocab().values(), default=-1) + 1, vocab_size)
-    return RustTokenizer(file, rust, _bos_id(path, rust, vocab_size, config or {}))
+    files = TokenizerFiles(path, config or {}, vocab_size)
+    notes = list(files.notes)
+    pieces = _choose_pieces(path, files, notes)
+    if pieces is not None:
+        return _piece_tokenizer(path / "tokenizer.model", pieces, files, notes)
+    return _rust_tokenizer(path, files, notes)
+
+
+def _choose_pieces(
+    path: Path, files: TokenizerFiles, notes: list[str]
+) -> sentencepiece.SentencePieceProcessor | None:
+    """Return tokenizer.model if it is there and not overruled by tokenizer.json; note why not."""
+    model, other = path / "tokenizer.model", path / "tokenizer.json"
+    if not model.is_file():
+        return None
+    try:
+        pieces = open_pieces(model)
+    except CheckpointError:
+        if not other.is_file():
+            raise
+        notes.append(f"{model.name} is not a SentencePiece model, {other.name} counts")
+        return None
+    if other.is_file():
+        found = vocabulary_of(other, open_json(other))
+        own = {pieces.id_to_piece(number): number for number in range(pieces.vocab_size())}
+        if _ordinary(found, files) != _ordinary(own, files):
+            notes.append(
+                f"{model.name} has another vocabulary ({len(own)} pieces) than {other.name} "
+                f"({len(found)} tokens), which counts, as for transformers"
+            )
+            return None
+    return pieces
+
+
+def _ordinary(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[str, int]:
+    return {token: number for token, number in vocab.items() if number not in files.added}
+
+
+def _piece_tokenizer(
+    file: Path,
+    pieces: sentencepiece.SentencePieceProcessor,
+    files: TokenizerFiles,
+    notes: list[str],
+) -> PieceTokenizer:
+    check_rows(file, "pieces", pieces.vocab_size(), files.rows)
+    added = {token.content: number for number, token in files.added.items()}
+
+    def id_of(text: str) -> int | None:
+        number = pieces.piece_to_id(text)
+        return added.get(text, number if pieces.id_to_piece(number) == text else None)
+
+    for text, number in added.items():
+        if pieces.piece_to_id(text) not in (number, pieces.unk_id()):
+            raise files.contradiction(text, number, file, pieces.piece_to_id(text))
+    own = pieces.bos_id() if pieces.bos_id() >= 0 else None
+    bos, note = files.special_id("bos", id_of, own)
+    if bos is None or (own is None and id_of(files.named("bos") or "") is None):
+        raise CheckpointError(
+            f"{file}: has no BOS piece, which PowerInfer needs, and tokenizer_config.json names no "
+            "bos_token of it",
+            "use another tokenizer.model",
+        )
+    text = pieces.id_to_piece(bos) if bos < pieces.vocab_size() else files.added[bos].content
+    notes += _bos_notes(files, note, bos, text, adds=files.add_bos is not False)
+    notes += _class_notes(files, file)
+    return PieceTokenizer(file, pieces, files, bos, files.add_bos, tuple(notes))
+
+
+def _rust_tokenizer(path: Path, files: TokenizerFiles, notes: list[str]) -> RustTokenizer:
+    file, rust = _open_rust(path)
+    rust = complete(file, rust, files)
+    first = first_id(file, rust)
+    known = rust.token_to_id if first is None else lambda text: None
+    bos, note = files.special_id("bos", known, first)
+    if bos is None:
+        raise CheckpointError(
+            f"{path / 'config.json'}: no usable bos_token_id, nor one in generation_config.json, "
+            "nor a bos_token of the vocabulary in tokenizer_config.json",
+            "add the model's bos_token_id to config.json",
+        )
+    adds = (first is not None or None) if files.add_bos is None else files.add_bos
+    notes += _bos_notes(files, note, bos, rust.id_to_token(bos), adds=bool(adds))
+    notes += _class_notes(files, file)
+    return RustTokenizer(file, rust, files, bos, adds, tuple(notes))
+
+
+def _bos_notes(
+    files: TokenizerFiles, note: str | None, bos: int, text: str | None, *, adds: bool
+) -> Iterator[str]:
+    if note is not None:
+        yield note
+    if not adds:
+        why = "" if files.add_bos is None else " (add_bos_token is false)"
+        yield (
+            f"the model's own tokenizer puts nothing before a text{why}, psp's windows begin with "
+            f"{text!r} (id {bos})"
+        )
+
+
+def _class_notes(files: TokenizerFiles, file: Path) -> Iterator[str]:
+    name = files.settings.get("tokenizer_class")
+    if name in _LLAMA:
+        yield (
+            f"tokenizer_config.json names {name}, which in transformers 5 gives a text that begins "
+            f"with spaces one fewer; psp and PowerInfer follow {file.name}"
+        )
 
 
 def load_sentencepiece(path: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Load `tokenizer.model` from a checkpoint's directory.
+    """Load `tokenizer.model` from a checkpoint's directory, without what other files say.
 
     Args:
         path: the directory.
         vocab_size: rows of the model's embedding, at least as many as there are pieces.
 
     Raises:
-        CheckpointError: the file is missing, damaged, has no begin-of-sequence piece or more
-            pieces than the model has rows.
+        CheckpointError: the file is missing, damaged, or has more pieces than the model has rows.
     """
-    import sentencepiece
-
     file = path / "tokenizer.model"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{file}: not found", "psp needs the model's SentencePiece tokenizer.model"
-        )
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{file}: not a SentencePiece model", FETCH_AGAIN) from error
-    if tokenizer.bos_id() < 0:
-        raise CheckpointError(
-            f"{file}: has no BOS piece, which PowerInfer needs", "use another tokenizer.model"
-        )
-    _check_rows(file, "pieces", tokenizer.vocab_size(), vocab_size)
+    tokenizer = open_pieces(file)
+    check_rows(file, "pieces", tokenizer.vocab_size(), vocab_size)
     return tokenizer
+
+
+def _open_rust(path: Path) -> tuple[Path, tokenizers.Tokenizer]:
+    file, vocab, merges = (path / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if file.is_file():
+        return file, open_json(file)
+    if vocab.is_file() and merges.is_file():
+        return vocab, open_pair(vocab, merges)
+    raise CheckpointError(
+        f"{path / 'tokenizer.model'}: not found, nor tokenizer.json, nor vocab.json with "
+        "merges.txt",
+        "add the model's SentencePiece tokenizer.model or one of the others",
+    )
 
 
 def chat_template_of(path: Path) -> str | None:
@@ -117,133 +232,6 @@ def chat_template_of(path: Path) -> str | None:
             "name the format with --chat-template",
         )
     return template
-
-
-@dataclass(frozen=True)
-class RustTokenizer:
-    """A tokenizer of the `tokenizers` library.
-
-    Attributes:
-        file: where it came from.
-        rust: the library's object.
-        bos: id of the begin-of-sequence token.
-    """
-
-    file: Path
-    rust: tokenizers.Tokenizer
-    bos: int
-
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
-        with _damage_refused(self.file):
-            ids: list[int] = self.rust.encode(text, add_special_tokens=False).ids
-            return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of token ids, special tokens included."""
-        with _damage_refused(self.file):
-            return str(self.rust.decode(ids, skip_special_tokens=False))
-
-    def bos_id(self) -> int:
-        """Return the id of the begin-of-sequence token."""
-        return self.bos
-
-    def document(self) -> dict[str, Any]:
-        """Return its description in the form of tokenizer.json, merges as pairs."""
-        with _damage_refused(self.file):
-            document: dict[str, Any] = json.loads(self.rust.to_str())
-            return document
-
-    def adds_bos(self) -> bool:
-        """Tell whether its post-processor puts BOS before a text."""
-        with _damage_refused(self.file):
-            return self.rust.encode("").ids[:1] == [self.bos]
-
-    def merge(self, words: Iterable[str]) -> list[list[int]]:
-        """Return the ids of byte-level words by merges alone, whatever splits texts into words."""
-        import tokenizers
-
-        document = self.document()
-        document["model"]["ignore_merges"] = False
-        with _damage_refused(self.file):
-            model = tokenizers.Tokenizer.from_str(json.dumps(document)).model
-            return [[token.id for token in model.tokenize(word)] for word in words]
-
-
-@contextmanager
-def _damage_refused(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic of the Rust code is no Exception
-        raise CheckpointError(
-            f"{file}: cannot be used as a tokenizer ({error})", FETCH_AGAIN
-        ) from error
-
-
-def _read_rust(path: Path) -> tuple[Path, tokenizers.Tokenizer]:
-    import tokenizers
-
-    file, vocab, merges = (path / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if file.is_file():
-        with _damage_refused(file):
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-            tokenizer.no_truncation()  # the file may keep settings of its last use
-            tokenizer.no_padding()
-        return file, tokenizer
-    if vocab.is_file() and merges.is_file():
-        return vocab, _read_byte_level(vocab, merges)
-    raise CheckpointError(
-        f"{path / 'tokenizer.model'}: not found, nor tokenizer.json, nor vocab.json with "
-        "merges.txt",
-        "add the model's SentencePiece tokenizer.model or one of the others",
-    )
-
-
-def _read_byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
-    """Return GPT-2's tokenizer as transformers builds it, its special tokens matched in texts."""
-    import tokenizers
-
-    settings = _read_optional(vocab.with_name("tokenizer_config.json"))
-    with _damage_refused(vocab):
-        model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
-        tokenizer = tokenizers.Tokenizer(model)
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        special = {token for key in _SPECIAL if (token := _content(settings.get(key)))}
-        known = sorted(token for token in special if tokenizer.token_to_id(token) is not None)
-        tokenizer.add_special_tokens(known)
-    return tokenizer
-
-
-def _check_rows(file: Path, unit: str, count: int, vocab_size: int) -> None:
-    if count > vocab_size:
-        raise CheckpointError(
-            f"{file}: has {count} {unit}, the model {vocab_size} rows",
-            f"use the model's own {file.name}",
-        )
-
-
-def _bos_id(path: Path, tokenizer: tokenizers.Tokenizer, vocab_size: int, config: Config) -> int:
-    for values in (config, _read_optional(path / "generation_config.json")):
-        number = values.get("bos_token_id")
-        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab_size:
-            return number
-    token = _content(_read_optional(path / "tokenizer_config.json").get("bos_token"))
-    found = tokenizer.token_to_id(token) if token else None
-    if found is None:
-        raise CheckpointError(
-            f"{path / 'config.json'}: no usable bos_token_id, nor one in generation_config.json, "
-            "nor a bos_token of the vocabulary in tokenizer_config.json",
-            "add the model's bos_token_id to config.json",
-        )
-    return found
-
-
-def _content(token: object) -> str | None:
-    """Return the text of a token that a config gives as text or as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
 
 
 def _read_optional(file: Path) -> dict[str, Any]:

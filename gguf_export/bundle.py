@@ -109,7 +109,12 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     ranks = _check_requirements(config, checkpoint, predictors)
     shape, dense_note = checkpoint.shape, checkpoint.architecture.dense_note or ""
     vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
-    warnings = (*checkpoint.notes, *vocabulary.warnings, *_conversions(config, checkpoint))
+    warnings = (
+        *checkpoint.notes,
+        *vocabulary.notes,
+        *vocabulary.warnings,
+        *_conversions(config, checkpoint),
+    )
     warnings += (dense_note,) if config.dense else ()
     bundle = replace(Bundle.beside(config.out), warnings=warnings)
     bundle.refuse_existing(force=config.force)

@@ -169,7 +169,7 @@ def test_byte_level_ids_are_the_models_merges_of_powerinfers_words(
     vocabulary, tokenizer = read_vocabulary(path, 600, config), load_tokenizer(path, 600, config)
     encode = vocabulary.encode
     word = "transformers"
-    assert encode(word) == tokenizer.encode(word) == tokenizer.merge([spell(word)])[0]  # type: ignore[attr-defined]
+    assert encode(word) == tokenizer.encode(word) == tokenizer.merge([spell(word)])[0]  # type: ignore[union-attr]
     share = share_differing(encode, tokenizer.encode)
     assert kind in vocabulary.warnings[0]
     assert vocabulary.warnings[-1].startswith(f"{share:.2%} of the ids")
@@ -290,6 +290,32 @@ def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
         read_vocabulary(path, 400)
 
 
+def test_the_tokenizer_says_eos_and_unknown_and_a_config_that_disagrees_is_named(
+    tmp_path: Path, tokenizer_bytes: bytes
+) -> None:
+    config = {"bos_token_id": 0, "eos_token_id": 7, "unk_token_id": [5, 6]}
+    found = read_vocabulary(kinds.pieces(tmp_path, tokenizer_bytes), 330, config)
+    assert (found.bos_id, found.eos_id, found.unk_id) == (1, 2, 0)
+    assert [note.split(",")[0] for note in found.notes] == [
+        "config.json has bos_token_id 0",
+        "config.json has eos_token_id 7",
+        "config.json has unk_token_id 5",
+    ]
+    write(tmp_path, "tokenizer_config.json", {"eos_token": "<|im_end|>", "unk_token": "</s>"})
+    write(tmp_path, "added_tokens.json", CHATML)
+    found = read_vocabulary(tmp_path, 330, {"eos_token_id": [2, 320]})
+    assert (found.eos_id, found.unk_id, found.notes) == (320, 2, ())
+
+
+def test_a_bos_that_does_not_control_is_refused_with_the_remedy(
+    tmp_path: Path, tokenizer_bytes: bytes
+) -> None:
+    path = kinds.ranked(tmp_path, tokenizer_bytes)
+    write(path, "tokenizer_config.json", {})
+    with conftest.refused(ExportError, "BOS is id 0, '<unk>'", "set bos_token in tokenizer_config"):
+        read_vocabulary(path, 352, {"bos_token_id": 0})
+
+
 def test_a_model_without_eos_is_named(tmp_path: Path) -> None:
     path = kinds.byte_level(tmp_path, "GPT-2", ["<|endoftext|>"])
     assert "PowerInfer takes 11" in read_vocabulary(path, 600, {"bos_token_id": 0}).warnings[-1]
@@ -331,7 +357,7 @@ def test_ids_that_are_no_numbers_are_refused(
 def test_an_added_token_may_not_repeat_a_piece(tmp_path: Path, tokenizer_bytes: bytes) -> None:
     path = kinds.pieces(tmp_path, tokenizer_bytes)
     write(path, "added_tokens.json", {"</s>": 325})
-    with conftest.refused(ExportError, "token '</s>' appears twice"):
+    with damaged("added token '</s>' has id 325, in tokenizer.model it is 2", "take the entry"):
         read_vocabulary(path, 330)
 
 
@@ -341,10 +367,9 @@ def test_an_added_token_without_a_row_is_left_out_and_named(
     path = kinds.pieces(tmp_path, tokenizer_bytes)
     write(path, "added_tokens.json", {"[PAD]": 320})
     vocabulary = read_vocabulary(path, 320)
-    assert "'[PAD]' has id 320" in vocabulary.warnings[0]
+    assert "'[PAD]' has id 320" in vocabulary.notes[0]
     assert vocabulary.differences == ()
     assert b"[PAD]" not in vocabulary.tokens
-    write(path, "tokenizer.json", {"added_tokens": [{"id": 320, "content": "[PAD]"}]})
     write(path, "tokenizer_config.json", {"pad_token": "[PAD]"})
     assert read_vocabulary(path, 320).pad_id == -1
     assert read_vocabulary(path, 330).pad_id == 320

@@ -137,17 +137,11 @@ def test_special_tokens_that_the_vocabulary_lacks_get_no_id(pair_dir: Path) -> N
     assert max(ids) < len(json.loads((pair_dir / "vocab.json").read_text()))
 
 
-def test_the_first_layout_of_several_is_taken(
-    json_dir: Path, pair_dir: Path, tokenizer_bytes: bytes
-) -> None:
+def test_the_first_layout_of_several_is_taken(json_dir: Path, pair_dir: Path) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(json_dir / "tokenizer.json"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save(str(pair_dir / "tokenizer.json"))
     assert load(pair_dir).encode("ABC") == load(json_dir).encode("abc") != []
-    (pair_dir / "tokenizer.model").write_bytes(tokenizer_bytes)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer_bytes)
-    assert load(pair_dir).encode("ABC") == pieces.encode("ABC")
-    assert load(pair_dir).bos_id() == 1  # tokenizer.model's own, not config.json's
 
 
 def test_sentencepiece_needs_no_config_and_is_what_export_gets(model_dir: Path) -> None:
@@ -182,19 +176,10 @@ def test_a_tokenizer_may_fill_the_models_rows_but_not_exceed_them(
             load(path, size - 1)
 
 
-@pytest.mark.parametrize("added", ["vocabulary", "added token"])
-def test_an_id_beyond_the_models_rows_is_refused_however_few_tokens_there_are(
-    json_dir: Path, added: str
+def test_a_tokens_id_beyond_the_models_rows_is_refused_however_few_tokens_there_are(
+    json_dir: Path,
 ) -> None:
-    def edit(document: dict[str, Any]) -> None:
-        if added == "vocabulary":
-            document["model"]["vocab"]["far"] = ROWS
-        else:
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            tokens = ({"id": n, "content": f"<{n}>", "special": True} for n in range(350, ROWS + 1))
-            document["added_tokens"] += [token | flags for token in tokens]
-
-    change(json_dir / "tokenizer.json", edit)
+    change(json_dir / "tokenizer.json", lambda d: d["model"]["vocab"].update(far=ROWS))
     with refused(str(json_dir / "tokenizer.json"), f"{ROWS + 1} tokens", f"{ROWS} rows"):
         load(json_dir)
 
@@ -202,10 +187,10 @@ def test_an_id_beyond_the_models_rows_is_refused_however_few_tokens_there_are(
 @pytest.mark.parametrize(
     ("config", "generation", "settings", "expected"),
     [
-        ({"bos_token_id": 11}, {"bos_token_id": 12}, {"bos_token": "</s>"}, 11),
+        ({"bos_token_id": 11}, {"bos_token_id": 12}, {"bos_token": "</s>"}, 2),
+        ({"bos_token_id": 11}, {"bos_token_id": 12}, {"bos_token": "<new>"}, 11),
         ({"bos_token_id": 0}, {"bos_token_id": 12}, {}, 0),
         ({"bos_token_id": ROWS - 1}, None, None, ROWS - 1),
-        ({}, {"bos_token_id": 12}, {"bos_token": "</s>"}, 12),
         ({"bos_token_id": None}, {"bos_token_id": 12}, None, 12),
         ({"bos_token_id": ROWS}, {"bos_token_id": 12}, None, 12),
         ({"bos_token_id": -1}, {"bos_token_id": 12}, None, 12),
@@ -218,7 +203,7 @@ def test_an_id_beyond_the_models_rows_is_refused_however_few_tokens_there_are(
     ],
 )
 @pytest.mark.parametrize("layout", ["json", "pair"])
-def test_bos_is_the_first_usable_one(
+def test_the_tokenizer_names_bos_and_else_the_first_usable_number_does(
     request: pytest.FixtureRequest,
     layout: str,
     config: dict[str, Any],
@@ -256,7 +241,7 @@ DAMAGE = [b"", b"garbage", b"{}", b"[1]", b"\xff\xfe", b"\x00" * 1000, b"[" * 10
 @pytest.mark.parametrize("content", DAMAGE, ids=range(len(DAMAGE)))
 def test_a_damaged_tokenizer_json_is_refused(json_dir: Path, content: bytes) -> None:
     (json_dir / "tokenizer.json").write_bytes(content)
-    with refused(str(json_dir / "tokenizer.json"), "cannot be used", "fetch the checkpoint again"):
+    with refused(str(json_dir / "tokenizer.json"), "fetch the checkpoint again"):
         load(json_dir)
 
 
@@ -308,9 +293,8 @@ def test_a_tokenizer_json_that_contradicts_itself_is_refused(json_dir: Path, edi
 )
 def test_damage_that_shows_only_in_use_is_refused(json_dir: Path, edit: Any) -> None:
     change(json_dir / "tokenizer.json", edit)
-    tokenizer = load(json_dir)
     with refused(str(json_dir / "tokenizer.json"), "cannot be used", "fetch the checkpoint again"):
-        tokenizer.encode("中 text")
+        load(json_dir).encode("中 text")
 
 
 def test_a_cancelled_load_is_not_taken_for_damage(

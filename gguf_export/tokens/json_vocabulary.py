@@ -14,11 +14,11 @@ from typing import Any
 
 from gguf import TokenType
 
-from architectures.tokenizer import RustTokenizer
+from architectures.rust_tokenizer import RustTokenizer, steps_of
 from common.errors import ExportError
 from gguf_export.tokens.encoders import BYTE_TOKENS, SPACE
-from gguf_export.tokens.tokenizer_files import TokenizerFiles, lay_out
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, BYTE_PIECES, NONE, PIECES, Vocabulary
+from gguf_export.tokens.layout import lay_out
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, BYTE_PIECES, PIECES, Vocabulary
 
 Step = dict[str, Any]
 """A part of the description: its `type` and the settings of that type."""
@@ -66,12 +66,12 @@ class _Source:
     @property
     def pre_tokenisers(self) -> list[Step]:
         """The steps that split texts into words."""
-        return list(_steps(self.document.get("pre_tokenizer"), "pretokenizers"))
+        return list(steps_of(self.document.get("pre_tokenizer"), "pretokenizers"))
 
     @property
     def normalisers(self) -> list[Step]:
         """The steps that change texts before."""
-        return list(_steps(self.document.get("normalizer"), "normalizers"))
+        return list(steps_of(self.document.get("normalizer"), "normalizers"))
 
     @property
     def merges(self) -> list[tuple[str, str]]:
@@ -106,16 +106,6 @@ class _Source:
             raise self.refusal("it has neither byte-level tokens nor byte fallback")
 
 
-def _steps(step: Step | None, inner: str) -> Iterator[Step]:
-    if step is None:
-        return
-    if step["type"] == "Sequence":
-        for part in step[inner]:
-            yield from _steps(part, inner)
-    else:
-        yield step
-
-
 def _marks_spaces(step: Step) -> bool:
     """Tell whether a normaliser only turns spaces into U+2581 or puts one in front."""
     if step["type"] == "Prepend":
@@ -142,15 +132,11 @@ def pre_tokeniser_name(steps: list[Step]) -> str:
     return "+".join(kinds)
 
 
-def read_json_vocabulary(
-    tokenizer: RustTokenizer, files: TokenizerFiles, vocab_size: int
-) -> Vocabulary:
+def read_json_vocabulary(tokenizer: RustTokenizer) -> Vocabulary:
     """Turn vocabulary and merges into PowerInfer's lists.
 
     Args:
         tokenizer: the loaded tokenizer.
-        files: the settings around it.
-        vocab_size: rows of the embedding.
 
     Raises:
         ExportError: another kind of model, or a step that changes texts.
@@ -160,19 +146,15 @@ def read_json_vocabulary(
     source.check()
     vocab: dict[str, int] = source.model["vocab"]
     vocabulary = lay_out(
-        source.file,
-        files,
+        tokenizer,
         {number: (token.encode(), source.type_of(token)) for token, number in vocab.items()},
-        vocab_size,
         kind=BYTE_LEVEL if source.byte_level else PIECES,
-        bos_id=tokenizer.bos_id(),
-        unk_id=vocab.get(source.unknown or "", NONE),
-        add_bos=tokenizer.adds_bos() or files.add_bos,
+        unk_id=vocab.get(source.unknown or ""),
     )
-    vocabulary.mark_control()
     if not source.byte_level:
-        differences = (*_inconsistencies(vocab, source.merges), *_splits(source))
-        scores = _scores(vocab, source.merges, vocab_size)
+        ordinary = {t: n for t, n in vocab.items() if n not in tokenizer.files.added}
+        differences = (*_inconsistencies(ordinary, source.merges), *_splits(source))
+        scores = _scores(vocab, source.merges, len(vocabulary.tokens))
         return replace(vocabulary, scores=scores, differences=differences)
     warnings = list(vocabulary.warnings)
     if vocabulary.add_bos:

@@ -10,10 +10,12 @@ from typing import Any
 
 from gguf import TokenType
 
-from architectures.tokenizer import RustTokenizer, Tokenizer, load_tokenizer
+from architectures.piece_tokenizer import PieceTokenizer
+from architectures.rust_tokenizer import RustTokenizer
+from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.errors import ExportError
 from gguf_export.tokens.json_vocabulary import read_json_vocabulary
-from gguf_export.tokens.tokenizer_files import TokenizerFiles, lay_out
+from gguf_export.tokens.layout import lay_out
 from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
 
 MIXED_TEXTS = (
@@ -61,16 +63,21 @@ def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = 
         ExportError: one that PowerInfer cannot follow or would stop at.
     """
     tokenizer = load_tokenizer(path, vocab_size, config)
-    files = TokenizerFiles(path, config)
     if isinstance(tokenizer, RustTokenizer):
-        file = tokenizer.file
-        vocabulary = read_json_vocabulary(tokenizer, files, vocab_size)
+        vocabulary = read_json_vocabulary(tokenizer)
     else:
-        file = path / "tokenizer.model"
-        vocabulary = _read_sentencepiece(file, tokenizer, files, vocab_size)
+        vocabulary = _read_sentencepiece(tokenizer)
     problem = next(vocabulary_problems(vocabulary), None)
     if problem is not None:
-        raise ExportError(f"{file}: {problem}", "PowerInfer needs it, use another tokenizer")
+        raise ExportError(
+            f"{tokenizer.file}: {problem}", "PowerInfer needs it, use another tokenizer"
+        )
+    if vocabulary.types[vocabulary.bos_id] != TokenType.CONTROL:
+        token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
+        raise ExportError(
+            f"{tokenizer.file}: BOS is id {vocabulary.bos_id}, {token!r}, no token that controls",
+            "set bos_token in tokenizer_config.json to the model's own",
+        )
     return _measured(vocabulary, tokenizer)
 
 
@@ -127,50 +134,30 @@ def share_differing(
     return 1 - same / total if total else 0.0
 
 
-def _read_sentencepiece(
-    file: Path,
-    tokenizer: Any,
-    files: TokenizerFiles,
-    vocab_size: int,
-) -> Vocabulary:
+def _read_sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
     """Turn a SentencePiece model into PowerInfer's lists.
 
     Types are those of PowerInfer@d3ebd7c convert.py:SentencePieceVocab.
-
-    Args:
-        file: tokenizer.model, for messages.
-        tokenizer: it, loaded, a `SentencePieceProcessor`.
-        files: the settings around it.
-        vocab_size: rows of the embedding, at least as many as there are pieces.
 
     Raises:
         ExportError: a model that does not merge pairs.
         CheckpointError: an added token in the place of a piece.
     """
-    trainer, normaliser, user_defined = _sections(tokenizer.serialized_model_proto())
+    model = tokenizer.model
+    trainer, normaliser, user_defined = _sections(model.serialized_model_proto())
     if trainer.get(3, 1) != _BPE:
         raise ExportError(
-            f"{file}: is no BPE model, the only kind whose pieces PowerInfer finds",
+            f"{tokenizer.file}: is no BPE model, the only kind whose pieces PowerInfer finds",
             "use a model with a BPE tokenizer",
         )
-    size = tokenizer.vocab_size()
+    size = model.vocab_size()
     found = {
-        number: (tokenizer.id_to_piece(number).encode(), _type(tokenizer, number))
-        for number in range(size)
+        number: (model.id_to_piece(number).encode(), _type(model, number)) for number in range(size)
     }
-    vocabulary = lay_out(
-        file,
-        files,
-        found,
-        vocab_size,
-        kind=PIECES,
-        bos_id=tokenizer.bos_id(),
-        eos_id=tokenizer.eos_id(),
-        unk_id=tokenizer.unk_id(),
-        add_bos=files.add_bos,
-    )
-    scores = [tokenizer.get_score(number) for number in range(size)]
-    scores += [_PADDING_SCORE] * (vocab_size - size)
+    eos_id = model.eos_id() if model.eos_id() >= 0 else None
+    vocabulary = lay_out(tokenizer, found, kind=PIECES, eos_id=eos_id, unk_id=model.unk_id())
+    scores = [model.get_score(number) for number in range(size)]
+    scores += [_PADDING_SCORE] * (len(vocabulary.tokens) - size)
     return replace(
         vocabulary, scores=scores, differences=tuple(_differences(normaliser, user_defined))
     )

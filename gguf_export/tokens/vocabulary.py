@@ -65,7 +65,9 @@ class Vocabulary:
         add_bos: whether the model's own tokenizer puts BOS before a text, None if it does not say.
             PowerInfer ignores it: it puts BOS before pieces and none before byte-level BPE.
         differences: why PowerInfer's ids of a text may differ from the model's own, a line each.
-        warnings: what a user should know, the differences and their measured share included.
+        notes: what a user should know of the model's own ids.
+        warnings: what a user should know of PowerInfer's, the differences and their measured share
+            included.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class Vocabulary:
     pad_id: int = NONE
     add_bos: bool | None = None
     differences: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @cached_property
@@ -95,8 +98,9 @@ class Vocabulary:
 
     def mark_control(self) -> None:
         """Give BOS, EOS and padding the type of control tokens, which print nothing."""
+        ordinary = (TokenType.NORMAL, TokenType.USER_DEFINED)
         for number in (self.bos_id, self.eos_id, self.pad_id):
-            if number != NONE and self.types[number] == TokenType.NORMAL:
+            if number != NONE and self.types[number] in ordinary:
                 self.types[number] = int(TokenType.CONTROL)
 
     @property

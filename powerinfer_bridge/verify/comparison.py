@@ -17,8 +17,9 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.rope import RopeScaling
+from architectures.rust_tokenizer import RustTokenizer
 from architectures.spec import ModelShape, TensorRule
-from architectures.tokenizer import RustTokenizer, load_tokenizer
+from architectures.tokenizer import load_tokenizer
 from common.documents import sample_text
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
