@@ -16,10 +16,11 @@ from predictor.collection.settings import CollectConfig
 def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     """Record, for every layer and token, the predictor's input and the active neurons."""
     from common.table import layer_table
+    from gguf_export.requirements import foresee
     from predictor.collection.collect import collect as run
     from predictor.traces.store import trace_summary
 
-    store = run(config, lambda line: click.echo(line, err=True))
+    store = run(config, lambda line: click.echo(line, err=True), foresee)
     summary = trace_summary(store)
     if as_json:
         return print_json(summary)

@@ -28,12 +28,13 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     For several GPUs start it with accelerate launch. Then psp sparsity measures the result.
     """
     from common.table import fact_table, layer_table
+    from gguf_export.requirements import foresee
     from prosparse.training import is_main_process
     from prosparse.training import sparsify as run
     from prosparse.training_log import read_log
     from report.figures.training_curves import draw_training
 
-    result = run(config, note)
+    result = run(config, note, foresee)
     if not is_main_process():
         return None
     draw_training(config.training, config.out.name, read_log(config.log))

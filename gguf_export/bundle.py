@@ -17,8 +17,9 @@ from gguf_export.predictor_kinds import open_predictors
 from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
 from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allows
 from gguf_export.pwri.gpu_index import index_path
-from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF, THRESHOLD_KEY
+from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
+from gguf_export.requirements import check_model
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter
@@ -189,7 +190,9 @@ def _check_requirements(
         ExportError: a family, sizes or types that PowerInfer has no graph or kernels for; no
             statistics to split neurons by.
     """
-    _check_family(checkpoint, config.dense)
+    check_model(checkpoint)
+    if config.dense:
+        _check_dense(checkpoint)
     ranks = _check_fit(checkpoint, predictors)
     _check_rows(checkpoint.shape, config.types)
     if not keeps_types(predictors, config.types):
@@ -203,22 +206,9 @@ def _check_requirements(
     return ranks
 
 
-def _check_family(checkpoint: Checkpoint, dense: bool) -> None:
-    """Refuse a sound model for which PowerInfer has no graph."""
-    family, shape = checkpoint.architecture, checkpoint.shape
-    if family.context_length not in (None, shape.context_length):
-        raise ExportError(
-            f"{checkpoint.path}: context of {shape.context_length} tokens",
-            f"PowerInfer's {family.gguf_name} graph has exactly {family.context_length} positions",
-        )
-    for rule in family.tensors:
-        if rule.target is None and not shape.tied_embeddings:
-            raise ExportError(
-                f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
-                f"only head in PowerInfer's {family.gguf_name} graph",
-                "pass a model whose output head is its embedding",
-            )
-    if dense and family.dense_note is None:
+def _check_dense(checkpoint: Checkpoint) -> None:
+    family = checkpoint.architecture
+    if family.dense_note is None:
         raise ExportError(
             f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
             "reads a tensor that its loader never makes",
@@ -242,16 +232,9 @@ def _check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]
             f"or sizes differ from {checkpoint.path}",
             "pass that model or collect and train for this one",
         )
-    if shape.d_ff < SMALLEST_D_FF:
-        raise ExportError(
-            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}",
-            "PowerInfer computes smaller FFNs wrongly",
-        )
-    if shape.d_model != shape.n_heads * shape.head_dim:
-        raise ExportError("heads times head size differ from d_model", "PowerInfer cannot run it")
-    for key, size in (("d_model", shape.d_model), *(("rank", rank) for rank in ranks)):
-        if size % BLOCK or not size:
-            raise ExportError(f"{key} {size} is no multiple of {BLOCK}", "PowerInfer cannot run it")
+    for rank in ranks:
+        if rank % BLOCK or not rank:
+            raise ExportError(f"rank {rank} is no multiple of {BLOCK}", "PowerInfer cannot run it")
     return ranks
 
 

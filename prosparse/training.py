@@ -9,7 +9,7 @@ business: start the command with `accelerate launch`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prosparse.trainer import SparsityTrainer
 
 Report = Callable[[str], None]
+Foresee = Callable[[Checkpoint], Iterable[str]]
 _MARKER = "training/sparsify.json"
 _KEPT = 2
 """Checkpoints kept: the newest may be the one that a kill left unfinished."""
@@ -37,12 +38,17 @@ _PATIENCE = 86_400
 """Seconds that processes wait for the first one, which may pack text for hours."""
 
 
-def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict[str, Any]:
+def sparsify(
+    config: SparsifyConfig,
+    report: Report = lambda line: None,
+    foresee: Foresee = lambda checkpoint: (),
+) -> dict[str, Any]:
     """Train a gated model sparse and write it.
 
     Args:
         config: settings.
         report: receives lines about what is going to happen.
+        foresee: what later steps will say of the model, a line each.
 
     Returns:
         The result, ready for JSON: `model`, `steps`, `activation_sparsity`, `layers`, `ppl`, `log`.
@@ -64,7 +70,14 @@ def sparsify(config: SparsifyConfig, report: Report = lambda line: None) -> dict
             "start with accelerate launch, or set CUDA_VISIBLE_DEVICES to one",
         )
     transformers.utils.logging.disable_progress_bar()
-    _first_process(arguments, lambda: _prepare(config, checkpoint, arguments.world_size))
+
+    def prepare() -> None:
+        tokenizer = checkpoint.tokenizer()
+        for line in (f"tokens: {tokenizer.source}", *tokenizer.notes, *foresee(checkpoint)):
+            report(line)
+        _prepare(config, checkpoint, arguments.world_size)
+
+    _first_process(arguments, prepare)
     if not config.finished:
         _train(config, checkpoint, arguments, report)
     return _result(config)

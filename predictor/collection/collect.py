@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from os.path import exists, isdir, islink
 
@@ -36,14 +36,20 @@ from predictor.traces.store import TraceStore
 _SHARD_BYTES = 1 << 30
 _SHARD_ROWS = (1024, 16384)
 Report = Callable[[str], None]
+Foresee = Callable[[Checkpoint], Iterable[str]]
 
 
-def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceStore:
+def collect(
+    config: CollectConfig,
+    report: Report = lambda line: None,
+    foresee: Foresee = lambda checkpoint: (),
+) -> TraceStore:
     """Record traces into a store.
 
     Args:
         config: settings.
         report: receives lines about what is going to happen.
+        foresee: what later steps will say of the model, a line each.
 
     Returns:
         The complete store; it holds fewer rows than asked for if the data ended first.
@@ -58,6 +64,8 @@ def collect(config: CollectConfig, report: Report = lambda line: None) -> TraceS
     for line in checkpoint.notes:
         report(line)
     tokenizer = checkpoint.tokenizer()
+    for line in (f"tokens: {tokenizer.source}", *tokenizer.notes, *foresee(checkpoint)):
+        report(line)
     template = choose_template(checkpoint, config.chat_template, report)
     header = trace_header(config, checkpoint, template)
     store = _begun_store(config, header)

@@ -1,0 +1,63 @@
+"""What PowerInfer demands of a model and its tokenizer, told before hours are spent on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from architectures.checkpoint import Checkpoint
+from common.errors import CheckpointError, ExportError
+from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+
+
+def foresee(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield what `psp export-gguf` will say of a model, a line each: refusals, then warnings."""
+    try:
+        check_model(checkpoint)
+    except ExportError as error:
+        yield _refused(error)
+    try:
+        rows = checkpoint.shape.vocab_size
+        vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    except (CheckpointError, ExportError) as error:
+        yield _refused(error)
+        return
+    said = checkpoint.tokenizer().notes
+    yield from (note for note in vocabulary.notes if note not in said)
+    yield from (f"in PowerInfer: {warning}" for warning in vocabulary.warnings)
+
+
+def _refused(error: CheckpointError | ExportError) -> str:
+    return f"psp export-gguf will refuse this model: {error}"
+
+
+def check_model(checkpoint: Checkpoint) -> None:
+    """Refuse a sound model for which PowerInfer has no graph or no kernels.
+
+    Raises:
+        ExportError: naming what PowerInfer lacks.
+    """
+    family, shape = checkpoint.architecture, checkpoint.shape
+    if family.context_length not in (None, shape.context_length):
+        raise ExportError(
+            f"{checkpoint.path}: context of {shape.context_length} tokens",
+            f"PowerInfer's {family.gguf_name} graph has exactly {family.context_length} positions",
+        )
+    for rule in family.tensors:
+        if rule.target is None and not shape.tied_embeddings:
+            raise ExportError(
+                f"{checkpoint.path}: {rule.source} is not tied to {rule.tied_to}, which is the "
+                f"only head in PowerInfer's {family.gguf_name} graph",
+                "pass a model whose output head is its embedding",
+            )
+    if shape.d_ff < SMALLEST_D_FF:
+        raise ExportError(
+            f"d_ff {shape.d_ff} is below {SMALLEST_D_FF}",
+            "PowerInfer computes smaller FFNs wrongly",
+        )
+    if shape.d_model != shape.n_heads * shape.head_dim:
+        raise ExportError("heads times head size differ from d_model", "PowerInfer cannot run it")
+    if shape.d_model % BLOCK:
+        raise ExportError(
+            f"d_model {shape.d_model} is no multiple of {BLOCK}", "PowerInfer cannot run it"
+        )
