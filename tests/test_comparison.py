@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ from test_weights import Change, Content, put, value
 
 from common.errors import CheckpointError
 from gguf_export.bundle import Bundle
+from gguf_export.contract import Report
+from powerinfer_bridge.verify import tokens
 from powerinfer_bridge.verify.verification import verify
 
 MODEL = [
@@ -48,6 +52,34 @@ def test_files_of_every_family_pass(name: str, tokenizer_bytes: bytes, tmp_path:
     bundle = make_export(model.path, tmp_path / "predictors", tmp_path / "m.powerinfer.gguf")
     document = verify(bundle.model_file, str(model.path), context=32, chunks=1).document()
     assert document["ok"], failures(document)
+
+
+def tokenizer_line(report: Report) -> str:
+    return report.checks["model tokenizer"].line
+
+
+def test_ids_are_compared_with_those_of_transformers_loader(
+    exact_bundle: Bundle, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a bare tokenizer.model transformers 5 makes a tokenizer without a space in front."""
+
+    def line() -> str:
+        return tokenizer_line(verify(exact_bundle.model_file, str(model_dir), run=False))
+
+    assert "ids equal those of tokenizer.model, by sentencepiece" in line()
+    assert re.search(
+        r"; transformers' \w+ gives other ids for \d+\.\d\d%, (no )?BOS first$", line()
+    )
+
+    def loader(vocab: dict[str, int] | None) -> Any:
+        if vocab is None:
+            raise ValueError("no such class\nat all")
+        return SimpleNamespace(get_vocab=lambda: vocab, encode=lambda text, **_: [])
+
+    monkeypatch.setattr(tokens, "load_with_transformers", lambda checkpoint: loader(None))
+    assert line().endswith("; transformers does not load this tokenizer (no such class)")
+    monkeypatch.setattr(tokens, "load_with_transformers", lambda checkpoint: loader({"<s>": 2}))
+    assert "token 2 is '</s>', for transformers '<s>'; keep the model's own" in line()
 
 
 def swap(one: str, other: str) -> Change:

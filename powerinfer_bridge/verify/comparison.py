@@ -17,23 +17,19 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.rope import RopeScaling
-from architectures.rust_tokenizer import RustTokenizer
 from architectures.spec import ModelShape, TensorRule
-from architectures.tokenizer import load_tokenizer
 from common.documents import sample_text
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
 from gguf_export.pwri.element_types import WRITABLE, encode
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from gguf_export.tokens.encoders import spell, split_words
-from gguf_export.tokens.model_vocabulary import read_vocabulary, share_differing
-from gguf_export.tokens.vocabulary import BYTE_LEVEL
 from gguf_files.elements import decode
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
+from powerinfer_bridge.verify.tokens import same_ids
 
 LOGIT_TOLERANCE = 0.05
 """Largest difference between the engine's and transformers' logits, in standard deviations of the
@@ -48,10 +44,6 @@ _EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 
 _CHARACTERS = 20_000
 _LEAST_CONTEXT = 8
-_MIXED = (
-    "def f(x):\n\treturn [y ** 2 for y in x]  # naïve Café\r\n   three spaces, 中文字符 и кириллица"
-    ", 😀👩\u200d👧 emoji \x01\x07\x1b[0m\x7f control, e\u0301 \ufeff\ufffd \n\n    trailing  "
-)
 
 
 def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> None:
@@ -59,7 +51,7 @@ def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> N
     report.check("model fingerprint", lambda: _fingerprint(opened.file, checkpoint), "file")
     report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
     report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint), "layout")
-    report.check("model tokenizer", lambda: _same_ids(opened, checkpoint), "tokenizer")
+    report.check("model tokenizer", lambda: same_ids(opened, checkpoint, _text()), "tokenizer")
 
 
 def check_numbers(
@@ -173,36 +165,6 @@ def _qkv_rows(shape: ModelShape) -> torch.Tensor:
     keys = [number * (group + 2) + group for number in range(shape.n_kv_heads)]
     heads = torch.tensor([*queries, *keys, *(key + 1 for key in keys)])
     return (heads[:, None] * shape.head_dim + torch.arange(shape.head_dim)).reshape(-1)
-
-
-def _same_ids(opened: OpenedFile, checkpoint: Checkpoint) -> str:
-    """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them."""
-    vocabulary, rows, text = opened.vocabulary, len(opened.vocabulary.tokens), _text()
-    tokenizer = load_tokenizer(checkpoint.directory, rows, checkpoint.config)
-    expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
-    if vocabulary.bos_id != expected.bos_id:
-        raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
-    for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
-        if getattr(vocabulary, name) != getattr(expected, name):
-            raise FormatError(f"tokenizer: {name} differ from the model's", "export it again")
-    if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
-        raise FormatError("tokenizer: scores differ from the model's", "export it again")
-    count = 0
-    for part in map(vocabulary.without_absent, (text, _MIXED)):
-        ours, theirs = vocabulary.encode(part), tokenizer.encode(part)
-        if isinstance(tokenizer, RustTokenizer) and vocabulary.kind == BYTE_LEVEL:
-            merged = tokenizer.merge(map(spell, split_words(part)))  # by their merges, our words
-            theirs = [number for ids in merged for number in ids]
-        if ours != theirs and (vocabulary.kind == BYTE_LEVEL or not expected.differences):
-            pairs = enumerate(zip(ours, theirs, strict=False))
-            same = next((at for at, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-            raise FormatError(f"token ids differ from the model's after {same} equal ones")
-        count += len(ours)
-    if not expected.differences:
-        return f"{count} ids equal the model's, prose and mixed scripts"
-    texts = map(vocabulary.without_absent, (*text.splitlines(), _MIXED))
-    share = share_differing(vocabulary.encode, tokenizer.encode, tuple(texts))
-    return f"the model's vocabulary; {share:.2%} of ids differ: {'; '.join(expected.differences)}"
 
 
 @dataclass(frozen=True)
