@@ -24,7 +24,7 @@ protobuf takes the last (sentencepiece_model.proto)."""
 class PieceTokenizer:
     """SentencePiece's own, which finds added tokens first.
 
-    Pieces that control (`</s>`) are ordinary text unless a file adds them, as in SentencePiece and
+    The model's own pieces that control (`</s>`) are found in no text, as in SentencePiece and
     PowerInfer's `perplexity`. A text gets a space in front; what follows an added token does only
     with `legacy: true` in tokenizer_config.json, as in transformers.
 
@@ -64,7 +64,7 @@ class PieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of token ids; pieces that control give nothing."""
-        texts: dict[int | None, str] = {n: t.content for n, t in self.files.added.items()}
+        texts: dict[int | None, str] = {number: text for text, number in self._added.items()}
         parts: list[str] = []
         run: list[int] = []
         for number in [*ids, None]:
@@ -82,7 +82,13 @@ class PieceTokenizer:
 
     @cached_property
     def _added(self) -> Mapping[str, int]:
-        return {token.content: number for number, token in self.files.added.items()}
+        """Ids of tokens that are not the model's own pieces."""
+        own = self.model.vocab_size()
+        return {
+            token.content: number
+            for number, token in self.files.added.items()
+            if number >= own or self.model.id_to_piece(number) != token.content
+        }
 
     @cached_property
     def _later(self) -> sentencepiece.SentencePieceProcessor:
@@ -107,6 +113,7 @@ class PieceTokenizer:
                     normalized=False,
                 )
                 for token in self.files.added.values()
+                if token.content in self._added
             ]
         )
         return splitter

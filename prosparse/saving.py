@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from architectures.checkpoint import Checkpoint
 from architectures.old_keys import with_old_keys
 from common.errors import OutputError
-from common.files import read_json, write_bytes, write_json
-
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+from common.files import read_json, write_json
+from prosparse.tokenizer_output import write_tokenizer
 
 MARK = "complete"
 """File that is written into a checkpoint after everything else."""
@@ -52,13 +43,16 @@ def remove_checkpoints(training: Path) -> None:
         shutil.rmtree(path)
 
 
-def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
+def save_model(
+    trainer: Any, checkpoint: Checkpoint, out: Path, report: Callable[[str], None]
+) -> None:
     """Write weights in the type of the original, then tokenizer, and config.json last of all.
 
     Args:
         trainer: transformers' Trainer after training; every process calls.
         checkpoint: the original.
         out: the directory, which may hold other files.
+        report: receives a line about a tokenizer that transformers misreads.
     """
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if not trainer.is_world_process_zero():
@@ -68,8 +62,8 @@ def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     trainer.model.config.use_cache = True  # off in training
     trainer.model.save_pretrained(part, state_dict=state)
-    copy_tokenizer(checkpoint.directory, out)
     config = read_json(part / "config.json", OutputError, "start again")
+    write_tokenizer(checkpoint, config, out, report)
     for file in sorted(part.iterdir()):
         if file.name != "config.json":
             file.replace(out / file.name)
@@ -77,10 +71,3 @@ def save_model(trainer: Any, checkpoint: Checkpoint, out: Path) -> None:
     name = str(checkpoint.dtype).removeprefix("torch.")
     write_json(out / "config.json", with_old_keys(config | {"dtype": name}))
     shutil.rmtree(part)
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's files of a checkpoint, those that there are."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            write_bytes(out / name, (source / name).read_bytes())

@@ -18,11 +18,13 @@ import torch
 
 from architectures.checkpoint import Checkpoint
 from architectures.old_keys import with_old_keys
+from architectures.tensor_files import TensorFiles
 from architectures.weight_files import INDEX, SINGLE
 from common.errors import OutputError
 from common.files import atomic_directory, refuse_existing, write_json
 from common.version import tool_version
 from prosparse.activation import with_activation
+from prosparse.tokenizer_output import write_tokenizer
 
 MARKER = "threshold_shift.json"
 """Says where a checkpoint came from, and marks the directory as one of ours."""
@@ -70,7 +72,9 @@ def write_shifted(
             _write_weights(checkpoint, part, scales)
         else:
             _write_anew(checkpoint, part, scales)
-        write_json(part / "config.json", _config(checkpoint, threshold))
+        config = _config(checkpoint, threshold)
+        write_tokenizer(checkpoint, config, part)
+        write_json(part / "config.json", config)
         origin = {"model": str(checkpoint.path), "tool_version": tool_version()}
         write_json(part / MARKER, origin | dict(facts))
     return threshold
@@ -125,6 +129,7 @@ def _write_shard(
 ) -> None:
     """Copy one file of weights, with gates and up projections scaled."""
     factors, names = _factors(checkpoint, scales), _names_in(checkpoint, shard)
+    assert isinstance(checkpoint.files, TensorFiles)
     if not checkpoint.files.prefix and factors.keys().isdisjoint(names):
         shutil.copyfile(shard, target)
         return

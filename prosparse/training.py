@@ -204,7 +204,7 @@ def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, repor
     evaluated = {line["step"] for line in trainer.state.log_history if "eval_loss" in line}
     if config.schedule.steps not in evaluated:
         trainer.evaluate()
-    save_model(trainer, checkpoint, config.out)
+    save_model(trainer, checkpoint, config.out, report)
     if arguments.process_index == 0:
         remove_checkpoints(config.training)
     trainer.accelerator.wait_for_everyone()

@@ -16,6 +16,7 @@ from families import BY_NAME, Written, save_tensors, write
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
+from architectures.tensor_files import TensorFiles
 from common.errors import OutputError, SparsityError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -259,6 +260,7 @@ def test_what_is_written_has_one_set_of_weights_under_plain_names(
     write_shifted(checkpoint, thresholds, out, {})
     shifted_model = Checkpoint.open(out)
     assert not shifted_model.notes
+    assert isinstance(shifted_model.files, TensorFiles)
     assert not shifted_model.files.prefix
     assert (out / index).exists()
     assert not list(out.glob("*.bin*"))
