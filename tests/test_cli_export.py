@@ -150,7 +150,7 @@ def test_predictors_of_an_existing_file_come_by_either_option(
         made.append(files(out.parent))
     assert made[0] == made[1]
     recipe = GGUFFile(out).value("psp.recipe", GGUFValueType.STRING)
-    assert json.loads(recipe) == {"name": "imported", "from": exact_bundle.model_file.name}
+    assert json.loads(recipe) == {"name": "made by hand"}, "the file's own"
 
 
 def test_predictors_come_from_exactly_one_place(

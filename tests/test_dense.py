@@ -48,7 +48,7 @@ def test_it_holds_the_same_weights_in_the_dense_layout(dense: Bundle) -> None:
 
 def test_its_keys_are_the_model_s_and_a_warning(dense: Bundle) -> None:
     sparse, file = GGUFFile(dense.model_file), GGUFFile(dense.dense_file)
-    only = {"powerinfer.sparse_threshold", "psp.activation_threshold", "psp.recipe"}
+    only = {"powerinfer.sparse_threshold", "psp.recipe", "psp.predictor_type"}
     assert file.values.keys() == (sparse.values.keys() - only) | {"psp.note"}
     for key in file.values.keys() & sparse.values.keys():
         assert repr(file.values[key]) == repr(sparse.values[key]), key

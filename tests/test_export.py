@@ -47,7 +47,13 @@ KEYS: dict[str, tuple[Any, ...]] = {
     "powerinfer.sparse_threshold": (Kind.FLOAT32, 0.0),
     "psp.activation_threshold": (Kind.FLOAT32, 0.0),
 }
-PROVENANCE = {"psp.version", "psp.model_fingerprint", "psp.recipe", "psp.activation"}
+PROVENANCE = {
+    "psp.version",
+    "psp.model_fingerprint",
+    "psp.recipe",
+    "psp.activation",
+    "psp.predictor_type",
+}
 SAME = {
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
@@ -136,6 +142,7 @@ def test_provenance_names_the_model_and_the_recipe(exact_file: GGUFFile, model_d
     assert found["psp.activation"] == "relu"
     assert found["psp.model_fingerprint"] == Checkpoint.open(model_dir).fingerprint
     assert json.loads(found["psp.recipe"]) == {"name": "made by hand"}
+    assert found["psp.predictor_type"] == "f16"
 
 
 def test_tensors_are_exactly_these_with_matrices_f16_and_vectors_f32(exact_file: GGUFFile) -> None:
