@@ -99,7 +99,7 @@ def _wrong(path: Path, tokenizer: OwnTokenizer) -> int:
                 str(path), local_files_only=True, trust_remote_code=False
             )
             texts = (*_TEXTS, sample_text()[:4000])
-            other = sum(
+            other: int = sum(
                 loaded.encode(text, add_special_tokens=False) != tokenizer.encode(text)
                 for text in texts
             )
@@ -120,7 +120,7 @@ def _mend(path: Path, tokenizer: OwnTokenizer) -> None:
     rust = as_rust(tokenizer) if isinstance(tokenizer, PieceTokenizer) else tokenizer.rust
     document = json.loads(rust.to_str())
     bos = rust.id_to_token(tokenizer.bos_id())
-    if needs_bos(tokenizer):
+    if bos is not None and needs_bos(tokenizer):
         _begin_with(document, bos, tokenizer.bos_id())
     write_json(path / "tokenizer.json", document)
     settings = _settings(path)
