@@ -30,6 +30,7 @@ from predictor.traces.store import TraceStore
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
 TRANSFORMERS_4 = os.environ.get("PSP_TRANSFORMERS_4")
+PUBLISHED = os.environ.get("PSP_PUBLISHED")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 NARROW_D_FF = 348
@@ -331,6 +332,14 @@ def powerinfer_bin() -> Path:
     if not POWERINFER_BIN:
         pytest.skip("set PSP_POWERINFER_BIN to a PowerInfer build's bin directory to run this")
     return Path(POWERINFER_BIN)
+
+
+@pytest.fixture(scope="session")
+def published_dir() -> Path:
+    """Directory of published vocabularies, or a visible skip."""
+    if not PUBLISHED:
+        pytest.skip("set PSP_PUBLISHED to a directory that tests/fetch_published.sh filled")
+    return Path(PUBLISHED)
 
 
 @pytest.fixture(scope="session")
