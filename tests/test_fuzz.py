@@ -196,10 +196,10 @@ def checkpoint(path: Path, kind: str) -> list[Path]:
     if kind == "safetensors":
         save_file(tensors, path / "model.safetensors")
         return [path / "model.safetensors"]
-    torch.save(tensors, path / "pytorch_model.bin")
-    index = path / "pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "pytorch_model.bin")}))
-    return [path / "pytorch_model.bin", index]
+    shard, index = path / "pytorch_model-1-of-1.bin", path / "pytorch_model.bin.index.json"
+    torch.save(tensors, shard)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard.name)}))
+    return [shard, index]
 
 
 @pytest.mark.parametrize("kind", ["directory", "safetensors", "bin"])
