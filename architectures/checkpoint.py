@@ -44,7 +44,7 @@ def locate(model: str) -> Path:
     path = Path(model)
     if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise CheckpointError(f"{model}: is a file", f"pass its directory: --model {path.parent}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory", "pass a checkpoint's directory")
