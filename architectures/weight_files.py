@@ -8,6 +8,7 @@ may have left any of the others behind.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def find_weights(path: Path, named: object = None) -> WeightFiles:
     refuse_pointer(chosen)
     shards = _indexed(chosen) if chosen.name.endswith(INDEX) else [chosen]
     for shard in shards:
-        if not shard.is_file():
+        if not os.path.isfile(shard):
             raise CheckpointError(f"{shard}: shard is missing", FETCH_AGAIN)
         refuse_pointer(shard)
     return WeightFiles(tuple(shards), chosen, tuple(there[1:]))
@@ -97,7 +98,7 @@ def _explicit(path: Path, named: object) -> str:
             ".safetensors file, or of its index, in the directory",
             "mend or remove that key",
         )
-    if not (path / str(named)).is_file():
+    if not os.path.isfile(path / str(named)):
         raise CheckpointError(
             f"{path / str(named)}: not there, though config.json names it as transformers_weights",
             FETCH_AGAIN,

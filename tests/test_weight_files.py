@@ -87,7 +87,15 @@ def test_the_weights_that_the_config_names_come_first(llama: Path, kind: str) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["x.bin", "../x.safetensors", "a/x.safetensors", 3, "x.safetensors"]
+    "name",
+    [
+        "x.bin",
+        "../x.safetensors",
+        "a/x.safetensors",
+        3,
+        "x.safetensors",
+        f"{4000 * 'x'}.safetensors",
+    ],
 )
 def test_named_weights_that_transformers_would_refuse_are_refused(
     llama: Path, name: object
