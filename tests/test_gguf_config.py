@@ -231,12 +231,20 @@ def test_a_file_that_was_cut_is_refused(file: Make, share: float) -> None:
 
 
 def test_other_files_and_names_of_none_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.gguf").write_text("no model")
+    with refused(CheckpointError, "notes.gguf", "magic"):
+        Checkpoint.open(tmp_path / "notes.gguf")
     (tmp_path / "notes.txt").write_text("no model")
-    with refused(CheckpointError, "notes.txt", "magic"):
+    with refused(CheckpointError, "notes.txt", "directory"):
         Checkpoint.open(tmp_path / "notes.txt")
     for name in ("none.gguf", "none.gguf:relu"):
         with refused(CheckpointError, "none.gguf: no such file", "GGUF file or directory"):
             Checkpoint.open(str(tmp_path / name))
+
+
+def test_a_file_may_have_another_name(file: Make, tmp_path: Path) -> None:
+    path = file().rename(tmp_path / "model.bin")
+    assert Checkpoint.open(path).shape.activation == "relu"
 
 
 def test_a_file_on_the_hub_is_fetched_alone(file: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ _FAMILIES: dict[str, Callable[[Keys, str | None], dict[str, Any]]] = {
 
 
 def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
-    """Return base and scaling in the keys that transformers of any age reads."""
+    """Return base and scaling in the keys, and no others, that transformers of any age reads."""
     turned = keys.size("rope.dimension_count", head_dim)
     if turned != head_dim:
         raise keys.error(
@@ -201,12 +201,12 @@ def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
             raise keys.error(f"key {key} is there", "PowerInfer has no such scaling of positions")
     theta = {"rope_theta": keys.real("rope.freq_base", 10000.0)}
     if _FREQUENCIES in keys.file.tensors and (keys.file.tensor(_FREQUENCIES) != 1).any():
-        return theta | {"rope_scaling": {"rope_type": "llama3"}}  # refused in the family's words
+        return theta | {"rope_scaling": {"type": "llama3"}}  # refused in the family's words
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
     kind = keys.text("rope.scaling.type", "linear")
     if kind == "none" or (kind in ("linear", "yarn") and factor in (0, 1)):
         return theta
-    scaling: dict[str, Any] = {"rope_type": kind, "type": kind, "factor": factor}
+    scaling: dict[str, Any] = {"type": kind, "factor": factor}
     if kind == "yarn":
         trained = keys.size("context_length")
         original = keys.size("rope.scaling.original_context_length", trained)

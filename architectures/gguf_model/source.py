@@ -21,6 +21,7 @@ from architectures.gguf_model.tokenizer_files import write_tokenizer_files
 from architectures.spec import Architecture, ModelShape
 from common.errors import CheckpointError, FormatError, reason
 from gguf_files.names import FINGERPRINT_KEY
+from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC
 from gguf_files.split_set import open_gguf
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")
@@ -32,18 +33,28 @@ def open_file(model: str) -> GGUFSource | None:
     """Open a model that is one file, None if the name is that of no file.
 
     Args:
-        model: a file, or `OWNER/NAME:FILE.gguf` on the Hugging Face hub, of which that file alone
-            is fetched; after it `:ACTIVATION` (`:relu`, `:fatrelu:0.01`), which counts where the
-            file does not say.
+        model: `FILE.gguf` or another file that begins as one does, or `OWNER/NAME:FILE.gguf` on the
+            Hugging Face hub, of which that file alone is fetched; after it `:ACTIVATION` (`:relu`,
+            `:fatrelu:0.01`), which counts where the file does not say.
 
     Raises:
         CheckpointError: no such file, one that cannot be fetched, is damaged, or of no model that
             psp supports.
     """
     name, activation = _parts(model)
-    if os.path.isdir(name) or not (os.path.exists(name) or name.endswith(".gguf")):
+    if os.path.isdir(name) or not (name.endswith(".gguf") or _has_magic(name)):
         return None
     return GGUFSource(_located(name), activation)
+
+
+def _has_magic(name: str) -> bool:
+    if not os.path.isfile(name):  # opening a pipe would wait for a writer
+        return False
+    try:
+        with open(name, "rb") as file:
+            return file.read(len(DENSE_MAGIC)) in (DENSE_MAGIC, SPARSE_MAGIC)
+    except OSError:
+        return False
 
 
 def local_path(model: str) -> Path:
