@@ -64,7 +64,7 @@ def _expression(pattern: str) -> Callable[[], list[Any]]:
 
 
 _WORDS: dict[str, Callable[[], list[Any]]] = {
-    **dict.fromkeys(("", "default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo"), _gpt2),
+    **dict.fromkeys(("", "gpt-2", "phi-2", "mpt", "olmo"), _gpt2),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _single_digits),
     "falcon": _falcon,
     **dict.fromkeys(
