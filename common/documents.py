@@ -1,66 +1,234 @@
-"""Text sources as streams of documents: .txt, .jsonl, .json, .parquet, Hugging Face datasets."""
+"""Text sources as streams of documents: files of several kinds, folders, pipes, datasets."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 
 from common.chat import render
-from common.errors import DataError, reason
+from common.errors import DataError
+from common.text_sources.hub import dataset_rows
+from common.text_sources.names import Dataset, Sources, TextFile, list_files, shown
+from common.text_sources.rows import missing_column, rows_of
+from common.text_sources.streams import of_known_kind
 
-TEXT_DOCUMENT_CHARACTERS = 16384
-"""A .txt file is cut at blank lines into documents of at least this many characters, so that a
-holdout by document exists for it too."""
-
-LONGEST_TEXT_CHARACTERS = 65536
-"""From here on a document of a .txt file ends with its line, so that a file without blank lines
-is not held in memory as a whole."""
-
-_PARQUET_ROWS = 64  # documents may be long
-_PARQUET_BUFFER = 1 << 20
 _LEAST_WORDS = 40  # of a paragraph of the sample
-_SHOWN = 200  # characters of a row's names; a hostile row has any number
+_FIRST_ROWS = 100  # of a file, before it is judged by how many of them have no text
+_CHARACTERS_A_TOKEN = 8  # more than those of ordinary text have
+_MOST_LOOKED_AT = 1 << 30  # characters
 
 
-def read_documents(source: str, field: str = "text", template: str = "none") -> Iterator[str]:
-    """Yield the non-empty documents of a source, in its own order.
+class Documents(Iterator[str]):
+    """The non-empty documents of sources, in their order, read as they are asked for.
+
+    A row whose text is null or missing is passed over and counted. A file is refused once more
+    than half of its rows, of the first hundred at least or of all, are such.
+
+    Attributes:
+        files: what the sources stand for.
+        skipped: rows that were passed over so far.
+    """
+
+    def __init__(self, sources: Sources, field: str, template: str) -> None:
+        """List the files; arguments and errors are those of `read_documents`."""
+        self.files, self._notes = list_files(sources)
+        self.skipped = 0
+        self._field, self._template = field, template
+        self._first = ""
+        self._documents = self._all(sources)
+
+    def __iter__(self) -> Iterator[str]:
+        """Return the documents that are left, without a call for each."""
+        return self._documents
+
+    def __next__(self) -> str:
+        """Return the next document; errors are those of `read_documents`."""
+        return next(self._documents)
+
+    def _all(self, sources: Sources) -> Iterator[str]:
+        documents = chain.from_iterable(map(self.of_file, self.files))
+        first = next(documents, None)
+        if first is None:
+            raise _no_text(sources)
+        yield first
+        yield from documents
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user should know of the sources and of what was read so far."""
+        yield from self._notes
+        if self.skipped:
+            yield skipped_note(self.skipped, self._field) + f", the first is {self._first}"
+
+    def of_file(self, file: TextFile | Dataset) -> Iterator[str]:
+        """Yield the documents of one of the files; errors are those of `read_documents`."""
+        missing, number, plain = _Missing(self._field), 0, self._template == "none"
+        rows = dataset_rows if isinstance(file, Dataset) else rows_of
+        for number, (where, row) in enumerate(rows(file, self._field), 1):  # type: ignore[arg-type]
+            document = row.get(self._field) if isinstance(row, dict) else None
+            if not (plain and isinstance(document, str)):
+                value = missing.value_of(row, where, number)
+                if value is None:
+                    self._first = self._first or where
+                    self.skipped += 1
+                    continue
+                document = render(value, self._template, f"{where} field '{self._field}'")
+            if not document.isascii():
+                _check_characters(document, f"{where} field '{self._field}'")
+            if document and not document.isspace():
+                yield document
+        missing.judge(number)
+
+
+class _Missing:
+    """The rows of a file that have no text."""
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+        self._count = 0
+        self._first: DataError | None = None
+
+    def value_of(self, row: object, where: str, number: int) -> str | list[object] | None:
+        """Return the text or the messages of a row; None if it has none.
+
+        Raises:
+            DataError: a value of another type, or too many rows without one.
+        """
+        if not isinstance(row, dict):
+            raise missing_column([type(row).__name__], self._field, where)
+        value: object = row.get(self._field)
+        if isinstance(value, str | list):
+            return value
+        if value is not None:
+            raise DataError(
+                f"{where}: no text under '{self._field}' but {type(value).__name__}",
+                "mend the row, or name another field with --field",
+            )
+        self._count += 1
+        if self._first is None:
+            self._first = self._error(row, where)
+        if number >= _FIRST_ROWS:
+            self.judge(number)
+        return None
+
+    def judge(self, rows: int) -> None:
+        """Refuse a file if most of its rows so far have no text.
+
+        Raises:
+            DataError: naming the first of them.
+        """
+        if self._first is not None and 2 * self._count > rows:
+            like = f", like {self._count} of {rows} rows" if rows > 1 else ""
+            raise DataError(self._first.problem + like, self._first.remedy)
+
+    def _error(self, row: Mapping[str, object], where: str) -> DataError:
+        if self._field in row:
+            problem = f"{where}: no text under '{self._field}' but null"
+            return DataError(problem, "name another field with --field")
+        return missing_column(row, self._field, where)
+
+
+def _check_characters(document: str, where: str) -> None:
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half a surrogate pair", "mend the text") from error
+
+
+def read_documents(sources: Sources, field: str = "text", template: str = "none") -> Documents:
+    """Return the non-empty documents of one source or several, in their own order.
 
     Rows are read as they are asked for; only a JSON array is read as a whole.
 
     Args:
-        source: `FILE.txt`, `FILE.jsonl`, `FILE.json` (an array of objects, or an object a line),
-            `FILE.parquet`, or `hf:NAME[:CONFIG][:SPLIT]`.
+        sources: each a file `.txt`, `.jsonl`, `.json` (an array of objects, or an object a line),
+            `.csv`, `.tsv` (names first) or `.parquet`, all but the last also compressed: `.gz`,
+            `.zst`, `.bz2`; a folder or a pattern of such files of one kind; `-` or `-:KIND` for
+            standard input; `hf:NAME[:CONFIG][:SPLIT]`.
         field: key or column that holds the text, or with a template a list of messages.
         template: chat template of `common.chat` that every document is put into.
 
     Raises:
-        DataError: missing file, unknown kind, wrong encoding, damage, missing field, a value that
-            `common.chat.render` refuses, or no text at all.
+        DataError: at once for names, see `common.text_sources.names.list_files`; when they are
+            met, for unknown kind, wrong encoding, damage, a value that is no text or that
+            `common.chat.render` refuses, mostly rows without text, or no text at all.
     """
-    empty = True
-    for where, value in _open(source, field):
-        document = render(value, template, where)
-        try:
-            document.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{where}: holds half a surrogate pair", "mend the text") from error
-        if document.strip():
-            empty = False
-            yield document
-    if empty:
-        raise DataError(f"{source}: holds no text", "pass a source with at least one document")
+    return Documents(sources, field, template)
 
 
-def read_text(source: str, field: str = "text") -> str:
-    """Return a whole source as one text: a .txt file as it is, else its documents line by line.
+def read_text(
+    sources: Sources, field: str = "text", note: Callable[[str], None] = lambda line: None
+) -> str:
+    """Return all sources as one text.
+
+    Plain text is as it is in its file; other documents, and files, follow each other line by line.
+
+    Args:
+        sources: see `read_documents`.
+        field: likewise.
+        note: takes lines about what was passed over.
 
     Raises:
         DataError: as `read_documents`.
     """
-    separator = "" if source.endswith(".txt") else "\n"
-    return separator.join(read_documents(source, field))
+    documents = read_documents(sources, field)
+    texts = []
+    for file in map(_known, documents.files):
+        separator = "" if isinstance(file, TextFile) and file.kind == ".txt" else "\n"
+        texts.append(separator.join(documents.of_file(file)))
+    text = "\n".join(each for each in texts if each)
+    if not text:
+        raise _no_text(sources)
+    for line in documents.notes():
+        note(line)
+    return text
+
+
+def look_at_documents(
+    sources: Sources, field: str, template: str, tokens: int, note: Callable[[str], None]
+) -> None:
+    """Read about as much as a run takes, so that what is wrong with it is said before the run.
+
+    Of a dataset, which the network brings, only the first document is read.
+
+    Args:
+        sources: see `read_documents`.
+        field: likewise.
+        template: likewise.
+        tokens: that the run takes.
+        note: takes lines about what is passed over.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    documents = read_documents(sources, field, template)
+    wanted = min(_CHARACTERS_A_TOKEN * tokens, _MOST_LOOKED_AT)
+    found = False
+    for file in documents.files:
+        for document in documents.of_file(file):
+            found = True
+            wanted -= len(document)
+            if wanted <= 0 or isinstance(file, Dataset):
+                break
+        if wanted <= 0:
+            break
+    if not found:
+        raise _no_text(sources)
+    for line in documents.notes():
+        note(line)
+
+
+def skipped_note(count: int, field: str) -> str:
+    """Say how many rows were passed over."""
+    rows = "row was" if count == 1 else "rows were"
+    return f"{count:,} {rows} passed over, without text under '{field}'"
+
+
+def _known(file: TextFile | Dataset) -> TextFile | Dataset:
+    return of_known_kind(file) if isinstance(file, TextFile) else file
+
+
+def _no_text(sources: Sources) -> DataError:
+    return DataError(f"{shown(sources)}: holds no text", "pass a source with at least one document")
 
 
 def sample_text() -> str:
@@ -73,141 +241,3 @@ def sample_text() -> str:
             if len(paragraph.split()) >= _LEAST_WORDS:
                 paragraphs.append(" ".join(paragraph.split()))
     return "\n".join(paragraphs)
-
-
-def _open(source: str, field: str) -> Iterator[tuple[str, object]]:
-    """Yield where each value stands, for errors, and the value."""
-    if source.startswith("hf:"):
-        return _dataset(source, field)
-    path = Path(source)
-    readers = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise DataError(
-            f"{source}: unknown kind of data",
-            f"expected {', '.join(f'FILE{suffix}' for suffix in readers)} or hf:NAME",
-        )
-    if not os.path.isfile(path):
-        raise DataError(f"{source}: no such file", "check --data")
-    return readers[path.suffix](path, field)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    number = 1
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for line in file:
-                yield line
-                number += 1
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 after line {number} ({error.reason})", "convert the file to UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}", "check --data") from error
-
-
-def _text(path: Path, field: str) -> Iterator[tuple[str, object]]:
-    lines: list[str] = []
-    characters = 0
-    for line in _lines(path):
-        lines.append(line)
-        characters += len(line)
-        wanted = LONGEST_TEXT_CHARACTERS if line.strip() else TEXT_DOCUMENT_CHARACTERS
-        if characters >= wanted:
-            yield str(path), "".join(lines)
-            lines, characters = [], 0
-    yield str(path), "".join(lines)
-
-
-def _json_lines(
-    path: Path, field: str, remedy: str = "mend the line"
-) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield _field(_parse(line, where, remedy), field, where)
-
-
-def _json(path: Path, field: str) -> Iterator[tuple[str, object]]:
-    first = next((line for line in _lines(path) if line.strip()), "")
-    if not first.lstrip().startswith("["):
-        yield from _json_lines(path, field, "expected an array of objects, or an object a line")
-        return
-    rows = _parse("".join(_lines(path)), str(path), "mend the file")
-    assert isinstance(rows, list)  # it starts with a bracket
-    yield from _rows(rows, field, str(path))
-
-
-def _parse(text: str, where: str, remedy: str) -> object:
-    try:
-        value: object = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error})", remedy) from error
-    return value
-
-
-def _parquet(path: Path, field: str) -> Iterator[tuple[str, object]]:
-    try:
-        yield from _rows(_parquet_rows(path, field), field, str(path))
-    except DataError:
-        raise
-    except Exception as error:
-        # A damaged file shows itself in many kinds, in any of the library's layers.
-        raise DataError(
-            f"{path}: not a readable Parquet file ({reason(error)})", "fetch or write it again"
-        ) from error
-
-
-def _parquet_rows(path: Path, field: str) -> Iterator[dict[str, object]]:
-    from pyarrow import parquet
-
-    # By default the library holds the whole column, or at least that of a row group, in memory.
-    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise _missing(names, field, str(path))
-        for batch in file.iter_batches(_PARQUET_ROWS, columns=[field], use_threads=False):
-            for value in batch.column(field).to_pylist():
-                yield {field: value}
-
-
-def _rows(rows: Iterable[object], field: str, source: str) -> Iterator[tuple[str, object]]:
-    for number, row in enumerate(rows):
-        yield _field(row, field, f"{source} row {number}")
-
-
-def _field(row: object, field: str, where: str) -> tuple[str, object]:
-    if not isinstance(row, dict) or field not in row:
-        raise _missing(row if isinstance(row, dict) else [type(row).__name__], field, where)
-    value = row[field]
-    if not isinstance(value, str | list):
-        raise DataError(
-            f"{where}: no text under '{field}' but {type(value).__name__}",
-            "mend the row, or name another field with --field",
-        )
-    return f"{where} field '{field}'", value
-
-
-def _missing(names: Iterable[object], field: str, where: str) -> DataError:
-    found = ", ".join(sorted(map(str, names)))
-    shown = found if len(found) <= _SHOWN else found[:_SHOWN] + "…"
-    return DataError(f"{where}: no text under '{field}' (found: {shown})", "name it with --field")
-
-
-def _dataset(source: str, field: str) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    parts = source.split(":")[1:]
-    if not 1 <= len(parts) <= 3 or not parts[0]:
-        raise DataError(f"{source}: expected hf:NAME[:CONFIG][:SPLIT]")
-    name, config, split = [*parts, "", ""][:3]
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        yield from _rows(rows, field, source)
-    except DataError:
-        raise
-    except Exception as error:
-        # The library raises many kinds: no network, no such name, no such config or split.
-        raise DataError(
-            f"{source}: cannot be loaded ({reason(error)})", "check name and network"
-        ) from error

@@ -87,9 +87,9 @@ def test_prompts_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     with refused(DataError, "not UTF-8", "convert"):
         prompts_of(tmp_path / "p.txt")
-    (tmp_path / "p.csv").write_text("x")
-    with refused(DataError, "p.csv: unknown kind"):
-        prompts_of(tmp_path / "p.csv")
+    (tmp_path / "p.md").write_text("x")
+    with refused(DataError, "p.md: unknown kind"):
+        prompts_of(tmp_path / "p.md")
     (tmp_path / "p.txt").write_bytes(b"one\ntwo\x00three")
     with refused(DataError, "prompt 2 holds a NUL"):
         prompts_of(tmp_path / "p.txt")

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import conftest
-import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from common.documents import (
-    LONGEST_TEXT_CHARACTERS,
-    TEXT_DOCUMENT_CHARACTERS,
-    read_documents,
-    read_text,
-)
+from common.documents import read_documents, read_text
 from common.errors import DataError
+from common.text_sources.rows import LONGEST_TEXT_CHARACTERS, TEXT_DOCUMENT_CHARACTERS
 
 refused = partial(conftest.refused, DataError)
 
@@ -217,12 +211,13 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path, damage: Any) -> None:
         list(read_documents(source))
 
 
-def test_a_null_in_parquet_is_named_by_its_row(tmp_path: Path) -> None:
+def test_a_null_in_parquet_is_passed_over(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", {"text": ["one"] * 70 + [None]})
     documents = read_documents(source)
-    assert [next(documents) for _ in range(70)] == ["one"] * 70
-    with refused(f"{source} row 70", "'text' but NoneType", "--field"):
-        next(documents)
+    assert list(documents) == ["one"] * 70
+    assert documents.skipped == 1
+    (note,) = documents.notes()
+    assert note == f"1 row was passed over, without text under 'text', the first is {source} row 70"
 
 
 def test_a_parquet_file_without_the_column_is_refused(tmp_path: Path) -> None:
@@ -245,14 +240,15 @@ def test_a_row_with_any_number_of_names_is_refused_in_a_short_line(tmp_path: Pat
     assert len(str(error.value)) < 600
 
 
-@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.json", "gone.parquet", "dir.txt"])
+@pytest.mark.parametrize(
+    "name", ["gone.txt", "gone.jsonl", "gone.json", "gone.parquet", "gone.csv.gz", "gone"]
+)
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "dir.txt").mkdir()
     with refused(str(tmp_path / name), "no such file", "--data"):
         list(read_documents(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.JSON", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.md", "a", "a.JSON", "a.txt.xz", "a.parquet.gz"])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text")
     kinds = ["FILE.txt", "FILE.jsonl", "FILE.json", "FILE.parquet", "hf:NAME"]
@@ -293,20 +289,20 @@ def test_a_broken_json_line_is_named_by_its_number(tmp_path: Path, row: str) -> 
         list(read_documents(str(path)))
 
 
+PLACES = [("jsonl", ":2"), ("json", " row 1")]
+
+
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({"body": "a", "id": 3}, "found: body, id"),
-        ({}, "found: )"),
         ({"text": 3}, "but int"),
-        ({"text": None}, "but NoneType"),
         ({"text": {"text": "a"}}, "but dict"),
         (["a"], "found: list"),
         ("a", "found: str"),
     ],
 )
-@pytest.mark.parametrize(("suffix", "place"), [("jsonl", ":2"), ("json", " row 1")])
-def test_a_row_without_the_field_is_refused_and_says_what_it_has(
+@pytest.mark.parametrize(("suffix", "place"), PLACES)
+def test_a_row_of_another_kind_is_refused_and_says_what_it_has(
     tmp_path: Path, suffix: str, place: str, row: object, found: str
 ) -> None:
     source = write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row])
@@ -315,72 +311,38 @@ def test_a_row_without_the_field_is_refused_and_says_what_it_has(
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "config", "split"),
-    [
-        ("hf:owner/name", "owner/name", None, "train"),
-        ("hf:name:config", "name", "config", "train"),
-        ("hf:name:config:test", "name", "config", "test"),
-        ("hf:name::test", "name", None, "test"),
-    ],
+    ("row", "found"),
+    [({"body": "a", "id": 3}, "found: body, id"), ({}, "found: )"), ({"text": None}, "but null")],
 )
-def test_datasets_are_streamed_by_name_config_and_split(
-    monkeypatch: pytest.MonkeyPatch, source: str, name: str, config: str | None, split: str
+@pytest.mark.parametrize(("suffix", "place"), PLACES)
+def test_a_row_without_text_is_passed_over_and_counted_unless_most_are_such(
+    tmp_path: Path, suffix: str, place: str, row: object, found: str
 ) -> None:
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def load(*args: Any, **options: Any) -> list[dict[str, str]]:
-        calls.append((args, options))
-        return [{"body": "one"}, {"body": ""}, {"body": "two"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    assert list(read_documents(source, "body")) == ["one", "two"]
-    assert calls == [((name, config), {"split": split, "streaming": True})]
-
-
-def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*args: Any, **options: Any) -> list[dict[str, str]]:
-        raise ConnectionError("Couldn't reach the Hub\nsecond line\nthird line")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with refused("hf:owner/name", "Couldn't reach the Hub", "check name and network"):
-        list(read_documents("hf:owner/name"))
-
-
-def test_a_connection_lost_between_rows_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rows() -> Iterator[dict[str, str]]:
-        yield {"text": "one"}
-        raise TimeoutError
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
-    documents = read_documents("hf:owner/name")
-    assert next(documents) == "one"
-    with refused("hf:owner/name", "TimeoutError", "network"):
-        next(documents)
-
-
-def test_a_dataset_row_without_the_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: [{"content": "a"}])
-    with refused("hf:owner/name row 0", "'text'", "found: content", "--field"):
-        list(read_documents("hf:owner/name"))
-
-
-@pytest.mark.parametrize("rest", ["/gone", "::test"])
-def test_an_unknown_dataset_or_split_is_one_line(tmp_path: Path, rest: str) -> None:
-    write(tmp_path / "train.jsonl", [{"text": "a"}])
-    with refused(f"hf:{tmp_path}{rest}", "cannot be loaded", "check name"):
-        list(read_documents(f"hf:{tmp_path}{rest}"))
-
-
-@pytest.mark.parametrize("source", ["hf:", "hf::config", "hf:a:b:c:d"])
-def test_a_malformed_dataset_name_is_refused_without_a_look_at_the_network(
-    monkeypatch: pytest.MonkeyPatch, source: str
-) -> None:
-    def load(*args: Any, **options: Any) -> None:
-        pytest.fail("the network was tried")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with refused(source, "hf:NAME[:CONFIG][:SPLIT]"):
+    source = write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row])
+    documents = read_documents(source)
+    assert list(documents) == ["fine"]
+    (note,) = documents.notes()
+    assert note.startswith("1 row was passed over")
+    assert note.endswith(source + place)
+    write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row, row])
+    with refused(source + place, found, "like 2 of 3 rows", "--field"):
         list(read_documents(source))
+
+
+def test_nulls_at_the_beginning_stop_nothing_and_a_field_of_few_rows_soon_does(
+    tmp_path: Path,
+) -> None:
+    rows = [{"text": None}] * 50 + [{"text": "a"}] * 50
+    documents = read_documents(write(tmp_path / "a.jsonl", rows))
+    assert list(documents) == ["a"] * 50
+    assert documents.skipped == 50
+    source = write(
+        tmp_path / "b.jsonl", [{"id": 1}] * 51 + [{"text": "a"}] * 49 + [{"id": 1}] * 900
+    )
+    taken: list[str] = []
+    with refused(f"{source}:1", "found: id", "like 52 of 101 rows", "--field"):
+        taken += read_documents(source)
+    assert taken == ["a"] * 49
 
 
 def test_a_whole_text_file_is_read_as_it_is(tmp_path: Path) -> None:

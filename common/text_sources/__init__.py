@@ -1,0 +1,1 @@
+"""What `--data` may name: files of several kinds, packed or not, folders, pipes and datasets."""
