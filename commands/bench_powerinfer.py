@@ -35,7 +35,7 @@ def bench_powerinfer(config: BenchConfig, as_json: bool) -> None:
     from powerinfer_bridge.benchmark.table import bench_table, results_line
 
     with _kept(config.out):
-        result = bench(config)
+        result = bench(config, note)
     if as_json:
         return print_json(result)
     echo(bench_table(result))

@@ -120,10 +120,13 @@ PowerInferBin = Annotated[
 ]
 
 
-def text_option(help: str) -> Option:
-    """Return the option of a text source; see `common.documents.read_documents`."""
-    help += "  FILE: .txt, .jsonl, .json or .parquet."
-    return Option(help, "FILE|hf:NAME[:CONFIG][:SPLIT]")
+def text_option(help: str, *, unset: str | None = None) -> Option:
+    """Return the option of text sources; see `common.documents.read_documents`.
+
+    The setting's type is `Sources`; where it may be left out its default is ().
+    """
+    help += "  Repeatable; docs/collect.md lists the kinds of files."
+    return Option(help, "FILE|DIR|PATTERN|-|hf:NAME[:CONFIG][:SPLIT]", unset=unset, repeat=True)
 
 
 def layers_option(help: str) -> Option:

@@ -19,9 +19,12 @@ from common.settings import (
     check_settings,
     text_option,
 )
+from common.text_sources.names import Sources, is_piped, recorded
+from common.typed_json import plain
 from common.version import tool_version
 from prosparse.schedule import CARD_1B, Schedule, find_schedule
 
+_TEXTS = ("data", "sft_data", "eval_data")
 _INDIFFERENT = ("out", "save_every", "log_every", "eval_every", "device", "force", "resume")
 
 
@@ -37,7 +40,7 @@ class SparsifyConfig:
     """
 
     model: ModelName
-    data: Annotated[str, text_option("Text to train on.")]
+    data: Annotated[Sources, text_option("Text to train on.")]
     field: Field = "text"
     out: Annotated[Path, Option("Directory for the sparse model.", "DIR")]
     schedule: Annotated[
@@ -49,13 +52,11 @@ class SparsifyConfig:
             unset="1b",
         ),
     ] = CARD_1B
-    sft_data: Annotated[
-        str | None, Option("Text of the sft stage.", "FILE|hf:NAME", unset="--data")
-    ] = None
+    sft_data: Annotated[Sources, text_option("Text of the sft stage.", unset="--data")] = ()
     eval_data: Annotated[
-        str | None,
-        Option("Held-out text for perplexity.", "FILE|hf:NAME", unset="the beginning of --data"),
-    ] = None
+        Sources,
+        text_option("Held-out text for perplexity.", unset="the beginning of --data"),
+    ] = ()
     eval_windows: Annotated[int, Option("Held-out windows, at most.", least=1)] = 32
     activation: Annotated[
         str,
@@ -108,6 +109,13 @@ class SparsifyConfig:
             raise SparsityError(
                 "SFT data needs a schedule with an sft stage", "add one or leave it"
             )
+        if sum(map(is_piped, self.texts)) > 1:
+            raise SparsityError("standard input is one text only", "pass the others as files")
+
+    @property
+    def texts(self) -> tuple[Sources, ...]:
+        """Sources of all texts."""
+        return self.data, self.sft_data, self.eval_data
 
     @property
     def training(self) -> Path:
@@ -132,8 +140,9 @@ class SparsifyConfig:
         """Return what decides the weights, to compare with when resuming."""
         facts = {key: value for key, value in vars(self).items() if key not in _INDIFFERENT}
         facts |= {"betas": list(self.betas), "schedule": self.schedule.document()}
+        facts |= {name: recorded(facts[name]) for name in _TEXTS}
         facts["processes"] = processes
-        return {"settings": facts, "tool_version": tool_version()}
+        return {"settings": plain(facts), "tool_version": tool_version()}
 
 
 def thresholds_of(text: str) -> tuple[float, ...]:
@@ -153,7 +162,7 @@ class SparsityConfig:
     """Settings of a measurement, and of a search where `max_ppl_gap` is given."""
 
     model: ModelName
-    data: Annotated[str, text_option("Held-out text to run the model on.")]
+    data: Annotated[Sources, text_option("Held-out text to run the model on.")]
     field: Field = "text"
     tokens: Annotated[int, Option("Tokens to run, at most.", least=64)] = 16384
     context: Annotated[int, Option("Longest window, tokens.", least=2)] = 512

@@ -13,6 +13,7 @@ from typing import Any
 from architectures.checkpoint import Checkpoint
 from common.errors import SparsityError
 from common.table import table
+from common.text_sources.names import recorded, shown
 from prosparse.activation import Opened, Setting, has_one_gate, open_any, shifted
 from prosparse.held_out import held_out_windows
 from prosparse.measurement import ExchangeableModel, Measurement
@@ -48,9 +49,9 @@ class SparsityResult:
     def document(self) -> dict[str, Any]:
         """Return it ready for JSON; docs/sparsity.md names the keys."""
         base = self.measured[0]
-        document = {
+        document: dict[str, Any] = {
             "model": self.config.model,
-            "data": self.config.data,
+            "data": recorded(self.config.data),
             "tokens": self.tokens,
             "windows": len(base.losses),
             "hidden_act": self.own.activation,
@@ -115,7 +116,7 @@ def load(opened: Opened, config: SparsityConfig, note: Note) -> ExchangeableMode
             "untrained substitutions (psp sparsify trains them)"
         )
     data = (config.data, config.field, config.tokens, config.context)
-    return ExchangeableModel(checkpoint, held_out_windows(checkpoint, *data), config.device)
+    return ExchangeableModel(checkpoint, held_out_windows(checkpoint, *data, note), config.device)
 
 
 def _settings(opened: Opened, thresholds: Sequence[float]) -> Iterator[Setting]:
@@ -171,7 +172,7 @@ def _layers(measured: Sequence[Measurement]) -> str:
 def _told(result: SparsityResult) -> str:
     config, base, last = result.config, result.measured[0], result.measured[-1]
     lines = [
-        f"{result.tokens} tokens of {config.data}; gaps are to {base.setting.name}, ± their "
+        f"{result.tokens} tokens of {shown(config.data)}; gaps are to {base.setting.name}, ± their "
         "standard error"
     ]
     if result.found is not None:

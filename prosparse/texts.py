@@ -20,14 +20,16 @@ from torch.utils.data import Dataset
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import Tokenizer
-from common.documents import read_documents
+from common.documents import look_at_documents, read_documents
 from common.errors import DataError, SparsityError
 from common.files import atomic_path
+from common.text_sources.names import Sources, shown
 from prosparse.saving import newest_checkpoint
 from prosparse.settings import SparsifyConfig
 
 Windows = npt.NDArray[np.int32]
 Item = dict[str, torch.Tensor]
+Report = Callable[[str], None]
 
 _SPREAD = 4
 """Windows are drawn from so many times as many as training takes: a text begins with few of its
@@ -67,7 +69,7 @@ def open_windows(path: Path, context: int) -> Windows:
     return np.memmap(path, np.int32, "r").reshape(-1, context)
 
 
-def need_windows(config: SparsifyConfig, name: str, source: str, found: int, step: int) -> None:
+def need_windows(config: SparsifyConfig, name: str, source: Sources, found: int, step: int) -> None:
     """Refuse a text that gives too few windows.
 
     Args:
@@ -83,7 +85,8 @@ def need_windows(config: SparsifyConfig, name: str, source: str, found: int, ste
     least = {"train": step + _held_back(config, found), "sft": step, "eval": 1}[name]
     if found < least:
         raise DataError(
-            f"{source}: gives {found} windows of {config.context} tokens, needed are {least}",
+            f"{shown(source)}: gives {found} windows of {config.context} tokens, needed are "
+            f"{least}",
             "pass more text, or lower --context or --batch",
         )
 
@@ -128,7 +131,7 @@ class WindowSet(Dataset[Item]):
 def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
     """Refuse what cannot be trained on before anything is written.
 
-    Only as much text is read as one step takes.
+    Only as much text is made into windows as one step takes.
 
     Raises:
         PspError: the context is too long for the model, or a text is unreadable or too short.
@@ -139,28 +142,38 @@ def check_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) 
             "positions",
             "lower --context",
         )
-    step, windows = config.step_windows(processes), _windows_of(config, checkpoint)
+    step, cut = config.step_windows(processes), _cutter(config, checkpoint)
     for name, source in _sources(config).items():
+        tokens = _most_windows(config, processes)[name] * config.context
+        look_at_documents(source, config.field, "none", tokens, lambda line: None)
         most = {"train": step + config.eval_windows, "sft": step, "eval": 1}[name]
-        found = sum(1 for _ in islice(windows(source), most))
+        found = sum(1 for _ in islice(cut(read_documents(source, config.field)), most))
         need_windows(config, name, source, found, step)
 
 
-def pack_texts(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+def pack_texts(
+    config: SparsifyConfig, checkpoint: Checkpoint, processes: int, report: Report
+) -> None:
     """Write the windows of every text; once there is a checkpoint they stay as they are.
+
+    Args:
+        config: settings.
+        checkpoint: the model.
+        processes: that train.
+        report: takes lines about what was passed over in the texts.
 
     Raises:
         PspError: a text is unreadable.
     """
     begun = newest_checkpoint(config.training) is not None
-    trained = _SPREAD * config.schedule.steps * config.step_windows(processes)
-    held = 0 if config.eval_data else config.eval_windows
-    most = {"train": trained + held, "sft": trained, "eval": config.eval_windows}
-    windows = _windows_of(config, checkpoint)
+    cut, most = _cutter(config, checkpoint), _most_windows(config, processes)
     for name, source in _sources(config).items():
         path = _packed(config, name)
         if not (begun and path.exists()):
-            pack(windows(source), path, most[name])
+            documents = read_documents(source, config.field)
+            pack(cut(documents), path, most[name])
+            for line in documents.notes():
+                report(line)
 
 
 def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, WindowSet, float]:
@@ -184,20 +197,25 @@ def window_sets(config: SparsifyConfig, processes: int) -> tuple[WindowSet, Wind
     return WindowSet(parts, config.seed), WindowSet([(held, len(held))], None), passes
 
 
-def _sources(config: SparsifyConfig) -> dict[str, str]:
+def _sources(config: SparsifyConfig) -> dict[str, Sources]:
     """Return name to source of every text of its own."""
     sources = {"train": config.data, "sft": config.sft_data, "eval": config.eval_data}
-    return {name: source for name, source in sources.items() if source is not None}
+    return {name: source for name, source in sources.items() if source}
 
 
-def _windows_of(
+def _cutter(
     config: SparsifyConfig, checkpoint: Checkpoint
-) -> Callable[[str], Iterator[list[int]]]:
-    """Return what cuts a source into windows."""
+) -> Callable[[Iterable[str]], Iterator[list[int]]]:
+    """Return what cuts documents into windows."""
     tokenizer = checkpoint.tokenizer()
-    return lambda source: cut_stream(
-        read_documents(source, config.field), tokenizer, config.context
-    )
+    return lambda documents: cut_stream(documents, tokenizer, config.context)
+
+
+def _most_windows(config: SparsifyConfig, processes: int) -> dict[str, int]:
+    """Return how many windows of each text are made, at most."""
+    trained = _SPREAD * config.schedule.steps * config.step_windows(processes)
+    held = 0 if config.eval_data else config.eval_windows
+    return {"train": trained + held, "sft": trained, "eval": config.eval_windows}
 
 
 def _packed(config: SparsifyConfig, name: str) -> Path:

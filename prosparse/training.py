@@ -19,6 +19,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
 from common.files import read_json, refuse_existing, remove_output, write_json
+from common.text_sources.names import names_of, need_repeatable
 from prosparse.activation import open_with_relu, set_activation
 from prosparse.regulariser import L1Regulariser
 from prosparse.saving import drop_unfinished, newest_checkpoint, remove_checkpoints, save_model
@@ -75,7 +76,7 @@ def sparsify(
         tokenizer = checkpoint.tokenizer()
         for line in (f"tokens: {tokenizer.source}", *tokenizer.notes, *foresee(checkpoint)):
             report(line)
-        _prepare(config, checkpoint, arguments.world_size)
+        _prepare(config, checkpoint, arguments.world_size, report)
 
     _first_process(arguments, prepare)
     if not config.finished:
@@ -164,9 +165,14 @@ def training_arguments(config: SparsifyConfig) -> Any:
     )
 
 
-def _prepare(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+def _prepare(
+    config: SparsifyConfig, checkpoint: Checkpoint, processes: int, report: Report
+) -> None:
     """Start the output, or make sure that it was started with the same settings; pack the text."""
     marker = config.out / _MARKER
+    if config.resume:
+        sources = [name for text in config.texts for name in names_of(text)]
+        need_repeatable(sources, "--resume", "train anew, or from a file")
     if config.resume and marker.exists():
         found = read_json(marker, OutputError, "use --force to start over")
         if found.get("settings") != config.document(processes)["settings"]:
@@ -182,7 +188,7 @@ def _prepare(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> 
         remove_output(config.out)
         write_json(marker, config.document(processes))
     if not config.finished:
-        pack_texts(config, checkpoint, processes)
+        pack_texts(config, checkpoint, processes, report)
 
 
 def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, report: Report) -> None:

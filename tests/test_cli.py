@@ -181,7 +181,7 @@ LONG = "x" * 300
 USER_ERRORS: dict[str, tuple[str, str]] = {
     "no model": ("collect --model nowhere --data DATA --out O --tokens 9", "nowhere: no such dir"),
     "no data": ("collect --model MODEL --data no.txt --out O --tokens 9", "no.txt: no such file"),
-    "no kind": ("collect --model MODEL --data a.csv --out O --tokens 9", "a.csv: unknown kind"),
+    "no kind": ("collect --model MODEL --data a.md --out O --tokens 9", "a.md: unknown kind"),
     "no field": ("collect --model MODEL --data DATA --field x --out O --tokens 9", "'x'"),
     "no device": ("collect --model MODEL --data DATA --device x --out O --tokens 9", "--device"),
     "collected": ("collect --model MODEL --data DATA --out TAKEN --tokens 9", "--resume"),

@@ -12,6 +12,7 @@ from xxhash import xxh3_128
 
 from common.documents import read_documents
 from common.errors import DataError
+from common.text_sources.names import shown
 from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from results.bench import Input
@@ -22,7 +23,7 @@ _SMALL = 1 << 28  # no progress bar for what is read in a moment
 
 def text_source(config: BenchConfig) -> str:
     """Return where that text comes from, for readers."""
-    return config.data or "pydoc_data.topics"
+    return shown(config.data) or "pydoc_data.topics"
 
 
 def read_prompts(config: BenchConfig) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,10 +32,14 @@ from powerinfer_bridge.benchmark.warnings import find_warnings
 from results.bench import BENCH, PREDICTED, SAMPLES, Bench, Expectation, SampleRow
 
 
-def bench(config: BenchConfig) -> Bench:
+def bench(config: BenchConfig, note: Callable[[str], None] = lambda line: None) -> Bench:
     """Measure a file.
 
     Predicted and all neurons (threshold −1e30) come from the same engine.
+
+    Args:
+        config: settings.
+        note: takes lines about the text.
 
     Returns:
         The document in the glossary's words. With `config.out` it is also written there, with its
@@ -46,7 +50,7 @@ def bench(config: BenchConfig) -> Bench:
             fails.
     """
     check_out(config.out, resume=config.resume, force=config.force)
-    setup = open_setup(config)
+    setup = open_setup(config, note)
     journal = open_journal(config.out, _identity(setup), resume=config.resume, force=config.force)
     quality = measure_quality(setup, journal)
     arms = make_arms(setup)

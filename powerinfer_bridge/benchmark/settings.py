@@ -22,6 +22,7 @@ from common.settings import (
     check_settings,
     text_option,
 )
+from common.text_sources.names import Sources
 from common.units import parse_size
 
 PYTHON = "python"
@@ -64,10 +65,7 @@ class BenchConfig:
     n_gpu_layers: Annotated[
         int, Option("Layers of dense models on the GPU.", names=("-ngl", "--n-gpu-layers"), least=0)
     ] = 0
-    data: Annotated[
-        str | None,
-        text_option("Held-out text.  [default: prose shipped with Python]"),
-    ] = None
+    data: Annotated[Sources, text_option("Held-out text.", unset="prose shipped with Python")] = ()
     field: Field = "text"
     context: Annotated[
         int,

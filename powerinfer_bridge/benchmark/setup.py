@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -182,7 +183,7 @@ class Setup:
         )
 
 
-def open_setup(config: BenchConfig) -> Setup:
+def open_setup(config: BenchConfig, note: Callable[[str], None]) -> Setup:
     """Open files and programs, and make sure that the programs start.
 
     Raises:
@@ -195,7 +196,7 @@ def open_setup(config: BenchConfig) -> Setup:
     engine, file = Engine(config.file), GGUFFile(config.file)
     programs = open_programs(config)
     _check_model(config, file)
-    text = read_text(config.data, config.field) if config.data else sample_text()
+    text = read_text(config.data, config.field, note) if config.data else sample_text()
     prompts, hyper = read_prompts(config), engine.hyper
     room = room_for(prompts, engine.vocabulary, config.generate, hyper.context_length)
     return Setup(

@@ -14,9 +14,10 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, check_device, load_model
 from architectures.tokenizer import Tokenizer, chat_template_of
 from common import chat
-from common.documents import read_documents
+from common.documents import look_at_documents, read_documents
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
+from common.text_sources.names import need_repeatable, recorded, shown
 from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
@@ -60,6 +61,8 @@ def collect(
             stored type.
     """
     check_device(config.device)
+    if config.resume:
+        need_repeatable(config.data, "--resume", "collect anew, or from a file")
     checkpoint = Checkpoint.open(config.model)
     for line in checkpoint.notes:
         report(line)
@@ -74,7 +77,7 @@ def collect(
         if store.progress.complete:
             return store
     # Nothing that cannot run costs an existing store.
-    next(read_documents(config.data, config.field, template))
+    look_at_documents(config.data, config.field, template, config.tokens, report)
     _check_disk(config, header, store, report)
     torch.manual_seed(config.seed)
     model = load_model(
@@ -122,8 +125,8 @@ def record(
             begun = committed and (committed.text_sha256, committed.segments)
             if begun and begun != (digest, segments):
                 raise TraceError(
-                    f"{store.path}: {header.data} or the tokenizer has changed since the store "
-                    "was begun",
+                    f"{store.path}: {shown(header.data)} or the tokenizer has changed since the "
+                    "store was begun",
                     "restore it, or use --force to start over",
                 )
             if committed is not None:
@@ -135,9 +138,9 @@ def record(
                     bar.update(sum(len(window.tokens) for window in batch))
     if not store.rows:
         raise DataError(
-            f"{header.data}: gives no tokens", "pass a source with at least one document"
+            f"{shown(header.data)}: gives no tokens", "pass a source with at least one document"
         )
-    store.finish()
+    store.finish(skipped_rows=documents.skipped)
 
 
 def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -> TraceHeader:
@@ -172,7 +175,7 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         input_dtype=config.dtype,
         importance_bits=config.importance_bits,
         compute_dtype=str(compute).removeprefix("torch."),
-        data=config.data,
+        data=recorded(config.data) or (),
         field=config.field,
         chat_template=template,
         tokens=config.tokens,

@@ -20,6 +20,7 @@ from common.settings import (
     layers_option,
     text_option,
 )
+from common.text_sources.names import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class CollectConfig:
     """
 
     model: ModelName
-    data: Annotated[str, text_option("Text to run the model on.")]
+    data: Annotated[Sources, text_option("Text to run the model on.")]
     field: Field = "text"
     out: Annotated[Path, Option("Directory for the traces.", "TRACES")]
     tokens: Annotated[int, Option("Tokens to record, in all.", least=1)]

@@ -20,6 +20,7 @@ from architectures.gated import FATReLU
 from architectures.model import LoadedModel, load_model
 from architectures.windows import document_windows, first_tokens, growth_error
 from common.documents import read_documents
+from common.text_sources.names import Sources
 from predictor.module import Predictor, logits_of
 from predictor.traces.manifest import TraceHeader
 
@@ -51,7 +52,7 @@ class Quality:
 
 
 def held_out_windows(
-    header: TraceHeader, checkpoint: Checkpoint, held: set[int], *, data: str | None, tokens: int
+    header: TraceHeader, checkpoint: Checkpoint, held: set[int], *, data: Sources, tokens: int
 ) -> list[list[int]]:
     """Return windows of text that training never saw, of at most `tokens` token ids in all.
 
@@ -59,7 +60,7 @@ def held_out_windows(
         header: of the traces that predictors were trained from.
         checkpoint: the traces' model.
         held: numbers of the documents that were held out.
-        data: other text instead, all of it.
+        data: other text instead, all of it; () is none.
         tokens: most token ids, BOS included.
 
     Raises:
@@ -68,7 +69,7 @@ def held_out_windows(
     texts = read_documents(data or header.data, header.field, header.chat_template)
     tokenizer = checkpoint.tokenizer()
     numbered = document_windows(texts, tokenizer, header.context)
-    if data is None:
+    if not data:
         last = max(held)
         seen = takewhile(lambda found: found[0] <= last, numbered)
         numbered = (found for found in seen if found[0] in held)

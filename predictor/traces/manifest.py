@@ -36,7 +36,7 @@ class TraceHeader(Closed):
         input_dtype: `float16` or `bfloat16`.
         importance_bits: bits that an active neuron's importance takes; 0 stores none.
         compute_dtype: floating type that the model ran in.
-        data: the text source as the user named it.
+        data: the text source as the user named it, or several in order.
         field: key of the text in the source.
         chat_template: `none` or the name of the template that the text was put in.
         tokens: tokens asked for.
@@ -59,7 +59,7 @@ class TraceHeader(Closed):
     input_dtype: str
     importance_bits: int
     compute_dtype: str
-    data: str
+    data: str | tuple[str, ...]
     field: str
     chat_template: str
     tokens: Size
@@ -113,11 +113,13 @@ class Progress(Closed):
         weights: XXH3 of the weight file of each recorded layer, in order; empty before they are
             written.
         complete: whether the collection reached its end.
+        skipped_rows: rows of the source without text, among those that were read.
     """
 
     shards: tuple[Shard, ...]
     weights: tuple[str, ...]
     complete: bool
+    skipped_rows: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,14 +149,18 @@ class TraceStore:
         shard = Shard(segments=kept, text_sha256=text_sha256, sha256=digest)
         self._commit(shards=(*self.progress.shards, shard))
 
-    def finish(self) -> None:
-        """Mark the store complete and remove what killed runs left behind."""
+    def finish(self, *, skipped_rows: int = 0) -> None:
+        """Mark the store complete and remove what killed runs left behind.
+
+        Args:
+            skipped_rows: rows of the source without text.
+        """
         for layer in self.header.layers:
             wanted = {self._shard_file(layer, n).name for n in range(len(self.progress.shards))}
             for file in self._layer_file(layer, "weights").parent.iterdir():
                 if _is_ours(file) and file.name not in wanted:
                     file.unlink()
-        self._commit(complete=True)
+        self._commit(complete=True, skipped_rows=skipped_rows)
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
@@ -318,6 +322,7 @@ def trace_summary(store: TraceStore) -> dict[str, Any]:
         "tokens": store.rows,
         "tokens_asked": header.pop("tokens"),
         "documents": store.documents,
+        "skipped_rows": store.progress.skipped_rows,
         "shards": len(store.progress.shards),
         "bytes": size,
         **{name: value for name, value in header.items() if name != "layers"},

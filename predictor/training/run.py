@@ -13,10 +13,12 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import check_device
 from architectures.windows import LEAST_TOKENS
+from common.documents import look_at_documents
 from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.overlap import several_at_once
+from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
 from predictor.artifact import Epoch, PredictorArtifact, PredictorHeader
 from predictor.thresholds.choose import Bound, choose_thresholds
@@ -61,6 +63,8 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
     _check_ranks(trainer)
     _check_importance(trainer)
     _check_activity(store, layers)
+    if trainer.bound is not None and trainer.bound.ffn_bytes is None:
+        _check_text(config, store, note)
     artifact = _open_artifact(trainer)
     _set_ranks(trainer, artifact, weight)
     _train_missing(trainer, artifact, layers)
@@ -296,6 +300,16 @@ class _Shown:
     def _tell(self, **last: object) -> None:
         done = self._layers - len(self._missing)
         self._bar.set_postfix({"layers": f"{done}/{self._layers}", **last})
+
+
+def _check_text(config: TrainConfig, store: TraceStore, note: Note) -> None:
+    """Refuse before hours of training what a gap could not be measured on after them."""
+    header = store.header
+    if config.data:
+        field, template = header.field, header.chat_template
+        look_at_documents(config.data, field, template, config.eval_tokens, note)
+    else:
+        need_repeatable(header.data, f"the held-out part of {store.path}", "pass --data")
 
 
 def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> PredictedModel:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 from common.element_types import ELEMENT_NAMES
 from common.errors import PredictorError
-from common.settings import MODEL_FORMS, Force, Option, Resume, Seed, check_settings, layers_option
+from common.settings import (
+    MODEL_FORMS,
+    Force,
+    Option,
+    Resume,
+    Seed,
+    check_settings,
+    layers_option,
+    text_option,
+)
+from common.text_sources.names import Sources
 
 AUTO = "auto"
 RANK_MULTIPLE = 32
@@ -192,8 +202,8 @@ class TrainConfig:
         str | None, Option("To measure with.", MODEL_FORMS, unset="the traces' own")
     ] = None
     data: Annotated[
-        str | None, Option("Text to measure on, all of it.", unset="the traces' held-out part")
-    ] = None
+        Sources, text_option("Text to measure on, all of it.", unset="the traces' held-out part")
+    ] = ()
     eval_tokens: Annotated[int, Option("Tokens to measure on, at most.", least=64)] = 16384
     device: Annotated[str, Option("Torch device to train and run on.")] = "cpu"
     hardware: Annotated[
