@@ -83,6 +83,17 @@ def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
     return found
 
 
+def option_of(kind: type, name: str, **changes: Any) -> Option:
+    """Return the `Option` of another settings' field, for settings that pass it on.
+
+    Args:
+        kind: the other settings.
+        name: of the field.
+        changes: attributes of the option that differ here.
+    """
+    return dataclasses.replace(options_of(kind)[name][1], **changes)
+
+
 def check_settings(settings: Any, error: type[PspError]) -> None:
     """Demand of every setting what its `Option` says; None and what is parsed are passed over.
 
