@@ -51,3 +51,13 @@ def decimal_size(count: int) -> str:
             return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it, two digits of what counts."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
