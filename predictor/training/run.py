@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -59,8 +60,9 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
     store = TraceStore.open(config.traces)
     store.require_complete()
     layers = _chosen_layers(config, store)
-    trainer = _trainer(config, store)
-    _check_ranks(trainer)
+    trainer = layer_trainer(config, store)
+    sizes, rows = (store.header.n_layers, store.header.d_model), len(trainer.train)
+    check_ranks(trainer.config, *sizes, rows, store.path)
     _check_importance(trainer)
     _check_activity(store, layers)
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
@@ -89,27 +91,40 @@ def _predictor_weight(config: TrainConfig, note: Note) -> float:
     return weight
 
 
-def _trainer(config: TrainConfig, store: TraceStore) -> LayerTrainer:
+def layer_trainer(
+    config: TrainConfig, store: TraceStore, held: torch.Tensor | None = None
+) -> LayerTrainer:
+    """Return what trains layers by a run's settings.
+
+    Args:
+        config: settings.
+        store: the traces.
+        held: (rows,) bool, rows to hold out; None chooses documents.
+
+    Raises:
+        TraceError: documents are to be chosen and there is a single one.
+    """
     recipe = RECIPES[config.recipe]
     if not ELEMENT_TYPES[config.predictor_type].fine:
         recipe = recipe.with_pairs()
     if recipe.name == DEJAVU.name and config.rank == AUTO:
         config = replace(config, rank=published_rank(store.header.d_model))
-    held = store.holdout(config.holdout, config.seed)
+    held = store.holdout(config.holdout, config.seed) if held is None else held
     return LayerTrainer(
         config=config,
         store=store,
         recipe=recipe,
-        bound=_bound(config),
+        bound=bound_of(config),
         train=(~held).nonzero()[:, 0],
         holdout=held.nonzero()[:, 0],
     )
 
 
-def _bound(config: TrainConfig) -> Bound | None:
+def bound_of(config: TrainConfig) -> Bound | None:
+    """Return what thresholds are chosen to keep to; None where every one is 0."""
     gap = config.max_ppl_gap
     if gap is None and config.ffn_bytes is None:
-        if config.rank != AUTO:
+        if config.rank != AUTO or config.recipe == DEJAVU.name:
             return None
         gap = _DEFAULT_GAP
     return Bound(max_ppl_gap=gap, ffn_bytes=config.ffn_bytes)
@@ -128,25 +143,36 @@ def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
     return list(config.layers)
 
 
-def _check_ranks(trainer: LayerTrainer) -> None:
-    """Refuse ranks that the model or the rows cannot fill, and another number than of layers."""
-    config, store, train = trainer.config, trainer.store, len(trainer.train)
-    n_layers, d_model = store.header.n_layers, store.header.d_model
+def check_ranks(
+    config: TrainConfig, n_layers: int, d_model: int, rows: int, source: str | Path
+) -> None:
+    """Refuse ranks that the model or the rows cannot fill, and another number than of layers.
+
+    Args:
+        config: settings.
+        n_layers: of the model.
+        d_model: its hidden size.
+        rows: to train on.
+        source: where they come from, for errors.
+
+    Raises:
+        PredictorError: naming the option.
+    """
     if isinstance(config.rank, tuple) and len(config.rank) != n_layers:
         raise PredictorError(
             f"--rank names {len(config.rank)} ranks, the model has {n_layers} layers",
             "pass one for each or a single one",
         )
     for rank in config.fixed_ranks:
-        if trainer.recipe.start != "random" and rank // 2 > d_model:
+        if RECIPES[config.recipe].start != "random" and rank // 2 > d_model:
             raise PredictorError(
                 f"rank {rank} exceeds twice d_model ({2 * d_model}), which is exact already",
                 "lower --rank",
             )
     largest = max(config.fixed_ranks or candidate_ranks(d_model))
-    if train < largest:
+    if rows < largest:
         raise PredictorError(
-            f"{store.path}: {train} rows to train on are too few for rank {largest}",
+            f"{source}: {rows} rows to train on are too few for rank {largest}",
             "collect more --tokens, or pass a lower --rank",
         )
 
