@@ -242,12 +242,8 @@ def open_programs(config: BenchConfig) -> Programs:
         real = PowerInfer(config.powerinfer_bin, timeout=timeout, heartbeat=heartbeat)
     llama_cpp = _llama_cpp(config, heartbeat)
     facts = None if real is None else real.check(config.file)
-    if facts is not None and facts.cuda and config.threads < 2:
-        raise EngineError(
-            "--threads 1: PowerInfer with CUDA needs one thread for the GPU beside those of the "
-            "CPU and stops with an assertion",
-            "pass at least 2",
-        )
+    if facts is not None:
+        check_threads(facts, config.threads)
     return Programs(
         powerinfer=real,
         powerinfer_facts=facts,
@@ -257,6 +253,20 @@ def open_programs(config: BenchConfig) -> Programs:
         llama_cpp_dense=None if llama_cpp is None else _open_dense(config.llama_cpp_file),
         heartbeat=heartbeat,
     )
+
+
+def check_threads(facts: ProgramFacts, threads: int) -> None:
+    """Refuse a number of threads with which PowerInfer would stop.
+
+    Raises:
+        EngineError: one thread for a build with CUDA.
+    """
+    if facts.cuda and threads < 2:
+        raise EngineError(
+            "--threads 1: PowerInfer with CUDA needs one thread for the GPU beside those of the "
+            "CPU and stops with an assertion",
+            "pass at least 2",
+        )
 
 
 def _llama_cpp(config: BenchConfig, heartbeat: Heartbeat) -> LlamaCpp | LlamaCppPython | None:
