@@ -16,6 +16,7 @@ from commands.inspect import inspect
 from commands.options import Group
 from commands.quickstart import quickstart
 from commands.report import report
+from commands.run import run
 from commands.sparsify import sparsify
 from commands.sparsity import sparsity
 from commands.traces import traces
@@ -31,6 +32,7 @@ def main() -> None:
 
 for command in (
     quickstart,
+    run,
     sparsify,
     sparsity,
     collect,

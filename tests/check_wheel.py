@@ -23,17 +23,24 @@ ROOMS = (
         "powerinfer_bridge",
         "predictor",
     ),
-    *("cost_model", "prosparse", "quickstart", "report", "results", "sparse_operators"),
+    *("cost_model", "pipeline", "prosparse", "quickstart", "report", "results", "sparse_operators"),
 )
 DATA = (
     "cost_model/hardware.yaml",
     *("report/page.css", "report/page.html.j2"),
 )
 COMMANDS = (
-    *(("quickstart",), ("collect",), ("traces", "info"), ("traces", "check"), ("train-predictor",)),
+    *(
+        ("quickstart",),
+        ("run",),
+        ("collect",),
+        ("traces", "info"),
+        ("traces", "check"),
+        ("train-predictor",),
+    ),
     *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
     *(("generate",), ("bench-operators",), ("sparsify",), ("sparsity",)),
-    *(("estimate",), ("report",), ("doctor",)),
+    *(("estimate",), ("report",), ("doctor",), ("run",)),
 )
 
 

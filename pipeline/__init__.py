@@ -1,0 +1,1 @@
+"""From a checkpoint to a measured PowerInfer file, by the code of the single commands."""

@@ -1,0 +1,86 @@
+"""Where everything that a run makes lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf_export.bundle import Bundle
+from gguf_export.settings import SUFFIX
+from pipeline.settings import RunConfig
+from results.bench import BENCH
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The paths in a run's directory.
+
+    Attributes:
+        out: the directory.
+        name: of the PowerInfer file, without its ending.
+    """
+
+    out: Path
+    name: str
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Layout:
+        """Return the layout of a run."""
+        path = Path(config.model)
+        own = path.stem if path.suffix == ".gguf" else path.resolve().name
+        return cls(config.out, config.name or own.removesuffix(".powerinfer"))
+
+    @property
+    def sparse_model(self) -> Path:
+        """The model after `--sparsify`."""
+        return self.out / "sparse-model"
+
+    @property
+    def held_out(self) -> Path:
+        """Documents of the text that no trace is made of."""
+        return self.out / "held-out.jsonl"
+
+    @property
+    def traces(self) -> Path:
+        """The trace store."""
+        return self.out / "traces"
+
+    @property
+    def predictors(self) -> Path:
+        """The predictor artifact."""
+        return self.out / "predictors"
+
+    @property
+    def export(self) -> Path:
+        """Directory of the bundle."""
+        return self.out / "export"
+
+    @property
+    def bundle(self) -> Bundle:
+        """What PowerInfer runs."""
+        return Bundle.beside(self.export / f"{self.name}{SUFFIX}")
+
+    @property
+    def verified(self) -> Path:
+        """What `psp verify` found, JSON."""
+        return self.out / "verify.json"
+
+    @property
+    def bench(self) -> Path:
+        """Directory of the benchmark's journal and samples."""
+        return self.out / "bench"
+
+    @property
+    def result(self) -> Path:
+        """The benchmark's document."""
+        return self.out / BENCH.name
+
+    @property
+    def predictor_report(self) -> Path:
+        """Directory of the predictors' metrics, curves and figures."""
+        return self.out / "predictor-report"
+
+    @property
+    def page(self) -> Path:
+        """The HTML page of all results."""
+        return self.out / "report.html"

@@ -1,0 +1,340 @@
+"""The steps of a run: the settings of each command, and what it reads and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from architectures.checkpoint import locate
+from common.errors import ExportError
+from common.files import write_json
+from common.typed_json import plain
+from common.version import package_version, tool_version
+from gguf_export.bundle import export
+from gguf_export.gpu_split import split
+from gguf_export.settings import ExportConfig
+from pipeline.contents import files_in, model_files
+from pipeline.layout import Layout
+from pipeline.settings import RunConfig
+from pipeline.state import Step
+from pipeline.text import TextPlan, write_held_out
+from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
+from powerinfer_bridge.benchmark.setup import this_machine
+from powerinfer_bridge.programs.build import build_directory
+from powerinfer_bridge.verify.verification import ExportCheck, verify
+from predictor.artifact import PredictorArtifact
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
+from predictor.reporting.report import report_predictors
+from predictor.traces.store import TraceStore
+from predictor.training.run import bound_of, train_predictors
+from predictor.training.settings import TrainConfig
+from prosparse.settings import SparsifyConfig
+from report.figures.predictors import draw_report
+from report.page import write_page
+from report.settings import ReportConfig
+from results.bench import BENCH
+from results.predictors import PREDICTORS
+
+Note = Callable[[str], None]
+_SPARSIFY = "sparsify"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """The settings of every command of a run; making them refuses what they refuse.
+
+    Attributes:
+        sparsify: None where it is not asked for.
+        report: of the HTML page.
+    """
+
+    sparsify: SparsifyConfig | None
+    collect: CollectConfig
+    train: TrainConfig
+    export: ExportConfig
+    bench: BenchConfig
+    report: ReportConfig
+
+    @classmethod
+    def of(cls, config: RunConfig, tokens: int, context: int) -> StepSettings:
+        """Return them.
+
+        Args:
+            config: settings of the run.
+            tokens: that traces are made of.
+            context: longest window that text and model allow.
+
+        Raises:
+            PspError: a command's own refusal.
+        """
+        layout = Layout.of(config)
+        model = str(layout.sparse_model) if config.sparsify else config.model
+        return cls(
+            sparsify=_sparsify(config, layout, context) if config.sparsify else None,
+            collect=CollectConfig(
+                model=model,
+                data=config.data,
+                field=config.field,
+                out=layout.traces,
+                tokens=tokens,
+                context=context,
+                batch=config.batch,
+                dtype=config.dtype,
+                chat_template=config.chat_template,
+                weights=config.weights,
+                device=config.device,
+                seed=config.seed,
+            ),
+            train=TrainConfig(
+                traces=layout.traces,
+                out=layout.predictors,
+                recipe=config.recipe,
+                rank=config.rank,
+                max_ppl_gap=config.max_ppl_gap,
+                ffn_bytes=config.ffn_bytes,
+                predictor_type=config.predictor_type,
+                model=model,
+                device=config.device,
+                seed=config.seed,
+            ),
+            export=ExportConfig(
+                model=model,
+                predictors=layout.predictors,
+                out=layout.bundle.model_file,
+                outtype=config.outtype,
+                predictor_type=config.predictor_type,
+                dense=config.dense,
+                vram_budget=config.vram_budget,
+                force=True,
+            ),
+            bench=_bench(config, layout, context),
+            report=ReportConfig(directories=(config.out,), out=layout.page, force=True),
+        )
+
+
+def _sparsify(config: RunConfig, layout: Layout, context: int) -> SparsifyConfig:
+    return SparsifyConfig(
+        model=config.model,
+        data=config.data,
+        field=config.field,
+        out=layout.sparse_model,
+        schedule=config.schedule,
+        eval_data=config.eval_data,
+        context=context,
+        batch=config.batch,
+        learning_rate=config.learning_rate,
+        device="cpu" if config.device == "cpu" else "auto",
+        seed=config.seed,
+    )
+
+
+def _bench(config: RunConfig, layout: Layout, context: int) -> BenchConfig:
+    real = config.powerinfer_bin is not None
+    return BenchConfig(
+        file=layout.bundle.model_file,
+        powerinfer_bin=config.powerinfer_bin,
+        vram_budget=config.vram_budget if real else None,
+        dense_gguf=layout.bundle.dense_file if real and config.dense else None,
+        data=config.eval_data or str(layout.held_out),
+        field=config.field if config.eval_data else "text",
+        context=context,
+        chunks=config.chunks,
+        prompt=config.prompt,
+        generate=config.generate,
+        repeats=config.repeats,
+        threads=config.threads,
+        seed=config.seed,
+        out=layout.bench,
+    )
+
+
+def steps_of(config: RunConfig, settings: StepSettings, text: TextPlan, note: Note) -> list[Step]:
+    """Return the steps of a run, in order.
+
+    Args:
+        config: settings of the run.
+        settings: those of the commands.
+        text: how the text is used.
+        note: takes the commands' lines for users.
+    """
+    layout = Layout.of(config)
+    place = layout.sparse_model if config.sparsify else locate(config.model)
+    model, data = partial(model_files, place), _sources(config.data)
+    held = _sources(config.eval_data or str(layout.held_out))
+    traces = partial(_just, layout.traces / "manifest.json")
+    predictors, bundle = partial(files_in, layout.predictors), partial(files_in, layout.export)
+    steps = []
+    if settings.sparsify is not None:
+        steps.append(_sparsify_step(config, settings.sparsify, layout, data, held, note))
+    if text.held is not None:
+        steps.append(_hold_out_step(config, text, layout, data))
+    return [
+        *steps,
+        Step(
+            name="collect",
+            settings=(settings.collect,),
+            inputs={"model": model, **_role("text", data)},
+            made=(layout.traces,),
+            outputs=traces,
+            work=lambda resume: _ignore(collect(replace(settings.collect, resume=resume))),
+        ),
+        Step(
+            name="train-predictor",
+            settings=(settings.train,),
+            facts={"bounded": bound_of(settings.train) is not None},
+            chosen_last=("max_ppl_gap", "ffn_bytes"),
+            inputs={"traces": traces, "model": model},
+            made=(layout.predictors,),
+            outputs=predictors,
+            work=lambda resume: _ignore(
+                train_predictors(replace(settings.train, resume=resume), note)
+            ),
+        ),
+        Step(
+            name="export-gguf",
+            settings=(settings.export,),
+            facts={"name": layout.name},
+            inputs={"predictors": predictors, "model": model},
+            made=(layout.export,),
+            outputs=bundle,
+            work=lambda resume: _export(settings.export),
+        ),
+        Step(
+            name="verify",
+            settings=(),
+            inputs={"bundle": bundle, "model": model},
+            made=(layout.verified,),
+            outputs=partial(_just, layout.verified),
+            work=lambda resume: _verify(settings.export, layout.verified),
+        ),
+        Step(
+            name="bench-powerinfer",
+            settings=(settings.bench,),
+            facts=_measured_by(),
+            inputs={"bundle": bundle, **_role("held-out text", held), **_programs(config)},
+            made=(layout.bench, layout.result),
+            outputs=partial(_just, layout.result),
+            work=lambda resume: BENCH.write(
+                layout.out, bench(replace(settings.bench, resume=resume))
+            ),
+        ),
+        Step(
+            name="report",
+            settings=(settings.report,),
+            facts={"predictor_type": config.predictor_type},
+            inputs={
+                "benchmark": partial(_just, layout.result),
+                "predictors": predictors,
+                "traces": traces,
+            },
+            made=(layout.predictor_report, layout.page),
+            outputs=partial(_just, layout.predictor_report / PREDICTORS.name, layout.page),
+            work=lambda resume: _report(settings, layout),
+        ),
+    ]
+
+
+def _sparsify_step(
+    config: RunConfig,
+    settings: SparsifyConfig,
+    layout: Layout,
+    data: list[Path],
+    held: list[Path],
+    note: Note,
+) -> Step:
+    def work(resume: bool) -> None:
+        from prosparse.training import sparsify
+        from prosparse.training_log import read_log
+        from report.figures.training_curves import draw_training
+
+        sparsify(replace(settings, resume=resume), note)
+        draw_training(settings.training, settings.out.name, read_log(settings.log))
+
+    original = partial(model_files, locate(config.model))
+    return Step(
+        name=_SPARSIFY,
+        settings=(settings,),
+        inputs={"model": original, **_role("text", data), **_role("held-out text", held)},
+        made=(layout.sparse_model,),
+        outputs=partial(model_files, layout.sparse_model),
+        work=work,
+    )
+
+
+def _hold_out_step(config: RunConfig, text: TextPlan, layout: Layout, data: list[Path]) -> Step:
+    return Step(
+        name="hold out text",
+        settings=(),
+        facts={"source": config.data, "field": config.field, **plain(text)},
+        inputs=_role("text", data),
+        made=(layout.held_out,),
+        outputs=partial(_just, layout.held_out),
+        work=lambda resume: write_held_out(config, text, layout.held_out),
+    )
+
+
+def _export(config: ExportConfig) -> None:
+    # `verify` runs the model as the next step.
+    export(config, ExportCheck(config.model, config.out, most_bytes=0))
+    if config.split is not None:
+        split(config.split)
+
+
+def _verify(config: ExportConfig, target: Path) -> None:
+    report = verify(config.out, config.model)
+    for name, outcome in report.checks.items():
+        if not outcome.ok:
+            raise ExportError(
+                f"{config.out}: failed verification at '{name}' ({outcome.detail})",
+                outcome.remedy or "see docs/verify.md",
+            )
+    write_json(target, report.document())
+
+
+def _report(settings: StepSettings, layout: Layout) -> None:
+    report_predictors(
+        layout.predictor_report,
+        TraceStore.open(layout.traces),
+        PredictorArtifact.open(layout.predictors),
+        draw=draw_report,
+        predictor_type=settings.train.predictor_type,
+        force=True,
+    )
+    write_page(settings.report)
+
+
+def _measured_by() -> dict[str, object]:
+    """Return what a benchmark's figures hang on beside its files."""
+    return {
+        "machine": plain(this_machine().facts),
+        "psp": tool_version(),
+        "torch": package_version("torch"),
+    }
+
+
+def _programs(config: RunConfig) -> dict[str, Callable[[], Iterable[Path]]]:
+    if config.powerinfer_bin is None:
+        return {}
+    place = build_directory(config.powerinfer_bin, ("main",))
+    return _role("PowerInfer", [place / "main", place / "perplexity"])
+
+
+def _sources(source: str) -> list[Path]:
+    """Return the files of a text source; none of one that is no file."""
+    return [] if source.startswith("hf:") else [Path(source)]
+
+
+def _role(name: str, paths: list[Path]) -> dict[str, Callable[[], Iterable[Path]]]:
+    return {name: lambda: paths} if paths else {}
+
+
+def _just(*paths: Path) -> Iterator[Path]:
+    yield from paths
+
+
+def _ignore(result: object) -> None:
+    """Drop what a command returns; its files are its result."""

@@ -1,0 +1,159 @@
+"""What of a text becomes traces, and what is held out to measure on.
+
+Traces are made of the text's first tokens, as `psp collect` takes them. Without a held-out text of
+the user's own, whole documents after those are held out; a text that ends before gives up its last
+ones.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from architectures.checkpoint import Checkpoint
+from architectures.windows import document_windows
+from common.documents import read_documents, read_text
+from common.errors import DataError
+from common.files import atomic_path
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
+from pipeline.settings import RunConfig
+
+_LEAST_WINDOWS = 2
+"""Of a perplexity; PowerInfer refuses fewer."""
+
+_MARGIN = 1.2
+"""By so much more tokens are held out than windows take: PowerInfer counts its own."""
+
+_LEAST_DOCUMENTS = 2
+"""Of traces: some are held out from training (`predictor.traces.store.TraceStore.holdout`)."""
+
+_LONGEST_TOKEN = 32
+"""Characters; a text of so many a token that is needed is surely long enough."""
+
+_HELD_SHARE = 10
+"""At least a tenth of a text that is too short for all that is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPlan:
+    """How a text is used.
+
+    Attributes:
+        tokens: that traces are made of.
+        documents: that they come from.
+        median: tokens of such a document.
+        ended: whether the text ends before the tokens that were asked for.
+        held: number of the first document that is held out and of the one after the last; None
+            with a held-out text of the user's own.
+        template: chat template that documents are put in.
+    """
+
+    tokens: int
+    documents: int
+    median: int
+    ended: bool
+    held: tuple[int, int] | None
+    template: str
+
+
+def plan_text(config: RunConfig, checkpoint: Checkpoint, template: str) -> TextPlan:
+    """Count a text's tokens, as far as they are asked for, and choose what is held out.
+
+    Raises:
+        DataError: an unreadable text, or too few tokens or documents.
+    """
+    context = min(config.context, checkpoint.shape.context_length)
+    wanted = 0 if config.eval_data else int(_MARGIN * context * max(config.chunks, _LEAST_WINDOWS))
+    lengths = _lengths(config, checkpoint, template, context, wanted)
+    held = None if config.eval_data else _held(lengths, config.tokens, wanted, context)
+    traced = lengths if held is None else lengths[: held[0]]
+    least = 0 if held is None else _least(context)
+    if len(traced) < _LEAST_DOCUMENTS or (held and sum(lengths[slice(*held)]) < least):
+        own = "" if config.eval_data else " --eval-data FILE,"
+        raise DataError(
+            f"{config.data}: gives {sum(lengths)} tokens in {len(lengths)} documents, needed are "
+            f"{_LEAST_DOCUMENTS} documents for traces and {least} tokens of others to measure on",
+            f"pass more text,{own} or a lower --context",
+        )
+    needed = int(np.searchsorted(np.cumsum(traced), config.tokens)) + 1
+    tokens = min(config.tokens, sum(traced))
+    return TextPlan(
+        tokens=tokens,
+        documents=min(needed, len(traced)),
+        median=int(np.median(traced)),
+        ended=tokens < config.tokens,
+        held=held,
+        template=template,
+    )
+
+
+def _lengths(
+    config: RunConfig, checkpoint: Checkpoint, template: str, context: int, held: int
+) -> list[int]:
+    """Return the tokens of documents in order, BOS of their windows included.
+
+    Counted are those that traces are made of, and behind them so many that they give `held` tokens.
+    """
+    lengths: list[int] = []
+    total = behind = 0
+    documents = read_documents(config.data, config.field, template)
+    for number, window in document_windows(documents, checkpoint.tokenizer(), context):
+        if number >= len(lengths):
+            enough = total >= config.tokens
+            if enough and behind >= held:
+                break
+            lengths += [0] * (number + 1 - len(lengths))
+        lengths[number] += len(window)
+        total += len(window)
+        behind += len(window) * enough
+    return lengths
+
+
+def _held(lengths: list[int], tokens: int, wanted: int, context: int) -> tuple[int, int]:
+    """Return the first document that is held out, and the one after the last."""
+    first = int(np.searchsorted(np.cumsum(lengths), tokens)) + 1
+    if sum(lengths[first:]) < wanted:
+        share = min(wanted, max(_least(context), sum(lengths) // _HELD_SHARE))
+        behind = np.cumsum(lengths[::-1])
+        first = max(0, len(lengths) - 1 - int(np.searchsorted(behind, share)))
+    count = int(np.searchsorted(np.cumsum(lengths[first:]), wanted)) + 1
+    return first, min(first + count, len(lengths))
+
+
+def _least(context: int) -> int:
+    return int(_MARGIN * _LEAST_WINDOWS * context)
+
+
+def write_held_out(config: RunConfig, text: TextPlan, target: Path) -> None:
+    """Write the held-out documents as JSON lines, `text` in each, in the form of the traces."""
+    assert text.held is not None
+    documents = read_documents(config.data, config.field, text.template)
+    with atomic_path(target) as part, part.open("w", encoding="utf-8") as file:
+        for document in islice(documents, *text.held):
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+
+
+def check_held_out(config: RunConfig, checkpoint: Checkpoint) -> Vocabulary:
+    """Read the vocabulary as export will, and refuse a held-out text that gives too few tokens.
+
+    Raises:
+        PspError: see `read_vocabulary`; an unreadable text, or too little of it.
+    """
+    vocabulary = read_vocabulary(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
+    if config.eval_data is not None:
+        context = min(config.context, checkpoint.shape.context_length)
+        text = read_text(config.eval_data, config.field)
+        sure = _LONGEST_TOKEN * _LEAST_WINDOWS * context
+        found = len(vocabulary.text_ids(text[:sure]))
+        if found < _LEAST_WINDOWS * context:
+            raise DataError(
+                f"{config.eval_data}: gives {found} tokens, perplexity with --context {context} "
+                f"needs {_LEAST_WINDOWS * context}",
+                "pass more text or a smaller --context",
+            )
+    return vocabulary

@@ -1,0 +1,76 @@
+"""Small whole runs, and what of a directory must be the same however a run went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.plan import prepare
+from pipeline.run import Outcome, execute
+from pipeline.settings import RunConfig
+from pipeline.state import RunState
+
+SMALL: dict[str, Any] = {
+    "name": "tiny",
+    "tokens": 1200,
+    "context": 64,
+    "rank": 32,
+    "chunks": 2,
+    "generate": 4,
+    "repeats": 1,
+    "threads": 1,
+}
+DETERMINED = ("held-out.jsonl", "traces", "predictors", "export", "verify.json")
+"""What does not hold times or speeds."""
+
+
+class Killed(BaseException):
+    """What nothing catches, as a kill."""
+
+
+def settings(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig:
+    return RunConfig(model=str(model), data=str(data), out=out, **(SMALL | changes))
+
+
+def run(config: RunConfig, said: list[str] | None = None) -> Outcome:
+    lines: list[str] = [] if said is None else said
+    return execute(prepare(config, lines.append), lines.append)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Return what is determined in a run's directory, by relative path; its own name is blank."""
+    found = {}
+    for name in DETERMINED:
+        place = out / name
+        files = [place] if place.is_file() else sorted(place.rglob("*"))
+        for path in files:
+            if path.is_file():
+                found[str(path.relative_to(out))] = path.read_bytes().replace(
+                    str(out).encode(), b""
+                )
+    return found
+
+
+def times(out: Path) -> dict[str, int]:
+    return {
+        str(path.relative_to(out)): path.stat().st_mtime_ns
+        for path in out.rglob("*")
+        if path.is_file()
+    }
+
+
+def run_until(writes: int, config: RunConfig) -> None:
+    """Run until the state has been written more than so often, then end as by a kill."""
+    left, write = [writes], RunState.write
+
+    def killing(state: RunState) -> None:
+        write(state)
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunState, "write", killing)
+        run(config)
