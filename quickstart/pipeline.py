@@ -1,4 +1,4 @@
-"""The quickstart's steps: corpus, model, then the code of the four commands."""
+"""The quickstart's steps: corpus, model, then the code of `psp run`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from pathlib import Path
 from common.errors import OutputError
 from common.files import read_json, write_json
 from common.version import tool_version
-from gguf_export.bundle import Bundle, export
-from gguf_export.settings import ExportConfig
-from powerinfer_bridge.benchmark.run import bench
-from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.verify.verification import ExportCheck
-from predictor.collection.collect import collect
-from predictor.collection.settings import CollectConfig
-from predictor.training.run import train_predictors
-from predictor.training.settings import TrainConfig
+from pipeline.layout import Layout
+from pipeline.plan import prepare
+from pipeline.run import execute
+from pipeline.settings import RunConfig
+from pipeline.state import STATE, RunState
 from quickstart.model import Corpus, train_model, write_corpus, write_untrained
 from quickstart.settings import SIZES, QuickstartConfig, Size
-from results.bench import BENCH, Bench
+from results.bench import Bench
 
+_NAME = "quickstart"
 _ROUNDS = 3
 """Of the benchmark; more would make speeds of a model this small no less meaningless."""
 
@@ -44,10 +41,9 @@ class Paths:
         self.corpus = Corpus(out / "corpus")
         self.untrained = out / "untrained"
         self.model = out / "model"
-        self.traces = out / "traces"
-        self.predictors = out / "predictors"
-        self.bundle = Bundle.beside(out / "export" / "quickstart.powerinfer.gguf")
-        self.result = out / BENCH.name
+        made = Layout(out, _NAME)
+        self.traces, self.predictors = made.traces, made.predictors
+        self.bundle, self.result = made.bundle, made.result
 
     def all(self) -> dict[str, Path]:
         """Return every path by what it holds."""
@@ -81,18 +77,7 @@ def quickstart(config: QuickstartConfig) -> tuple[Bench, Paths]:
         write_untrained(corpus, paths.untrained, size, config.seed)
     if not (paths.model / "config.json").exists():
         train_model(paths.corpus, paths.untrained, paths.model, size, config.seed)
-    _predict(config, size, paths)
-    if not paths.bundle.model_file.exists():
-        export(
-            ExportConfig(
-                model=str(paths.model),
-                predictors=paths.predictors,
-                out=paths.bundle.model_file,
-                force=True,
-            ),
-            ExportCheck(str(paths.model), paths.bundle.model_file),
-        )
-    return _bench(config, size, paths), paths
+    return _run(config, size, paths), paths
 
 
 def _claim(config: QuickstartConfig) -> None:
@@ -112,45 +97,25 @@ def _claim(config: QuickstartConfig) -> None:
     write_json(marker, {"settings": settings, "tool_version": tool_version()})
 
 
-def _predict(config: QuickstartConfig, size: Size, paths: Paths) -> None:
-    collect(
-        CollectConfig(
-            model=str(paths.model),
-            data=str(paths.corpus.train),
-            out=paths.traces,
-            tokens=size.trace_tokens,
-            context=size.context,
-            seed=config.seed,
-            resume=True,
-        )
-    )
-    train_predictors(
-        TrainConfig(
-            traces=paths.traces,
-            out=paths.predictors,
-            rank=size.rank,
-            seed=config.seed,
-            resume=True,
-        )
-    )
-
-
-def _bench(config: QuickstartConfig, size: Size, paths: Paths) -> Bench:
-    settings = BenchConfig(
-        file=paths.bundle.model_file,
-        powerinfer_bin=config.powerinfer_bin,
-        data=str(paths.corpus.valid),
+def _run(config: QuickstartConfig, size: Size, paths: Paths) -> Bench:
+    settings = RunConfig(
+        model=str(paths.model),
+        data=str(paths.corpus.train),
+        eval_data=str(paths.corpus.valid),
+        out=config.out,
+        name=_NAME,
+        tokens=size.trace_tokens,
         context=size.context,
+        rank=size.rank,
         chunks=size.chunks,
         prompt="def main(",
         generate=size.generate,
         repeats=_ROUNDS,
         threads=config.threads,
+        seed=config.seed,
+        powerinfer_bin=config.powerinfer_bin,
+        resume=True,
     )
-    if paths.result.exists():
-        found = BENCH.read(paths.result, f"remove {paths.result}")
-        if found.settings == settings.document():
-            return found
-    result = bench(settings)
-    BENCH.write(paths.out, result)
-    return result
+    if not (config.out / STATE).exists():
+        RunState(config.out).write()
+    return execute(prepare(settings)).bench
