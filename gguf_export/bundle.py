@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
-from architectures.spec import ModelShape
-from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
 from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
@@ -19,7 +17,7 @@ from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allo
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
 from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
-from gguf_export.requirements import check_model
+from gguf_export.requirements import check_model, check_types
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter
@@ -191,10 +189,8 @@ def _check_requirements(
             statistics to split neurons by.
     """
     check_model(checkpoint)
-    if config.dense:
-        _check_dense(checkpoint)
+    check_types(checkpoint, config.types, dense=config.dense)
     ranks = _check_fit(checkpoint, predictors)
-    _check_rows(checkpoint.shape, config.types)
     if not keeps_types(predictors, config.types):
         _check_precision(predictors, config.types)
     if config.vram_budget is not None and not predictors.counted:
@@ -204,16 +200,6 @@ def _check_requirements(
             "leave that out, or train predictors with psp train-predictor",
         )
     return ranks
-
-
-def _check_dense(checkpoint: Checkpoint) -> None:
-    family = checkpoint.architecture
-    if family.dense_note is None:
-        raise ExportError(
-            f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
-            "reads a tensor that its loader never makes",
-            "leave --dense out",
-        )
 
 
 def _check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]:
@@ -236,24 +222,6 @@ def _check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]
         if rank % BLOCK or not rank:
             raise ExportError(f"rank {rank} is no multiple of {BLOCK}", "PowerInfer cannot run it")
     return ranks
-
-
-def _check_rows(shape: ModelShape, types: FileTypes) -> None:
-    """Refuse sizes that do not go into the blocks of a type.
-
-    Q4_0's hold for d_model, the row size of most matrices, and for d_ff: activations that multiply
-    the down matrix are rounded in blocks too (ggml.c:ggml_compute_forward_mul_mat_axpy_q4_0).
-    """
-    for key, option, name in (
-        ("d_model", "outtype", types.weights),
-        ("d_ff", "outtype", types.weights),
-        ("d_model", "predictor-type", types.predictors),
-    ):
-        size, block = getattr(shape, key), ELEMENT_TYPES[name].row_multiple
-        if name != "f16" and size % block:
-            raise ExportError(
-                f"{key} {size} is no multiple of {block}, as --{option} {name} needs", "choose f16"
-            )
 
 
 def _check_precision(predictors: PredictorSource, types: FileTypes) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from architectures.checkpoint import Checkpoint
+from architectures.spec import ModelShape
+from common.element_types import ELEMENT_TYPES
 from common.errors import CheckpointError, ExportError
+from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 
@@ -61,3 +64,37 @@ def check_model(checkpoint: Checkpoint) -> None:
         raise ExportError(
             f"d_model {shape.d_model} is no multiple of {BLOCK}", "PowerInfer cannot run it"
         )
+
+
+def check_types(checkpoint: Checkpoint, types: FileTypes, *, dense: bool) -> None:
+    """Refuse what cannot be written in the types, and the dense files, that are asked for.
+
+    Raises:
+        ExportError: naming the option.
+    """
+    family = checkpoint.architecture
+    if dense and family.dense_note is None:
+        raise ExportError(
+            f"--dense: PowerInfer cannot run a dense {family.gguf_name} file, because its graph "
+            "reads a tensor that its loader never makes",
+            "leave --dense out",
+        )
+    _check_rows(checkpoint.shape, types)
+
+
+def _check_rows(shape: ModelShape, types: FileTypes) -> None:
+    """Refuse sizes that do not go into the blocks of a type.
+
+    Q4_0's hold for d_model, the row size of most matrices, and for d_ff: activations that multiply
+    the down matrix are rounded in blocks too (ggml.c:ggml_compute_forward_mul_mat_axpy_q4_0).
+    """
+    for key, option, name in (
+        ("d_model", "outtype", types.weights),
+        ("d_ff", "outtype", types.weights),
+        ("d_model", "predictor-type", types.predictors),
+    ):
+        size, block = getattr(shape, key), ELEMENT_TYPES[name].row_multiple
+        if name != "f16" and size % block:
+            raise ExportError(
+                f"{key} {size} is no multiple of {block}, as --{option} {name} needs", "choose f16"
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 from architectures.checkpoint import Checkpoint
 from architectures.model import check_device
 from common.errors import CheckpointError, OutputError
-from gguf_export.bundle import check_model
+from gguf_export.requirements import check_model, check_types
 from gguf_export.tokens.vocabulary import Vocabulary
 from pipeline.advice import advice
 from pipeline.settings import RunConfig
@@ -54,7 +54,8 @@ def check(config: RunConfig) -> Checked:
     checkpoint = _open(config)
     context = min(config.context, checkpoint.shape.context_length)
     asked = StepSettings.of(config, config.tokens, context)  # refuses what the commands refuse
-    check_model(checkpoint, asked.export.types, dense=config.dense)
+    check_model(checkpoint)
+    check_types(checkpoint, asked.export.types, dense=config.dense)
     notes: list[str] = []
     template = choose_template(checkpoint, config.chat_template, notes.append)
     vocabulary = check_held_out(config, checkpoint)
