@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from architectures.piece_merges import merges_by_score
 from architectures.piece_tokenizer import PieceTokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def as_rust(tokenizer: PieceTokenizer) -> tokenizers.Tokenizer:
 
     model, added = tokenizer.model, tokenizer.files.added
     vocab = {model.id_to_piece(number): number for number in range(model.vocab_size())}
-    pairs = [pair for *_, pair in sorted(_pairs(model, vocab))]
+    pairs = merges_by_score(_joined(model))
     vocab |= {token.content: number for number, token in added.items()}
     unknown = model.id_to_piece(model.unk_id())
     rust = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -65,14 +66,7 @@ def _controls(model: sentencepiece.SentencePieceProcessor, number: int) -> bool:
     return own and bool(model.is_control(number) or model.is_unknown(number))
 
 
-def _pairs(
-    model: sentencepiece.SentencePieceProcessor, vocab: dict[str, int]
-) -> Iterator[tuple[float, int, int, int, tuple[str, str]]]:
-    for piece, number in vocab.items():
-        if _controls(model, number) or model.is_byte(number):
-            continue
-        for at in range(1, len(piece)):
-            left, right = piece[:at], piece[at:]
-            if left in vocab and right in vocab:
-                order = (-model.get_score(number), number, vocab[left], vocab[right])
-                yield *order, (left, right)
+def _joined(model: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[str, float]]:
+    for number in range(model.vocab_size()):
+        if not _controls(model, number) and not model.is_byte(number):
+            yield model.id_to_piece(number), model.get_score(number)

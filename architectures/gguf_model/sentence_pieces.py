@@ -6,6 +6,7 @@ tokenizer.json as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gguf import GGUFValueType, TokenType
 
 from architectures.gguf_model.rust_tokenizer import bpe, save
 from architectures.gguf_model.tokenizer_files import FileVocabulary
+from architectures.piece_merges import merges_by_score
 
 FILE = "tokenizer.model"
 _SPACE = "\u2581"
@@ -71,7 +73,7 @@ def _write_json(
 
     model = bpe(
         vocabulary,
-        _merges(vocabulary, scores),
+        merges_by_score(_joined(vocabulary, scores)),
         unk_token=vocabulary.tokens[vocabulary.types.index(TokenType.UNKNOWN)],
         fuse_unk=True,
         byte_fallback=TokenType.BYTE in vocabulary.types,
@@ -85,15 +87,7 @@ def _write_json(
     return save(tokenizer, vocabulary, directory, begun=True)
 
 
-def _merges(vocabulary: FileVocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """Return the pairs of pieces that make a piece, the one of the highest score first."""
-    merged = (TokenType.NORMAL, TokenType.USER_DEFINED)
-    rows = zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
-    normal = {token: score for token, score, kind in rows if kind in merged}
-    pairs = [
-        (-score, piece[:at], piece[at:])
-        for piece, score in normal.items()
-        for at in range(1, len(piece))
-        if piece[:at] in normal and piece[at:] in normal
-    ]
-    return [(left, right) for _, left, right in sorted(pairs, key=lambda pair: pair[0])]
+def _joined(vocabulary: FileVocabulary, scores: list[float]) -> Iterator[tuple[str, float]]:
+    for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):
+        if kind in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            yield token, score
