@@ -62,9 +62,6 @@ def sparsify(
 
     checkpoint = open_with_relu(config.model)
     arguments = training_arguments(config)
-    if arguments.process_index == 0:
-        for line in checkpoint.notes:
-            report(line)
     if arguments.n_gpu > 1:
         raise SparsityError(
             f"{arguments.n_gpu} GPUs are visible to one process",
@@ -74,9 +71,12 @@ def sparsify(
 
     def prepare() -> None:
         tokenizer = checkpoint.tokenizer()
-        for line in (f"tokens: {tokenizer.source}", *tokenizer.notes, *foresee(checkpoint)):
+        _begin(config, checkpoint, arguments.world_size)
+        lines = (*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes)
+        for line in (*lines, *foresee(checkpoint)):
             report(line)
-        _prepare(config, checkpoint, arguments.world_size, report)
+        if not config.finished:
+            pack_texts(config, checkpoint, arguments.world_size, report)
 
     _first_process(arguments, prepare)
     if not config.finished:
@@ -165,10 +165,8 @@ def training_arguments(config: SparsifyConfig) -> Any:
     )
 
 
-def _prepare(
-    config: SparsifyConfig, checkpoint: Checkpoint, processes: int, report: Report
-) -> None:
-    """Start the output, or make sure that it was started with the same settings; pack the text."""
+def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
+    """Start the output, or make sure that it was started with the same settings."""
     marker = config.out / _MARKER
     if config.resume:
         sources = [name for text in config.texts for name in names_of(text)]
@@ -187,8 +185,6 @@ def _prepare(
         check_texts(config, checkpoint, processes)
         remove_output(config.out)
         write_json(marker, config.document(processes))
-    if not config.finished:
-        pack_texts(config, checkpoint, processes, report)
 
 
 def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, report: Report) -> None:

@@ -115,7 +115,8 @@ def test_vectors_are_rounded_as_ggml_rounds_them() -> None:
     assert rounded(x, Kind.F16)[0, 1] == 63.5
     assert rounded(torch.zeros(1, 256), Kind.Q6_K).abs().max() == 0
     full = float(torch.tensor(2.0) / 127)  # Q8_1's scale is a float32
-    assert float(rounded(x, Kind.Q5_1)[1, 40]) == -127 * full != float(expected[1, 40])
+    assert float(rounded(x, Kind.Q5_1)[1, 40]) == pytest.approx(-127 * full, rel=1e-7)
+    assert float(expected[1, 40]) != pytest.approx(-127 * full, rel=1e-7)
     assert rounded(x, Kind.F32) is x
 
 

@@ -172,6 +172,7 @@ WRONG: dict[object, list[object]] = {
     str: [None, 1, [], {}],
     int: [None, "1", [1], 1.5, {}, -1],
     float: [None, "0", [], {}],
+    str | tuple[str, ...]: [None, 1, {}, [1], [None]],
     tuple[int, ...]: [None, "01", {}, 0, ["0"], [0.0], [None], [], [-1], [2], [0, 0]],
 }
 

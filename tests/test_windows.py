@@ -345,8 +345,14 @@ def test_a_tokenizer_that_has_changed_is_refused(
 
 
 def test_a_bad_line_amid_the_text_costs_nothing_that_is_recorded(
-    traces: TraceStore, settings: Settings, long_data: Path, tmp_path: Path
+    traces: TraceStore,
+    settings: Settings,
+    long_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Damage that the first look did not meet, as behind very long words."""
+    monkeypatch.setattr("predictor.collection.collect.look_at_documents", lambda *args: None)
     data, lines = tmp_path / "text.jsonl", long_data.read_text().splitlines(keepends=True)
     data.write_text("".join([*lines[:6], "not JSON\n", *lines[6:]]))
     run = settings(tmp_path / "out", data=str(data), resume=True)

@@ -64,11 +64,7 @@ def collect(
     if config.resume:
         need_repeatable(config.data, "--resume", "collect anew, or from a file")
     checkpoint = Checkpoint.open(config.model)
-    for line in checkpoint.notes:
-        report(line)
     tokenizer = checkpoint.tokenizer()
-    for line in (f"tokens: {tokenizer.source}", *tokenizer.notes, *foresee(checkpoint)):
-        report(line)
     template = choose_template(checkpoint, config.chat_template, report)
     header = trace_header(config, checkpoint, template)
     store = _begun_store(config, header)
@@ -78,6 +74,9 @@ def collect(
             return store
     # Nothing that cannot run costs an existing store.
     look_at_documents(config.data, config.field, template, config.tokens, report)
+    lines = (*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes)
+    for line in (*lines, *foresee(checkpoint)):
+        report(line)
     _check_disk(config, header, store, report)
     torch.manual_seed(config.seed)
     model = load_model(
