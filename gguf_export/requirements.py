@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape
@@ -11,6 +11,7 @@ from common.errors import CheckpointError, ExportError
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.schema import BLOCK, SMALLEST_D_FF
 from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
 
 
 def foresee(checkpoint: Checkpoint) -> Iterator[str]:
@@ -25,7 +26,11 @@ def foresee(checkpoint: Checkpoint) -> Iterator[str]:
     except (CheckpointError, ExportError) as error:
         yield _refused(error)
         return
-    said = checkpoint.tokenizer().notes
+    yield from vocabulary_notes(vocabulary, checkpoint.tokenizer().notes)
+
+
+def vocabulary_notes(vocabulary: Vocabulary, said: Collection[str]) -> Iterator[str]:
+    """Yield what a user should know of a vocabulary and has not been said yet."""
     yield from (note for note in vocabulary.notes if note not in said)
     yield from (f"in PowerInfer: {warning}" for warning in vocabulary.warnings)
 
