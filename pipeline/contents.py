@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from architectures.gguf_model.source import GGUFSource
+from architectures.source import Source
 from common.errors import OutputError
 from common.files import sha256
 from common.typed_json import Closed, Count
@@ -58,14 +60,17 @@ class Contents:
 
 
 def model_files(path: Path) -> list[Path]:
-    """Return the files of a checkpoint that decide what it computes: the file itself if it is one.
+    """Return the files of a checkpoint's directory that decide what it computes.
 
     Raises:
         OutputError: the directory cannot be read.
     """
-    if path.is_file():
-        return [path]
     return [each for each in files_in(path, deep=False) if each.suffix in _MODEL_SUFFIXES]
+
+
+def source_files(origin: Source) -> list[Path]:
+    """Return the files of a model that decide what it computes, all members of a split set."""
+    return list(origin.file.files) if isinstance(origin, GGUFSource) else model_files(origin.path)
 
 
 def files_in(directory: Path, *, deep: bool = True) -> list[Path]:

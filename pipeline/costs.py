@@ -10,6 +10,8 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import block_bytes
 from common.element_types import ELEMENT_TYPES
 from common.machine import weight_budget
+from gguf_export.plan import plan_model
+from gguf_export.pwri.element_types import FileTypes
 from pipeline.probe import Rates
 from pipeline.steps import StepSettings
 from predictor.training.run import bound_of
@@ -175,10 +177,15 @@ class Costs:
     @property
     def file(self) -> float:
         """Bytes of the PowerInfer file."""
-        export = self.settings.export
-        width = 2 * ELEMENT_TYPES[export.outtype].width
-        predictor = self._predictor(2 * ELEMENT_TYPES[export.predictor_type].width)
-        return width * self._weights + self._layers * predictor
+        types = self.settings.export.types
+        predictor = self._predictor(2 * ELEMENT_TYPES[types.predictors].width)
+        return self._exported(types) + self._layers * predictor
+
+    def _exported(self, types: FileTypes) -> float:
+        """Return the bytes of the model in the file; a sparse one is made in a directory first."""
+        if self.settings.sparsify is not None:
+            return 2 * ELEMENT_TYPES[types.weights].width * self._weights
+        return sum(each.size for each in plan_model(self.checkpoint, sparse=True, types=types))
 
     def _export(self) -> Cost:
         dense = self.settings.export.dense * self.file

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from architectures.gguf_model.source import local_path
 from gguf_export.bundle import Bundle
 from gguf_export.settings import SUFFIX
 from pipeline.settings import RunConfig
+from pipeline.state import STATE
 from results.bench import BENCH
+
+_NUMBER = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,7 @@ class Layout:
     @classmethod
     def of(cls, config: RunConfig) -> Layout:
         """Return the layout of a run."""
-        path = Path(config.model)
-        own = path.stem if path.suffix == ".gguf" else path.resolve().name
-        return cls(config.out, config.name or own.removesuffix(".powerinfer"))
+        return cls(config.out, config.name or _own_name(config.model))
 
     @property
     def sparse_model(self) -> Path:
@@ -80,7 +83,25 @@ class Layout:
         """Directory of the predictors' metrics, curves and figures."""
         return self.out / "predictor-report"
 
+    def owns(self, path: Path) -> bool:
+        """Whether a path is one that a run makes."""
+        made = (
+            *(self.sparse_model, self.held_out, self.traces, self.predictors, self.export),
+            *(self.verified, self.bench, self.result, self.predictor_report, self.page),
+            self.out / STATE,
+        )
+        return any(path.resolve().is_relative_to(each.resolve()) for each in made)
+
     @property
     def page(self) -> Path:
         """The HTML page of all results."""
         return self.out / "report.html"
+
+
+def _own_name(model: str) -> str:
+    """Return what a model is called, of a file without its ending and its number in a set."""
+    path = local_path(model)
+    if path.suffix != ".gguf":
+        return path.resolve().name
+    name = path.stem if path.exists() else path.stem.rpartition(":")[2]  # OWNER/NAME:FILE.gguf
+    return _NUMBER.sub("", name).removesuffix(".powerinfer")

@@ -54,6 +54,7 @@ class Plan:
         architecture: its family.
         sizes: d_model, d_ff and layers.
         text: how the text is used.
+        tokenizer: which of the model's files counts.
         steps: in order.
         disk_free: bytes on the disk of the output.
         rates: what the probe measured; None where nothing is left to do.
@@ -64,6 +65,7 @@ class Plan:
     architecture: str
     sizes: dict[str, int]
     text: TextPlan
+    tokenizer: str
     steps: tuple[PlannedStep, ...]
     disk_free: int
     rates: Rates | None
@@ -108,7 +110,8 @@ def prepare(config: RunConfig, note: Note = lambda line: None) -> Prepared:
             disk; or an output that exists.
     """
     checked = check(config)
-    steps = steps_of(config, checked.settings, checked.text, note)
+    origin = checked.checkpoint.origin
+    steps = steps_of(config, origin, checked.settings, checked.text, note)
     state = RunState.read(config.out) if config.resume else RunState(config.out)
     states = dict(_states(steps, state))
     free = _check_disk(config, checked, states)
@@ -125,6 +128,7 @@ def prepare(config: RunConfig, note: Note = lambda line: None) -> Prepared:
         architecture=checked.checkpoint.architecture.name,
         sizes={key: getattr(shape, key) for key in ("d_model", "d_ff", "n_layers", "vocab_size")},
         text=checked.text,
+        tokenizer=checked.tokenizer,
         steps=tuple(_planned(name, states[name], costs) for name in states),
         disk_free=free,
         rates=rates,
@@ -195,6 +199,7 @@ def plan_table(plan: Plan) -> str:
     sizes = ", ".join(f"{name} {number}" for name, number in plan.sizes.items())
     head = f"{plan.model}: {plan.architecture}, {sizes}"
     text = f"text: {plan.text.tokens} tokens of {plan.text.documents} documents for traces"
+    text += f", {plan.tokenizer}"
     body = table(["step", "state", "about", "disk", "memory"], rows)
     free = f"{decimal_size(plan.disk_free)} of disk are free"
     return "\n".join([head, text, "", body, free, *(f"note: {line}" for line in plan.notes)])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.element_types import ELEMENT_NAMES
 from common.errors import SettingsError
 from common.settings import (
     Device,
@@ -21,6 +22,7 @@ from common.settings import (
     option_of,
     text_option,
 )
+from common.text_sources.names import Sources, names_of, need_repeatable
 from gguf_export.settings import ExportConfig
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from predictor.collection.settings import CollectConfig
@@ -41,17 +43,16 @@ class RunConfig:
     """
 
     model: ModelName
-    data: Annotated[str, text_option("Text to trace the model on, and to train it on.")]
+    data: Annotated[Sources, text_option("Text to trace the model on, and to train it on.")]
     field: Field = "text"
     out: Annotated[Path, Option("Directory for everything that is made.", "DIR")]
     eval_data: Annotated[
-        str | None,
-        Option(
+        Sources,
+        text_option(
             "Held-out text for the benchmark.",
-            "FILE|hf:NAME",
             unset="documents of --data that no trace is made of",
         ),
-    ] = None
+    ] = ()
     name: Annotated[str | None, Option("Of the PowerInfer file.", "NAME", unset="the model's")] = (
         None
     )
@@ -84,10 +85,10 @@ class RunConfig:
         TrainConfig.max_ppl_gap
     )
     ffn_bytes: Annotated[float | None, option_of(TrainConfig, "ffn_bytes")] = TrainConfig.ffn_bytes
-    outtype: Annotated[str, option_of(ExportConfig, "outtype")] = ExportConfig.outtype
-    predictor_type: Annotated[str, option_of(ExportConfig, "predictor_type")] = (
-        ExportConfig.predictor_type
-    )
+    outtype: Annotated[str | None, option_of(ExportConfig, "outtype")] = ExportConfig.outtype
+    predictor_type: Annotated[
+        str, option_of(ExportConfig, "predictor_type", unset=None, choices=ELEMENT_NAMES)
+    ] = TrainConfig.predictor_type
     dense: Annotated[
         bool,
         option_of(
@@ -114,7 +115,11 @@ class RunConfig:
         check_settings(self, SettingsError)
         if self.resume and self.force:
             raise SettingsError("--resume goes on, --force begins anew", "pass one of them")
-        if self.sparsify and self.eval_data is None:
+        texts = (*names_of(self.data), *names_of(self.eval_data))
+        need_repeatable(
+            texts, "psp run, which reads a text several times,", "pass a file, or collect by itself"
+        )
+        if self.sparsify and not self.eval_data:
             raise SettingsError(
                 "--sparsify trains on all of --data, which leaves nothing to measure on",
                 "pass --eval-data",

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from architectures.checkpoint import locate
+from architectures.source import Source
 from common.errors import ExportError
 from common.files import write_json
+from common.text_sources.names import DATASET, Sources, names_of
 from common.typed_json import plain
 from common.version import package_version, tool_version
 from gguf_export.bundle import export
 from gguf_export.gpu_split import split
 from gguf_export.settings import ExportConfig
-from pipeline.contents import files_in, model_files
+from pipeline.contents import files_in, model_files, source_files
 from pipeline.layout import Layout
 from pipeline.settings import RunConfig
 from pipeline.state import Step
-from pipeline.text import TextPlan, write_held_out
+from pipeline.text import TextPlan, text_files, write_held_out
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.setup import this_machine
@@ -40,6 +41,7 @@ from results.bench import BENCH
 from results.predictors import PREDICTORS
 
 Note = Callable[[str], None]
+Inputs = Mapping[str, Callable[[], Iterable[Path]]]
 _SPARSIFY = "sparsify"
 
 
@@ -77,7 +79,7 @@ class StepSettings:
             sparsify=_sparsify(config, layout, context) if config.sparsify else None,
             collect=CollectConfig(
                 model=model,
-                data=config.data,
+                data=names_of(config.data),
                 field=config.field,
                 out=layout.traces,
                 tokens=tokens,
@@ -119,11 +121,11 @@ class StepSettings:
 def _sparsify(config: RunConfig, layout: Layout, context: int) -> SparsifyConfig:
     return SparsifyConfig(
         model=config.model,
-        data=config.data,
+        data=names_of(config.data),
         field=config.field,
         out=layout.sparse_model,
         schedule=config.schedule,
-        eval_data=config.eval_data,
+        eval_data=names_of(config.eval_data),
         context=context,
         batch=config.batch,
         learning_rate=config.learning_rate,
@@ -139,7 +141,7 @@ def _bench(config: RunConfig, layout: Layout, context: int) -> BenchConfig:
         powerinfer_bin=config.powerinfer_bin,
         vram_budget=config.vram_budget if real else None,
         dense_gguf=layout.bundle.dense_file if real and config.dense else None,
-        data=config.eval_data or str(layout.held_out),
+        data=names_of(config.eval_data or str(layout.held_out)),
         field=config.field if config.eval_data else "text",
         context=context,
         chunks=config.chunks,
@@ -152,32 +154,37 @@ def _bench(config: RunConfig, layout: Layout, context: int) -> BenchConfig:
     )
 
 
-def steps_of(config: RunConfig, settings: StepSettings, text: TextPlan, note: Note) -> list[Step]:
+def steps_of(
+    config: RunConfig, origin: Source, settings: StepSettings, text: TextPlan, note: Note
+) -> list[Step]:
     """Return the steps of a run, in order.
 
     Args:
         config: settings of the run.
+        origin: the model, as it was found.
         settings: those of the commands.
         text: how the text is used.
         note: takes the commands' lines for users.
     """
     layout = Layout.of(config)
-    place = layout.sparse_model if config.sparsify else locate(config.model)
-    model, data = partial(model_files, place), _sources(config.data)
-    held = _sources(config.eval_data or str(layout.held_out))
+    original, data = partial(source_files, origin), _texts("text", config.data, layout)
+    model = partial(model_files, layout.sparse_model) if config.sparsify else original
+    held = _texts("held-out text", config.eval_data, layout)
     traces = partial(_just, layout.traces / "manifest.json")
     predictors, bundle = partial(files_in, layout.predictors), partial(files_in, layout.export)
     steps = []
     if settings.sparsify is not None:
-        steps.append(_sparsify_step(config, settings.sparsify, layout, data, held, note))
+        made_of: Inputs = {"model": original, **data, **held}
+        steps.append(_sparsify_step(settings.sparsify, layout, made_of, note))
     if text.held is not None:
         steps.append(_hold_out_step(config, text, layout, data))
+        held = {"held-out text": partial(_just, layout.held_out)}
     return [
         *steps,
         Step(
             name="collect",
             settings=(settings.collect,),
-            inputs={"model": model, **_role("text", data)},
+            inputs={"model": model, **data},
             made=(layout.traces,),
             outputs=traces,
             work=lambda resume: _ignore(collect(replace(settings.collect, resume=resume))),
@@ -215,7 +222,7 @@ def steps_of(config: RunConfig, settings: StepSettings, text: TextPlan, note: No
             name="bench-powerinfer",
             settings=(settings.bench,),
             facts=_measured_by(),
-            inputs={"bundle": bundle, **_role("held-out text", held), **_programs(config)},
+            inputs={"bundle": bundle, **held, **_programs(config)},
             made=(layout.bench, layout.result),
             outputs=partial(_just, layout.result),
             work=lambda resume: BENCH.write(
@@ -238,14 +245,7 @@ def steps_of(config: RunConfig, settings: StepSettings, text: TextPlan, note: No
     ]
 
 
-def _sparsify_step(
-    config: RunConfig,
-    settings: SparsifyConfig,
-    layout: Layout,
-    data: list[Path],
-    held: list[Path],
-    note: Note,
-) -> Step:
+def _sparsify_step(settings: SparsifyConfig, layout: Layout, inputs: Inputs, note: Note) -> Step:
     def work(resume: bool) -> None:
         from prosparse.training import sparsify
         from prosparse.training_log import read_log
@@ -254,23 +254,22 @@ def _sparsify_step(
         sparsify(replace(settings, resume=resume), note)
         draw_training(settings.training, settings.out.name, read_log(settings.log))
 
-    original = partial(model_files, locate(config.model))
     return Step(
         name=_SPARSIFY,
         settings=(settings,),
-        inputs={"model": original, **_role("text", data), **_role("held-out text", held)},
+        inputs=inputs,
         made=(layout.sparse_model,),
         outputs=partial(model_files, layout.sparse_model),
         work=work,
     )
 
 
-def _hold_out_step(config: RunConfig, text: TextPlan, layout: Layout, data: list[Path]) -> Step:
+def _hold_out_step(config: RunConfig, text: TextPlan, layout: Layout, data: Inputs) -> Step:
     return Step(
         name="hold out text",
         settings=(),
-        facts={"source": config.data, "field": config.field, **plain(text)},
-        inputs=_role("text", data),
+        facts={"source": names_of(config.data), "field": config.field, **plain(text)},
+        inputs=data,
         made=(layout.held_out,),
         outputs=partial(_just, layout.held_out),
         work=lambda resume: write_held_out(config, text, layout.held_out),
@@ -316,20 +315,18 @@ def _measured_by() -> dict[str, object]:
     }
 
 
-def _programs(config: RunConfig) -> dict[str, Callable[[], Iterable[Path]]]:
+def _programs(config: RunConfig) -> Inputs:
     if config.powerinfer_bin is None:
         return {}
     place = build_directory(config.powerinfer_bin, ("main",))
-    return _role("PowerInfer", [place / "main", place / "perplexity"])
+    return {"PowerInfer": partial(_just, place / "main", place / "perplexity")}
 
 
-def _sources(source: str) -> list[Path]:
-    """Return the files of a text source; none of one that is no file."""
-    return [] if source.startswith("hf:") else [Path(source)]
-
-
-def _role(name: str, paths: list[Path]) -> dict[str, Callable[[], Iterable[Path]]]:
-    return {name: lambda: paths} if paths else {}
+def _texts(role: str, sources: Sources, layout: Layout) -> Inputs:
+    """Return the files of a text under their role; nothing if there are none, as of the hub's."""
+    if all(name.startswith(DATASET) for name in names_of(sources)):
+        return {}
+    return {role: partial(text_files, sources, layout)}
 
 
 def _just(*paths: Path) -> Iterator[Path]:

@@ -8,6 +8,7 @@ ones.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,11 +18,14 @@ import numpy as np
 from architectures.checkpoint import Checkpoint
 from architectures.windows import document_windows
 from common.documents import read_documents, read_text
-from common.errors import DataError
+from common.errors import DataError, OutputError
 from common.files import atomic_path
-from gguf_export.tokens.model_vocabulary import read_vocabulary
+from common.text_sources.names import Sources, TextFile, list_files, shown
 from gguf_export.tokens.vocabulary import Vocabulary
+from pipeline.layout import Layout
 from pipeline.settings import RunConfig
+
+Note = Callable[[str], None]
 
 _LEAST_WINDOWS = 2
 """Of a perplexity; PowerInfer refuses fewer."""
@@ -61,23 +65,51 @@ class TextPlan:
     template: str
 
 
-def plan_text(config: RunConfig, checkpoint: Checkpoint, template: str) -> TextPlan:
+def text_files(sources: Sources, layout: Layout) -> list[Path]:
+    """Return the files that text sources stand for now, datasets of the hub left out.
+
+    Raises:
+        PspError: see `list_files`; or a file that the run makes itself, found by a pattern.
+    """
+    files = [Path(each.place) for each in list_files(sources)[0] if isinstance(each, TextFile)]
+    for path in files:
+        if layout.owns(path):
+            raise OutputError(
+                f"{shown(sources)}: stands for {path} too, which this run makes",
+                "choose another --out, or name the text more closely",
+            )
+    return files
+
+
+def plan_text(
+    config: RunConfig, checkpoint: Checkpoint, template: str, note: Note = lambda line: None
+) -> TextPlan:
     """Count a text's tokens, as far as they are asked for, and choose what is held out.
+
+    Args:
+        config: settings of the run.
+        checkpoint: the model.
+        template: chat template that documents are put in.
+        note: takes lines about what is passed over of the text.
 
     Raises:
         DataError: an unreadable text, or too few tokens or documents.
     """
     context = min(config.context, checkpoint.shape.context_length)
     wanted = 0 if config.eval_data else int(_MARGIN * context * max(config.chunks, _LEAST_WINDOWS))
-    lengths = _lengths(config, checkpoint, template, context, wanted)
+    documents = read_documents(config.data, config.field, template)
+    lengths = _lengths(documents, checkpoint, context, config.tokens, wanted)
+    for line in documents.notes():
+        note(line)
     held = None if config.eval_data else _held(lengths, config.tokens, wanted, context)
     traced = lengths if held is None else lengths[: held[0]]
     least = 0 if held is None else _least(context)
     if len(traced) < _LEAST_DOCUMENTS or (held and sum(lengths[slice(*held)]) < least):
         own = "" if config.eval_data else " --eval-data FILE,"
         raise DataError(
-            f"{config.data}: gives {sum(lengths)} tokens in {len(lengths)} documents, needed are "
-            f"{_LEAST_DOCUMENTS} documents for traces and {least} tokens of others to measure on",
+            f"{shown(config.data)}: gives {sum(lengths)} tokens in {len(lengths)} documents, "
+            f"needed are {_LEAST_DOCUMENTS} documents for traces and {least} tokens of others to "
+            "measure on",
             f"pass more text,{own} or a lower --context",
         )
     needed = int(np.searchsorted(np.cumsum(traced), config.tokens)) + 1
@@ -93,18 +125,17 @@ def plan_text(config: RunConfig, checkpoint: Checkpoint, template: str) -> TextP
 
 
 def _lengths(
-    config: RunConfig, checkpoint: Checkpoint, template: str, context: int, held: int
+    documents: Iterable[str], checkpoint: Checkpoint, context: int, tokens: int, held: int
 ) -> list[int]:
     """Return the tokens of documents in order, BOS of their windows included.
 
-    Counted are those that traces are made of, and behind them so many that they give `held` tokens.
+    Counted are those that `tokens` are made of, and behind them so many that they give `held`.
     """
     lengths: list[int] = []
     total = behind = 0
-    documents = read_documents(config.data, config.field, template)
     for number, window in document_windows(documents, checkpoint.tokenizer(), context):
         if number >= len(lengths):
-            enough = total >= config.tokens
+            enough = total >= tokens
             if enough and behind >= held:
                 break
             lengths += [0] * (number + 1 - len(lengths))
@@ -138,22 +169,29 @@ def write_held_out(config: RunConfig, text: TextPlan, target: Path) -> None:
             file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
 
 
-def check_held_out(config: RunConfig, checkpoint: Checkpoint) -> Vocabulary:
-    """Read the vocabulary as export will, and refuse a held-out text that gives too few tokens.
+def check_held_out(
+    config: RunConfig, checkpoint: Checkpoint, vocabulary: Vocabulary, note: Note
+) -> None:
+    """Refuse a held-out text of the user's own that gives too few tokens.
+
+    Args:
+        config: settings of the run.
+        checkpoint: the model.
+        vocabulary: as PowerInfer will have it.
+        note: takes lines about what is passed over of the text.
 
     Raises:
-        PspError: see `read_vocabulary`; an unreadable text, or too little of it.
+        DataError: an unreadable text, or too little of it.
     """
-    vocabulary = read_vocabulary(checkpoint.path, checkpoint.shape.vocab_size, checkpoint.config)
-    if config.eval_data is not None:
-        context = min(config.context, checkpoint.shape.context_length)
-        text = read_text(config.eval_data, config.field)
-        sure = _LONGEST_TOKEN * _LEAST_WINDOWS * context
-        found = len(vocabulary.text_ids(text[:sure]))
-        if found < _LEAST_WINDOWS * context:
-            raise DataError(
-                f"{config.eval_data}: gives {found} tokens, perplexity with --context {context} "
-                f"needs {_LEAST_WINDOWS * context}",
-                "pass more text or a smaller --context",
-            )
-    return vocabulary
+    if not config.eval_data:
+        return
+    context = min(config.context, checkpoint.shape.context_length)
+    text = read_text(config.eval_data, config.field, note)
+    sure = _LONGEST_TOKEN * _LEAST_WINDOWS * context
+    found = len(vocabulary.text_ids(text[:sure]))
+    if found < _LEAST_WINDOWS * context:
+        raise DataError(
+            f"{shown(config.eval_data)}: gives {found} tokens, perplexity with --context {context} "
+            f"needs {_LEAST_WINDOWS * context}",
+            "pass more text or a smaller --context",
+        )

@@ -69,7 +69,8 @@ def test_costs_are_what_can_be_worked_out_by_hand(costs: Callable[..., Costs]) -
     trained = found["train-predictor"]
     assert trained.seconds == pytest.approx(LAYERS * (5 + 1e-2 * 1080))
     assert trained.disk == LAYERS * 2 * 32 * (D_MODEL + D_FF)
-    assert found["export-gguf"].disk == 2 * WEIGHTS + 2 * trained.disk
+    norms = (2 * LAYERS + 1) * D_MODEL  # vectors stay float32
+    assert found["export-gguf"].disk == 2 * (WEIGHTS + norms) + 2 * trained.disk
     assert "sparsify" in found
     assert found["sparsify"].memory == 0
 

@@ -135,7 +135,6 @@ def test_which_files_make_a_model(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert [path.name for path in model_files(tmp_path)] == ["config.json", "model.safetensors"]
-    assert model_files(tmp_path / "config.json") == [tmp_path / "config.json"]
     names = [str(path.relative_to(tmp_path)) for path in files_in(tmp_path)]
     assert names == ["README.md", "config.json", "model.safetensors", "training/log.jsonl"]
     assert files_in(tmp_path / "nowhere") == []
