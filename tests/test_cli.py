@@ -49,8 +49,9 @@ def strict_json(text: str) -> dict[str, Any]:
 
 
 def said(result: Result) -> list[str]:
-    """Return the lines on stderr but for what collect says it needs."""
-    return [line for line in result.stderr.splitlines() if not line.startswith("disk: needs ")]
+    """Return the lines on stderr but for what collect says it needs and reads tokens with."""
+    told = ("disk: needs ", "tokens: ")
+    return [line for line in result.stderr.splitlines() if not line.startswith(told)]
 
 
 def succeeded(result: Result) -> str:
