@@ -131,13 +131,19 @@ PowerInferBin = Annotated[
 ]
 
 
-def text_option(help: str, *, unset: str | None = None) -> Option:
+def text_option(help: str, *, unset: str | None = None, piped: bool = True) -> Option:
     """Return the option of text sources; see `common.documents.read_documents`.
 
     The setting's type is `Sources`; where it may be left out its default is ().
+
+    Args:
+        help: what the text is for.
+        unset: see `Option`.
+        piped: whether it may be standard input.
     """
     help += "  Repeatable; docs/collect.md lists the kinds of files."
-    return Option(help, "FILE|DIR|PATTERN|-|hf:NAME[:CONFIG][:SPLIT]", unset=unset, repeat=True)
+    metavar = f"FILE|DIR|PATTERN|{'-|' * piped}hf:NAME[:CONFIG][:SPLIT]"
+    return Option(help, metavar, unset=unset, repeat=True)
 
 
 def layers_option(help: str) -> Option:

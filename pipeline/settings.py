@@ -43,7 +43,9 @@ class RunConfig:
     """
 
     model: ModelName
-    data: Annotated[Sources, text_option("Text to trace the model on, and to train it on.")]
+    data: Annotated[
+        Sources, text_option("Text to trace the model on, and to train it on.", piped=False)
+    ]
     field: Field = "text"
     out: Annotated[Path, Option("Directory for everything that is made.", "DIR")]
     eval_data: Annotated[
@@ -51,6 +53,7 @@ class RunConfig:
         text_option(
             "Held-out text for the benchmark.",
             unset="documents of --data that no trace is made of",
+            piped=False,
         ),
     ] = ()
     name: Annotated[str | None, Option("Of the PowerInfer file.", "NAME", unset="the model's")] = (
@@ -116,9 +119,7 @@ class RunConfig:
         if self.resume and self.force:
             raise SettingsError("--resume goes on, --force begins anew", "pass one of them")
         texts = (*names_of(self.data), *names_of(self.eval_data))
-        need_repeatable(
-            texts, "psp run, which reads a text several times,", "pass a file, or collect by itself"
-        )
+        need_repeatable(texts, "psp run, which reads a text several times,", "pass a file")
         if self.sparsify and not self.eval_data:
             raise SettingsError(
                 "--sparsify trains on all of --data, which leaves nothing to measure on",

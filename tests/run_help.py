@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.plan import prepare
+from pipeline.probe import Rates
 from pipeline.run import Outcome, execute
 from pipeline.settings import RunConfig
 from pipeline.state import RunState
@@ -24,6 +25,20 @@ SMALL: dict[str, Any] = {
 }
 DETERMINED = ("held-out.jsonl", "traces", "predictors", "export", "verify.json")
 """What does not hold times or speeds."""
+
+
+RATES = Rates(
+    load_layer=0.01,
+    token_layer=1e-5,
+    row_bytes=300.0,
+    sparsity=0.5,
+    layer_fixed=0.1,
+    layer_row=1e-5,
+    jobs=1,
+    write=1e8,
+    read=1e10,
+)
+"""Of a probe, so that none is needed."""
 
 
 class Killed(BaseException):

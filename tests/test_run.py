@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from conftest import refused
-from run_help import SMALL, Killed, contents, run, run_until, settings, times
+from run_help import RATES, SMALL, Killed, contents, run, run_until, settings, times
 
 from common.documents import read_documents, read_text
 from common.errors import OutputError, PspError
@@ -25,7 +25,6 @@ from gguf_export.settings import ExportConfig
 from pipeline import plan
 from pipeline.layout import Layout
 from pipeline.plan import prepare
-from pipeline.probe import Rates
 from pipeline.run import Outcome, execute
 from pipeline.state import STATE, RunState, claimed
 from powerinfer_bridge.benchmark.run import bench
@@ -42,17 +41,6 @@ from report.runs import load_runs
 from results.bench import DENSE_POWERINFER, POWERINFER
 
 ROOT = Path(__file__).parents[1]
-RATES = Rates(
-    load_layer=0.01,
-    token_layer=1e-5,
-    row_bytes=300.0,
-    sparsity=0.5,
-    layer_fixed=0.1,
-    layer_row=1e-5,
-    jobs=1,
-    write=1e8,
-    read=1e10,
-)
 
 
 @pytest.fixture(scope="module")
