@@ -165,7 +165,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(
     ("name", "dtype", "found", "expected"),
     [
         ("blk.0.ffn_down_t.weight", np.float32, "F32", "F16"),
-        ("blk.1.fc1.weight", np.float32, "F32", "F16"),
+        ("blk.1.fc1.weight", np.int32, "I32", "F16"),
         ("token_embd.weight", np.int32, "I32", "F16"),
         ("blk.0.ffn_norm.weight", np.float16, "F16", "F32"),
     ],
