@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 from common.chat import render
@@ -26,16 +26,14 @@ class Documents(Iterator[str]):
 
     Attributes:
         files: what the sources stand for.
-        skipped: rows that were passed over so far.
     """
 
     def __init__(self, sources: Sources, field: str, template: str) -> None:
         """List the files; arguments and errors are those of `read_documents`."""
         self.files, self._notes = list_files(sources)
-        self.skipped = 0
-        self._field, self._template = field, template
-        self._first = ""
-        self._documents = self._all(sources)
+        self._reader = _Reader(field, template)
+        # Which does not refer to this object, so that a reading that is given up ends at once.
+        self._documents = _all(self._reader, self.files, sources)
 
     def __iter__(self) -> Iterator[str]:
         """Return the documents that are left, without a call for each."""
@@ -45,22 +43,43 @@ class Documents(Iterator[str]):
         """Return the next document; errors are those of `read_documents`."""
         return next(self._documents)
 
-    def _all(self, sources: Sources) -> Iterator[str]:
-        documents = chain.from_iterable(map(self.of_file, self.files))
-        first = next(documents, None)
-        if first is None:
-            raise _no_text(sources)
-        yield first
-        yield from documents
+    @property
+    def skipped(self) -> int:
+        """Rows that were passed over so far."""
+        return self._reader.skipped
 
     def notes(self) -> Iterator[str]:
         """Yield what a user should know of the sources and of what was read so far."""
         yield from self._notes
+        yield from self._reader.notes()
+
+    def of_file(self, file: TextFile | Dataset) -> Iterator[str]:
+        """Return the documents of one of the files; errors are those of `read_documents`."""
+        return self._reader.of_file(file)
+
+
+def _all(reader: _Reader, files: Sequence[TextFile | Dataset], sources: Sources) -> Iterator[str]:
+    documents = chain.from_iterable(map(reader.of_file, files))
+    first = next(documents, None)
+    if first is None:
+        raise _no_text(sources)
+    yield first
+    yield from documents
+
+
+class _Reader:
+    """Makes documents of rows, and counts those without text."""
+
+    def __init__(self, field: str, template: str) -> None:
+        self.skipped = 0
+        self._field, self._template = field, template
+        self._first = ""
+
+    def notes(self) -> Iterator[str]:
         if self.skipped:
             yield skipped_note(self.skipped, self._field) + f", the first is {self._first}"
 
     def of_file(self, file: TextFile | Dataset) -> Iterator[str]:
-        """Yield the documents of one of the files; errors are those of `read_documents`."""
         missing, number, plain = _Missing(self._field), 0, self._template == "none"
         rows = dataset_rows if isinstance(file, Dataset) else rows_of
         for number, (where, row) in enumerate(rows(file, self._field), 1):  # type: ignore[arg-type]

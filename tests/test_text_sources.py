@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import io
 import json
 import os
+import random
 import sys
+import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,6 +107,26 @@ def test_several_members_are_one_text(tmp_path: Path, packing: str) -> None:
     assert list(read_documents(str(path))) == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_a_reading_that_is_given_up_ends_at_once_and_joins_no_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
+) -> None:
+    """It may be given up by a thread that is about to start, which cannot join another."""
+    monkeypatch.setattr(threading.Thread, "join", lambda *args: pytest.fail("joined"))
+    path = tmp_path / f"text.jsonl{packing}"
+    path.write_bytes(PACK.get(packing, bytes)(json_lines(*["one"] * 1000)))
+    documents = read_documents(str(path))
+    gc.disable()  # references alone suffice
+    try:
+        assert next(documents) == "one"
+        reading = weakref.ref(iter(documents))
+        assert reading() is not None
+        del documents
+        assert reading() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("packing", PACK)
 def test_a_file_that_is_cut_off_gives_what_it_has_and_names_the_line(
     tmp_path: Path, packing: str
@@ -124,11 +148,12 @@ def test_a_file_that_is_cut_off_gives_what_it_has_and_names_the_line(
 @pytest.mark.parametrize("packing", PACK)
 def test_a_damaged_packed_file_is_refused(tmp_path: Path, packing: str) -> None:
     path = tmp_path / f"a.jsonl{packing}"
-    packed = PACK[packing](json_lines(*(os.urandom(50).hex() for _ in range(100))))
+    numbers = random.Random(1)  # of others zstd without a checksum may make other text
+    packed = PACK[packing](json_lines(*(numbers.randbytes(50).hex() for _ in range(100))))
     spoilt = bytearray(packed)
     spoilt[len(packed) // 2 : len(packed) // 2 + 40] = bytes(40)
     path.write_bytes(spoilt)
-    with refused(str(path)):  # zstd without a checksum may give other text
+    with refused(str(path)):
         list(read_documents(str(path)))
     path.write_bytes(packed + b"something else")
     with refused(str(path), "damaged after line 100", "fetch or write it again"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
@@ -142,11 +142,18 @@ def _in_turn(stream: Any) -> Iterator[bytes]:
 
 
 def _ahead(stream: Any) -> Iterator[bytes]:
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(stream.read, _PIECE)
+    pool = ThreadPoolExecutor(1)
+    ahead = pool.submit(stream.read, _PIECE)
+    try:
         while piece := ahead.result():
             ahead = pool.submit(stream.read, _PIECE)
             yield piece
+    finally:
+        # Nobody closes the stream while it is read. Joining the thread would be too much: whoever
+        # collects garbage ends readings that were given up, and may be a thread about to start,
+        # with the lock held that joining takes (CPython 3.11 threading.py:_set_tstate_lock, _stop).
+        wait([ahead])
+        pool.shutdown(wait=False)
 
 
 def _damage(file: TextFile, error: OSError, line: int) -> DataError:
