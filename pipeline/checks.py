@@ -67,9 +67,9 @@ def check(config: RunConfig) -> Checked:
     vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
     notes += [*tokenizer.notes, *vocabulary_notes(vocabulary, tokenizer.notes)]
     template = choose_template(checkpoint, config.chat_template, notes.append)
-    check_held_out(config, checkpoint, vocabulary, notes.append)
     _check_prompt(config, asked, checkpoint, vocabulary)
     text = plan_text(config, checkpoint, template, notes.append)
+    check_held_out(config, text, context, vocabulary, notes.append)
     settings = StepSettings.of(config, text.tokens, context)
     shape, rows = checkpoint.shape, int((1 - settings.train.holdout) * text.tokens)
     check_ranks(settings.train, shape.n_layers, shape.d_model, rows, shown(config.data))

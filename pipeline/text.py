@@ -170,28 +170,48 @@ def write_held_out(config: RunConfig, text: TextPlan, target: Path) -> None:
 
 
 def check_held_out(
-    config: RunConfig, checkpoint: Checkpoint, vocabulary: Vocabulary, note: Note
+    config: RunConfig, text: TextPlan, context: int, vocabulary: Vocabulary, note: Note
 ) -> None:
-    """Refuse a held-out text of the user's own that gives too few tokens.
+    """Refuse a held-out text that gives too few tokens, or at which PowerInfer stops.
 
     Args:
         config: settings of the run.
-        checkpoint: the model.
+        text: how the text is used.
+        context: tokens of a window.
         vocabulary: as PowerInfer will have it.
-        note: takes lines about what is passed over of the text.
+        note: takes lines about what is passed over of a text of the user's own.
 
     Raises:
-        DataError: an unreadable text, or too little of it.
+        DataError: an unreadable text, or as said.
     """
-    if not config.eval_data:
-        return
-    context = min(config.context, checkpoint.shape.context_length)
-    text = read_text(config.eval_data, config.field, note)
+    source, held = shown(config.eval_data or config.data), _held_text(config, text, note)
+    _check_bytes(source, held, vocabulary)
     sure = _LONGEST_TOKEN * _LEAST_WINDOWS * context
-    found = len(vocabulary.text_ids(text[:sure]))
+    found = len(vocabulary.text_ids(held[:sure]))
     if found < _LEAST_WINDOWS * context:
         raise DataError(
-            f"{shown(config.eval_data)}: gives {found} tokens, perplexity with --context {context} "
-            f"needs {_LEAST_WINDOWS * context}",
+            f"{source}: gives {found} tokens, perplexity with --context {context} needs "
+            f"{_LEAST_WINDOWS * context}",
             "pass more text or a smaller --context",
         )
+
+
+def _held_text(config: RunConfig, text: TextPlan, note: Note) -> str:
+    """Return what the benchmark will read."""
+    if text.held is None:
+        return read_text(config.eval_data, config.field, note)
+    documents = read_documents(config.data, config.field, text.template)
+    return "\n".join(islice(documents, *text.held))
+
+
+def _check_bytes(source: str, text: str, vocabulary: Vocabulary) -> None:
+    absent = vocabulary.absent_bytes
+    for line in text.split("\n") if absent else ():
+        if absent.isdisjoint(line.encode()):
+            continue
+        try:
+            vocabulary.encode(line)
+        except DataError as error:
+            raise DataError(
+                f"{source}: of what is held out {error.problem}", error.remedy
+            ) from error

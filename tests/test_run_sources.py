@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizer_kinds as kinds
 from click.testing import Result
 from conftest import ModelMaker, make_export, refused, write_predictors
 from run_help import RATES, contents, run, settings
@@ -15,7 +17,7 @@ from test_gguf_checkpoint import write_file
 from test_split_set import written
 
 from architectures.checkpoint import Checkpoint, open_source
-from common.errors import CheckpointError, OutputError
+from common.errors import CheckpointError, DataError, OutputError
 from gguf_export.bundle import export
 from gguf_export.pwri.schema import parse_name
 from gguf_export.settings import ExportConfig
@@ -230,6 +232,26 @@ def test_the_output_does_not_become_text(model_dir: Path, data_file: Path, tmp_p
     with refused(OutputError, "held-out.jsonl", "which this run makes", "another --out"):
         run(pattern)
     assert sorted(path.name for path in (data / "out").iterdir()) == ["held-out.jsonl", STATE]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_held_out_text_at_which_powerinfer_stops_is_refused(
+    make_model: ModelMaker, data_file: Path, text_file: Path, tmp_path: Path, own: bool
+) -> None:
+    model = make_model(tmp_path / "model", vocab_size=640)
+    (model / "tokenizer.model").unlink()
+    for file in kinds.byte_level(tmp_path / "tokenizer", "GPT-2", ["<s>", "<s/>"]).iterdir():
+        shutil.copy(file, model)
+    kinds.change(model, lambda document: document["model"]["vocab"].pop("Ą"))  # of byte 4
+    data = tmp_path / "data.jsonl"
+    data.write_text(data_file.read_text(encoding="utf-8").replace("fox", "fox \\u0004"))
+    eval_data = str(tmp_path / "held.txt") if own else ()
+    (tmp_path / "held.txt").write_text(text_file.read_text(encoding="utf-8") * 3 + "\4")
+    config = settings(model, data, tmp_path / "out", tokens=10**6, eval_data=eval_data)
+    with refused(DataError, str(eval_data or data), "held out", "byte 0x04", "remove it"):
+        prepare(config)
+    clean = settings(model, data_file, tmp_path / "out", tokens=10**6)
+    assert any("bytes that ordinary text does without (04" in n for n in prepare(clean).plan.notes)
 
 
 def test_notes_of_files_and_text_are_in_the_plan(
