@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,15 +52,20 @@ def test_it_is_what_export_refuses(lacking: Path, tmp_path: Path) -> None:
 def test_both_commands_say_it_before_they_begin(
     psp: Psp, lacking: Path, tmp_path: Path, command: str
 ) -> None:
-    data = tmp_path / "empty.txt"
-    data.write_text("")
-    more = ("--tokens", 300) if command == "collect" else ()
-    result = psp(command, "--model", lacking, "--data", data, "--out", tmp_path / "out", *more)
-    assert result.exit_code == 1
+    data, schedule = tmp_path / "text.txt", tmp_path / "one.yaml"
+    data.write_text("def main(): return 1\n" * 400)
+    schedule.write_text("stages:\n- {kind: substitution, lambda: 0, until_step: 1}\n")
+    more: tuple[object, ...] = ("--tokens", 300, "--context", 32)
+    if command == "sparsify":
+        more = ("--schedule", schedule, "--context", 32, "--batch", 1, "--device", "cpu")
+    result = psp(
+        command, "--model", lacking, "--data", data, "--out", tmp_path / "out", *more, "--json"
+    )
+    assert result.exit_code == 0, result.output
     lines = [line.removeprefix("note: ") for line in result.stderr.splitlines()]
     assert lines[0] == "tokens: those of tokenizer.json, by tokenizers"
     assert sum(line.startswith(REFUSAL) for line in lines) == 2
-    assert result.stdout == ""
+    assert json.loads(result.stdout)
 
 
 def test_what_powerinfer_does_otherwise_is_said_with_its_share(
