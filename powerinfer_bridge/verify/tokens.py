@@ -18,7 +18,10 @@ from common.errors import FormatError, reason
 from gguf_export.contract import OpenedFile
 from gguf_export.tokens.encoders import spell, split_words
 from gguf_export.tokens.model_vocabulary import read_vocabulary, share_differing
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, Vocabulary
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary
+
+_DEFAULTS = {PIECES: {"eos_id": 2, "unk_id": 0}, BYTE_LEVEL: {"eos_id": 11}}
+"""Ids that PowerInfer@d3ebd7c llama.cpp:llm_load_vocab takes where a file has no key for them."""
 
 _MIXED = (
     "def f(x):\n\treturn [y ** 2 for y in x]  # naïve Café\r\n   three spaces, 中文字符 и кириллица"
@@ -59,10 +62,16 @@ def _same_vocabulary(vocabulary: Vocabulary, expected: Vocabulary) -> None:
     if vocabulary.bos_id != expected.bos_id:
         raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
-        if getattr(vocabulary, name) != getattr(expected, name):
+        if _effective(vocabulary, name) != _effective(expected, name):
             raise FormatError(f"tokenizer: {name} differ from the model's", "export it again")
     if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
         raise FormatError("tokenizer: scores differ from the model's", "export it again")
+
+
+def _effective(vocabulary: Vocabulary, name: str) -> object:
+    """Return an attribute, with the id that PowerInfer takes where a file names none."""
+    found = getattr(vocabulary, name)
+    return _DEFAULTS[vocabulary.kind].get(name, NONE) if found == NONE else found
 
 
 def _same_part(
