@@ -183,7 +183,10 @@ def _opened(file: TextFile) -> Iterator[Any]:
 
             raw = stack.enter_context(fsspec.open(file.place, "rb"))
         elif codec is None:
-            raw = stack.enter_context(open(file.place, "rb", buffering=0))
+            # Closed by the stack alone: the collector may meet the file object first, and warn.
+            descriptor = os.open(file.place, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            raw = stack.enter_context(open(descriptor, "rb", buffering=0, closefd=False))
         yield raw if codec is None else stack.enter_context(_unpacked(file, raw, codec))
 
 
