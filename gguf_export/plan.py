@@ -107,7 +107,7 @@ def _stays(tensor: PlannedTensor, kind: GGMLQuantizationType, *, chosen: bool) -
 
 
 def _fits(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> bool:
-    """Whether rows are whole blocks, of an FFN in both directions; see `bundle._check_rows`."""
+    """Whether rows are whole blocks, of an FFN in both directions; see `requirements`."""
     element = ELEMENT_TYPES.get(kind.name.lower())
     sizes = shape if parse_name(name).neurons else shape[-1:]
     return element is None or element.block == 1 or not any(n % element.row_multiple for n in sizes)

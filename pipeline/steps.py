@@ -179,69 +179,19 @@ def steps_of(
     if text.held is not None:
         steps.append(_hold_out_step(config, text, layout, data))
         held = {"held-out text": partial(_just, layout.held_out)}
+    report: Inputs = {
+        "benchmark": partial(_just, layout.result),
+        "predictors": predictors,
+        "traces": traces,
+    }
     return [
         *steps,
-        Step(
-            name="collect",
-            settings=(settings.collect,),
-            inputs={"model": model, **data},
-            made=(layout.traces,),
-            outputs=traces,
-            work=lambda resume: _ignore(collect(replace(settings.collect, resume=resume))),
-        ),
-        Step(
-            name="train-predictor",
-            settings=(settings.train,),
-            facts={"bounded": bound_of(settings.train) is not None},
-            chosen_last=("max_ppl_gap", "ffn_bytes"),
-            inputs={"traces": traces, "model": model},
-            made=(layout.predictors,),
-            outputs=predictors,
-            work=lambda resume: _ignore(
-                train_predictors(replace(settings.train, resume=resume), note)
-            ),
-        ),
-        Step(
-            name="export-gguf",
-            settings=(settings.export,),
-            facts={"name": layout.name},
-            inputs={"predictors": predictors, "model": model},
-            made=(layout.export,),
-            outputs=bundle,
-            work=lambda resume: _export(settings.export),
-        ),
-        Step(
-            name="verify",
-            settings=(),
-            inputs={"bundle": bundle, "model": model},
-            made=(layout.verified,),
-            outputs=partial(_just, layout.verified),
-            work=lambda resume: _verify(settings.export, layout.verified),
-        ),
-        Step(
-            name="bench-powerinfer",
-            settings=(settings.bench,),
-            facts=_measured_by(),
-            inputs={"bundle": bundle, **held, **_programs(config)},
-            made=(layout.bench, layout.result),
-            outputs=partial(_just, layout.result),
-            work=lambda resume: BENCH.write(
-                layout.out, bench(replace(settings.bench, resume=resume))
-            ),
-        ),
-        Step(
-            name="report",
-            settings=(settings.report,),
-            facts={"predictor_type": config.predictor_type},
-            inputs={
-                "benchmark": partial(_just, layout.result),
-                "predictors": predictors,
-                "traces": traces,
-            },
-            made=(layout.predictor_report, layout.page),
-            outputs=partial(_just, layout.predictor_report / PREDICTORS.name, layout.page),
-            work=lambda resume: _report(settings, layout),
-        ),
+        _collect_step(settings, layout, {"model": model, **data}),
+        _train_step(settings, layout, {"traces": traces, "model": model}, note),
+        _export_step(settings, layout, {"predictors": predictors, "model": model}),
+        _verify_step(settings, layout, {"bundle": bundle, "model": model}),
+        _bench_step(settings, layout, {"bundle": bundle, **held, **_programs(config)}),
+        _report_step(settings, layout, report, config.predictor_type),
     ]
 
 
@@ -273,6 +223,79 @@ def _hold_out_step(config: RunConfig, text: TextPlan, layout: Layout, data: Inpu
         made=(layout.held_out,),
         outputs=partial(_just, layout.held_out),
         work=lambda resume: write_held_out(config, text, layout.held_out),
+    )
+
+
+def _collect_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Step:
+    return Step(
+        name="collect",
+        settings=(settings.collect,),
+        inputs=inputs,
+        made=(layout.traces,),
+        outputs=partial(_just, layout.traces / "manifest.json"),
+        work=lambda resume: _ignore(collect(replace(settings.collect, resume=resume))),
+    )
+
+
+def _train_step(settings: StepSettings, layout: Layout, inputs: Inputs, note: Note) -> Step:
+    return Step(
+        name="train-predictor",
+        settings=(settings.train,),
+        facts={"bounded": bound_of(settings.train) is not None},
+        chosen_last=("max_ppl_gap", "ffn_bytes"),
+        inputs=inputs,
+        made=(layout.predictors,),
+        outputs=partial(files_in, layout.predictors),
+        work=lambda resume: _ignore(train_predictors(replace(settings.train, resume=resume), note)),
+    )
+
+
+def _export_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Step:
+    return Step(
+        name="export-gguf",
+        settings=(settings.export,),
+        facts={"name": layout.name},
+        inputs=inputs,
+        made=(layout.export,),
+        outputs=partial(files_in, layout.export),
+        work=lambda resume: _export(settings.export),
+    )
+
+
+def _verify_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Step:
+    return Step(
+        name="verify",
+        settings=(),
+        inputs=inputs,
+        made=(layout.verified,),
+        outputs=partial(_just, layout.verified),
+        work=lambda resume: _verify(settings.export, layout.verified),
+    )
+
+
+def _bench_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Step:
+    return Step(
+        name="bench-powerinfer",
+        settings=(settings.bench,),
+        facts=_measured_by(),
+        inputs=inputs,
+        made=(layout.bench, layout.result),
+        outputs=partial(_just, layout.result),
+        work=lambda resume: BENCH.write(layout.out, bench(replace(settings.bench, resume=resume))),
+    )
+
+
+def _report_step(
+    settings: StepSettings, layout: Layout, inputs: Inputs, predictor_type: str
+) -> Step:
+    return Step(
+        name="report",
+        settings=(settings.report,),
+        facts={"predictor_type": predictor_type},
+        inputs=inputs,
+        made=(layout.predictor_report, layout.page),
+        outputs=partial(_just, layout.predictor_report / PREDICTORS.name, layout.page),
+        work=lambda resume: _report(settings, layout),
     )
 
 
