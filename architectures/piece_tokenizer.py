@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from architectures.tokenizer_files import TokenizerFiles
+from architectures.tokenizer_files import OpenedTokenizer
 from common.errors import FETCH_AGAIN, CheckpointError
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ _NO_PREFIX = b"\x1a\x02\x18\x00"
 protobuf takes the last (sentencepiece_model.proto)."""
 
 
-@dataclass(frozen=True)
-class PieceTokenizer:
+@dataclass(frozen=True, kw_only=True)
+class PieceTokenizer(OpenedTokenizer):
     """SentencePiece's own, which finds added tokens first.
 
     The model's own pieces that control (`</s>`) are found in no text, as in SentencePiece and
@@ -29,20 +29,10 @@ class PieceTokenizer:
     with `legacy: true` in tokenizer_config.json, as in transformers.
 
     Attributes:
-        file: where it came from.
         model: SentencePiece's object.
-        files: the settings around it.
-        bos: id of the begin-of-sequence token.
-        adds_bos: whether the model's own tokenizer puts it before a text, None if nothing says so.
-        notes: what a user should know of the ids, a line each.
     """
 
-    file: Path
     model: sentencepiece.SentencePieceProcessor
-    files: TokenizerFiles
-    bos: int
-    adds_bos: bool | None
-    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -75,10 +65,6 @@ class PieceTokenizer:
             elif number < self.model.vocab_size():
                 run.append(number)
         return "".join(parts)
-
-    def bos_id(self) -> int:
-        """Return the id of the begin-of-sequence token."""
-        return self.bos
 
     @cached_property
     def _added(self) -> Mapping[str, int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from architectures.tokenizer_files import TokenizerFiles
+from architectures.tokenizer_files import OpenedTokenizer, TokenizerFiles
 from common.errors import FETCH_AGAIN, CheckpointError
 
 if TYPE_CHECKING:
@@ -18,25 +18,15 @@ if TYPE_CHECKING:
 _KINDS = ("bos", "eos", "unk", "pad")
 
 
-@dataclass(frozen=True)
-class RustTokenizer:
+@dataclass(frozen=True, kw_only=True)
+class RustTokenizer(OpenedTokenizer):
     """A tokenizer of the `tokenizers` library.
 
     Attributes:
-        file: where it came from.
         rust: the library's object.
-        files: the settings around it.
-        bos: id of the begin-of-sequence token.
-        adds_bos: whether the model's own tokenizer puts it before a text, None if nothing says so.
-        notes: what a user should know of the ids, a line each.
     """
 
-    file: Path
     rust: tokenizers.Tokenizer
-    files: TokenizerFiles
-    bos: int
-    adds_bos: bool | None
-    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -53,10 +43,6 @@ class RustTokenizer:
         """Return the text of token ids, special tokens included."""
         with damage_refused(self.file):
             return str(self.rust.decode(ids, skip_special_tokens=False))
-
-    def bos_id(self) -> int:
-        """Return the id of the begin-of-sequence token."""
-        return self.bos
 
     def document(self) -> dict[str, Any]:
         """Return its description in the form of tokenizer.json, merges as pairs."""

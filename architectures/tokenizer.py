@@ -134,7 +134,9 @@ def _piece_tokenizer(
     text = pieces.id_to_piece(bos) if bos < pieces.vocab_size() else files.added[bos].content
     notes += _bos_notes(files, note, bos, text, adds=files.add_bos is not False)
     notes += _class_notes(files, file)
-    return PieceTokenizer(file, pieces, files, bos, files.add_bos, tuple(notes))
+    return PieceTokenizer(
+        file=file, model=pieces, files=files, bos=bos, adds_bos=files.add_bos, notes=tuple(notes)
+    )
 
 
 def _rust_tokenizer(path: Path, files: TokenizerFiles, notes: list[str]) -> RustTokenizer:
@@ -152,7 +154,9 @@ def _rust_tokenizer(path: Path, files: TokenizerFiles, notes: list[str]) -> Rust
     adds = (first is not None or None) if files.add_bos is None else files.add_bos
     notes += _bos_notes(files, note, bos, rust.id_to_token(bos), adds=bool(adds))
     notes += _class_notes(files, file)
-    return RustTokenizer(file, rust, files, bos, adds, tuple(notes))
+    return RustTokenizer(
+        file=file, rust=rust, files=files, bos=bos, adds_bos=adds, notes=tuple(notes)
+    )
 
 
 def _bos_notes(

@@ -185,3 +185,26 @@ def _special_texts(source: Mapping[str, object]) -> Iterator[str]:
                 text = content_of(token)
                 if text:
                     yield text
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedTokenizer:
+    """What is known of a tokenizer, whichever library encodes with it.
+
+    Attributes:
+        file: where it came from.
+        files: the settings around it.
+        bos: id of the begin-of-sequence token.
+        adds_bos: whether the model's own tokenizer puts it before a text, None if nothing says so.
+        notes: what a user should know of the ids, a line each.
+    """
+
+    file: Path
+    files: TokenizerFiles
+    bos: int
+    adds_bos: bool | None
+    notes: tuple[str, ...] = ()
+
+    def bos_id(self) -> int:
+        """Return the id of the begin-of-sequence token."""
+        return self.bos
