@@ -47,6 +47,19 @@ def test_a_damaged_file_exits_1_and_names_the_check(
         assert "all checks hold" not in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"), [("gone.gguf", "No such file or directory"), ("", "Is a directory")]
+)
+@pytest.mark.parametrize("options", [(), ("--json",), ("--model", "gone")])
+def test_no_file_is_a_user_error_and_no_table(
+    psp: Psp, tmp_path: Path, name: str, problem: str, options: tuple[str, ...]
+) -> None:
+    result = psp("verify", tmp_path / name, *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    remedy = "pass a file made by 'psp export-gguf'"
+    assert result.stderr == f"Error: {tmp_path / name}: {problem}; {remedy}\n"
+
+
 def test_another_model_exits_1(
     psp: Psp, exact_bundle: Bundle, make_model: Callable[..., Path], tmp_path: Path
 ) -> None:

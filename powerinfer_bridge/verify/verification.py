@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 from shlex import quote
 
@@ -42,10 +43,13 @@ def verify(
         not measured and None where no finite number.
 
     Raises:
+        FormatError: there is no such file.
         CheckpointError: the model to compare with cannot be used.
     """
-    checkpoint = None if model is None else Checkpoint.open(model)
     report, opened = Report(path), OpenedFile(path)
+    if not isfile(path):
+        _ = opened.file  # says what is there instead
+    checkpoint = None if model is None else Checkpoint.open(model)
     check_structure(report, opened)
     if checkpoint is not None:
         for line in checkpoint.notes:
