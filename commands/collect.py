@@ -15,7 +15,6 @@ from predictor.collection.settings import CollectConfig
 @json_option
 def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     """Record, for every layer and token, the predictor's input and the active neurons."""
-    from common.documents import skipped_note
     from common.table import layer_table
     from gguf_export.requirements import foresee
     from predictor.collection.collect import collect as run
@@ -25,8 +24,6 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     summary = trace_summary(store)
     if as_json:
         return print_json(summary)
-    if store.progress.skipped_rows:
-        note(skipped_note(store.progress.skipped_rows, store.header.field))
     if store.rows < store.header.tokens:
         note(f"the data ended after {store.rows} tokens")
     echo(layer_table(summary["layers"], None))

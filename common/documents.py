@@ -26,11 +26,12 @@ class Documents(Iterator[str]):
 
     Attributes:
         files: what the sources stand for.
+        source_notes: what a user should know of the sources, in lines.
     """
 
     def __init__(self, sources: Sources, field: str, template: str) -> None:
         """List the files; arguments and errors are those of `read_documents`."""
-        self.files, self._notes = list_files(sources)
+        self.files, self.source_notes = list_files(sources)
         self._reader = _Reader(field, template)
         # Which does not refer to this object, so that a reading that is given up ends at once.
         self._documents = _all(self._reader, self.files, sources)
@@ -48,10 +49,18 @@ class Documents(Iterator[str]):
         """Rows that were passed over so far."""
         return self._reader.skipped
 
-    def notes(self) -> Iterator[str]:
-        """Yield what a user should know of the sources and of what was read so far."""
-        yield from self._notes
-        yield from self._reader.notes()
+    @property
+    def row_notes(self) -> tuple[str, ...]:
+        """What a user should know of the rows that were read so far, in lines."""
+        if not self.skipped:
+            return ()
+        line = skipped_note(self.skipped, self._reader.field)
+        return (f"{line}, the first is {self._reader.first_skipped}",)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Both."""
+        return (*self.source_notes, *self.row_notes)
 
     def of_file(self, file: TextFile | Dataset) -> Iterator[str]:
         """Return the documents of one of the files; errors are those of `read_documents`."""
@@ -71,28 +80,23 @@ class _Reader:
     """Makes documents of rows, and counts those without text."""
 
     def __init__(self, field: str, template: str) -> None:
-        self.skipped = 0
-        self._field, self._template = field, template
-        self._first = ""
-
-    def notes(self) -> Iterator[str]:
-        if self.skipped:
-            yield skipped_note(self.skipped, self._field) + f", the first is {self._first}"
+        self.skipped, self.first_skipped = 0, ""
+        self.field, self._template = field, template
 
     def of_file(self, file: TextFile | Dataset) -> Iterator[str]:
-        missing, number, plain = _Missing(self._field), 0, self._template == "none"
+        missing, number, plain = _Missing(self.field), 0, self._template == "none"
         rows = dataset_rows if isinstance(file, Dataset) else rows_of
-        for number, (where, row) in enumerate(rows(file, self._field), 1):  # type: ignore[arg-type]
-            document = row.get(self._field) if isinstance(row, dict) else None
+        for number, (where, row) in enumerate(rows(file, self.field), 1):  # type: ignore[arg-type]
+            document = row.get(self.field) if isinstance(row, dict) else None
             if not (plain and isinstance(document, str)):
                 value = missing.value_of(row, where, number)
                 if value is None:
-                    self._first = self._first or where
+                    self.first_skipped = self.first_skipped or where
                     self.skipped += 1
                     continue
-                document = render(value, self._template, f"{where} field '{self._field}'")
+                document = render(value, self._template, f"{where} field '{self.field}'")
             if not document.isascii():
-                _check_characters(document, f"{where} field '{self._field}'")
+                _check_characters(document, f"{where} field '{self.field}'")
             if document and not document.isspace():
                 yield document
         missing.judge(number)
@@ -197,7 +201,7 @@ def read_text(
     text = "\n".join(each for each in texts if each)
     if not text:
         raise _no_text(sources)
-    for line in documents.notes():
+    for line in documents.notes:
         note(line)
     return text
 
@@ -207,14 +211,15 @@ def look_at_documents(
 ) -> None:
     """Read about as much as a run takes, so that what is wrong with it is said before the run.
 
-    Of a dataset, which the network brings, only the first document is read.
+    Of a dataset, which the network brings, only the first document is read. How many rows have no
+    text is for the run to say, which may read more or fewer.
 
     Args:
         sources: see `read_documents`.
         field: likewise.
         template: likewise.
         tokens: that the run takes.
-        note: takes lines about what is passed over.
+        note: takes lines about the sources.
 
     Raises:
         DataError: as `read_documents`.
@@ -232,7 +237,7 @@ def look_at_documents(
             break
     if not found:
         raise _no_text(sources)
-    for line in documents.notes():
+    for line in documents.source_notes:
         note(line)
 
 

@@ -201,7 +201,7 @@ def _sparsify_step(settings: SparsifyConfig, layout: Layout, inputs: Inputs, not
         from prosparse.training_log import read_log
         from report.figures.training_curves import draw_training
 
-        sparsify(replace(settings, resume=resume), note)
+        sparsify(replace(settings, resume=resume), note, told=True)  # by the plan
         draw_training(settings.training, settings.out.name, read_log(settings.log))
 
     return Step(

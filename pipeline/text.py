@@ -99,7 +99,7 @@ def plan_text(
     wanted = 0 if config.eval_data else int(_MARGIN * context * max(config.chunks, _LEAST_WINDOWS))
     documents = read_documents(config.data, config.field, template)
     lengths = _lengths(documents, checkpoint, context, config.tokens, wanted)
-    for line in documents.notes():
+    for line in documents.notes:
         note(line)
     held = None if config.eval_data else _held(lengths, config.tokens, wanted, context)
     traced = lengths if held is None else lengths[: held[0]]

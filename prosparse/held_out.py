@@ -38,7 +38,7 @@ def held_out_windows(
     documents = read_documents(data, field)
     cut = document_windows(documents, tokenizer, longest)
     windows = list(first_tokens((window for _, window in cut), tokens))
-    for line in documents.notes():
+    for line in documents.notes:
         note(line)
     found = sum(map(len, windows))
     if found < LEAST_TOKENS:

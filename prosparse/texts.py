@@ -172,7 +172,7 @@ def pack_texts(
         if not (begun and path.exists()):
             documents = read_documents(source, config.field)
             pack(cut(documents), path, most[name])
-            for line in documents.notes():
+            for line in documents.notes:
                 report(line)
 
 

@@ -43,6 +43,8 @@ def sparsify(
     config: SparsifyConfig,
     report: Report = lambda line: None,
     foresee: Foresee = lambda checkpoint: (),
+    *,
+    told: bool = False,
 ) -> dict[str, Any]:
     """Train a gated model sparse and write it.
 
@@ -50,6 +52,7 @@ def sparsify(
         config: settings.
         report: receives lines about what is going to happen.
         foresee: what later steps will say of the model, a line each.
+        told: whether the user knows what there is to say of model and text beforehand.
 
     Returns:
         The result, ready for JSON: `model`, `steps`, `activation_sparsity`, `layers`, `ppl`, `log`.
@@ -72,11 +75,12 @@ def sparsify(
     def prepare() -> None:
         tokenizer = checkpoint.tokenizer()
         _begin(config, checkpoint, arguments.world_size)
+        about: Report = (lambda line: None) if told else report
         lines = (*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes)
         for line in (*lines, *foresee(checkpoint)):
-            report(line)
+            about(line)
         if not config.finished:
-            pack_texts(config, checkpoint, arguments.world_size, report)
+            pack_texts(config, checkpoint, arguments.world_size, about)
 
     _first_process(arguments, prepare)
     if not config.finished:

@@ -216,7 +216,7 @@ def test_a_null_in_parquet_is_passed_over(tmp_path: Path) -> None:
     documents = read_documents(source)
     assert list(documents) == ["one"] * 70
     assert documents.skipped == 1
-    (note,) = documents.notes()
+    (note,) = documents.notes
     assert note == f"1 row was passed over, without text under 'text', the first is {source} row 70"
 
 
@@ -321,7 +321,7 @@ def test_a_row_without_text_is_passed_over_and_counted_unless_most_are_such(
     source = write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row])
     documents = read_documents(source)
     assert list(documents) == ["fine"]
-    (note,) = documents.notes()
+    (note,) = documents.notes
     assert note.startswith("1 row was passed over")
     assert note.endswith(source + place)
     write(tmp_path / f"a.{suffix}", [{"text": "fine"}, row, row])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from predictor.module import Predictor
-from predictor.thresholds.predicted_model import PredictedModel, _quality
+from predictor.thresholds.predicted_model import PredictedModel, _quality, held_out_windows
 
 NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
 
@@ -69,6 +71,19 @@ def test_masks_change_what_the_model_predicts(
     assert told.kl_divergence == pytest.approx(0.05)
     # Growth 1/20: windows scatter by 1 - 5/20 and 0 - 15/20.
     assert told.standard_error == pytest.approx((2 * 0.75**2) ** 0.5 / 20)
+
+
+def test_rows_of_another_text_that_have_none_are_told_as_far_as_it_is_read(
+    model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    header: Any = SimpleNamespace(data="gone", field="text", chat_template="none", context=32)
+    holes, null = tmp_path / "holes.jsonl", b'{"text": null}\n'
+    holes.write_bytes(null + data_file.read_bytes() + null)
+    told: list[str] = []
+    options = {"data": str(holes), "tokens": 100, "note": told.append}
+    assert held_out_windows(header, Checkpoint.open(model_dir), set(), **options)
+    line = "1 row was passed over, without text under 'text', the first is"
+    assert told == [f"{line} {holes}:1"]
 
 
 def test_fatrelu_models_miss_what_their_threshold_lets_through(

@@ -347,8 +347,12 @@ def test_a_model_is_made_sparse_first(
 
     schedule = Schedule.of(("substitution", 0.0, 2), ("progressive", 1e-2, 4))
     changes = {"sparsify": True, "schedule": schedule, "batch": 2, "eval_data": str(text_file)}
-    outcome = run(settings(silu, data_file, tmp_path / "out", **changes))
+    holes, said = tmp_path / "holes.jsonl", list[str]()
+    holes.write_bytes(b'{"text": null}\n' + data_file.read_bytes())
+    outcome = run(settings(silu, holes, tmp_path / "out", **changes), said)
     assert outcome.plan.steps[0].name == "sparsify"
+    assert sum("1 row was passed over" in line for line in outcome.plan.notes) == 1
+    assert not [line for line in said if "passed over, without" in line], "the plan said it"
     config = json.loads((outcome.paths["sparse model"] / "config.json").read_text())
     assert config["hidden_act"] == "relu"
     assert TraceStore.open(outcome.layout.traces).header.model == str(outcome.layout.sparse_model)

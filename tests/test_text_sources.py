@@ -262,7 +262,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_is_its_files_in_order(folder: Path) -> None:
     documents = read_documents(str(folder))
     assert list(documents) == ["a/b/c.jsonl", "a/z.jsonl.gz", "b.jsonl"]
-    assert not list(documents.notes())
+    assert not list(documents.notes)
 
 
 def test_files_of_no_kind_of_text_in_a_folder_are_named(folder: Path) -> None:
@@ -270,7 +270,7 @@ def test_files_of_no_kind_of_text_in_a_folder_are_named(folder: Path) -> None:
         (folder / f"README-{number}.md").write_text("text")
     documents = read_documents(str(folder))
     assert len(list(documents)) == 3
-    (note,) = documents.notes()
+    (note,) = documents.notes
     named = ", ".join(f"{folder}/README-{number}.md" for number in range(3))
     assert note == f"{folder}: passed over {named} and 2 more, of no kind of text"
 
@@ -407,5 +407,7 @@ def test_a_look_meets_what_the_run_would_and_no_more(tmp_path: Path) -> None:
     with refused(f"{path}:12", "not valid JSON"):
         look_at_documents(str(path), "text", "none", 1001, notes.append)
     path.write_bytes(json_lines("a", "b") + b'{"text": null}\n')
-    look_at_documents(str(path), "text", "none", 1000, notes.append)
-    assert notes == [f"1 row was passed over, without text under 'text', the first is {path}:3"]
+    (tmp_path / "README.md").write_text("no text")
+    look_at_documents(str(tmp_path), "text", "none", 1000, notes.append)
+    (line,) = notes  # of rows the run has the last word
+    assert line == f"{tmp_path}: passed over {tmp_path / 'README.md'}, of no kind of text"

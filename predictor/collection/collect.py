@@ -14,7 +14,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, check_device, load_model
 from architectures.tokenizer import Tokenizer, chat_template_of
 from common import chat
-from common.documents import look_at_documents, read_documents
+from common.documents import look_at_documents, read_documents, skipped_note
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from common.text_sources.names import need_repeatable, recorded, shown
@@ -49,7 +49,7 @@ def collect(
 
     Args:
         config: settings.
-        report: receives lines about what is going to happen.
+        report: receives lines about what is going to happen and about what was passed over.
         foresee: what later steps will say of the model, a line each.
 
     Returns:
@@ -71,6 +71,8 @@ def collect(
     if store is not None:
         header = store.header
         if store.progress.complete:
+            if skipped := store.progress.skipped_rows:
+                report(skipped_note(skipped, header.field))
             return store
     # Nothing that cannot run costs an existing store.
     look_at_documents(config.data, config.field, template, config.tokens, report)
@@ -92,14 +94,25 @@ def collect(
     if store is None:
         remove_output(config.out)
         store = TraceStore.create(config.out, header)
-    record(model, checkpoint, tokenizer, store)
+    record(model, checkpoint, tokenizer, store, report)
     return store
 
 
 def record(
-    model: LoadedModel, checkpoint: Checkpoint, tokenizer: Tokenizer, store: TraceStore
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    store: TraceStore,
+    report: Report = lambda line: None,
 ) -> None:
     """Record what is missing in a store and mark it complete.
+
+    Args:
+        model: the model, as many blocks of it as are recorded.
+        checkpoint: what it was loaded from.
+        tokenizer: its own.
+        store: see `TraceStore.create`.
+        report: receives lines about rows that were passed over.
 
     Raises:
         PspError: the text is unreadable or not the one that the store was begun with, a residual
@@ -140,6 +153,8 @@ def record(
             f"{shown(header.data)}: gives no tokens", "pass a source with at least one document"
         )
     store.finish(skipped_rows=documents.skipped)
+    for line in documents.row_notes:
+        report(line)
 
 
 def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -> TraceHeader:

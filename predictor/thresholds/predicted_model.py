@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +52,13 @@ class Quality:
 
 
 def held_out_windows(
-    header: TraceHeader, checkpoint: Checkpoint, held: set[int], *, data: Sources, tokens: int
+    header: TraceHeader,
+    checkpoint: Checkpoint,
+    held: set[int],
+    *,
+    data: Sources,
+    tokens: int,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[list[int]]:
     """Return windows of text that training never saw, of at most `tokens` token ids in all.
 
@@ -62,6 +68,7 @@ def held_out_windows(
         held: numbers of the documents that were held out.
         data: other text instead, all of it; () is none.
         tokens: most token ids, BOS included.
+        note: takes lines about rows of the other text that were passed over.
 
     Raises:
         PspError: the text or the tokenizer cannot be read.
@@ -73,7 +80,10 @@ def held_out_windows(
         last = max(held)
         seen = takewhile(lambda found: found[0] <= last, numbered)
         numbered = (found for found in seen if found[0] in held)
-    return list(first_tokens((window for _, window in numbered), tokens))
+    windows = list(first_tokens((window for _, window in numbered), tokens))
+    for line in texts.row_notes if data else ():
+        note(line)
+    return windows
 
 
 class PredictedModel:

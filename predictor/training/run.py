@@ -351,7 +351,7 @@ def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> Predi
         )
     held = choose_documents(store.segments, config.holdout, config.seed)
     windows = held_out_windows(
-        store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens
+        store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens, note=note
     )
     tokens = sum(map(len, windows))
     if tokens < LEAST_TOKENS:
