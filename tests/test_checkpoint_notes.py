@@ -13,7 +13,10 @@ from click.testing import Result
 from conftest import TEXT, ModelMaker, write_predictors
 from safetensors.torch import load_file, save_file
 
+from architectures.checkpoint import Checkpoint
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.doctor.finding import Status
+from powerinfer_bridge.doctor.model_files import checkpoint_findings
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import perplexity, perplexity_windows
 from powerinfer_bridge.programs.powerinfer import PowerInfer
@@ -59,6 +62,13 @@ def test_collect_sparsity_and_generate_say_it_on_standard_error(
     assert_told(psp("generate", "--model", odd_dir, "--prompt", "def", "-n", 2, "--json"))
 
 
+def test_the_doctor_says_it_among_its_notes(odd_dir: Path) -> None:
+    checkpoint = Checkpoint.open(odd_dir)
+    found = list(checkpoint_findings(checkpoint, None))
+    assert len(checkpoint.notes) == 2
+    assert [f.found for f in found if f.status is Status.NOTE] == list(checkpoint.notes)
+
+
 def test_sparsify_says_it_and_keeps_the_head_apart(
     psp: Psp, odd_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +87,7 @@ def test_sparsify_says_it_and_keeps_the_head_apart(
 
 
 def test_an_exported_file_has_the_stored_head(
-    psp: Psp, odd_dir: Path, predictors: Path, tmp_path: Path
+    psp: Psp, odd_dir: Path, predictors: Path, data_file: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "x.powerinfer.gguf"
     result = psp(
@@ -86,6 +96,8 @@ def test_an_exported_file_has_the_stored_head(
     assert_told(result)
     assert json.loads(result.stdout)["verified"]
     assert_told(psp("verify", file, "--model", odd_dir, "--json"))
+    small = ("--ctx", 32, "--chunks", 1, "-n", 2, "--data", data_file, "--json")
+    assert_told(psp("bench-powerinfer", file, "--model", odd_dir, *small))
     head = GGUFFile(file).tensor("output.weight")
     expected = load_file(odd_dir / "model.safetensors")[HEAD]
     assert np.array_equal(np.asarray(head, np.float32), expected.float().numpy())

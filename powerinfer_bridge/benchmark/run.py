@@ -39,7 +39,7 @@ def bench(config: BenchConfig, note: Callable[[str], None] = lambda line: None) 
 
     Args:
         config: settings.
-        note: takes lines about the text.
+        note: takes lines about the model and the text.
 
     Returns:
         The document in the glossary's words. With `config.out` it is also written there, with its

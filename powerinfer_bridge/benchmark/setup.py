@@ -195,7 +195,7 @@ def open_setup(config: BenchConfig, note: Callable[[str], None]) -> Setup:
         load_hardware(config.hardware)
     engine, file = Engine(config.file), GGUFFile(config.file)
     programs = open_programs(config)
-    _check_model(config, file)
+    _check_model(config, file, note)
     text = read_text(config.data, config.field, note) if config.data else sample_text()
     prompts, hyper = read_prompts(config), engine.hyper
     room = room_for(prompts, engine.vocabulary, config.generate, hyper.context_length)
@@ -299,13 +299,15 @@ def element_type(file: GGUFFile) -> str:
     return max(sizes, key=lambda kind: sizes[kind], default="none")
 
 
-def _check_model(config: BenchConfig, file: GGUFFile) -> None:
+def _check_model(config: BenchConfig, file: GGUFFile, note: Callable[[str], None]) -> None:
     """Demand that `--model` is what the file was made from, as far as the file tells."""
     if config.model is None:
         return
     from architectures.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.open(config.model)
+    for line in checkpoint.notes:
+        note(line)
     if FINGERPRINT_KEY not in file.values:
         return
     if file.value(FINGERPRINT_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:

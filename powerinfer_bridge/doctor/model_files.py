@@ -19,7 +19,7 @@ from gguf_export.pwri.schema import SMALLEST_D_FF
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
-from powerinfer_bridge.doctor.finding import Finding, Status, from_error, ok, problem, warning
+from powerinfer_bridge.doctor.finding import Finding, Status, from_error, note, ok, problem, warning
 
 _F16_BYTES = 2
 _SMALLEST_RANK = 32
@@ -119,6 +119,7 @@ def checkpoint_findings(checkpoint: Checkpoint, file: Path | None) -> Iterator[F
     sizes = f"{shape.n_layers} layers, d_model {shape.d_model}, d_ff {shape.d_ff}"
     export = f"F16 export about {size(export_bytes(checkpoint))}"
     yield ok("model", f"{checkpoint.architecture.name}, {shape.activation}, {sizes}; {export}")
+    yield from (note("model", line) for line in checkpoint.notes)
     if made is False:
         found = "the file was made from another model than --model"
         yield warning("file's model", found, "pass the model that it was exported from")
