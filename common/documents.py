@@ -165,8 +165,8 @@ def read_documents(sources: Sources, field: str = "text", template: str = "none"
     Args:
         sources: each a file `.txt`, `.jsonl`, `.json` (an array of objects, or an object a line),
             `.csv`, `.tsv` (names first) or `.parquet`, all but the last also compressed: `.gz`,
-            `.zst`, `.bz2`; a folder or a pattern of such files of one kind; `-` or `-:KIND` for
-            standard input; `hf:NAME[:CONFIG][:SPLIT]`.
+            `.zst`, `.bz2`, `.xz`; a folder or a pattern of such files of one kind; `-` or `-:KIND`
+            for standard input; `hf:NAME[:CONFIG][:SPLIT]`.
         field: key or column that holds the text, or with a template a list of messages.
         template: chat template of `common.chat` that every document is put into.
 

@@ -7,6 +7,7 @@ import gc
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import sys
@@ -24,7 +25,7 @@ import pytest
 
 from common.documents import look_at_documents, read_documents, read_text
 from common.errors import DataError
-from common.text_sources import rows, streams
+from common.text_sources import rows, streams, xz
 from common.text_sources.names import need_repeatable, recorded
 
 refused = partial(conftest.refused, DataError)
@@ -39,6 +40,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": zstd,
     ".bz2": partial(bz2.compress, compresslevel=1),
+    ".xz": partial(lzma.compress, preset=0),
 }
 TEXTS = ["one\r\ntwo\r\n", "naïve — 測試 🙂", '  "quoted", with commas\n\n', "a\ttab"]
 CSV = (
@@ -125,6 +127,25 @@ def test_a_reading_that_is_given_up_ends_at_once_and_joins_no_thread(
         assert reading() is None
     finally:
         gc.enable()
+
+
+def test_zeros_may_stand_behind_members_of_xz(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xz, "_PIECE", 3)  # ends amid them
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(b"".join(lzma.compress(json_lines(each)) + bytes(8) for each in "ab"))
+    assert list(read_documents(str(path))) == ["a", "b"]
+
+
+def test_an_xz_file_that_wants_much_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(lzma.compress(json_lines("a")))
+    monkeypatch.setattr(xz, "MOST_MEMORY", 1 << 20)
+    with refused(f"{path}: cannot be unpacked (Memory usage limit exceeded)", "unpack it"):
+        list(read_documents(str(path)))
 
 
 @pytest.mark.parametrize("packing", PACK)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from common.errors import DataError
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-"""Suffix to pyarrow's name of the codec."""
+XZ = "xz"
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": XZ}
+"""Suffix to the codec, by pyarrow's name where it has one: all but xz."""
 
 STANDARD_INPUT, DATASET = "-", "hf:"
 Sources = str | Sequence[str]

@@ -1,6 +1,6 @@
 """Bytes of text files: unpacked, ahead of whoever reads them, and cut into lines of bounded size.
 
-Files are compressed in gzip, zstd or bzip2, of any number of members; pyarrow unpacks them outside
+Files are compressed in gzip, zstd, bzip2 or xz, of any number of members; they are unpacked outside
 the interpreter's lock, in a thread that is one piece ahead.
 """
 
@@ -15,7 +15,8 @@ from dataclasses import replace
 from typing import Any, cast
 
 from common.errors import DataError, reason
-from common.text_sources.names import STANDARD_INPUT, TextFile
+from common.text_sources import xz
+from common.text_sources.names import STANDARD_INPUT, XZ, TextFile
 from common.text_sources.standard_input import standard_input
 from common.units import decimal_size
 
@@ -30,7 +31,17 @@ worth."""
 _BUFFER = 1 << 20
 _LAST_PIECES = 1 << 12, 1  # before damage
 _HEAD = 1 << 16
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": XZ,
+}
+_LONGEST_MAGIC = max(map(len, _MAGIC))
+
+
+_OTHER_FORMAT = ("header check", "magic", "descriptor", "format not supported")
+"""In what zlib, bzip2, zstd and xz say of the first bytes of another kind of file."""
 
 
 def lines(file: TextFile) -> Iterator[bytes]:
@@ -161,7 +172,9 @@ def _damage(file: TextFile, error: OSError, line: int) -> DataError:
     after = f"after line {line}" if line else "before its first line ends"
     if "Truncated" in said:
         return DataError(f"{file.name}: cut off {after}", "fetch or write it again")
-    if not line and ("header check" in said or "magic" in said or "descriptor" in said):
+    if "usage limit" in said:
+        return DataError(f"{file.name}: cannot be unpacked ({said})", "unpack it and pass that")
+    if not line and any(each in said for each in _OTHER_FORMAT):
         return DataError(
             f"{file.name}: not compressed as its name says ({said})", "give it the right suffix"
         )
@@ -175,9 +188,8 @@ def _opened(file: TextFile) -> Iterator[Any]:
         codec, raw = file.compression, cast(Any, None)
         if file.place == STANDARD_INPUT:
             raw = stack.enter_context(standard_input())
-            codec = next(
-                (name for magic, name in _MAGIC.items() if raw.head(4).startswith(magic)), None
-            )
+            head = raw.head(_LONGEST_MAGIC)
+            codec = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
         elif "://" in file.place:
             import fsspec
 
@@ -201,5 +213,9 @@ def _unpacked(file: TextFile, raw: Any, codec: str) -> Iterator[Any]:
         source = pyarrow.OSFile(file.place)
     else:
         source = pyarrow.BufferedInputStream(pyarrow.PythonFile(raw, mode="r"), _BUFFER)
-    with source, pyarrow.CompressedInputStream(source, codec) as stream:
-        yield stream
+    with source:
+        if codec == XZ:
+            yield xz.Unpacked(source)
+            return
+        with pyarrow.CompressedInputStream(source, codec) as stream:
+            yield stream
