@@ -92,6 +92,13 @@ def _no_cache() -> None:
     os.environ["PSP_CACHE_DIR"] = os.devnull
 
 
+@pytest.fixture
+def hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub be there, so that stubs of its library are called as with a network."""
+    for module in ("common.hub", "common.text_sources.hub"):
+        monkeypatch.setattr(f"{module}.absence", lambda: None)
+
+
 @contextmanager
 def refused(kind: type[PspError], *parts: str) -> Iterator[None]:
     """Expect an error of one line that holds all parts."""

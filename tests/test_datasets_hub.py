@@ -24,7 +24,9 @@ refused = partial(conftest.refused, DataError)
 
 
 @pytest.fixture
-def streams(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Iterable[Any]]], list[Any]]:
+def streams(
+    monkeypatch: pytest.MonkeyPatch, hub_answers: None
+) -> Callable[[Callable[[], Iterable[Any]]], list[Any]]:
     """Let a dataset give rows, and return what it was asked for."""
 
     def give(rows: Callable[[], Iterable[Any]]) -> list[Any]:
@@ -151,6 +153,7 @@ def test_a_column_of_one_file_only_is_named(tmp_path: Path) -> None:
         next(documents)
 
 
+@pytest.mark.usefixtures("hub_answers")
 def test_json_files_of_a_dataset_come_from_wherever_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

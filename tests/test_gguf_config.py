@@ -247,6 +247,7 @@ def test_a_file_may_have_another_name(file: Make, tmp_path: Path) -> None:
     assert Checkpoint.open(path).shape.activation == "relu"
 
 
+@pytest.mark.usefixtures("hub_answers")
 def test_a_file_on_the_hub_is_fetched_alone(file: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -19,7 +19,8 @@ from architectures.gguf_model.keys import FETCH_FILE, text_of
 from architectures.gguf_model.tensors import GGUFTensors
 from architectures.gguf_model.tokenizer_files import write_tokenizer_files
 from architectures.spec import Architecture, ModelShape
-from common.errors import CheckpointError, FormatError, reason
+from common.errors import CheckpointError, FormatError
+from common.hub import fetched
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC
 from gguf_files.split_set import open_gguf
@@ -76,14 +77,7 @@ def _located(name: str) -> Path:
         raise CheckpointError(f"{name}: no such file", "pass a model's GGUF file or directory")
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(hub[1], hub[2]))
-    except Exception as error:
-        # The client raises many kinds: no network, unknown repository, gated repository.
-        raise CheckpointError(
-            f"{name}: neither a file nor fetched from the hub ({reason(error)})",
-            "check the name, the network and your access",
-        ) from error
+    return fetched(name, "file", hf_hub_download, hub[1], hub[2])
 
 
 class GGUFSource:

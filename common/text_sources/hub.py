@@ -7,13 +7,16 @@ and ends at a column that only a later file has.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from common.errors import DataError, reason
+from common.hub import absence
 from common.text_sources.names import Dataset, TextFile, text_file
 from common.text_sources.rows import Row, rows_of
 
+_REMEDY = "check name and network"
 _MIXED = ") changed from"
 """In what pyarrow says of a column with values of several types."""
 
@@ -41,7 +44,15 @@ def _rows(dataset: Dataset, field: str) -> Iterator[Row]:
     import datasets
 
     name, config, split = [*dataset.name.split(":")[1:], "", ""][:3]
-    builder = datasets.load_dataset_builder(name, config or None)
+    away = None if os.path.exists(name) else absence()
+    if away is not None:
+        datasets.config.HF_HUB_OFFLINE = True  # then it takes what this disk has, or gives up
+    try:
+        builder = datasets.load_dataset_builder(name, config or None)
+    except Exception as error:
+        if away is None:
+            raise
+        raise DataError(f"{dataset.name}: cannot be loaded ({away})", _REMEDY) from error
     files = _json_files(dataset.name, builder, split or "train")
     for file in files:
         yield from rows_of(file, field)
@@ -75,7 +86,7 @@ def _failure(name: str, count: int, error: Exception) -> DataError:
     wanted = getattr(error, "requested_column_names", None)
     found = getattr(error, "table_column_names", None)
     if wanted is None or found is None:
-        return DataError(f"{where}: cannot be loaded ({reason(error)})", "check name and network")
+        return DataError(f"{where}: cannot be loaded ({reason(error)})", _REMEDY)
     more, less = sorted(set(found) - set(wanted)), sorted(set(wanted) - set(found))
     differ = [f"has '{each}' besides" for each in more] + [f"lacks '{each}'" for each in less]
     return DataError(
