@@ -80,7 +80,7 @@ def test_rows_of_another_text_that_have_none_are_told_as_far_as_it_is_read(
     holes, null = tmp_path / "holes.jsonl", b'{"text": null}\n'
     holes.write_bytes(null + data_file.read_bytes() + null)
     told: list[str] = []
-    options = {"data": str(holes), "tokens": 100, "note": told.append}
+    options: dict[str, Any] = {"data": str(holes), "tokens": 100, "note": told.append}
     assert held_out_windows(header, Checkpoint.open(model_dir), set(), **options)
     line = "1 row was passed over, without text under 'text', the first is"
     assert told == [f"{line} {holes}:1"]
