@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from architectures.config_json import Config
-from architectures.directory import ORIGINAL, other_kind
+from architectures.directory import ORIGINAL, other_kind, other_repository, text_in
 from architectures.gguf_model.source import open_file
 from architectures.missing_tensors import explain_missing
 from architectures.registry import resolve, with_class
@@ -21,10 +21,13 @@ from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from architectures.weight_files import has_weights, refuse_pointer
-from common.errors import FETCH_AGAIN, CheckpointError, reason
+from common.errors import FETCH_AGAIN, CheckpointError
 from common.files import read_json
+from common.hub import fetched, listed
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FETCHED = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
+"""Patterns of the names that are wanted of a repository of the hub."""
 _FINGERPRINT_ROWS = 8
 _TEXTS = ("config.json", "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 """Files beside the weights that must be there themselves if they are there at all."""
@@ -39,7 +42,8 @@ def locate(model: str) -> Path:
             weight and tokenizer files are fetched, never code.
 
     Raises:
-        CheckpointError: neither a directory nor a repository that can be fetched.
+        CheckpointError: neither a directory nor a repository that can be fetched, or one of
+            another kind.
     """
     path = Path(model)
     if os.path.isdir(path):
@@ -48,20 +52,28 @@ def locate(model: str) -> Path:
         raise CheckpointError(f"{model}: is a file", f"pass its directory: --model {path.parent}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory", "pass a checkpoint's directory")
+    path = _fetched(model, _FETCHED)
+    named = text_in(path / "config.json", "transformers_weights")
+    if named or not any(path.glob("model*.safetensors")):
+        more = "*.safetensors" if named else "pytorch_model*.bin"
+        path = _fetched(model, [*_FETCHED, more])
+    if not named and not has_weights(path):
+        _refuse_kind(model, path)
+    return path
+
+
+def _fetched(model: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    try:
-        patterns = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
-        path = Path(snapshot_download(model, allow_patterns=patterns))
-        if not any(path.glob("model*.safetensors")):
-            path = Path(snapshot_download(model, allow_patterns=[*patterns, "pytorch_model*.bin"]))
-        return path
-    except Exception as error:
-        # The client raises many kinds: no network, unknown repository, gated repository.
-        raise CheckpointError(
-            f"{model}: neither a directory nor fetched from the hub ({reason(error)})",
-            "check the name, the network and your access",
-        ) from error
+    return fetched(model, "directory", snapshot_download, model, allow_patterns=patterns)
+
+
+def _refuse_kind(model: str, path: Path) -> None:
+    """Refuse a repository without weights if the names of its files tell what else it is."""
+    if (found := other_repository(model, listed(model))) is not None:
+        raise CheckpointError(*found)
+    if not os.path.isdir(path):  # none of its files was to be fetched
+        raise CheckpointError(f"{model}: holds no model", "pass a Hugging Face checkpoint")
 
 
 def read_config(path: Path) -> Config:

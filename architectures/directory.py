@@ -8,9 +8,9 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from common.errors import printable
 
@@ -30,33 +30,33 @@ class Kind:
     Attributes:
         marks: patterns of names in it, of which any tells; `folder/*` looks into folders.
         what: what it holds.
-        remedy: takes the directory and the names that told, in order.
+        remedy: takes what stands before names in it, and the names that told, in order.
     """
 
     marks: tuple[str, ...]
     what: str
-    remedy: Callable[[Path, list[str]], str]
+    remedy: Callable[[str, list[str]], str]
 
 
-def _say(remedy: str) -> Callable[[Path, list[str]], str]:
-    return lambda path, names: remedy
+def _say(remedy: str) -> Callable[[str, list[str]], str]:
+    return lambda before, names: remedy
 
 
-def _name_a_file(path: Path, names: list[str]) -> str:
+def _name_a_file(before: str, names: list[str]) -> str:
     first = next((name for name in names if "-00001-of-" in name), names[0])
     others = [name for name in names if name != first]
     also = f" (or {', '.join(others[:_MOST_NAMED])})" if others else ""
-    return f"name the file to use: --model {path / first}{also}"
+    return f"name the file to use: --model {before}{first}{also}"
 
 
-def _name_a_folder(path: Path, names: list[str]) -> str:
+def _name_a_folder(before: str, names: list[str]) -> str:
     folders = [str(Path(name).parent) for name in names]
     also = f" (or {', '.join(folders[1 : 1 + _MOST_NAMED])})" if folders[1:] else ""
-    return f"name the model to use: --model {path / folders[0]}{also}"
+    return f"name the model to use: --model {before}{folders[0]}{also}"
 
 
-def _merge(path: Path, names: list[str]) -> str:
-    base = _text(path / "adapter_config.json", "base_model_name_or_path")
+def _merge(before: str, names: list[str]) -> str:
+    base = text_in(Path(before, names[0]), "base_model_name_or_path")
     into = f"its base model {base!r}" if base else "its base model"
     return (
         f"merge it into {into} (peft: PeftModel.from_pretrained(base, adapter)"
@@ -102,11 +102,11 @@ _KINDS = (
         "traces or predictors of psp's",
         _say("pass the model that they were made of"),
     ),
-    Kind(
-        ("*/config.json", "snapshots/*/config.json"),
-        "no model, but folders that hold one",
-        _name_a_folder,
-    ),
+)
+_FOLDERS = Kind(
+    ("*/config.json", "snapshots/*/config.json"),
+    "no model, but folders that hold one",
+    _name_a_folder,
 )
 
 
@@ -116,11 +116,25 @@ def other_kind(path: Path) -> tuple[str, str] | None:
     Returns:
         None where nothing tells what else it is.
     """
-    for kind in _KINDS:
+    for kind in (*_KINDS, _FOLDERS):
         if names := sorted(set(_matching(path, kind.marks))):
-            return f"{path}: holds {kind.what}", kind.remedy(path, names)
+            return f"{path}: holds {kind.what}", kind.remedy(f"{path}{os.sep}", names)
     if not os.listdir(path):
         return f"{path}: is empty", "pass a Hugging Face model directory"
+    return None
+
+
+def other_repository(model: str, files: Collection[str]) -> tuple[str, str] | None:
+    """Return the same for a repository of the hub, told by its files' names alone.
+
+    Args:
+        model: `OWNER/NAME`.
+        files: paths of all its files; marks count in any of its folders.
+    """
+    for kind in _KINDS:
+        marked = (name for name in files if any(map(PurePosixPath(name).match, kind.marks)))
+        if names := sorted(marked):
+            return f"{model}: holds {kind.what}", kind.remedy(f"{model}:", names)
     return None
 
 
@@ -142,7 +156,7 @@ def _listed(path: Path) -> list[str]:
         return []
 
 
-def _text(file: Path, key: str) -> str:
+def text_in(file: Path, key: str) -> str:
     """Return a short text of a small JSON object, empty if there is none."""
     try:
         if file.stat().st_size > _MOST_BYTES:

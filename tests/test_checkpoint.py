@@ -153,7 +153,8 @@ def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "gone")
 
 
-def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("hub_answers")
+def test_a_hub_id_that_cannot_be_fetched_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(*args: Any, **options: Any) -> str:
         raise ConnectionError("no route to host\nmore\nlines")
 
@@ -162,7 +163,8 @@ def test_a_hub_id_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         Checkpoint.open("owner/name")
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.usefixtures("hub_answers")
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "named"])
 def test_a_hub_id_is_fetched_without_code_and_bin_files_only_where_there_is_nothing_else(
     model_dir: Path, copy: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -170,6 +172,9 @@ def test_a_hub_id_is_fetched_without_code_and_bin_files_only_where_there_is_noth
     if kind == "bin":
         torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
         (copy / "model.safetensors").unlink()
+    if kind == "named":
+        edit(copy / "config.json", transformers_weights="best.safetensors")
+        (copy / "model.safetensors").rename(copy / "best.safetensors")
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
         assert name == "owner/name"
@@ -179,7 +184,8 @@ def test_a_hub_id_is_fetched_without_code_and_bin_files_only_where_there_is_noth
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert Checkpoint.open("owner/name").path == copy
     always = {"*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"}
-    assert calls == [always, always | {"pytorch_model*.bin"}][: 1 if kind == "safetensors" else 2]
+    more = {"safetensors": [], "bin": [{"pytorch_model*.bin"}], "named": [{"*.safetensors"}]}[kind]
+    assert calls == [always, *(always | each for each in more)]
 
 
 def test_a_directory_without_config_is_refused(copy: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import conftest
+import huggingface_hub
 import pytest
 import torch
 from directories import bare_llama, configure, tensors_of
@@ -119,6 +120,32 @@ def test_a_directory_of_another_kind_is_called_by_its_name(
         parts = ["holds no weights"]
     with refused(str(path), *(part.format(path) for part in parts)):
         Checkpoint.open(path)
+
+
+@pytest.mark.usefixtures("hub_answers")
+@pytest.mark.parametrize(
+    ("files", "parts"),
+    [
+        (
+            ["README.md", "b.gguf", "part/a-00001-of-00002.gguf", "part/a-00002-of-00002.gguf"],
+            ["holds GGUF files", "--model owner/name:part/a-00001-of-00002.gguf (or b.gguf, part"],
+        ),
+        (["onnx/model.onnx"], ["holds ONNX graphs", "made of"]),
+        (["consolidated.00.pth"], ["publisher's own layout", "Hugging Face version"]),
+        (["a/config.json"], ["no weights"]),
+        (["README.md"], ["holds no model", "Hugging Face checkpoint"]),
+    ],
+    ids=["GGUF", "ONNX", "Meta's", "folders", "nothing"],
+)
+def test_a_repository_of_another_kind_is_called_by_its_name(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, files: list[str], parts: list[str]
+) -> None:
+    """Most of its files are not fetched; where none is, there is no directory."""
+    place = llama.with_name("gone") if files == ["README.md"] else llama
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **options: str(place))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name: files)
+    with refused(*parts):
+        Checkpoint.open("owner/name")
 
 
 def test_weights_under_other_names_are_listed(llama: Path) -> None:
