@@ -4,49 +4,31 @@ from __future__ import annotations
 
 import click
 
-from commands.bench_operators import bench_operators
-from commands.bench_powerinfer import bench_powerinfer
-from commands.collect import collect
-from commands.doctor import doctor
-from commands.estimate import estimate
-from commands.export_gguf import export_gguf
-from commands.generate import generate
-from commands.gpu_split import gpu_split
-from commands.inspect import inspect
-from commands.options import Group
-from commands.quickstart import quickstart
-from commands.report import report
-from commands.run import run
-from commands.sparsify import sparsify
-from commands.sparsity import sparsity
-from commands.traces import traces
-from commands.train_predictor import train_predictor
-from commands.verify import verify
+from commands.group import Group
+
+MENU = {
+    "quickstart": "Run the whole pipeline on a small model.",
+    "run": "Take a model through the whole pipeline.",
+    "sparsify": "Make a gated model sparse (ProSparse).",
+    "sparsity": "Measure sparsity, and search FATReLU's threshold.",
+    "collect": "Record activation traces of a model.",
+    "traces": "Look into collected traces.",
+    "train-predictor": "Train a predictor for every layer.",
+    "export-gguf": "Write files that PowerInfer runs.",
+    "gpu-split": "Choose which neurons live in VRAM.",
+    "verify": "Check that PowerInfer will run a file correctly.",
+    "inspect": "Print what a GGUF file holds.",
+    "bench-powerinfer": "Measure an exported file.",
+    "report": "Make one HTML page of results.",
+    "estimate": "Estimate speed on hardware from bytes and bandwidths.",
+    "doctor": "Check machine, programs and a file; say what to mend.",
+    "generate": "Run a model with the sparse FFN operators.",
+    "bench-operators": "Measure the sparse FFN operators.",
+}
+"""Each command by its name, `-` for `_`, and what it does."""
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, menu=MENU, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="psp")
 def main() -> None:
     """Activation predictors for PowerInfer, from checkpoint to benchmark."""
-
-
-for command in (
-    quickstart,
-    run,
-    sparsify,
-    sparsity,
-    collect,
-    traces,
-    train_predictor,
-    export_gguf,
-    gpu_split,
-    verify,
-    inspect,
-    bench_powerinfer,
-    report,
-    estimate,
-    doctor,
-    generate,
-    bench_operators,
-):
-    main.add_command(command)

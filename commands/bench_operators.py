@@ -9,7 +9,7 @@ from commands.printing import show
 from sparse_operators.settings import OperatorBenchConfig
 
 
-@click.command("bench-operators", short_help="Measure the sparse FFN operators.")
+@click.command("bench-operators")
 @settings_options(OperatorBenchConfig)
 @threads_option
 @json_option

@@ -23,7 +23,7 @@ def _forget_unused_llama_cpp(values: dict[str, Any]) -> None:
         values["llama_cpp_bin"] = None
 
 
-@click.command("bench-powerinfer", short_help="Measure an exported file.")
+@click.command("bench-powerinfer")
 @settings_options(BenchConfig, before=_forget_unused_llama_cpp)
 @json_option
 def bench_powerinfer(config: BenchConfig, as_json: bool) -> None:

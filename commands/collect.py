@@ -9,7 +9,7 @@ from commands.printing import echo, note, print_json
 from predictor.collection.settings import CollectConfig
 
 
-@click.command(short_help="Record activation traces of a model.")
+@click.command()
 @settings_options(CollectConfig)
 @threads_option
 @json_option

@@ -9,7 +9,7 @@ from commands.printing import echo, print_json
 from powerinfer_bridge.doctor.settings import DoctorConfig
 
 
-@click.command(short_help="Check machine, programs and a file; say what to mend.")
+@click.command()
 @settings_options(DoctorConfig)
 @json_option
 def doctor(config: DoctorConfig, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from commands.printing import show
 from powerinfer_bridge.estimate.settings import EstimateConfig
 
 
-@click.command("estimate", short_help="Estimate speed on hardware from bytes and bandwidths.")
+@click.command("estimate")
 @settings_options(EstimateConfig)
 @json_option
 def estimate(config: EstimateConfig, as_json: bool) -> None:

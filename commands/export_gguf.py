@@ -23,7 +23,7 @@ def _choose(values: dict[str, Any]) -> None:
     values["predictors"] = values["predictors"] or imported
 
 
-@click.command("export-gguf", short_help="Write files that PowerInfer runs.")
+@click.command("export-gguf")
 @settings_options(ExportConfig, before=_choose, optional=("predictors",))
 @click.option(
     "--import-predictors-from",

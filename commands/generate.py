@@ -9,7 +9,7 @@ from commands.printing import note, show
 from sparse_operators.settings import GenerateConfig
 
 
-@click.command(short_help="Run a model with the sparse FFN operators.")
+@click.command()
 @settings_options(GenerateConfig)
 @json_option
 def generate(config: GenerateConfig, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from commands.printing import show
 from gguf_export.settings import SplitConfig
 
 
-@click.command("gpu-split", short_help="Choose which neurons live in VRAM.")
+@click.command("gpu-split")
 @settings_options(SplitConfig)
 @json_option
 def gpu_split(config: SplitConfig, as_json: bool) -> None:

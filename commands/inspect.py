@@ -10,7 +10,7 @@ from commands.options import PATH, json_option
 from commands.printing import show
 
 
-@click.command(short_help="Print what a GGUF file holds.")
+@click.command()
 @click.argument("file", type=PATH, metavar="FILE.gguf")
 @json_option
 def inspect(file: Path, as_json: bool) -> None:

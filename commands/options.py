@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from common.errors import PspError, SettingsError
+from common.errors import SettingsError
 from common.settings import Option, fraction_of, options_of
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -51,17 +51,6 @@ class Parsed(_AnyType):
             return self._parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
-
-
-class Group(click.Group):
-    """Turns the one family of user errors into one line and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except PspError as error:
-            raise click.ClickException(str(error)) from error
 
 
 def settings_options(

@@ -9,7 +9,7 @@ from commands.printing import echo, print_json
 from quickstart.settings import QuickstartConfig
 
 
-@click.command(short_help="Run the whole pipeline on a small model.")
+@click.command()
 @settings_options(QuickstartConfig)
 @json_option
 def quickstart(config: QuickstartConfig, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from commands.printing import echo
 from report.settings import ReportConfig
 
 
-@click.command("report", short_help="Make one HTML page of results.")
+@click.command("report")
 @settings_options(ReportConfig)
 def report(config: ReportConfig) -> None:
     """Make one HTML page of the results in DIR…, several runs side by side.

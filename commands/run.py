@@ -20,7 +20,7 @@ def _scale(values: dict[str, Any]) -> None:
         values["schedule"] = values["schedule"].scaled(scale)
 
 
-@click.command(short_help="Take a model through the whole pipeline.")
+@click.command()
 @settings_options(RunConfig, before=_scale)
 @click.option("--scale", type=float, help="Multiply all steps of the schedule, such as 0.01.")
 @json_option

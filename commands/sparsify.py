@@ -17,7 +17,7 @@ def _scale(values: dict[str, Any]) -> None:
         values["schedule"] = values["schedule"].scaled(scale)
 
 
-@click.command(short_help="Make a gated model sparse (ProSparse).")
+@click.command()
 @settings_options(SparsifyConfig, before=_scale)
 @click.option("--scale", type=float, help="Multiply all steps of the schedule, such as 0.01.")
 @threads_option

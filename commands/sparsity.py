@@ -9,7 +9,7 @@ from commands.printing import echo, note, print_json
 from prosparse.settings import SparsityConfig
 
 
-@click.command(short_help="Measure sparsity, and search FATReLU's threshold.")
+@click.command()
 @settings_options(SparsityConfig)
 @threads_option
 @json_option

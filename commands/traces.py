@@ -10,7 +10,7 @@ from commands.options import PATH, json_option
 from commands.printing import echo, print_json
 
 
-@click.group(short_help="Look into collected traces.")
+@click.group()
 def traces() -> None:
     """Print or verify a directory of traces."""
 

@@ -9,7 +9,7 @@ from commands.printing import echo, note, print_json
 from predictor.training.settings import AUTO, TrainConfig
 
 
-@click.command("train-predictor", short_help="Train a predictor for every layer.")
+@click.command("train-predictor")
 @settings_options(TrainConfig)
 @threads_option
 @json_option

@@ -9,7 +9,7 @@ from commands.printing import echo, note, print_json
 from powerinfer_bridge.verify.settings import VerifyConfig
 
 
-@click.command(short_help="Check that PowerInfer will run a file correctly.")
+@click.command()
 @settings_options(VerifyConfig)
 @json_option
 def verify(config: VerifyConfig, as_json: bool) -> None:

@@ -134,6 +134,14 @@ def test_help_stays_light(arguments: tuple[str, ...]) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    code = "import sys\nfrom cli import main\nmain(['--help'], standalone_mode=False)\n"
+    done = fresh(
+        f"{code}print(sorted(name for name in sys.modules if name.startswith('commands.')))"
+    )
+    assert done.stdout.splitlines()[-1] == "['commands.group']"
+
+
 USAGE_ERRORS = [
     (["no-such-command"], "No such command 'no-such-command'"),
     (["collect", "--no-such-option"], "No such option"),
