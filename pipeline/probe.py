@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.files import write_error
+from common.scratch import Scratch
 from common.units import MIB
 from cost_model.measure import cpu_bandwidths
 from pipeline.steps import StepSettings
@@ -129,8 +129,8 @@ def _recorded(
 @contextmanager
 def _scratch(place: Path) -> Iterator[Path]:
     try:
-        with tempfile.TemporaryDirectory(prefix=".psp-probe-", dir=place) as name:
-            yield Path(name)
+        with Scratch(place, ".psp-probe-") as path:
+            yield path
     except OSError as error:
         raise write_error(place, error) from error
 

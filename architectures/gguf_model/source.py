@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +19,7 @@ from architectures.gguf_model.tokenizer_files import write_tokenizer_files
 from architectures.spec import Architecture, ModelShape
 from common.errors import CheckpointError, FormatError
 from common.hub import fetched
+from common.scratch import Scratch
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC
 from gguf_files.split_set import open_gguf
@@ -112,9 +111,9 @@ class GGUFSource:
         Raises:
             CheckpointError: the file's vocabulary is missing, damaged or of an unknown kind.
         """
-        root = Path(tempfile.mkdtemp(prefix="psp-"))
-        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
-        directory = root / self.path.name
+        scratch = Scratch()
+        weakref.finalize(self, scratch.close)
+        directory = scratch.path / self.path.name
         directory.mkdir()
         (directory / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
         try:
