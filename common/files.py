@@ -34,7 +34,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes the file `path` if the block ends without an exception.
 
     Args:
-        path: final name; its directory is made if need be. A link stays, its target is replaced.
+        path: final name; its directory is made if need be, and goes with a failure if it is empty
+            then. A link stays, its target is replaced.
 
     Yields:
         The temporary path to write to, in the same directory.
@@ -45,7 +46,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     target = _resolved(path)
     part = target.with_name(f".{target.name}.part")
     with _cleared(path, part):
-        target.parent.mkdir(parents=True, exist_ok=True)
         yield part
         _sync(part)
         os.replace(part, target)
@@ -57,7 +57,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces `path` if the block ends without an exception.
 
     Args:
-        path: final name. A link stays, its target is replaced.
+        path: as for `atomic_path`.
 
     Yields:
         An empty directory beside it.
@@ -70,7 +70,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     with _cleared(path, part):
         if part.is_dir():
             shutil.rmtree(part)
-        part.mkdir(parents=True)
+        part.mkdir()
         yield part
         remove_output(target)
         os.rename(part, target)
@@ -84,13 +84,22 @@ def _resolved(path: Path) -> Path:
 
 @contextmanager
 def _cleared(path: Path, part: Path) -> Iterator[None]:
-    """Remove `part` whatever goes wrong, and turn what the system refuses into one line."""
+    """Make the directory of `part`; whatever goes wrong, remove both if they were made for it.
+
+    What the system refuses becomes one line.
+    """
+    made: list[Path] = []
     try:
+        made += [each for each in (part.parent, *part.parent.parents) if not each.exists()]
+        part.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException as error:
         # Where the system refused the path itself, it refuses to remove it too.
         with suppress(OSError):
             shutil.rmtree(part) if part.is_dir() else part.unlink()
+        for each in made:
+            with suppress(OSError):  # it holds something else by now
+                each.rmdir()
         if isinstance(error, OSError):
             raise write_error(path, error) from error
         raise

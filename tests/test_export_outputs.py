@@ -124,6 +124,19 @@ def test_a_disk_that_is_full_by_the_dense_file_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_file_leaves_no_directory_that_was_made_for_it(
+    model_dir: Path, exact_dir: Path, tmp_path: Path
+) -> None:
+    def refuse(path: Path) -> None:
+        raise ExportError(f"{path.name}: is wrong")
+
+    out = tmp_path / "new" / "deep" / "m.powerinfer.gguf"
+    config = ExportConfig(model=str(model_dir), predictors=exact_dir, out=out)
+    with refused(ExportError, "is wrong"):
+        export(config, refuse)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_full_by_the_index_keeps_the_old_one(
     model_dir: Path, exact_dir: Path, tmp_path: Path
 ) -> None:

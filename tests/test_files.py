@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -107,6 +107,27 @@ def test_a_block_that_raises_leaves_nothing_and_its_exception_passes(
         write_half(tmp_path / "file", failure)
     assert error.value is failure
     assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("make", [atomic_path, atomic_directory])
+def test_directories_made_for_what_failed_go_unless_something_else_is_in_them(
+    tmp_path: Path, make: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    there, new = tmp_path / "there", tmp_path / "there" / "new"
+    there.mkdir()
+
+    def fail(*meanwhile: Path) -> None:
+        with make(new / "deep" / "out"):
+            for path in meanwhile:
+                path.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.rglob("*")) == [there]
+    with pytest.raises(KeyboardInterrupt):
+        fail(new / "theirs")
+    assert sorted(there.rglob("*")) == [new, new / "theirs"]
 
 
 def test_the_old_file_survives_a_failed_replacement(tmp_path: Path) -> None:
