@@ -20,9 +20,9 @@ from architectures.registry import resolve, with_class
 from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
-from architectures.weight_files import has_weights, refuse_pointer
-from common.errors import FETCH_AGAIN, CheckpointError
-from common.files import read_json
+from architectures.weight_files import has_weights
+from common.errors import FETCH_AGAIN, CheckpointError, reason
+from common.files import read_json, refuse_pointer
 from common.hub import fetched, listed
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -86,7 +86,7 @@ def read_config(path: Path) -> Config:
     if not file.exists() and not has_weights(path) and (found := other_kind(path)) is not None:
         raise CheckpointError(*found)
     for name in _TEXTS:
-        refuse_pointer(path / name)
+        refuse_pointer(path / name, CheckpointError)
     return with_class(read_json(file, CheckpointError, "pass a Hugging Face model directory"))
 
 

@@ -14,14 +14,11 @@ from pathlib import Path
 
 from architectures.directory import other_kind
 from common.errors import FETCH_AGAIN, CheckpointError
-from common.files import read_json
+from common.files import read_json, refuse_pointer
 
 INDEX = ".index.json"
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 _ORDER = tuple(name for single in SINGLE for name in (single, f"{single}{INDEX}"))
-_LFS = b"version https://git-lfs.github.com/spec/"
-_POINTER_BYTES = 1024
-"""A pointer is a few short lines (git-lfs docs/spec.md: less than 1024 bytes)."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +58,13 @@ def find_weights(path: Path, named: object = None) -> WeightFiles:
     if not there:
         raise _none(path)
     chosen = path / there[0]
-    refuse_pointer(chosen)
+    refuse_pointer(chosen, CheckpointError)
     shards = _indexed(chosen) if chosen.name.endswith(INDEX) else [chosen]
     for shard in shards:
         if not os.path.isfile(shard):
             raise CheckpointError(f"{shard}: shard is missing", FETCH_AGAIN)
-        refuse_pointer(shard)
+        refuse_pointer(shard, CheckpointError)
     return WeightFiles(tuple(shards), chosen, tuple(there[1:]))
-
-
-def refuse_pointer(file: Path) -> None:
-    """Refuse what Git left in a file's place when Git LFS was not installed.
-
-    Raises:
-        CheckpointError: the file is such a pointer.
-    """
-    try:
-        if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
-            return
-        begin = file.read_bytes()[: len(_LFS)]
-    except OSError:
-        return  # whoever reads it says why it cannot be read
-    if begin == _LFS:
-        raise CheckpointError(
-            f"{file}: is a Git LFS pointer, the file itself was not fetched",
-            "install git-lfs and run 'git lfs pull' in that directory",
-        )
 
 
 def _explicit(path: Path, named: object) -> str:

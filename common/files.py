@@ -28,6 +28,10 @@ _REMEDIES = {
     errno.EROFS: "choose a directory that you may write to",
 }
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""A pointer is a few short lines (git-lfs docs/spec.md: less than 1024 bytes)."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -146,6 +150,25 @@ def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise error(f"{path}: expected a JSON object, found {type(document).__name__}", remedy)
     return document
+
+
+def refuse_pointer(file: Path, error: type[PspError]) -> None:
+    """Refuse what Git left in a file's place when Git LFS was not installed.
+
+    Raises:
+        error: the file is such a pointer.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > _POINTER_BYTES:
+            return
+        begin = file.read_bytes()[: len(_LFS)]
+    except OSError:
+        return  # whoever reads it says why it cannot be read
+    if begin == _LFS:
+        raise error(
+            f"{file}: is a Git LFS pointer, the file itself was not fetched",
+            "install git-lfs and run 'git lfs pull' in that directory",
+        )
 
 
 def sha256(data: bytes) -> str:

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from common.errors import FormatError
+from common.files import refuse_pointer
 from gguf_files.elements import PLAIN, data_size, decode
 
 DENSE_MAGIC = b"GGUF"
@@ -48,6 +49,8 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "<d",
 }
 _MAX_DIMS = 4
+_REMEDY = "the file is damaged or foreign, fetch or export the file again"
+_ANOTHER = "pass a file made by 'psp export-gguf'"
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class GGUFFile:
 
     Attributes:
         path: the file.
+        remedy: what a user can do where it is damaged.
         files: all files that hold it, one here.
         sparse: whether its magic is PWRI.
         version: of its format.
@@ -97,24 +101,27 @@ class GGUFFile:
         tensors: where they lie, by name, in the file's order.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, remedy: str | None = None) -> None:
         """Read the header.
 
+        Args:
+            path: the file.
+            remedy: see the attribute; by default that for a file that psp or PowerInfer made.
+
         Raises:
-            FormatError: not such a file, truncated, or a header that lies.
+            FormatError: not such a file, truncated, a Git LFS pointer, or a header that lies.
         """
-        self.path = path
+        self.path, self.remedy = path, remedy or _REMEDY
         self.files: tuple[Path, ...] = (path,)
         # Opening a pipe would wait for a writer.
         if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-            raise FormatError(f"{path}: is no plain file", "pass a file made by 'psp export-gguf'")
+            raise FormatError(f"{path}: is no plain file", remedy or _ANOTHER)
+        refuse_pointer(path, FormatError)
         try:
             mapped = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "is empty"
-            raise FormatError(
-                f"{path}: {reason}", "pass a file made by 'psp export-gguf'"
-            ) from error
+            raise FormatError(f"{path}: {reason}", remedy or _ANOTHER) from error
         self._mapping = mapped.base
         self._bytes: npt.NDArray[np.uint8] = np.asarray(mapped)  # a memmap is slow to cut
         self._at = 0
@@ -137,10 +144,7 @@ class GGUFFile:
 
     def error(self, problem: str) -> FormatError:
         """Return the error for a file that breaks PowerInfer's contract."""
-        return FormatError(
-            f"{self.path}: {problem}",
-            "the file is damaged or foreign, fetch or export the file again",
-        )
+        return FormatError(f"{self.path}: {problem}", self.remedy)
 
     def _version(self) -> int:
         version: int = self._scalar("<I", "version")
@@ -292,6 +296,10 @@ class GGUFFile:
             return np.memmap(self.path, np.uint8, "c", info.start, (info.size,)).view(np.ndarray)
         except (OSError, ValueError) as error:
             raise self.error(f"tensor {name} cannot be read ({error})") from error
+
+    def holder(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self.path
 
     def _info(self, name: str) -> TensorInfo:
         info = self.tensors.get(name)

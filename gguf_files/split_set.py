@@ -25,13 +25,13 @@ _NAME = re.compile(r"(.*-)([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 _REMEDY = "fetch all files of the set into one directory again"
 
 
-def open_gguf(path: Path) -> GGUFFile:
-    """Open a file, or the whole set if it is a member of one.
+def open_gguf(path: Path, remedy: str | None = None) -> GGUFFile:
+    """Open a file, or the whole set if it is a member of one; see `GGUFFile`.
 
     Raises:
         FormatError: damaged; or a set whose members are missing, renamed or of different sets.
     """
-    file = GGUFFile(path)
+    file = GGUFFile(path, remedy)
     return GGUFSet(file) if split_count(file) > 1 else file
 
 
@@ -53,7 +53,8 @@ class GGUFSet(GGUFFile):
             FormatError: see `open_gguf`.
         """
         paths = member_paths(member.path, split_count(member))
-        members = [member if path == member.path else GGUFFile(path) for path in paths]
+        remedy = self.remedy = member.remedy
+        members = [member if path == member.path else GGUFFile(path, remedy) for path in paths]
         _check_members(members)
         first = members[0]
         self.path, self.files = first.path, tuple(paths)
@@ -66,6 +67,10 @@ class GGUFSet(GGUFFile):
 
     def _member(self, name: str) -> GGUFFile:
         return self._members[self._info(name).name]
+
+    def holder(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        return self._member(name).path
 
     def mapped(self, name: str) -> npt.NDArray[np.uint8]:
         """Map a tensor's bytes from the file that holds it; see `GGUFFile.mapped`."""

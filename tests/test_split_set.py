@@ -13,7 +13,8 @@ from conftest import refused
 from gguf import GGMLQuantizationType, GGUFWriter
 from test_reader import I32, STRING, TENSOR_F32, U16, key, pwri, tensor, text
 
-from common.errors import FormatError
+from architectures.checkpoint import Checkpoint
+from common.errors import CheckpointError, FormatError
 from gguf_export.pwri.inspection import inspect_file
 from gguf_files.reader import GGUFFile
 from gguf_files.split_set import GGUFSet, open_gguf
@@ -110,6 +111,8 @@ def test_a_missing_member_is_named(members: list[Path]) -> None:
     members[1].unlink()
     with refused(FormatError, f"{members[1]}: 1 of 3 files are missing; fetch all files"):
         open_gguf(members[2])
+    with refused(CheckpointError, f"{members[1]}: 1 of 3 files are missing; fetch all files"):
+        Checkpoint.open(members[2])
 
 
 def test_a_truncated_member_is_named(members: list[Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from directories import agree, bare_llama, clear, configure, tensors_of, theirs
 from families import BY_NAME, random_tensors, save_tensors, write
 
 from architectures.checkpoint import Checkpoint
-from common.errors import CheckpointError
+from common.errors import CheckpointError, PspError
+from gguf_export.predictor_kinds import open_predictors
+from gguf_export.pwri.statistics import read_saved
+from gguf_files.reader import GGUFFile
 
 HEAD = "lm_head.weight"
 AGAIN = "fetch the checkpoint again"
@@ -204,6 +208,18 @@ def test_a_pointer_of_git_lfs_in_the_place_of_weights_is_called_one(llama: Path,
     file.write_text(POINTER)
     with refused(str(file), "Git LFS pointer", "git lfs pull"):
         Checkpoint.open(llama)
+
+
+@pytest.mark.parametrize("read", [Checkpoint.open, GGUFFile, open_predictors, read_saved])
+def test_a_pointer_of_git_lfs_in_the_place_of_a_file_is_called_one(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_text(POINTER)
+    with pytest.raises(PspError) as caught:
+        read(file)
+    line = f"{file}: is a Git LFS pointer, the file itself was not fetched; install git-lfs and run"
+    assert str(caught.value) == f"{line} 'git lfs pull' in that directory"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "config.json"])

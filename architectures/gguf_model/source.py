@@ -94,9 +94,9 @@ class GGUFSource:
         """
         self.path = path
         try:
-            self.file = open_gguf(path)
+            self.file = open_gguf(path, FETCH_FILE)
         except FormatError as error:
-            raise CheckpointError(error.problem, FETCH_FILE) from error
+            raise CheckpointError(error.problem, error.remedy) from error
         self.config: dict[str, Any] = config_of(self.file, activation)
 
     @property
@@ -119,7 +119,7 @@ class GGUFSource:
         try:
             write_tokenizer_files(self.file, directory)
         except FormatError as error:
-            raise CheckpointError(error.problem, FETCH_FILE) from error
+            raise CheckpointError(error.problem, error.remedy) from error
         return directory
 
     @cached_property

@@ -9,6 +9,7 @@ import torch
 
 from architectures.tensor_files import is_plain, read_torch_file
 from common.errors import PredictorError
+from common.files import refuse_pointer
 
 ACTIVATION_DIRECTORY = "activation"
 """PowerInfer looks for its statistics under this name beside the model file."""
@@ -23,8 +24,9 @@ def read_saved(file: Path) -> Any:
     """Read a `.pt` file as PowerInfer's own tools write and read it.
 
     Raises:
-        PredictorError: damaged, or it holds more than tensors.
+        PredictorError: damaged, a Git LFS pointer, or it holds more than tensors.
     """
+    refuse_pointer(file, PredictorError)
     try:
         return read_torch_file(file)
     except ValueError as error:
