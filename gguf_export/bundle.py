@@ -16,7 +16,11 @@ from gguf_export.predictor_source import PredictorSource, read_ranks, write_dire
 from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allows
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
-from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, statistics_file
+from gguf_export.pwri.statistics import (
+    ACTIVATION_DIRECTORY,
+    may_have_statistics,
+    statistics_file,
+)
 from gguf_export.requirements import check_model, check_types
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
@@ -36,6 +40,7 @@ class Bundle:
             predictors came without.
         dense_file: only written on demand.
         warnings: what a user should know of the files, a line each.
+        foreign_statistics: `activation_directory` is another model's and stays as it is.
     """
 
     model_file: Path
@@ -43,6 +48,7 @@ class Bundle:
     activation_directory: Path
     dense_file: Path
     warnings: tuple[str, ...] = ()
+    foreign_statistics: bool = False
 
     @classmethod
     def beside(cls, model_file: Path) -> Bundle:
@@ -55,32 +61,43 @@ class Bundle:
             model_file.with_name(f"{stem}.dense.gguf"),
         )
 
-    def refuse_existing(self, *, force: bool) -> None:
-        """Refuse to replace anything without `force`, and another model's statistics at all.
+    def beside_others(self, *, counted: bool) -> Bundle:
+        """Leave another model's statistics alone, whose name PowerInfer fixes.
+
+        Args:
+            counted: this model comes with statistics.
 
         Raises:
-            ExportError: another exported model lies in the directory, whose statistics have the
-                same name, which PowerInfer fixes.
-            OutputError: an output is there already.
+            ExportError: it does, and another exported model lies in the directory to which those
+                that are there may belong.
         """
-        names = {path.name for path in self.model_file.parent.glob(f"*{SUFFIX}")}
-        others = names - {self.model_file.name}
-        if others and self.activation_directory.exists():
-            raise ExportError(
-                f"{self.activation_directory}: belongs to {sorted(others)[0]}",
-                "give every model a directory of its own",
-            )
+        files = sorted(self.model_file.parent.glob(f"*{SUFFIX}"))
+        owners = [path for path in files if may_have_statistics(path)]
+        others = [path.name for path in owners if path.name != self.model_file.name]
+        if not others:
+            return self
+        belongs = "may belong" if self.model_file in owners else "belongs"
+        told = f"{self.activation_directory}: {belongs} to {others[0]}, as far as the files tell"
+        if counted:
+            raise ExportError(told, "give every model a directory of its own")
+        line = f"{told}, and stays; PowerInfer's --vram-budget would take it for this model's too"
+        return replace(self, warnings=(*self.warnings, line), foreign_statistics=True)
+
+    def refuse_existing(self, *, force: bool) -> None:
+        """Refuse to replace anything without `force`; see `common.files.refuse_existing`."""
         first = statistics_file(self.activation_directory, 0).name
         refuse_existing(self.model_file, force=force)
         refuse_existing(self.predictor_directory, force=force, marker="config.json")
-        refuse_existing(self.activation_directory, force=force, marker=first)
+        if not self.foreign_statistics:
+            refuse_existing(self.activation_directory, force=force, marker=first)
         refuse_existing(self.dense_file, force=force)
         refuse_existing(index_path(self.model_file), force=force)
 
     @property
     def outputs(self) -> dict[str, str]:
         """The paths that are there, by name."""
-        names = ("model_file", "predictor_directory", "activation_directory", "dense_file")
+        statistics = () if self.foreign_statistics else ("activation_directory",)
+        names = ("model_file", "predictor_directory", *statistics, "dense_file")
         paths = {name: getattr(self, name) for name in names}
         return {name: str(path) for name, path in paths.items() if path.exists()}
 
@@ -116,6 +133,7 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
     )
     warnings += (dense_note,) if config.dense else ()
     bundle = replace(Bundle.beside(config.out), warnings=warnings)
+    bundle = bundle.beside_others(counted=predictors.counted)
     bundle.refuse_existing(force=config.force)
     sparse_keys = _predictor_keys(predictors, config.types)
     writer = ModelWriter(checkpoint, vocabulary, config.types)
@@ -156,7 +174,7 @@ def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterat
     """Yield a bundle of temporary names, which become the bundle's own, the model file's last.
 
     Then what an earlier model left there goes: its index, which PowerInfer would load, and what
-    this one has not: a dense file, statistics, predictors.
+    this one has not: a dense file, statistics that are no other model's, predictors.
     """
     directories = {
         "predictor_directory": not predictors.empty,
@@ -168,10 +186,11 @@ def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterat
             paths["dense_file"] = stack.enter_context(atomic_path(bundle.dense_file))
         for name in (name for name, there in directories.items() if there):
             paths[name] = stack.enter_context(atomic_directory(getattr(bundle, name)))
-        yield replace(bundle, warnings=(), **paths)
+        yield replace(bundle, warnings=(), foreign_statistics=False, **paths)
         remove_output(index_path(bundle.model_file))
         for name in ("dense_file", *directories):
-            if name not in paths:
+            foreign = name == "activation_directory" and bundle.foreign_statistics
+            if name not in paths and not foreign:
                 remove_output(getattr(bundle, name))
 
 

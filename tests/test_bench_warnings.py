@@ -13,6 +13,7 @@ import pytest
 
 from common.typed_json import parse
 from common.units import GIB
+from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.placement import NeuronFacts
 from powerinfer_bridge.benchmark.settings import BenchConfig
@@ -98,7 +99,9 @@ class Around:
     def setup(self) -> Setup:
         """Return it with neither files nor programs behind it."""
         hyper = SimpleNamespace(
-            activation_threshold=self.activation_threshold, threshold=self.file_threshold
+            activation_threshold=self.activation_threshold,
+            threshold=self.file_threshold,
+            skips_neurons=self.file_threshold > DENSE_THRESHOLD,
         )
         dense = {
             name: DenseFile(path=Path("d"), element_type="F16", architecture=architecture)

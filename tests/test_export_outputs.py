@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,55 @@ def test_two_models_never_share_a_directory(
     with pytest.raises(ExportError, match=r"belongs to first.*a directory of its own"):
         run(model_dir, exact_dir, tmp_path / "second.powerinfer.gguf", force=True)
     assert not (tmp_path / "second.powerinfer.gguf").exists()
+
+
+@pytest.mark.parametrize("other", ["made without predictors", "of more layers", "its own"])
+def test_statistics_that_no_other_file_can_have_are_replaced_with_force(
+    model_dir: Path, exact_dir: Path, exact_bundle: Bundle, tmp_path: Path, other: str
+) -> None:
+    out, first = tmp_path / "m.powerinfer.gguf", tmp_path / "first.powerinfer.gguf"
+    if other == "made without predictors":
+        run(model_dir, Path("none"), first)
+    elif other == "of more layers":
+        shutil.copy(exact_bundle.model_file, first)
+    statistics = tmp_path / "activation"
+    shutil.copytree(exact_bundle.activation_directory, statistics)
+    if other == "of more layers":
+        shutil.copy(statistics / "activation_1.pt", statistics / "activation_2.pt")
+    with refused(OutputError, f"{statistics} exists", "--force"):
+        run(model_dir, exact_dir, out)
+    bundle = run(model_dir, exact_dir, out, force=True)
+    assert bundle.outputs["activation_directory"] == str(statistics)
+    assert files(statistics) == {"activation_0.pt", "activation_1.pt"}
+
+
+@pytest.mark.parametrize("mine", [True, False])
+@pytest.mark.parametrize("other", ["whole", "damaged"])
+def test_statistics_that_another_file_may_have_stay(
+    model_dir: Path,
+    exact_dir: Path,
+    exact_bundle: Bundle,
+    tmp_path: Path,
+    other: str,
+    mine: bool,
+) -> None:
+    """Of both a file with statistics and one without, where this model has one there already."""
+    here, out = tmp_path / "export", tmp_path / "export" / "m.powerinfer.gguf"
+    shutil.copytree(exact_bundle.model_file.parent, here)
+    if mine:
+        shutil.copy(exact_bundle.model_file, out)
+    if other == "damaged":
+        (here / "exact.powerinfer.gguf").write_bytes(b"PWRI")
+    before = files(here)
+    belongs = "may belong" if mine else "belongs"
+    told = f"{here / 'activation'}: {belongs} to exact.powerinfer.gguf, as far as the files tell"
+    with refused(ExportError, told, "give every model a directory of its own"):
+        run(model_dir, exact_dir, out, force=True)
+    assert files(here) == before
+    bundle = run(model_dir, Path("none"), out, force=mine)
+    assert files(here) == before | {out.name}
+    assert list(bundle.outputs) == ["model_file"]
+    assert any(told in line for line in bundle.warnings)
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from gguf import GGUFValueType
 
 from architectures.rope import RopeScaling
 from common.errors import FormatError
-from gguf_export.pwri.schema import BLOCK, EMBEDDING, HEAD, POSITIONS, SMALLEST_D_FF, THRESHOLD_KEY
+from gguf_export.pwri.schema import (
+    BLOCK,
+    DENSE_THRESHOLD,
+    EMBEDDING,
+    HEAD,
+    POSITIONS,
+    SMALLEST_D_FF,
+    THRESHOLD_KEY,
+)
 from gguf_files.names import ACTIVATION_THRESHOLD_KEY, DOWN
 from gguf_files.reader import GGUFFile
 
@@ -138,6 +146,11 @@ class Hyperparameters:
     def head_dim(self) -> int:
         """Size of one head."""
         return self.d_model // self.n_heads
+
+    @property
+    def skips_neurons(self) -> bool:
+        """Whether its predictors do anything; a file made without has zeros in their place."""
+        return self.threshold > DENSE_THRESHOLD
 
 
 def read_hyperparameters(file: GGUFFile) -> Hyperparameters:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from architectures.tensor_files import is_plain, read_torch_file
-from common.errors import PredictorError
+from common.errors import FormatError, PredictorError
 from common.files import refuse_pointer
+from gguf_export.pwri.hyperparameters import read_hyperparameters
+from gguf_files.reader import GGUFFile
 
 ACTIVATION_DIRECTORY = "activation"
 """PowerInfer looks for its statistics under this name beside the model file."""
@@ -73,3 +75,25 @@ def read_statistics(directory: Path, n_layers: int, d_ff: int) -> list[torch.Ten
                 f"{file}: {len(found)} counts, the model has {d_ff} neurons", "export again"
             )
     return counts
+
+
+def may_have_statistics(model_file: Path) -> bool:
+    """Whether the statistics that lie beside a model file may be its own.
+
+    Nothing says whose they are, so everything that can tell does: they are not those of a file made
+    without predictors, and belong to no model of other sizes. A file that cannot be read may have
+    any.
+    """
+    directory = model_file.parent
+    if not (directory / ACTIVATION_DIRECTORY).is_dir():
+        return False
+    try:
+        hyper = read_hyperparameters(GGUFFile(model_file))
+    except FormatError:
+        return True
+    try:
+        read_statistics(directory, hyper.n_layers, hyper.d_ff)
+    except PredictorError:
+        return False
+    more = statistics_file(directory / ACTIVATION_DIRECTORY, hyper.n_layers)
+    return hyper.skips_neurons and not more.exists()

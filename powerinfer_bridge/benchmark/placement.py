@@ -58,14 +58,14 @@ class NeuronFacts:
 
 
 def read_neuron_facts(file: GGUFFile, hyper: Hyperparameters) -> NeuronFacts:
-    """Read `activation/` and the GPU index beside a file, each if it is there.
+    """Read `activation/` and the GPU index beside a file, each if it is there and may be its own.
 
     Raises:
         PredictorError: statistics that are damaged or another model's.
     """
     directory, index = file.path.parent, index_path(file.path)
     counts = None
-    if (directory / ACTIVATION_DIRECTORY).is_dir():
+    if hyper.skips_neurons and (directory / ACTIVATION_DIRECTORY).is_dir():
         counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     if not index.is_file():
         return NeuronFacts(counts=counts)

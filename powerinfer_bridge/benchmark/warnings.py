@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.units import size
-from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 from results.bench import (
@@ -143,7 +142,7 @@ def _quality(result: Bench, setup: Setup, estimate_problem: str | None) -> Warni
             f"file's {setup.engine.hyper.threshold:g} counts; a PowerInfer run by hand would take "
             "it, unset it",
         )
-    if setup.engine.hyper.threshold <= DENSE_THRESHOLD:
+    if not setup.engine.hyper.skips_neurons:
         yield (
             "no-predictors",
             "the file has no predictors and skips no neuron: predicted and all neurons are the "

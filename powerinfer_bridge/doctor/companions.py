@@ -20,7 +20,11 @@ from gguf_export.contract import OpenedFile
 from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.memory_plan import KEPT_FREE, MemorySettings, plan_memory
-from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
+from gguf_export.pwri.statistics import (
+    ACTIVATION_DIRECTORY,
+    may_have_statistics,
+    read_statistics,
+)
 from gguf_export.settings import SUFFIX
 from powerinfer_bridge.doctor.finding import (
     Finding,
@@ -64,14 +68,18 @@ def check_statistics(
         found = "no activation/ beside the file: no neurons can be chosen for a GPU"
         yield warning("statistics", found, _EXPORT) if has_gpu else note("statistics", found)
         return None
+    if not hyper.skips_neurons:
+        found = "activation/ beside the file is not its own: it was made without predictors"
+        yield note("statistics", found)
+        return None
     try:
         counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     except PspError as error:
         yield from_error("statistics", error)
     else:
         yield _counted(counts, files)
-    foreign = sorted({path.name for path in directory.glob(f"*{SUFFIX}")} - {opened.path.name})
-    if foreign:
+    others = sorted(set(directory.glob(f"*{SUFFIX}")) - {opened.path})
+    if foreign := [path.name for path in others if may_have_statistics(path)]:
         found = f"{foreign[0]} lies in the same directory, activation/ can be of one model"
         yield warning("statistics", found, "give every model a directory of its own")
     return counts
