@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,19 +16,19 @@ import torch
 from architectures.config_json import Config
 from architectures.directory import ORIGINAL, other_kind, other_repository, text_in
 from architectures.gguf_model.source import open_file
-from architectures.missing_tensors import explain_missing
 from architectures.registry import resolve, with_class
 from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from architectures.weight_files import has_weights
-from common.errors import FETCH_AGAIN, CheckpointError, reason
+from common.errors import CheckpointError, reason
 from common.files import read_json, refuse_pointer
 from common.hub import fetched, listed
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FETCHED = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 """Patterns of the names that are wanted of a repository of the hub."""
+_PASS = "pass a checkpoint's directory, a GGUF file or OWNER/NAME on the hub"
 _FINGERPRINT_ROWS = 8
 _TEXTS = ("config.json", "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 """Files beside the weights that must be there themselves if they are there at all."""
@@ -45,11 +46,15 @@ def locate(model: str) -> Path:
         CheckpointError: neither a directory nor a repository that can be fetched, or one of
             another kind.
     """
+    if not model:
+        raise CheckpointError("the model's name is empty", _PASS)
     path = Path(model)
     if os.path.isdir(path):
         return path
     if os.path.isfile(path):
         raise CheckpointError(f"{model}: is a file", f"pass its directory: --model {path.parent}")
+    if os.path.exists(path):
+        raise CheckpointError(f"{model}: is neither a directory nor a plain file", _PASS)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model}: no such directory", "pass a checkpoint's directory")
     path = _fetched(model, _FETCHED)
@@ -196,10 +201,8 @@ class Checkpoint:
         for stored in map(self._stored, names):
             if stored is not None:
                 return stored
-        problem, remedy = explain_missing(
-            names[0], self.files.shards, head=rule.tied_to is not None, bare=self._bare
-        )
-        raise CheckpointError(f"{self.path}: {problem}", remedy)
+        head = rule.tied_to is not None
+        raise CheckpointError(*self.files.missing(names[0], head=head, bare=self._bare))
 
     def _names(self, rule: TensorRule) -> tuple[str, ...]:
         """Return the names under which a rule's tensor may be stored, the preferred one first.
@@ -245,24 +248,28 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the tensor.
         """
+        for rule, name in self._tensors():
+            found, dtype = self.files.describe(name)
+            if dtype == torch.float64:
+                remedy = "save the model in float32 (model.float().save_pretrained)"
+                raise CheckpointError(f"{self.files.where(name)} is float64", remedy)
+            if dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"{self.files.where(name)} has dtype {dtype}",
+                    f"quantised checkpoints cannot be used, {ORIGINAL}",
+                )
+            if found != (wanted := rule.shape(self.shape)):
+                words = self.origin.words
+                raise CheckpointError(
+                    f"{self.files.where(name)} has shape {found}, {words.sizes} {wanted}",
+                    words.fetch,
+                )
+
+    def _tensors(self) -> Iterator[tuple[TensorRule, str]]:
+        """Yield every tensor's rule and stored name."""
         for rule in self.architecture.tensors:
             for layer in range(self.shape.n_layers if rule.per_layer else 1):
-                name = self.source(rule, layer)
-                found, dtype = self.files.describe(name)
-                where = f"{self.files.shards[name]}: tensor {name}"
-                if dtype == torch.float64:
-                    remedy = "save the model in float32 (model.float().save_pretrained)"
-                    raise CheckpointError(f"{where} is float64", remedy)
-                if dtype not in _DTYPES:
-                    raise CheckpointError(
-                        f"{where} has dtype {dtype}",
-                        f"quantised checkpoints cannot be used, {ORIGINAL}",
-                    )
-                if found != rule.shape(self.shape):
-                    raise CheckpointError(
-                        f"{where} has shape {found}, config.json implies {rule.shape(self.shape)}",
-                        FETCH_AGAIN,
-                    )
+                yield rule, self.source(rule, layer)
 
     def read(self, rule: TensorRule, layer: int = 0) -> torch.Tensor:
         """Read the tensor that a rule stands for, its factor folded in.

@@ -17,9 +17,24 @@ MAX_SIZE = 1 << 24
 MEND = "mend the checkpoint's config"
 
 
+class ConfigError(CheckpointError):
+    """A value that cannot be used; whoever knows where it comes from may say so instead.
+
+    Attributes:
+        key: of config.json.
+        found: its value.
+        expected: what it should be, in words.
+    """
+
+    def __init__(self, key: str, found: object, expected: str, remedy: str) -> None:
+        """Say it as of a config.json."""
+        super().__init__(f"config.json: {key} is {found!r}, expected {expected}", remedy)
+        self.key, self.found, self.expected = key, found, expected
+
+
 def refuse(key: str, found: object, expected: str, remedy: str) -> NoReturn:
     """Raise the one-line error for a config value that cannot be used."""
-    raise CheckpointError(f"config.json: {key} is {found!r}, expected {expected}", remedy)
+    raise ConfigError(key, found, expected, remedy)
 
 
 def number(config: Config, key: str, default: int | None = None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from architectures.config_json import Config, flag, number, real, refuse
+from architectures.config_json import MEND, Config, flag, number, real, refuse
 from architectures.rope import read_rope, rope_kind, rope_parameters
 from architectures.spec import Architecture, ModelShape, in_blocks, weight, with_bias
 
@@ -40,10 +40,10 @@ def _shape(config: Config) -> ModelShape:
         refuse("rope_type", rope_kind(config), "'default'", remedy)
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if d_model % (2 * n_heads):
-        refuse("num_attention_heads", n_heads, f"a divisor of {d_model} / 2", "mend it")
+        refuse("num_attention_heads", n_heads, f"a divisor of {d_model} / 2", MEND)
     n_kv_heads = _kv_heads(config, n_heads)
     if n_heads % n_kv_heads:
-        refuse("num_kv_heads", n_kv_heads, f"a divisor of {n_heads} heads", "mend it")
+        refuse("num_kv_heads", n_kv_heads, f"a divisor of {n_heads} heads", MEND)
     return ModelShape(
         d_model=d_model,
         d_ff=number(config, "ffn_hidden_size", default=4 * d_model),

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from architectures.config_json import Config, flag, number, real, refuse
+from architectures.config_json import MEND, Config, flag, number, real, refuse
 from architectures.rope import read_rope, rope_parameters
 from architectures.spec import Activation, Architecture, ModelShape, in_blocks, weight
 
@@ -100,7 +100,7 @@ def _gated_shape(
             refuse(key, True, "false", "PowerInfer's llama graph has no biases")
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if d_model % n_heads:
-        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", "mend it")
+        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", MEND)
     head_dim = number(config, "head_dim", default=d_model // n_heads)
     if head_dim * n_heads != d_model:
         refuse("head_dim", head_dim, f"{d_model // n_heads}", "PowerInfer derives it from sizes")
@@ -108,7 +108,7 @@ def _gated_shape(
         refuse("head_dim", head_dim, "an even number", "rotary positions turn pairs")
     n_kv_heads = number(config, "num_key_value_heads", default=n_heads)
     if n_heads % n_kv_heads:
-        refuse("num_key_value_heads", n_kv_heads, f"a divisor of {n_heads} heads", "mend it")
+        refuse("num_key_value_heads", n_kv_heads, f"a divisor of {n_heads} heads", MEND)
     context = number(config, "max_position_embeddings")
     if mistral and config.get("sliding_window", _MISTRAL_WINDOW) is not None:
         context = min(context, number(config, "sliding_window", default=_MISTRAL_WINDOW))

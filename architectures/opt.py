@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from architectures.config_json import Config, flag, number, refuse
+from architectures.config_json import MEND, Config, flag, number, refuse
 from architectures.spec import Architecture, ModelShape, in_blocks, weight, with_bias
 
 _NORM_EPS = 1e-5
@@ -35,7 +35,7 @@ def _shape(config: Config) -> ModelShape:
     if width != d_model:
         refuse("word_embed_proj_dim", width, str(d_model), "PowerInfer has no projection there")
     if d_model % n_heads:
-        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", "mend it")
+        refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", MEND)
     return ModelShape(
         d_model=d_model,
         d_ff=number(config, "ffn_dim"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from architectures.config_json import Config
 from architectures.spec import Architecture, ModelShape
 from architectures.tensor_files import TensorFiles
-from common.errors import CheckpointError
+from common.errors import FETCH_AGAIN, CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,20 @@ class Tensors(Protocol):
         """Tensor name to the file that holds it."""
         ...
 
+    def where(self, name: str) -> str:
+        """Return the file that holds a tensor and what it is called there, for messages."""
+        ...
+
+    def missing(self, name: str, *, head: bool, bare: bool) -> tuple[str, str]:
+        """Return problem and remedy for a tensor that is not there.
+
+        Args:
+            name: its Hugging Face name.
+            head: it is the output head, and no other tensor stands in for it.
+            bare: the names are those of a model without a head, such as `LlamaModel`.
+        """
+        ...
+
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """Return a tensor's shape and dtype, as text where psp cannot use it."""
         ...
@@ -36,6 +50,21 @@ class Tensors(Protocol):
     def read(self, name: str, count: int | None = None) -> torch.Tensor:
         """Read a tensor, or its first `count` rows."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What messages call the parts of a kind of source.
+
+    Attributes:
+        fetch: what to do where it is damaged.
+        sizes: what says how large tensors are.
+        activation: what says which activation it has.
+    """
+
+    fetch: str
+    sizes: str
+    activation: str
 
 
 class Source(Protocol):
@@ -54,6 +83,11 @@ class Source(Protocol):
     @property
     def config_name(self) -> str:
         """What to call that config in messages."""
+        ...
+
+    @property
+    def words(self) -> Words:
+        """What to call its parts in messages."""
         ...
 
     @property
@@ -87,6 +121,7 @@ class Directory:
     path: Path
     config: Config
     fingerprint: None = None
+    words = Words(fetch=FETCH_AGAIN, sizes="config.json implies", activation="hidden_act")
 
     @property
     def config_name(self) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Activation = Literal["relu", "fatrelu", "drelu"]
+SUBSTITUTABLE = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "fatrelu")
+"""Values of `hidden_act` in whose place ReLU may come."""
+
 Transform = Literal["none", "permute_q", "permute_k", "group_qkv", "transpose"]
 
 

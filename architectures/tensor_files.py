@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import safetensors
 import torch
 
-from architectures.missing_tensors import wrapper_prefix
+from architectures.missing_tensors import explain_missing, wrapper_prefix
 from architectures.weight_files import WeightFiles, find_weights
 from common.errors import FETCH_AGAIN, CheckpointError, reason
 
@@ -152,6 +152,15 @@ class TensorFiles:
                 raise CheckpointError(f"{shard}: not a mapping of names to tensors", FETCH_AGAIN)
             self._opened[shard] = content
         return self._opened[shard]
+
+    def where(self, name: str) -> str:
+        """Return the file that holds a tensor and its stored name, for messages."""
+        return f"{self.shards[name]}: tensor {self.prefix}{name}"
+
+    def missing(self, name: str, *, head: bool, bare: bool) -> tuple[str, str]:
+        """Return problem and remedy for a tensor that is not there; see `explain_missing`."""
+        problem, remedy = explain_missing(name, self.shards, head=head, bare=bare)
+        return f"{self.path}: {problem}", remedy
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype | str]:
         """Return a tensor's shape and its dtype, as text where torch's checkpoints have none."""

@@ -18,10 +18,8 @@ from architectures.config_json import Config
 from architectures.gated import FATReLU
 from architectures.registry import resolve
 from architectures.source import Source
+from architectures.spec import SUBSTITUTABLE
 from common.errors import CheckpointError
-
-SUBSTITUTABLE = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "fatrelu")
-"""Values of `hidden_act` in whose place ReLU may come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +77,8 @@ def open_with_relu(model: str | Source) -> Checkpoint:
         )
     if len(family.activation_taps) != 1 or found.get("hidden_act") not in SUBSTITUTABLE:
         raise CheckpointError(
-            f"{origin.config_name}: hidden_act is {found.get('hidden_act')!r} in family "
-            f"{family.name}, expected one of {', '.join(SUBSTITUTABLE)}",
+            f"{origin.config_name}: {origin.words.activation} is {found.get('hidden_act')!r} in "
+            f"family {family.name}, expected one of {', '.join(SUBSTITUTABLE)}",
             "pass such a model",
         )
     return Checkpoint.of(origin, config)

@@ -110,8 +110,9 @@ def _open_sparse(model: str) -> Opened:
     if not has_one_gate(opened.checkpoint):
         refuse_fatrelu(opened.checkpoint)
     if opened.own.activation not in ("relu", "fatrelu"):
+        origin = opened.checkpoint.origin
         raise SparsityError(
-            f"{opened.checkpoint.origin.config_name}: hidden_act is {opened.own.activation!r}, "
+            f"{origin.config_name}: {origin.words.activation} is {opened.own.activation!r}, "
             "a threshold is searched for 'relu' or 'fatrelu'",
             "train with psp sparsify first",
         )

@@ -47,7 +47,9 @@ def test_a_powerinfer_file_has_relu_and_a_dense_one_what_llama_cpp_computes(file
     assert Checkpoint.open(file()).shape.activation == "relu"
     dense = file(sparse=False)
     with refused(
-        CheckpointError, str(dense), "hidden_act is 'silu'", f"say so: --model {dense}:relu"
+        CheckpointError,
+        f"{dense}: its activation is 'silu', which programs compute where a file names none",
+        f"say so: --model {dense}:relu",
     ):
         Checkpoint.open(dense)
     assert Checkpoint.open(f"{dense}:relu").shape.activation == "relu"
@@ -60,9 +62,12 @@ def test_a_powerinfer_file_has_relu_and_a_dense_one_what_llama_cpp_computes(file
 def test_a_threshold_comes_after_a_second_colon(file: Make) -> None:
     shape = Checkpoint.open(f"{file()}:fatrelu:0.25").shape
     assert (shape.activation, shape.activation_threshold) == ("fatrelu", 0.25)
-    for odd in ("fatrelu", "fatrelu:0", "fatrelu:x", "fatrelu:nan", "relu:1"):
-        with refused(CheckpointError, odd, "expected relu, or fatrelu:0.01"):
-            Checkpoint.open(f"{file()}:{odd}")
+    odd = ("fatrelu", "fatrelu:0", "fatrelu:x", "fatrelu:nan", "relu:1", "", "fatrelu:", "ReLU")
+    for name in (*odd, "none", "relu:1:2"):
+        with refused(CheckpointError, f"activation {name!r} after", "or fatrelu:0.01", "drelu"):
+            Checkpoint.open(f"{file()}:{name}")
+    with refused(CheckpointError, "as ':gelu' says, is 'gelu', expected 'relu'", "psp sparsify"):
+        Checkpoint.open(f"{file(sparse=False)}:gelu")
 
 
 @pytest.mark.parametrize(
@@ -137,11 +142,13 @@ def test_sizes_may_be_given_for_each_layer_and_a_head_left_out(file: Make) -> No
     def tied(keys: Keys, tensors: Tensors) -> None:
         keys["llama.attention.head_count_kv"] = [2]
         keys["llama.feed_forward_length"] = [D_FF]
+        keys["llama.attention.sliding_window"] = 0  # none
         del tensors["output.weight"]
         tensors["rope_freqs.weight"] = ONES, F32  # no scaling: files of before November 2023
 
     shape = Checkpoint.open(file(tied)).shape
     assert (shape.n_kv_heads, shape.d_ff, shape.tied_embeddings) == (2, D_FF, True)
+    assert shape.context_length == 64
 
 
 def set_key(key: str, value: object) -> Edit:
@@ -168,12 +175,21 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "adapter": (set_key("general.type", "adapter"), ("is an adapter", "merge it")),
     "experts": (set_key("llama.expert_count", 8), ("llama.expert_count is 8",)),
-    "layers that are not there": (set_key("llama.block_count", 2), ("model.layers.1.", "missing")),
+    "layers that are not there": (
+        set_key("llama.block_count", 2),
+        ("tensor blk.1.attn_norm.weight is missing",),
+    ),
     "a count that lies": (set_key("llama.block_count", 2**31), ("more than there are tensors",)),
     "no count": (set_key("llama.block_count", None), ("llama.block_count is missing",)),
     "a count that is a text": (set_key("llama.block_count", "one"), ("expected an integer",)),
-    "no heads": (heads(0), ("num_attention_heads is 0",)),
-    "heads that do not fit": (heads(7), ("num_attention_heads is 7", "a divisor of")),
+    "no heads": (
+        heads(0),
+        ("key llama.attention.head_count is 0, expected an integer", "fetch the file"),
+    ),
+    "heads that do not fit": (
+        heads(7),
+        ("key llama.attention.head_count is 7, expected a divisor of llama.embedding_length",),
+    ),
     "layers of two kinds": (
         set_key("llama.attention.head_count_kv", [2, 4]),
         ("differs between layers",),
@@ -182,19 +198,44 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         set_key("llama.attention.layer_norm_rms_epsilon", float("nan")),
         ("finite",),
     ),
+    "a constant of MiniCPM's that divides by 0": (
+        lambda keys, tensors: keys.update(
+            {key.replace("llama.", "minicpm."): value for key, value in keys.items()}
+            | {"general.architecture": "minicpm", "minicpm.logit_scale": 0.0}
+        ),
+        ("key minicpm.logit_scale is 0, expected a number above 0",),
+    ),
+    "a factor that its default name scales by": (
+        set_key("llama.rope.scale_linear", -2.0),
+        ("key llama.rope.scale_linear is -2.0, expected a number above 0",),
+    ),
+    "no FATReLU's threshold": (
+        set_key("psp.activation", "fatrelu"),
+        ("key psp.activation_threshold is missing", ":fatrelu:0.01"),
+    ),
+    "an impossible threshold": (
+        lambda keys, tensors: keys.update(
+            {"psp.activation": "fatrelu", "psp.activation_threshold": 0.0}
+        ),
+        ("key psp.activation_threshold is 0.0, expected a number above 0",),
+    ),
+    "another activation": (
+        set_key("psp.activation", "silu"),
+        ("key psp.activation is 'silu', expected 'relu'", "psp sparsify"),
+    ),
     "part of a head turned": (
         set_key("llama.rope.dimension_count", 32),
         ("rope.dimension_count is 32", "whole heads"),
     ),
     "Llama 3's positions": (
         add("rope_freqs.weight", 2 * ONES),
-        ("rope_type is 'llama3'", "no other scaling"),
+        ("tensor rope_freqs.weight holds factors other than 1", "no such scaling"),
     ),
     "another scaling": (
         lambda keys, tensors: keys.update(
             {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}
         ),
-        ("rope_type is 'longrope'",),
+        ("key llama.rope.scaling.type is 'longrope', expected 'none', 'linear'",),
     ),
     "a constant of scaling": (
         set_key("llama.rope.scaling.attn_factor", 1.5),
@@ -204,11 +245,14 @@ REFUSED: dict[str, tuple[Edit, tuple[str, ...]]] = {
         add("blk.0.attn_q.bias", np.ones(D_MODEL, dtype=np.float32)),
         ("tensor blk.0.attn_q.bias belongs to no llama model",),
     ),
-    "no down matrix": (drop("blk.0.ffn_down_t.weight"), ("mlp.down_proj.weight is missing",)),
+    "no down matrix": (
+        drop("blk.0.ffn_down_t.weight"),
+        ("tensor blk.0.ffn_down_t.weight is missing",),
+    ),
     "no embedding": (drop("token_embd.weight"), ("token_embd.weight is missing",)),
     "a wrong shape": (
         add("blk.0.ffn_up.weight", np.ones((D_FF, 2 * D_MODEL), dtype=np.float32)),
-        ("mlp.up_proj.weight has shape",),
+        ("tensor blk.0.ffn_up.weight has shape", "its keys imply (512, 256)"),
     ),
 }
 
@@ -237,7 +281,10 @@ def test_other_files_and_names_of_none_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no model")
     with refused(CheckpointError, "notes.txt", "directory"):
         Checkpoint.open(tmp_path / "notes.txt")
-    for name in ("none.gguf", "none.gguf:relu"):
+    for name, problem in (("", "name is empty"), ("/dev/null", "/dev/null: is neither")):
+        with refused(CheckpointError, problem, "a checkpoint's directory, a GGUF file"):
+            Checkpoint.open(name)
+    for name in ("none.gguf", "none.gguf:relu", "none.gguf:"):
         with refused(CheckpointError, "none.gguf: no such file", "GGUF file or directory"):
             Checkpoint.open(str(tmp_path / name))
 

@@ -7,13 +7,15 @@ cannot say, the activation above all, comes from the caller or from what its pro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 from gguf import GGUFValueType
 
-from architectures.gguf_model.activation import activation_of
-from architectures.gguf_model.keys import Keys, text_of
+from architectures.config_json import MEND, ConfigError
+from architectures.gguf_model.activation import activation_of, other_activation
+from architectures.gguf_model.keys import FETCH_FILE, Keys, text_of
 from architectures.gguf_model.tokenizer_files import special_ids
 from architectures.spec import POSITION_OFFSET
 from common.errors import CheckpointError
@@ -34,6 +36,29 @@ _NEUTRAL = {
     "expert_count": 0,
 }
 """Keys that change what a graph computes, and the value with which they do not."""
+
+_KEYS = {
+    "hidden_size": ("embedding_length",),
+    "num_hidden_layers": ("block_count",),
+    "num_attention_heads": ("attention.head_count",),
+    "num_key_value_heads": ("attention.head_count_kv",),
+    "num_kv_heads": ("attention.head_count_kv",),
+    "head_dim": ("attention.key_length",),
+    "intermediate_size": ("feed_forward_length",),
+    "ffn_hidden_size": ("feed_forward_length",),
+    "ffn_dim": ("feed_forward_length",),
+    "max_position_embeddings": ("context_length",),
+    "rms_norm_eps": ("attention.layer_norm_rms_epsilon",),
+    "layer_norm_epsilon": ("attention.layer_norm_epsilon",),
+    "scale_emb": ("embedding_scale",),
+    "rope_theta": ("rope.freq_base",),
+    "rope_type": ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+    "factor": ("rope.scaling.factor", "rope.scale_linear"),
+    "original_max_position_embeddings": ("rope.scaling.original_context_length", "context_length"),
+}
+"""Where a config's values come from, after the architecture's name; the first that is there."""
+
+_ACTIVATIONS = ("hidden_act", "hidden_act_param", "activation", "activation_function")
 
 _SCALING = {"type", "factor", "original_context_length", "finetuned"}
 """What is understood after `rope.scaling.`."""
@@ -73,6 +98,28 @@ def config_of(file: GGUFFile, activation: str | None) -> dict[str, Any]:
     return common | _FAMILIES[name](keys, activation)
 
 
+def in_keys(file: GGUFFile, activation: str | None, error: ConfigError) -> CheckpointError:
+    """Return a refusal of what `config_of` gave in words of the file that it is about.
+
+    Args:
+        file: see `config_of`.
+        activation: see `config_of`.
+        error: about a key of config.json.
+    """
+    keys = Keys(file, _architecture(file))
+    if error.key in _ACTIVATIONS:
+        return other_activation(keys, activation, error)
+    names = _KEYS.get(error.key, ())
+    told = next((f"key {keys.full(name)}" for name in names if keys.has(name)), None)
+    if told is None:
+        told = f"key {keys.full(names[0])}, which is not there," if names else error.key
+    expected = error.expected.replace("'default'", "'none'")
+    for name, (first, *_) in _KEYS.items():
+        expected = re.sub(rf"\b{name}\b", keys.full(first), expected)
+    remedy = FETCH_FILE if error.remedy in (MEND, None) else error.remedy
+    return keys.error(f"{told} is {error.found!r}, expected {expected}", remedy)
+
+
 def _architecture(file: GGUFFile) -> str:
     try:
         name: str = file.value("general.architecture", GGUFValueType.STRING)
@@ -99,6 +146,7 @@ def _llama(keys: Keys, activation: str | None) -> dict[str, Any]:
     n_heads = keys.size("attention.head_count")
     head_dim = keys.size("attention.key_length", keys.size("embedding_length") // max(n_heads, 1))
     context = keys.size("context_length")
+    window = keys.size("attention.sliding_window", context) or context  # 0 is none
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -106,7 +154,7 @@ def _llama(keys: Keys, activation: str | None) -> dict[str, Any]:
         "num_key_value_heads": keys.size("attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         # PowerInfer has no window: it limits the context, as Mistral's does in its family.
-        "max_position_embeddings": min(context, keys.size("attention.sliding_window", context)),
+        "max_position_embeddings": min(context, window),
         "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         "attention_bias": False,
         "mlp_bias": False,
@@ -134,9 +182,15 @@ def _minicpm(keys: Keys, activation: str | None) -> dict[str, Any]:
         "dim_model_base": 256,
     }
     if keys.has("residual_scale"):
-        found["scale_depth"] = keys.real("residual_scale") * math.sqrt(n_layers)
+        found["scale_depth"] = _positive(keys, "residual_scale") * math.sqrt(n_layers)
     if keys.has("logit_scale"):
-        found["dim_model_base"] = d_model / keys.real("logit_scale")
+        found["dim_model_base"] = d_model / _positive(keys, "logit_scale")
+    return found
+
+
+def _positive(keys: Keys, key: str) -> float:
+    if (found := keys.real(key)) <= 0:
+        raise keys.error(f"key {keys.full(key)} is {found:g}, expected a number above 0")
     return found
 
 
@@ -167,11 +221,14 @@ def _falcon(keys: Keys, activation: str | None) -> dict[str, Any]:
 
 def _opt(keys: Keys, activation: str | None) -> dict[str, Any]:
     found = activation_of(keys, activation, always="relu")
+    positions = _rows(keys, _POSITIONS) - POSITION_OFFSET
+    if positions < 1:
+        raise keys.error(f"tensor {_POSITIONS} has no rows beyond the first {POSITION_OFFSET}")
     return {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
         "ffn_dim": keys.size("feed_forward_length"),
-        "max_position_embeddings": _rows(keys, _POSITIONS) - POSITION_OFFSET,
+        "max_position_embeddings": positions,
         "activation_function": found["hidden_act"],
         # PowerInfer's graph has no other head, and its loader no tensor for one.
         "tie_word_embeddings": True,
@@ -201,7 +258,10 @@ def _rope(keys: Keys, head_dim: int) -> dict[str, Any]:
             raise keys.error(f"key {key} is there", "PowerInfer has no such scaling of positions")
     theta = {"rope_theta": keys.real("rope.freq_base", 10000.0)}
     if _FREQUENCIES in keys.file.tensors and (keys.file.tensor(_FREQUENCIES) != 1).any():
-        return theta | {"rope_scaling": {"type": "llama3"}}  # refused in the family's words
+        raise keys.error(
+            f"tensor {_FREQUENCIES} holds factors other than 1, as of Llama 3",
+            "PowerInfer has no such scaling of positions",
+        )
     factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 1.0))
     kind = keys.text("rope.scaling.type", "linear")
     if kind == "none" or (kind in ("linear", "yarn") and factor in (0, 1)):

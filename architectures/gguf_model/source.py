@@ -12,10 +12,12 @@ from typing import Any
 
 from gguf import GGUFValueType
 
-from architectures.gguf_model.config import config_of
+from architectures.config_json import ConfigError
+from architectures.gguf_model.config import config_of, in_keys
 from architectures.gguf_model.keys import FETCH_FILE, text_of
 from architectures.gguf_model.tensors import GGUFTensors
 from architectures.gguf_model.tokenizer_files import write_tokenizer_files
+from architectures.source import Words
 from architectures.spec import Architecture, ModelShape
 from common.errors import CheckpointError, FormatError
 from common.hub import fetched
@@ -25,7 +27,7 @@ from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC
 from gguf_files.split_set import open_gguf
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):([\w.-]+(?:/[\w.-]+)*\.gguf)")
-_WITH_ACTIVATION = re.compile(r"(.+\.gguf):([a-z_]+(?::[^:]+)?)")
+_WITH_ACTIVATION = re.compile(r"(.+\.gguf):([^/]*)(?<!\.gguf)")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
@@ -92,7 +94,7 @@ class GGUFSource:
         Raises:
             CheckpointError: no such file, damaged, or of no model that psp supports.
         """
-        self.path = path
+        self.path, self._chosen = path, activation
         try:
             self.file = open_gguf(path, FETCH_FILE)
         except FormatError as error:
@@ -103,6 +105,8 @@ class GGUFSource:
     def config_name(self) -> str:
         """The file itself."""
         return str(self.path)
+
+    words = Words(fetch=FETCH_FILE, sizes="its keys imply", activation="its activation")
 
     @cached_property
     def directory(self) -> Path:
@@ -136,10 +140,7 @@ class GGUFSource:
         return GGUFTensors(self.file, architecture, shape)
 
     def refusal(self, error: CheckpointError) -> CheckpointError:
-        """Name the file instead of the config.json that it does not have."""
-        problem, remedy = error.problem.removeprefix("config.json: "), error.remedy
-        if problem == error.problem:
+        """Name the file and its keys instead of the config.json that it does not have."""
+        if not isinstance(error, ConfigError):
             return error
-        if problem.startswith(("hidden_act", "activation")):
-            remedy = f"if the model was trained with ReLU, say so: --model {self.path}:relu"
-        return CheckpointError(f"{self.path}: {problem}", remedy)
+        return in_keys(self.file, self._chosen, error)

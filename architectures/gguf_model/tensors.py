@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from architectures.gguf_model.keys import FETCH_FILE
 from architectures.layouts import from_file
 from architectures.spec import Architecture, ModelShape, Transform
 from common.errors import CheckpointError
@@ -48,9 +49,11 @@ class GGUFTensors:
             CheckpointError: a tensor that the family does not have, or of a type that cannot be
                 read. What is missing is for the caller to tell.
         """
-        self.file, self._shape = file, shape
+        self.file, self._architecture, self._shape = file, architecture, shape
         self._stored = dict(_stored(file, architecture, shape))
-        self.shards: dict[str, Path] = dict.fromkeys(self._stored, file.path)
+        self.shards: dict[str, Path] = {
+            name: file.holder(info.name) for name, (info, _) in self._stored.items()
+        }
         used = {info.name for info, _ in self._stored.values()}
         for name, info in file.tensors.items():
             if name in used and not readable(info.kind):
@@ -67,6 +70,17 @@ class GGUFTensors:
     def stored(self, name: str) -> tuple[TensorInfo, Transform]:
         """Return where a tensor lies, and how its layout there differs from Hugging Face's."""
         return self._stored[name]
+
+    def where(self, name: str) -> str:
+        """Return the file that holds a tensor and what it is called there, for messages."""
+        return f"{self.shards[name]}: tensor {self._stored[name][0].name}"
+
+    def missing(self, name: str, *, head: bool, bare: bool) -> tuple[str, str]:
+        """Return problem and remedy for a tensor that is not there, by its name in such a file."""
+        places = _places(self._architecture, self._shape)
+        sparse, dense = next(names for source, _, *names in places if source == name)
+        wanted = sparse if self.file.sparse else dense
+        return f"{self.file.path}: tensor {wanted} is missing", FETCH_FILE
 
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return a tensor's shape, and its dtype: float16 for what is quantised."""
@@ -108,11 +122,19 @@ def _stored(
     file: GGUFFile, architecture: Architecture, shape: ModelShape
 ) -> Iterator[tuple[str, tuple[TensorInfo, Transform]]]:
     """Yield the Hugging Face name of each tensor that is there, its place and its layout."""
+    for name, transform, sparse, dense in _places(architecture, shape):
+        if sparse in file.tensors:
+            yield name, (file.tensors[sparse], transform)
+        elif dense in file.tensors:
+            yield name, (file.tensors[dense], "none")
+
+
+def _places(
+    architecture: Architecture, shape: ModelShape
+) -> Iterator[tuple[str, Transform, str, str]]:
+    """Yield each tensor's Hugging Face name, its transform, its names in sparse and dense files."""
     for rule, target in architecture.exported:
         for layer in range(shape.n_layers if rule.per_layer else 1):
             sparse = target.format(layer=layer)
             dense = sparse.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
-            if sparse in file.tensors:
-                yield rule.source.format(layer=layer), (file.tensors[sparse], rule.transform)
-            elif dense in file.tensors:
-                yield rule.source.format(layer=layer), (file.tensors[dense], "none")
+            yield rule.source.format(layer=layer), rule.transform, sparse, dense
