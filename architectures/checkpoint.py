@@ -265,6 +265,24 @@ class Checkpoint:
                     words.fetch,
                 )
 
+    def check_numbers(self) -> None:
+        """Refuse weights that are NaN or infinite: why something else failed, or not.
+
+        All of them are read, which is for where a result tells already that something is wrong.
+
+        Raises:
+            CheckpointError: naming file and tensor.
+        """
+        for _, name in self._tensors():
+            weight = self.files.read(name)
+            if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
+                nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
+                raise CheckpointError(
+                    f"{self.files.where(name)} is damaged: {nan} NaN and {infinite} infinite among "
+                    f"{weight.numel()} numbers",
+                    self.origin.words.fetch,
+                )
+
     def _tensors(self) -> Iterator[tuple[TensorRule, str]]:
         """Yield every tensor's rule and stored name."""
         for rule in self.architecture.tensors:

@@ -63,6 +63,7 @@ class ModelWriter:
 
         Raises:
             OutputError: the system refused a write.
+            CheckpointError: a weight is NaN or infinite, told where it is met.
             ExportError: a weight does not fit float16.
         """
         model = list(plan_model(self.checkpoint, sparse=sparse, types=self.types))
@@ -80,6 +81,9 @@ class ModelWriter:
                     writer.fout[0].write(SPARSE_MAGIC)
         except OSError as error:
             raise write_error(target, error) from error
+        except ExportError:
+            self.checkpoint.check_numbers()  # the cause, if it is there
+            raise
 
 
 def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:

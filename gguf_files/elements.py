@@ -40,7 +40,8 @@ def decode(
     """
     if kind in PLAIN:
         return data.view(PLAIN[kind]).reshape(shape)
-    numbers: npt.NDArray[np.generic] = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged scales are NaN or too large
+        numbers: npt.NDArray[np.generic] = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
     return numbers
 
 

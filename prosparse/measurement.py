@@ -98,6 +98,7 @@ class ExchangeableModel:
         bar = tqdm(self._windows, unit="window", desc=setting.name, disable=None)
         losses = torch.tensor([self._loss(window) for window in bar], dtype=torch.float64)
         if not torch.isfinite(losses).all():
+            self.checkpoint.check_numbers()  # the cause, if it is there
             raise CheckpointError(
                 f"{self.checkpoint.path}: with {setting.name} the loss is no finite number",
                 "check the weights, or pass --device cpu, which computes in float32",

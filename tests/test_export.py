@@ -19,7 +19,7 @@ from gguf import GGUFValueType as Kind
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError, PredictorError, PspError
+from common.errors import CheckpointError, ExportError, PredictorError, PspError
 from gguf_export.bundle import Bundle
 from gguf_files.reader import GGUFFile
 from predictor.artifact import PredictorArtifact
@@ -300,15 +300,39 @@ def edit_index(predictors: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("number", [1e6, -1e6, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("number", "error", "name", "problem"),
+    [
+        (1e6, ExportError, "blk.1.ffn_up.weight", "does not fit float16"),
+        (-1e6, ExportError, "blk.1.ffn_up.weight", "does not fit float16"),
+        (
+            float("nan"),
+            CheckpointError,
+            "model.layers.1.mlp.up_proj.weight",
+            "1 NaN and 0 infinite",
+        ),
+        (
+            float("inf"),
+            CheckpointError,
+            "model.layers.1.mlp.up_proj.weight",
+            "0 NaN and 1 infinite",
+        ),
+    ],
+)
 def test_a_weight_beyond_float16_is_refused_by_name(
-    model_dir: Path, tmp_path: Path, dtype: torch.dtype, number: float
+    model_dir: Path,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    number: float,
+    error: type[PspError],
+    name: str,
+    problem: str,
 ) -> None:
     model = restored(model_dir, tmp_path / "model", dtype, number)
     write_predictors(model, tmp_path / "predictors")
-    message = refusal(ExportError, model, tmp_path / "predictors", tmp_path)
-    assert "tensor blk.1.ffn_up.weight" in message
-    assert "float16" in message
+    message = refusal(error, model, tmp_path / "predictors", tmp_path)
+    assert f"tensor {name}" in message
+    assert problem in message
 
 
 def test_predictors_of_another_model_are_refused(

@@ -11,12 +11,12 @@ from conftest import TEXT, ModelMaker, refused, write_predictors
 from gguf import GGMLQuantizationType as Kind
 from rewriting import Tensor, recast, rewritten, stored, tensors_of
 
-from common.errors import FormatError, PredictorError
+from common.errors import CheckpointError, FormatError, PredictorError
 from gguf_export.bundle import Bundle, export
 from gguf_export.settings import ExportConfig
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from powerinfer_bridge.verify.verification import verify
+from powerinfer_bridge.verify.verification import ExportCheck, verify
 
 FOREIGN = (
     "general.name",
@@ -93,6 +93,27 @@ def test_a_file_of_another_maker_keeps_tensors_and_keys(
         assert np.array_equal(ours[name].data, theirs[name].data), name
     assert "psp.predictor_type" not in ours
     assert verify(kept.model_file, str(file)).ok
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("name", "number"), [("output_norm", float("inf")), ("blk.0.ffn_up", float("nan"))]
+)
+def test_weights_that_are_no_numbers_are_named(
+    quantised: Bundle, predictors: Path, tmp_path: Path, name: str, number: float
+) -> None:
+    """In quantised matrices it is a block's scale, of which 32 numbers are made."""
+    shape, kind, content = tensors_of(quantised.model_file)[f"{name}.weight"]
+    first = np.float32(number) if kind is Kind.F32 else np.float16(number)
+    spoilt = shape, kind, first.tobytes() + content[first.nbytes :]
+    file = tmp_path / "spoilt.gguf"
+    rewritten(quantised.model_file, file, tensors={f"{name}.weight": spoilt})
+    out = tmp_path / "new" / "m.powerinfer.gguf"
+    config = ExportConfig(model=str(file), predictors=predictors, out=out)
+    told = f"{file}: tensor {name}.weight is damaged: "
+    with refused(CheckpointError, told, "fetch the file again, or pass"):
+        export(config, ExportCheck(str(file), out))
+    assert not out.parent.exists()
 
 
 def test_predictors_are_replaced_and_nothing_else(

@@ -197,16 +197,24 @@ def test_too_little_text_and_unknown_models_are_refused(
         sparsity(SparsityConfig(model=str(odd), data=str(short)))
 
 
+@pytest.mark.parametrize(
+    ("number", "parts"),
+    [
+        (math.nan, ("tensor lm_head.weight is damaged: 2 NaN and 0 infinite",)),
+        (3e38, ("no finite number", "check the weights")),
+    ],
+)
 def test_numbers_that_overflow_are_refused(
-    make_model: ModelMaker, data: Path, tmp_path: Path
+    make_model: ModelMaker, data: Path, tmp_path: Path, number: float, parts: tuple[str, ...]
 ) -> None:
     from safetensors.torch import load_file, save_file
 
     path = make_model(tmp_path / "broken", intermediate_size=64)
     tensors = load_file(path / "model.safetensors")
-    tensors["lm_head.weight"][3, 5] = math.nan
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+    tensors["lm_head.weight"][3, 5:7] = number
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    with refused(CheckpointError, str(path), "no finite number", "check the weights"):
+    with refused(CheckpointError, str(path), *parts):
         sparsity(SparsityConfig(model=str(path), data=str(data)))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
-from common.errors import PspError, TraceError
+from common.errors import CheckpointError, PspError, TraceError
 from predictor.collection.collect import collect
 from predictor.collection.recorder import passes
 from predictor.collection.settings import CollectConfig
@@ -383,7 +383,31 @@ def test_a_residual_beyond_float16_is_counted_and_asks_for_bfloat16_which_works(
 def test_a_residual_that_is_no_number_is_refused_in_either_dtype(
     make_model: ModelMaker, settings: Settings, tmp_path: Path, dtype: str
 ) -> None:
-    model = heated(make_model(tmp_path / "broken"), "model.embed_tokens.weight", float("nan"))
+    """The weights are finite here: what they are multiplied with is not any more."""
+    name = "model.layers.0.self_attn.o_proj.weight"
+    model = heated(make_model(tmp_path / "broken"), name, 3e38)
     run = settings(tmp_path / "out", model=str(model), tokens=200, dtype=dtype)
-    with refused(TraceError, "layer 0", f"{200 * 64} of {200 * 64}", dtype, "check the model"):
+    with refused(TraceError, "layer 0", f"of {200 * 64} residual", dtype, "check the model"):
         collect(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "found"),
+    [
+        (
+            "model.embed_tokens.weight",
+            "nan",
+            f"{320 * 64} NaN and 0 infinite among {320 * 64} numbers",
+        ),
+        ("model.layers.1.mlp.gate_proj.weight", "inf", "0 NaN and 64768 infinite among 64768"),
+        ("model.layers.1.mlp.up_proj.weight", "nan", "64768 NaN and 0"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(
+    make_model: ModelMaker, settings: Settings, tmp_path: Path, name: str, factor: str, found: str
+) -> None:
+    """Those of the last layer too, behind which no residual is recorded."""
+    model = heated(make_model(tmp_path / "broken"), name, float(factor))
+    told = f"{model / 'model.safetensors'}: tensor {name} is damaged: "
+    with refused(CheckpointError, told, found, "fetch the checkpoint again"):
+        collect(settings(tmp_path / "out", model=str(model), tokens=200))

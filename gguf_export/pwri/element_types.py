@@ -150,6 +150,7 @@ def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.
         An array of that type, or bytes (..., row bytes) uint8 for Q4_0.
     """
     if kind not in PLAIN:
-        blocks: npt.NDArray[np.generic] = quants.quantize(np.ascontiguousarray(numbers), kind)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN stays what it is
+            blocks: npt.NDArray[np.generic] = quants.quantize(np.ascontiguousarray(numbers), kind)
         return blocks
     return numbers.astype(PLAIN[kind], copy=False)

@@ -80,11 +80,13 @@ class ExportCheck:
         """Verify the file under its temporary name.
 
         Raises:
-            ExportError: a check failed.
+            CheckpointError: the checkpoint's weights are not all finite.
+            ExportError: another check failed.
         """
         found = verify(path, self.model, run=path.stat().st_size <= self.most_bytes)
         for name, outcome in found.checks.items():
             if not outcome.ok:
+                Checkpoint.open(self.model).check_numbers()  # the cause, if it is there
                 raise ExportError(
                     f"{self.target}: the written file failed verification at '{name}' "
                     f"({outcome.line}) and was not kept",

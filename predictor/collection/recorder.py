@@ -42,6 +42,7 @@ class Recorder:
             importance_bits: bits of an active neuron's importance, 0 for none.
         """
         self._model, self._dtype, self._bits = model, dtype, importance_bits
+        self._checkpoint = checkpoint
         self._threshold = checkpoint.shape.activation_threshold
         self._sink: Sink = lambda layer, rows: None
         self._rows: torch.Tensor | None = None
@@ -82,6 +83,7 @@ class Recorder:
             stored = inputs.to(self._dtype)
             # What does not fit has become infinite, NaN stays; both show in the extremes.
             if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
+                self._checkpoint.check_numbers()  # the cause, if it is there
                 bad = int((~torch.isfinite(stored)).sum())
                 raise TraceError(
                     f"layer {layer}: {bad} of {stored.numel()} residual values of a batch do not "
@@ -103,6 +105,7 @@ class Recorder:
             product = self._select(args[0])
             counts, scale, codes = measure_active(packed, product, norms, self._bits)
             if not torch.isfinite(scale).all():
+                self._checkpoint.check_numbers()
                 raise TraceError(
                     f"layer {layer}: the FFN's activations overflow {product.dtype}",
                     "check the model, or run it on --device cpu, which computes in float32",
@@ -179,6 +182,10 @@ def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
 
     RMSNorm scales its input x by γ/rms(x), so the gate is W·diag(γ)·x up to a positive factor.
     LayerNorm also subtracts the mean: W·diag(γ)·(I − 11ᵀ/d)·x, which takes each row's mean off.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite: no residual need show that the last
+            layer's are.
     """
     architecture = checkpoint.architecture
     gate = checkpoint.layer_tensor(layer, architecture.gate).float()
@@ -186,4 +193,7 @@ def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
     if architecture.centred:
         gate = gate - gate.mean(1, keepdim=True)
     down = checkpoint.layer_tensor(layer, architecture.ffn_down).float()
-    return LayerWeights(gate, torch.linalg.vector_norm(down, dim=0))
+    norms = torch.linalg.vector_norm(down, dim=0)
+    if not torch.isfinite(torch.stack([*torch.aminmax(gate), norms.max()])).all():
+        checkpoint.check_numbers()
+    return LayerWeights(gate, norms)
