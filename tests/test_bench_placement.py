@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
+from conftest import make_export, refused
 
 from common.errors import PredictorError
 from common.machine import Gpu
@@ -61,6 +61,14 @@ def open_file(path: Path) -> Opened:
 @pytest.fixture
 def opened(file: Path) -> Opened:
     return open_file(file)
+
+
+def test_statistics_of_another_model_are_no_file_s_without_predictors(
+    file: Path, model_dir: Path
+) -> None:
+    none = make_export(model_dir, Path("none"), file.with_name("none.powerinfer.gguf")).model_file
+    (file.parent / "activation" / "activation_1.pt").unlink()  # as of another number of layers
+    assert open_file(none).neurons.counts is None
 
 
 def layer(number: int) -> Layer:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_export
 from safetensors import safe_open
 from test_doctor_environment import CARD, told
 
@@ -157,6 +158,15 @@ def test_two_models_in_one_directory(file: Path) -> None:
     first, second = (f for f in examine(file) if f.check == "statistics")
     assert (first.status.value, second.status.value) == ("ok", "warning")
     assert "other.powerinfer.gguf" in second.found
+
+
+def test_statistics_beside_a_file_without_predictors_are_another_s(
+    file: Path, model_dir: Path
+) -> None:
+    none = make_export(model_dir, Path("none"), file.with_name("none.powerinfer.gguf")).model_file
+    (found,) = (f for f in examine(none, CARD) if f.check == "statistics")
+    assert (found.status.value, "not its own" in found.found) == ("note", True)
+    assert told(examine(file), "statistics")[0] == "ok"
 
 
 @pytest.mark.parametrize(
