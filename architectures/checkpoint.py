@@ -21,7 +21,7 @@ from architectures.source import Directory, Source, Tensors
 from architectures.spec import Architecture, ModelShape, TensorRule
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from architectures.weight_files import has_weights
-from common.errors import CheckpointError, reason
+from common.errors import CheckpointError
 from common.files import read_json, refuse_pointer
 from common.hub import fetched, listed
 

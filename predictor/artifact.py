@@ -105,7 +105,7 @@ def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
     """Divide each row of fc2 (d_ff, rank) by the size of its neuron's threshold, (d_ff,).
 
     Returns:
-        float16 rows, for a threshold of 1 or -1.
+        float16 rows, for a threshold of 1 or -1; a row of zeros where the neuron's is infinite.
     """
     return (fc2.float() / thresholds.abs()[:, None]).half()
 

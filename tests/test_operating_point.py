@@ -52,9 +52,10 @@ def test_curves_are_what_counting_at_each_threshold_gives(
     positive = logits.clamp_min(0).sum(0) / (logits > 0).sum(0)
     torch.testing.assert_close(scale, positive)
     squares = rows.importance(index).square() / inputs.square().sum(1, keepdim=True)
-    expected = {0: -3.5, 10: -0.625, 23: -(2**-4), 24: 2**-7, 41: 1.25 / 8, 63: 7.0}
-    assert len(curves.thresholds) == 64
-    for step, factor in expected.items():
+    inf = float("inf")
+    expected = {0: -inf, 1: -3.5, 11: -0.625, 24: -(2**-4), 25: 2**-7, 42: 1.25 / 8, 64: 7.0}
+    assert len(curves.thresholds) == 66
+    for step, factor in {**expected, 65: inf}.items():
         threshold = curves.thresholds[step]
         torch.testing.assert_close(threshold, factor * scale)
         computed = logits >= threshold
@@ -68,8 +69,8 @@ def test_curves_are_what_counting_at_each_threshold_gives(
             float((curves.missed[step] - missed).abs().sum() / missed.sum().clamp_min(1e-9)) < 0.01
         )
     counted = DecisionCounts()
-    counted.add(active, logits >= curves.thresholds[50])
-    told = curves.counts(torch.full((1012,), 50), counted.active)
+    counted.add(active, logits >= curves.thresholds[51])
+    told = curves.counts(torch.full((1012,), 51), counted.active)
     assert told.decisions == counted.decisions
     assert told.predicted == pytest.approx(counted.predicted, rel=1e-3)
     assert told.hits == pytest.approx(counted.hits, rel=1e-3)
@@ -84,6 +85,7 @@ def test_a_value_reaches_the_thresholds_that_are_not_above_it() -> None:
     values = torch.cat(
         [edges, *near, torch.randn(1000, generator=torch.Generator().manual_seed(0))]
     )
+    values = values[values.isfinite()]
     expected = (thresholds <= values[:, None]).sum(1)
     assert torch.equal(reached(values), expected.int())
 
@@ -179,6 +181,9 @@ def test_folded_thresholds_decide_as_the_thresholds_do(
         scaled = Predictor(predictor.fc1, fold_rows(predictor.fc2, thresholds).float())
         found = logits_of(scaled, rows.rows.inputs_at(index)) >= sign
         assert torch.equal(found[apart], (logits >= thresholds)[apart])
+        infinite = torch.full((1012,), sign * torch.inf)
+        ends = Predictor(predictor.fc1, fold_rows(predictor.fc2, infinite).float())
+        assert ((logits_of(ends, rows.rows.inputs_at(index)) >= sign) == (sign < 0)).all()
 
 
 def quality(error: float) -> Quality:
@@ -212,6 +217,19 @@ def test_the_search_ends_just_within_the_bound(
     assert chosen[0].ffn_bytes_ratio == found.ffn_bytes_ratio == pytest.approx(0.1 + density)
     with refused(PredictorError, "--max-ppl-gap", "out of reach", "raise --rank"):
         price_for_gap(curves, {0: 0.1}, bound, lambda priced: quality(10 * bound))
+
+
+def test_at_the_ends_of_price_all_neurons_or_none_are_computed(
+    layer: tuple[LabelledRows, Predictor],
+) -> None:
+    rows, predictor = layer
+    index = torch.arange(2000)
+    curves = trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))
+    free, dear = curves.at(0.0, -1), curves.at(1e9, 1)
+    assert (free.thresholds == -torch.inf).all()
+    assert (free.density, free.error) == (1, 0)
+    assert dear.density < 1e-9
+    assert dear.error == pytest.approx(float(rows.contributions(index)[1].sum()) / 2000, rel=1e-4)
 
 
 def test_bytes_are_met_from_below(layer: tuple[LabelledRows, Predictor]) -> None:

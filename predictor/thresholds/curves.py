@@ -10,7 +10,7 @@ densely.
 The thresholds that are measured are, in units of a neuron's mean positive logit, the numbers at
 which a float32's sign, exponent or first two digits change: four in each octave, on both sides of
 zero. So the leading bits of a logit say which of them it reaches, several times as fast as
-comparisons.
+comparisons. At both ends is infinity: a neuron that is always computed, and one that never is.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ _CURVE_ROWS = 65536
 
 _PARTS = ("computed", "hits", "missed")
 _BELOW, _ABOVE = (-4, 2), (-7, 3)
-"""Octaves from and to which thresholds below and above zero reach: next to all neurons are computed
-at one end, next to none at the other."""
+"""Octaves from and to which finite thresholds below and above zero reach."""
 
 _QUARTERS = 4
 _LOWER_BITS = 21
@@ -213,20 +212,21 @@ def measure_layer(
 
 
 def factors() -> torch.Tensor:
-    """Return the thresholds, (steps,) float32, rising from below zero to above it."""
+    """Return the thresholds, (steps,) float32, rising from -inf to inf."""
     quarters = 1 + torch.arange(_QUARTERS) / _QUARTERS
     below, above = (
         torch.outer(torch.exp2(torch.arange(*ends)), quarters).flatten()
         for ends in (_BELOW, _ABOVE)
     )
-    return torch.cat([-below.flip(0), above])
+    end = torch.tensor([torch.inf])
+    return torch.cat([-end, -below.flip(0), above, end])
 
 
 def reached(values: torch.Tensor) -> torch.Tensor:
     """Return how many of the thresholds are not above each value.
 
     Args:
-        values: float32, any shape.
+        values: float32, any shape, finite.
 
     Returns:
         int32 of that shape.
@@ -238,6 +238,7 @@ def reached(values: torch.Tensor) -> torch.Tensor:
         (negative & 0x7FFFFFFF).bitwise_xor_(bits).sub_(negative).bitwise_right_shift_(_LOWER_BITS)
     )
     start, end = (_QUARTERS * (_BIAS + octave) for octave in (_ABOVE[0], _BELOW[1]))
-    below = (steps + end).clamp_(0, _QUARTERS * (_BELOW[1] - _BELOW[0]))
+    # Every number reaches -inf.
+    below = (steps + end).clamp_(0, _QUARTERS * (_BELOW[1] - _BELOW[0])).add_(1)
     above = steps.sub_(start - 1).clamp_(0, _QUARTERS * (_ABOVE[1] - _ABOVE[0]))
     return below.add_(above)

@@ -78,7 +78,22 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
             store.header.ffn_matrices,
             lambda: _held_out_model(config, store, note),
         )
+        if (line := unpaid(artifact)) is not None:
+            note(line)
     return artifact
+
+
+def unpaid(artifact: PredictorArtifact) -> str | None:
+    """Return a line about layers whose predictors read no fewer bytes than all neurons do."""
+    ratios = {n: metrics["ffn_bytes_ratio"] for n, metrics in sorted(artifact.layers.items())}
+    if not (layers := [n for n, ratio in ratios.items() if ratio >= 1]):
+        return None
+    mean = sum(ratios.values()) / len(ratios)
+    return (
+        f"in {len(layers)} of {len(ratios)} layers ({', '.join(map(str, layers))}) the predictor "
+        f"saves no bytes; mean over all {mean:.3f}: allow more with --max-ppl-gap, collect more "
+        "--tokens, or make the model sparser (psp sparsify)"
+    )
 
 
 def _predictor_weight(config: TrainConfig, note: Note) -> float:
