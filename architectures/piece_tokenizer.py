@@ -35,6 +35,11 @@ class PieceTokenizer(OpenedTokenizer):
     model: sentencepiece.SentencePieceProcessor
 
     @property
+    def byte_level(self) -> bool:
+        """Pieces are spelt in text, before which PowerInfer puts BOS."""
+        return False
+
+    @property
     def source(self) -> str:
         """Whose ids these are."""
         return f"those of {self.file.name}, by sentencepiece"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,11 @@ class RustTokenizer(OpenedTokenizer):
         """Return the text of token ids, special tokens included."""
         with damage_refused(self.file):
             return str(self.rust.decode(ids, skip_special_tokens=False))
+
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether texts are spelt in GPT-2's bytes, before which PowerInfer puts no BOS."""
+        return spells_bytes(self.document())
 
     def document(self) -> dict[str, Any]:
         """Return its description in the form of tokenizer.json, merges as pairs."""
@@ -166,6 +172,12 @@ def steps_of(step: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]
             yield from steps_of(part, inner)
     else:
         yield step
+
+
+def spells_bytes(document: dict[str, Any]) -> bool:
+    """Tell whether a description's texts are spelt in GPT-2's bytes."""
+    steps = steps_of(document.get("pre_tokenizer"), "pretokenizers")
+    return any(step["type"] == "ByteLevel" for step in steps)
 
 
 def first_id(file: Path, rust: tokenizers.Tokenizer) -> int | None:

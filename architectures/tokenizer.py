@@ -48,6 +48,11 @@ class Tokenizer(Protocol):
         """Return the id of the begin-of-sequence token."""
         ...
 
+    @property
+    def byte_level(self) -> bool:
+        """Whether texts are spelt in GPT-2's bytes, before which PowerInfer puts no BOS."""
+        ...
+
 
 OwnTokenizer: TypeAlias = PieceTokenizer | RustTokenizer
 """A checkpoint's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from architectures.tokenizer import Tokenizer
@@ -15,7 +16,7 @@ LEAST_TOKENS = 64
 
 
 def document_windows(
-    documents: Iterable[str], tokenizer: Tokenizer, context: int
+    documents: Iterable[str], tokenizer: Tokenizer, context: int, *, as_powerinfer: bool = False
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the windows of all documents in order: BOS, then tokens of one document.
 
@@ -23,15 +24,22 @@ def document_windows(
         documents: texts.
         tokenizer: the model's tokenizer.
         context: longest window in tokens, BOS included; at least 2.
+        as_powerinfer: begin every second window without BOS where PowerInfer puts none before a
+            text, which is with byte-level vocabularies. What comes first then draws the attention
+            that BOS draws otherwise, and neurons differ (docs/decisions/0012).
 
     Yields:
         The document's number and the window's token ids.
     """
-    bos = tokenizer.bos_id()
+    bos = [tokenizer.bos_id()]
+    beginnings = cycle([bos, []] if as_powerinfer and tokenizer.byte_level else [bos])
     for number, document in enumerate(documents):
-        tokens = tokenizer.encode(document)
-        for start in range(0, len(tokens), context - 1):
-            yield number, [bos, *tokens[start : start + context - 1]]
+        tokens, start = tokenizer.encode(document), 0
+        while start < len(tokens):
+            begun = next(beginnings)
+            end = start + context - len(begun)
+            yield number, [*begun, *tokens[start:end]]
+            start = end
 
 
 def first_tokens(windows: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:

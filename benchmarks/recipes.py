@@ -179,10 +179,10 @@ def settings(
 
 
 def masked_model(model: str, text: str, chunks: int) -> PredictedModel:
-    """Return the model with windows of the text that start with BOS, as PowerInfer's do."""
+    """Return the model with windows of the text, begun as PowerInfer begins them."""
     checkpoint = Checkpoint.open(model)
     tokenizer = checkpoint.tokenizer()
-    windows = islice(document_windows([text], tokenizer, CONTEXT), chunks)
+    windows = islice(document_windows([text], tokenizer, CONTEXT, as_powerinfer=True), chunks)
     return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
 
 

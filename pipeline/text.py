@@ -133,7 +133,8 @@ def _lengths(
     """
     lengths: list[int] = []
     total = behind = 0
-    for number, window in document_windows(documents, checkpoint.tokenizer(), context):
+    cut = document_windows(documents, checkpoint.tokenizer(), context, as_powerinfer=True)
+    for number, window in cut:
         if number >= len(lengths):
             enough = total >= tokens
             if enough and behind >= held:

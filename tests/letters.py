@@ -8,6 +8,8 @@ BOS = 7
 class Letters:
     """A tokenizer whose tokens are code points."""
 
+    byte_level = False
+
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 

@@ -17,8 +17,10 @@ import sentencepiece
 import torch
 from conftest import TEXT, ModelMaker, refused
 from letters import BOS, Letters
+from tokenizer_kinds import byte_level
 
 from architectures.tokenizer import load_tokenizer
+from architectures.windows import document_windows
 from common.errors import DataError, TraceError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -75,6 +77,35 @@ def test_windows_of_a_real_tokenizer_begin_with_its_bos(model_dir: Path) -> None
         assert 2 <= len(window.tokens) <= 50
         joined[window.document] += window.tokens[1:]
     assert joined == {n: tokenizer.encode(text) for n, text in enumerate(documents)}
+
+
+def test_every_second_window_of_a_byte_level_vocabulary_begins_without_bos() -> None:
+    """As PowerInfer begins all of its texts; what asks for the model's own windows has BOS."""
+
+    class Bytes(Letters):
+        byte_level = True
+
+    documents = ["abcdefghij", "", "k", "lmnopqrst"]
+    found = [(w.document, w.tokens) for w in cut_windows(documents, Bytes(), 4)]
+    spelt = [(n, "".join("<" if t == BOS else chr(t) for t in tokens)) for n, tokens in found]
+    assert spelt == [
+        *((0, part) for part in ("<abc", "defg", "<hij")),
+        (2, "k"),
+        *((3, part) for part in ("<lmn", "opqr", "<st")),
+    ]
+    plain = [tokens for _, tokens in document_windows(documents, Bytes(), 4)]
+    assert all(tokens[0] == BOS for tokens in plain)
+    assert len(plain) == 8
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Falcon", "Llama-3"])
+def test_byte_level_vocabularies_are_known(tmp_path: Path, kind: str) -> None:
+    path = byte_level(tmp_path, kind, ["<s>", "</s>"])
+    assert load_tokenizer(path, 600, {"bos_token_id": 0}).byte_level
+
+
+def test_a_vocabulary_of_pieces_is_not_byte_level(model_dir: Path) -> None:
+    assert not load_tokenizer(model_dir, 320).byte_level
 
 
 def test_documents_are_read_as_windows_are_asked_for() -> None:

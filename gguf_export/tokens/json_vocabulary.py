@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from architectures.rust_tokenizer import RustTokenizer, steps_of
+from architectures.rust_tokenizer import RustTokenizer, spells_bytes, steps_of
 from common.errors import ExportError
 from gguf_export.tokens.encoders import BYTE_TOKENS, SPACE
 from gguf_export.tokens.layout import lay_out
@@ -47,7 +47,7 @@ class _Source:
     @cached_property
     def byte_level(self) -> bool:
         """Whether texts are spelt in GPT-2's bytes."""
-        return any(step["type"] == "ByteLevel" for step in self.pre_tokenisers)
+        return spells_bytes(self.document)
 
     @property
     def unknown(self) -> str | None:

@@ -76,7 +76,9 @@ def collect(
             return store
     # Nothing that cannot run costs an existing store.
     look_at_documents(config.data, config.field, template, config.tokens, report)
-    lines = (*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes)
+    lines = [*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes]
+    if tokenizer.byte_level:
+        lines.append("windows: every second one begins without BOS, as texts do in PowerInfer")
     for line in (*lines, *foresee(checkpoint)):
         report(line)
     _check_disk(config, header, store, report)

@@ -1,8 +1,9 @@
 """Documents to token windows, windows to shards, and shards to batches.
 
-A window is one sequence that the model sees on its own: the BOS token, then tokens of a single
-document. Long documents give several windows; no window crosses documents. Within a shard windows
-are ordered by length, so that a batch holds little padding.
+A window is one sequence that the model sees on its own: the BOS token, but for every second one
+where PowerInfer puts none, then tokens of a single document. Long documents give several windows;
+no window crosses documents. Within a shard windows are ordered by length, so that a batch holds
+little padding.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from architectures.windows import document_windows
 
 @dataclass(frozen=True)
 class Window:
-    """A sequence of token ids, BOS first, and the document that it comes from."""
+    """A sequence of token ids and the document that it comes from."""
 
     document: int
     tokens: list[int]
 
 
 def cut_windows(documents: Iterable[str], tokenizer: Tokenizer, context: int) -> Iterator[Window]:
-    """Yield the windows of all documents in order.
+    """Yield the windows of all documents in order, begun as PowerInfer begins texts.
 
     Args:
         documents: texts.
         tokenizer: the model's tokenizer.
         context: longest window in tokens, BOS included; at least 2.
     """
-    for number, tokens in document_windows(documents, tokenizer, context):
+    for number, tokens in document_windows(documents, tokenizer, context, as_powerinfer=True):
         yield Window(number, tokens)
 
 

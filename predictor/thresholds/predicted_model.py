@@ -75,7 +75,7 @@ def held_out_windows(
     """
     texts = read_documents(data or header.data, header.field, header.chat_template)
     tokenizer = checkpoint.tokenizer()
-    numbered = document_windows(texts, tokenizer, header.context)
+    numbered = document_windows(texts, tokenizer, header.context, as_powerinfer=True)
     if not data:
         last = max(held)
         seen = takewhile(lambda found: found[0] <= last, numbered)
