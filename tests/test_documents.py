@@ -248,7 +248,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
         list(read_documents(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("name", ["a.md", "a", "a.JSON", "a.txt.xz", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.md", "a", "a.JSON", "a.txt.lzma", "a.parquet.gz"])
 def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text")
     kinds = ["FILE.txt", "FILE.jsonl", "FILE.json", "FILE.parquet", "hf:NAME"]

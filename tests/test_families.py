@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -195,18 +196,24 @@ class Facts:
 
 @pytest.fixture(scope="module")
 def facts(written: Written, documents: Path) -> Facts:
-    """Cut the documents into windows, anew, and run the formula on each by itself."""
+    """Cut the documents into windows, anew, and run the formula on each by itself.
+
+    Every second window of a byte-level vocabulary begins without BOS.
+    """
     config = written.variant.config
     tokenizer = load_tokenizer(written.path, 320, config)
-    step = min(CONTEXT, config.get("sliding_window", CONTEXT)) - 1
+    context = min(CONTEXT, config.get("sliding_window", CONTEXT))
+    bare = cycle([False, written.variant.tokenizer != "tokenizer.model"])
     shards: list[list[list[int]]] = [[]]
     left = TOKENS
     for line in documents.read_text().splitlines():
         ids = tokenizer.encode(json.loads(line)["text"])
-        for start in range(0, len(ids), step):
+        while ids:
+            begun = [] if next(bare) else [config["bos_token_id"]]
+            taken, ids = ids[: context - len(begun)], ids[context - len(begun) :]
             if left and sum(map(len, shards[-1])) >= SHARD_ROWS:
                 shards.append([])
-            window = [config["bos_token_id"], *ids[start : start + step]][:left]
+            window = [*begun, *taken][:left]
             shards[-1] += [window] if left else []
             left -= len(window)
     ordered = [sorted(shard, key=len, reverse=True) for shard in shards]

@@ -99,7 +99,8 @@ def test_sparsifying_costs_three_passes_a_step(
     cost = costs(**changes).all()["sparsify"]
     head = VOCAB * D_MODEL / LAYER_WEIGHTS
     assert cost.seconds == pytest.approx(3 * 10 * 2 * 64 * 1e-3 * (LAYERS + head))
-    assert cost.memory == 16 * WEIGHTS
+    token = 4 * (LAYERS * (8 * D_MODEL + 4 * D_FF) + 3 * VOCAB)
+    assert cost.memory == 16 * WEIGHTS + 2 * 64 * token
 
 
 def test_the_probe_measures_what_collecting_takes(
