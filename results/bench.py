@@ -211,6 +211,8 @@ class Bench:
         ppl_dense: perplexity with all neurons.
         ppl_sparse: with predicted ones.
         ppl_gap: the second over the first, less 1.
+        ppl_gap_error: standard error of the logarithm of the second over the first, by how windows
+            differ; None where unknown.
         ppl_transformers: of the checkpoint, None if not measured.
         context: tokens of a perplexity window.
         text: what perplexity was measured on.
@@ -243,6 +245,7 @@ class Bench:
     ppl_dense: Positive
     ppl_sparse: Positive
     ppl_gap: float
+    ppl_gap_error: Amount | None = None
     ppl_transformers: Positive | None = None
     context: Count
     text: str

@@ -55,6 +55,7 @@ def bench(
         "ppl_dense": 8.1021,
         "ppl_sparse": 8.1273,
         "ppl_gap": 8.1273 / 8.1021 - 1,
+        "ppl_gap_error": 0.0011,
         "ppl_transformers": 8.1019,
         "context": 512,
         "text": "pydoc_data.topics",

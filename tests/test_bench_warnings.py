@@ -200,7 +200,7 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
         "is '0,5', which is no number and read as 0: it was left out here, where the file's -1",
     ),
     "no-predictors": (document(), Around(file_threshold=-1e30), "skips no neuron"),
-    "ppl-gap": (document(ppl_gap=0.011), Around(), "by +1.10%"),
+    "ppl-gap": (document(ppl_gap=0.011), Around(), "by +1.10%: the speedup is not at equal"),
     "ppl-transformers": (document(ppl_transformers=10.2), Around(), "in transformers 10.2000"),
     "texts-differ": (document(greedy_text_same=False), Around(), "texts"),
     "blank-text": (document(continuations=BLANK), Around(), "--prompt"),
@@ -277,6 +277,16 @@ def test_layers_for_a_powerinfer_without_cuda_stay_on_the_cpu() -> None:
 def test_transformers_differ_from_a_fatrelu_file_on_purpose() -> None:
     found = warnings_of(document(ppl_transformers=20.0), Around(activation_threshold=0.1))
     assert [warning.code for warning in found] == ["fatrelu"]
+
+
+@pytest.mark.parametrize(("error", "scatter"), [(None, False), (0.05, False), (0.06, True)])
+def test_a_gap_within_two_standard_errors_is_called_scatter(
+    error: float | None, scatter: bool
+) -> None:
+    result = document(ppl_gap=0.11, ppl_gap_error=error)
+    (told,) = [warning.text for warning in warnings_of(result, Around())]
+    assert ("no more than windows differ by; raise --chunks" in told) == scatter
+    assert ("not at equal quality" in told) != scatter
 
 
 def test_noise_of_the_embedded_engine_is_not_worth_a_warning() -> None:

@@ -10,7 +10,13 @@ import torch
 from common.errors import DataError
 from gguf_export.bundle import Bundle
 from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
+from powerinfer_bridge.engine.perplexity import (
+    engine_perplexity,
+    perplexity,
+    perplexity_windows,
+    score,
+)
+from powerinfer_bridge.score import Score, gap_error
 
 BOS = 1
 
@@ -81,6 +87,30 @@ def test_the_second_half_is_scored_but_for_its_first_token(context: int, scored:
             total -= float(likelihood[position - 1, tokens[start + position]])
     found = perplexity(lambda ids: logits, perplexity_windows(tokens, BOS, context), "by hand")
     assert found == pytest.approx(math.exp(total / (2 * len(scored))), rel=1e-12)
+
+
+def test_windows_are_scored_one_by_one_and_their_mean_is_the_perplexity() -> None:
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)).double()
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 1, 1, 1, 1, 1, 1, 1, 1]
+    found = score(lambda ids: logits, perplexity_windows(tokens, BOS, 8), "windows")
+    for number, mean in enumerate(found.windows):
+        part = tokens[8 * number : 8 * number + 8]
+        told = perplexity(lambda ids: logits, perplexity_windows(part * 2, BOS, 8), "one")
+        assert mean == pytest.approx(math.log(told))
+    assert found.perplexity == pytest.approx(math.exp(sum(found.windows) / 3))
+
+
+def test_the_error_of_a_gap_is_told_by_how_windows_differ() -> None:
+    before = Score(perplexity=1.0, windows=(1.0, 5.0, 2.0, 3.0))
+    alike = Score(perplexity=1.0, windows=(1.5, 5.5, 2.5, 3.5))
+    one = Score(perplexity=1.0, windows=(1.0, 4.0, 2.0, 3.0))
+    assert gap_error(before, alike) == pytest.approx(0)
+    # Growths 0, -1, 0, 0 about their mean -1/4: squares sum to 3/4.
+    assert gap_error(before, one) == pytest.approx(0.75**0.5 / 4)
+    for unknown in ((), (1.0,), (1.0, 2.0, 3.0)):
+        assert gap_error(before, Score(perplexity=1.0, windows=unknown)) is None
+    single = Score(perplexity=1.0, windows=(1.0,))
+    assert gap_error(single, single) is None
 
 
 def test_what_is_evaluated_starts_with_bos_but_is_scored_against_the_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from gguf_export.bundle import Bundle
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
+from powerinfer_bridge.programs.output import parse_windows
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import Phase, RunSample
 
@@ -102,6 +104,18 @@ def test_arguments_of_main_arrive_unchanged(
     assert recorded.option("--threads") == "3"
     assert recorded.option("--temp") == "0"
     assert "--ignore-eos" in recorded.seen()["argv"]
+
+
+def test_each_window_of_a_perplexity_run_is_read(tmp_path: Path) -> None:
+    """PowerInfer prints the perplexity of all windows so far."""
+    found = PowerInfer(build(tmp_path)).score(Path("m.gguf"), "text", 64, 4, threads=1)
+    assert found.perplexity == 12.5025
+    assert found.windows == pytest.approx((math.log(4), 2 * math.log(12.5) - math.log(4)))
+
+
+@pytest.mark.parametrize("printed", ["", "[1]nan,[2]4.0,", "[2]4.0,", "[1]4.0,[3]5.0,", "[1]0.0,"])
+def test_windows_that_were_not_all_printed_are_unknown(printed: str) -> None:
+    assert parse_windows(f"{printed}\nFinal estimate: PPL = 12.5 +/- 0.2") == ()
 
 
 @pytest.mark.parametrize(("chunks", "passed"), [(None, "-1"), (4, "4")])

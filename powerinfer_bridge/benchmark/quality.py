@@ -16,7 +16,8 @@ from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.journal import Journal
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.engine.engine import Engine
-from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
+from powerinfer_bridge.engine.perplexity import engine_score, perplexity, perplexity_windows
+from powerinfer_bridge.score import Score, gap_error
 from results.parts import METRICS, Layer, Metrics
 
 
@@ -28,12 +29,14 @@ class Quality:
         layers: metrics by layer.
         ppl_dense: perplexity with all neurons.
         ppl_sparse: with predicted ones.
+        standard_error: of the logarithm of the second over the first, None where unknown.
         ppl_transformers: transformers' own of the checkpoint; None without one.
     """
 
     layers: tuple[Layer, ...]
     ppl_dense: float
     ppl_sparse: float
+    standard_error: float | None
     ppl_transformers: float | None
 
 
@@ -41,7 +44,7 @@ class Quality:
 class _Embedded:
     """What the embedded engine finds in one pass."""
 
-    ppl_sparse: float
+    sparse: Score
     layers: tuple[Layer, ...]
 
 
@@ -59,47 +62,52 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
         CheckpointError: `--model` cannot be run.
     """
     embedded = journal.remember("embedded", _Embedded, partial(_embedded, setup))
-    sparse = embedded.ppl_sparse
+    sparse = embedded.sparse
     if setup.programs.powerinfer is not None:
-        sparse = journal.remember("predicted", float, partial(_powerinfer, setup, "predicted"))
-    dense = journal.remember("all", float, partial(_all, setup))
+        sparse = journal.remember("predicted", Score, partial(_powerinfer, setup, "predicted"))
+    dense = journal.remember("all", Score, partial(_all, setup))
     own = None
     if setup.config.model is not None:
         own = journal.remember("transformers", float, partial(_transformers, setup))
-    return Quality(layers=embedded.layers, ppl_dense=dense, ppl_sparse=sparse, ppl_transformers=own)
+    return Quality(
+        layers=embedded.layers,
+        ppl_dense=dense.perplexity,
+        ppl_sparse=sparse.perplexity,
+        standard_error=gap_error(dense, sparse),
+        ppl_transformers=own,
+    )
 
 
 def _embedded(setup: Setup) -> _Embedded:
     """Count the metrics of all layers on the windows of the perplexity."""
     engine = setup.engine
     counts = engine.count()
-    value = _engine_perplexity(setup, engine, "sparse")
+    found = _engine_score(setup, engine, "predicted", "sparse")
     engine.counts = None
-    return _Embedded(
-        ppl_sparse=_finite(setup, value, "predicted"), layers=count_layers(engine, counts)
-    )
+    return _Embedded(sparse=found, layers=count_layers(engine, counts))
 
 
-def _engine_perplexity(setup: Setup, engine: Engine, kind: str) -> float:
+def _engine_score(setup: Setup, engine: Engine, kind: str, shown: str) -> Score:
     text, chunks = setup.text, setup.config.chunks
-    return engine_perplexity(engine, text, setup.context, chunks, f"perplexity, {kind}")
+    found = engine_score(engine, text, setup.context, chunks, f"perplexity, {shown}")
+    return _finite(setup, found, kind)
 
 
-def _all(setup: Setup) -> float:
-    """Return the perplexity with all neurons by PowerInfer, or else by the embedded engine."""
+def _all(setup: Setup) -> Score:
+    """Score with all neurons by PowerInfer, or else by the embedded engine."""
     if setup.programs.powerinfer is not None:
         return _powerinfer(setup, "all", DENSE_THRESHOLD)
     engine = setup.engine.with_threshold(DENSE_THRESHOLD)
-    return _finite(setup, _engine_perplexity(setup, engine, "dense"), "all")
+    return _engine_score(setup, engine, "all", "dense")
 
 
-def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> float:
+def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> Score:
     config, programs = setup.config, setup.programs
     assert programs.powerinfer is not None
     with tqdm(
         bar_format=f"perplexity, {kind}: {{elapsed}}", disable=None
     ) as programs.heartbeat.bar:
-        value = programs.powerinfer.perplexity(
+        found = programs.powerinfer.score(
             config.file,
             setup.text,
             setup.context,
@@ -109,7 +117,7 @@ def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> floa
             threshold=threshold,
             vram_budget=config.vram_budget_bytes,
         )
-    return _finite(setup, value, kind)
+    return _finite(setup, found, kind)
 
 
 def _transformers(setup: Setup) -> float:
@@ -126,16 +134,16 @@ def _transformers(setup: Setup) -> float:
         return model.logits(torch.tensor([window]))[0]
 
     value = perplexity(evaluate, windows, "perplexity, transformers")
-    return _finite(setup, value, "transformers'")
+    return _finite(setup, Score(perplexity=value), "transformers'").perplexity
 
 
-def _finite(setup: Setup, value: float, kind: str) -> float:
-    if not math.isfinite(value):
+def _finite(setup: Setup, found: Score, kind: str) -> Score:
+    if not math.isfinite(found.perplexity):
         raise EngineError(
-            f"{setup.config.file}: perplexity with {kind} neurons is {value}",
+            f"{setup.config.file}: perplexity with {kind} neurons is {found.perplexity}",
             "the model is damaged, see 'psp verify'",
         )
-    return value
+    return found
 
 
 def count_layers(engine: Engine, counts: Sequence[DecisionCounts]) -> tuple[Layer, ...]:

@@ -102,6 +102,7 @@ def _document(
         ppl_dense=quality.ppl_dense,
         ppl_sparse=quality.ppl_sparse,
         ppl_gap=quality.ppl_sparse / quality.ppl_dense - 1,
+        ppl_gap_error=quality.standard_error,
         ppl_transformers=quality.ppl_transformers,
         context=setup.context,
         text=text_source(config),

@@ -57,7 +57,8 @@ def _ratios(result: Bench, arm: Arm, base: Arm | None) -> list[str]:
 def _quality_line(result: Bench) -> str:
     own = result.ppl_transformers
     known = "" if own is None else f"; transformers' own perplexity {own:.4f}"
-    return f"perplexity gap {100 * result.ppl_gap:+.3f} %; {_compare_texts(result)}{known}"
+    error = "" if result.ppl_gap_error is None else f" ± {100 * result.ppl_gap_error:.3f} %"
+    return f"perplexity gap {100 * result.ppl_gap:+.3f} %{error}; {_compare_texts(result)}{known}"
 
 
 def _baseline_lines(result: Bench, base: Arm | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from common.units import size
@@ -22,6 +23,9 @@ FEW_ROUNDS = 5
 """Quartiles of fewer are guesses."""
 
 PPL_GAP, TRANSFORMERS_GAP = 0.01, 0.01
+_ERRORS = 2
+"""Standard errors within which a gap is no more than scatter."""
+
 IDLE_LOAD = 0.5
 """Running processes on an otherwise idle machine, over a minute."""
 
@@ -156,10 +160,16 @@ def _quality(result: Bench, setup: Setup, estimate_problem: str | None) -> Warni
             "perplexity with all neurons is the unshifted model's",
         )
     if abs(result.ppl_gap) > PPL_GAP:
+        error = result.ppl_gap_error
+        scatter = error is not None and abs(math.log1p(result.ppl_gap)) < _ERRORS * error
         yield (
             "ppl-gap",
-            f"predictors change perplexity by {result.ppl_gap:+.2%}: the speedup is not at "
-            "equal quality",
+            f"predictors change perplexity by {result.ppl_gap:+.2%}: "
+            + (
+                "no more than windows differ by; raise --chunks"
+                if scatter
+                else "the speedup is not at equal quality"
+            ),
         )
     # With FATReLU transformers compute another model, on purpose.
     own = None if threshold else result.ppl_transformers

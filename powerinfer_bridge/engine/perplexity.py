@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common.errors import DataError
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.score import Score
 
 
 def perplexity_windows(
@@ -48,14 +49,23 @@ def perplexity(
     windows: Iterator[tuple[list[int], list[int]]],
     description: str,
 ) -> float:
-    """Return exp of the mean negative log-likelihood of the scored tokens, inf beyond float64.
+    """Return the perplexity of `score`."""
+    return score(evaluate, windows, description).perplexity
+
+
+def score(
+    evaluate: Callable[[list[int]], torch.Tensor],
+    windows: Iterator[tuple[list[int], list[int]]],
+    description: str,
+) -> Score:
+    """Score windows.
 
     Args:
         evaluate: maps a window's ids to logits (tokens, vocab_size).
         windows: from `perplexity_windows`.
         description: label of the progress bar.
     """
-    total, count = 0.0, 0
+    total, count, means = 0.0, 0, list[float]()
     for ids, originals in tqdm(list(windows), unit="window", desc=description, disable=None):
         first = len(ids) // 2
         logits = evaluate(ids)[first:-1].double()
@@ -63,15 +73,24 @@ def perplexity(
         chosen = logits.log_softmax(-1).gather(1, targets[:, None])
         total -= float(chosen.sum())
         count += len(targets)
+        means.append(-float(chosen.mean()))
     try:
-        return math.exp(total / count)
+        value = math.exp(total / count)
     except OverflowError:
-        return math.inf
+        value = math.inf
+    return Score(perplexity=value, windows=tuple(means))
 
 
 def engine_perplexity(
     engine: Engine, text: str, context: int, chunks: int | None, description: str
 ) -> float:
+    """Return the perplexity of `engine_score`."""
+    return engine_score(engine, text, context, chunks, description).perplexity
+
+
+def engine_score(
+    engine: Engine, text: str, context: int, chunks: int | None, description: str
+) -> Score:
     """Score a text with the embedded engine as `perplexity -f FILE -c CONTEXT` would."""
     # PowerInfer drops one final newline when it reads the file (common.cpp, option -f).
     text = text.removesuffix("\n")
@@ -81,4 +100,4 @@ def engine_perplexity(
     def evaluate(ids: list[int]) -> torch.Tensor:
         return engine.forward(ids, KVCache(engine.hyper.n_layers))
 
-    return perplexity(evaluate, windows, description)
+    return score(evaluate, windows, description)

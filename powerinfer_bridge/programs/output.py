@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from itertools import pairwise
 from typing import Any
 
 from common.errors import EXPORT_AGAIN, EngineError
@@ -27,6 +28,7 @@ _PHASE = re.compile(
     r"\s+(?P<count>\d+) (?:runs|tokens)"
 )
 _PERPLEXITY = re.compile(r"Final estimate: PPL = ([\d.]+|-?nan|-?inf)")
+_WINDOW = re.compile(r"\[(\d+)\]([\d.]+),")
 _DEVICES = re.compile(r"ggml_init_cublas: found (\d+) \S+ devices:")
 _DEVICE = re.compile(r"^  Device \d+: (.+), compute capability [\d.]+$", re.MULTILINE)
 _VRAM = re.compile(r"VRAM used: ([\d.]+) MB")
@@ -117,6 +119,23 @@ def parse_perplexity(output: str) -> float:
             f"PowerInfer's perplexity is {match[1]}: it computed wrongly", EXPORT_AGAIN
         )
     return value
+
+
+def parse_windows(output: str) -> tuple[float, ...]:
+    """Return the mean negative log-likelihood of each window of a `perplexity` run, nats.
+
+    It prints the perplexity of all windows so far, `[2]12.5000,`, to four decimals.
+
+    Returns:
+        Nothing where a window's is missing or no number above 0.
+    """
+    told = [(int(number), float(value)) for number, value in _WINDOW.findall(output)]
+    if [number for number, _ in told] != list(range(1, len(told) + 1)):
+        return ()
+    if not all(0 < value < math.inf for _, value in told):
+        return ()
+    totals = [0.0, *(number * math.log(value) for number, value in told)]
+    return tuple(after - before for before, after in pairwise(totals))
 
 
 def parse_device(output: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.errors import EngineError
 from common.settings import POWERINFER_VARIABLE
@@ -16,9 +17,15 @@ from powerinfer_bridge.programs.build import (
     require_executable,
     require_success,
 )
-from powerinfer_bridge.programs.output import continuation, parse_main, parse_perplexity
+from powerinfer_bridge.programs.output import (
+    continuation,
+    parse_main,
+    parse_perplexity,
+    parse_windows,
+)
 from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
 from powerinfer_bridge.programs.sample import ProgramFacts, RunSample
+from powerinfer_bridge.score import Score
 
 _VERSION = re.compile(r"^main: (build = .*)$", re.MULTILINE)
 
@@ -131,6 +138,12 @@ class PowerInfer:
         return RunSample.of(run, replace(measured, text=text, notes=tuple(notes)))
 
     def perplexity(
+        self, model: Path, text: str, context: int, chunks: int | None, **options: Any
+    ) -> float:
+        """Return the perplexity of `score`, which takes the same."""
+        return self.score(model, text, context, chunks, **options).perplexity
+
+    def score(
         self,
         model: Path,
         text: str,
@@ -140,7 +153,7 @@ class PowerInfer:
         threads: int,
         threshold: float | None = None,
         vram_budget: int | None = None,
-    ) -> float:
+    ) -> Score:
         """Score a text; see `powerinfer_bridge.engine.perplexity` for the windows.
 
         Raises:
@@ -154,7 +167,7 @@ class PowerInfer:
             options += ["--chunks", str(-1 if chunks is None else chunks), *_budget(vram_budget)]
             run = self._run(self._perplexity, *options, threshold=threshold)
         require_success(run)
-        return parse_perplexity(run.stdout)
+        return Score(perplexity=parse_perplexity(run.stdout), windows=parse_windows(run.stdout))
 
     def _run(self, program: Path, *options: str, threshold: float | None = None) -> Finished:
         """Run a program; a threshold in psp's own environment does not reach it."""
