@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+import torch
+
+from architectures.windows import growth_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +25,7 @@ class Score:
 
 
 def gap_error(before: Score, after: Score) -> float | None:
-    """Return the standard error of the logarithm of a perplexity's growth.
-
-    Windows are drawn, not tokens, which hang together: it is told by how windows differ.
+    """Return the standard error of the logarithm of a perplexity's growth, see `growth_error`.
 
     Args:
         before: of the text.
@@ -33,8 +34,8 @@ def gap_error(before: Score, after: Score) -> float | None:
     Returns:
         None where windows are unknown, or fewer than two.
     """
-    growths = [b - a for a, b in zip(before.windows, after.windows, strict=False)]
-    if len(before.windows) != len(after.windows) or len(growths) < 2:
+    if len(before.windows) != len(after.windows) or len(before.windows) < 2:
         return None
-    mean = sum(growths) / len(growths)
-    return math.sqrt(sum((growth - mean) ** 2 for growth in growths)) / len(growths)
+    two = torch.tensor([before.windows, after.windows], dtype=torch.float64)
+    growths = two[1] - two[0]
+    return growth_error(growths, torch.ones(len(growths)), growths.mean())
