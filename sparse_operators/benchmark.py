@@ -81,7 +81,7 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
         "hardware": hardware(work.device),
         "versions": {
             "python": platform.python_version(),
-            "torch": package_version("torch"),
+            "torch": str(torch.__version__),
             "triton": package_version("triton"),
         },
         "clock": "events in CUDA graphs" if work.device.type == "cuda" else "wall clock",

@@ -6,9 +6,9 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from gguf import GGUFValueType
 from tqdm import tqdm
 
@@ -177,7 +177,7 @@ class Setup:
         return Versions(
             psp=tool_version(),
             python=platform.python_version(),
-            torch=version("torch"),
+            torch=str(torch.__version__),
             powerinfer=None if real is None else real.version,
             llama_cpp=None if llama_cpp is None else llama_cpp.version,
         )
