@@ -177,7 +177,7 @@ def test_real_prompt_ids_are_the_files(
     for file in (published_dir / name).iterdir():
         shutil.copy(file, model)
     write_predictors(model, tmp_path / "predictors", exact)
-    file = make_export(model, tmp_path / "predictors", tmp_path / "m.gguf").model_file
+    file = make_export(model, tmp_path / "predictors", tmp_path / "m.powerinfer.gguf").model_file
     vocabulary = read_vocabulary(model, rows)
     for text in ("".join(MIXED_TEXTS[8:13]), "a</s>b  x"):
         real = kinds.real_prompt_ids(powerinfer_bin / "main", file, text, tmp_path)
