@@ -10,7 +10,8 @@ Another family of this graph is one more entry of `GATED`: `LLAMA`, and what dif
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,7 +142,13 @@ def _relu_shape(config: Config, tied: bool = False) -> ModelShape:
 
 
 def _minicpm_shape(config: Config) -> ModelShape:
-    """Read MiniCPM's three constants too, which are folded into the weights.
+    """Read MiniCPM's three constants too, which are folded into the weights."""
+    # configuration_minicpm.py ties embeddings unless the config says otherwise.
+    return replace(_relu_shape(config, tied=True), **_minicpm_factors(config))
+
+
+def _minicpm_factors(config: Config) -> dict[str, Any]:
+    """Return the factors of `ModelShape` that MiniCPM's three constants amount to.
 
     Source: OpenBMB/MiniCPM@5977a63 `model/modeling_minicpm.py`. The embedding is multiplied by
     `scale_emb`, what attention and FFN add to the residual stream by `scale_depth /
@@ -149,20 +156,22 @@ def _minicpm_shape(config: Config) -> ModelShape:
     so they move into the embedding, into the output projections and into the (untied) head without
     changing the residual stream that predictors read.
     """
-    # configuration_minicpm.py ties embeddings unless the config says otherwise.
-    shape = _relu_shape(config, tied=True)
-    return replace(
-        shape,
-        embedding_scale=real(config, "scale_emb", 1.0),
-        residual_scale=real(config, "scale_depth", 1.0) / math.sqrt(shape.n_layers),
-        output_scale=real(config, "dim_model_base", 1.0) / shape.d_model,
-    )
+    d_model, n_layers = number(config, "hidden_size"), number(config, "num_hidden_layers")
+    return {
+        "embedding_scale": real(config, "scale_emb", 1.0),
+        "residual_scale": real(config, "scale_depth", 1.0) / math.sqrt(n_layers),
+        "output_scale": real(config, "dim_model_base", 1.0) / d_model,
+    }
 
 
-def _bamboo_shape(config: Config) -> ModelShape:
+def _require_drelu(config: Config) -> None:
     activation = config.get("hidden_act")
     if activation not in ("relu", "drelu"):
         refuse("hidden_act", activation, "'relu'", "the model needs ReLU-fication first")
+
+
+def _bamboo_shape(config: Config) -> ModelShape:
+    _require_drelu(config)
     mistral = "LlamaForCausalLM" not in config["architectures"]
     return _gated_shape(config, activation="drelu", mistral=mistral)
 
@@ -288,3 +297,36 @@ they are run by their own code; traces are made of the model without that mask.
 """
 
 GATED = (LLAMA, PROSPARSE, MINICPM, BAMBOO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """What a model of a gated family computes otherwise than a LLaMA with SiLU.
+
+    Attributes:
+        activation: `relu`, `fatrelu` or `drelu`.
+        activation_threshold: FATReLU passes values from this on; 0 for the others.
+        embedding_scale: as in `ModelShape`, and so are the others.
+        residual_scale: see there.
+        output_scale: see there.
+    """
+
+    activation: Activation
+    activation_threshold: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    output_scale: float = 1.0
+
+
+def read_arithmetic(family: Architecture, config: Config) -> Arithmetic:
+    """Read it from a config of one of `GATED`, which may else have what PowerInfer does not know.
+
+    Raises:
+        CheckpointError: neither ReLU nor FATReLU, or constants that are no positive numbers.
+    """
+    if family is BAMBOO:
+        _require_drelu(config)
+        return Arithmetic(activation="drelu")
+    activation, threshold = _activation(config)
+    factors = _minicpm_factors(config) if family is MINICPM else {}
+    return Arithmetic(activation=activation, activation_threshold=threshold, **factors)
