@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import torch
 
 from architectures.spec import ModelShape
 from common.errors import PredictorError
-from common.files import write_bytes, write_json
+from common.files import write_json
 from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD
-from gguf_export.pwri.statistics import statistics_file
+from gguf_export.pwri.statistics import statistics_file, write_saved
 from gguf_files.reader import GGUFFile
 from predictor.artifact import LayerPredictor
 
@@ -104,18 +103,14 @@ def write_directories(predictors: PredictorSource, directory: Path, statistics: 
     """
     for number in range(predictors.n_layers):
         layer = predictors.layer(number)
-        _save(predictor_file(directory, number), {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2})
+        write_saved(
+            predictor_file(directory, number), {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
+        )
         if predictors.counted:
-            _save(statistics_file(statistics, number), layer.activation_counts)
+            write_saved(statistics_file(statistics, number), layer.activation_counts)
     write_json(directory / "config.json", {"sparse_threshold": predictors.threshold})
 
 
 def predictor_file(directory: Path, layer: int) -> Path:
     """Return the file of a layer in PowerInfer's own form."""
     return directory / f"model_{layer}.pt"
-
-
-def _save(file: Path, content: object) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_bytes(file, buffer.getvalue())

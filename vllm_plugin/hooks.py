@@ -70,13 +70,13 @@ def adapt(config: Any) -> None:
         return
     try:
         found = served(config.to_dict(), os.environ)
+        if found is None:
+            return
+        config.psp = told(found, os.environ)
     except PspError as error:
         raise ValueError(f"psp: {error}") from error
-    if found is None:
-        return
     for line in found.notes:
         logging.getLogger(LOGGER).warning("%s", line)
-    config.psp = told(found)
     config.architectures = [MODEL_CLASS]
     if found.unties:
         config.tie_word_embeddings = False

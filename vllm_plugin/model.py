@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import (
@@ -16,12 +19,18 @@ from vllm.model_executor.models.llama import (
     LlamaForCausalLM,
 )
 
+from common.errors import PspError
 from vllm_plugin.ffn import GatedFFN
+from vllm_plugin.register import LOGGER
+from vllm_plugin.statistics import Statistics
+from vllm_plugin.switches import SPARSE, STATISTICS, read_switches
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _OWN_PREDICTOR = ".mlp.predictor."
 """TurboSparse's checkpoints hold predictors, which the model does not need."""
+
+_log = logging.getLogger(LOGGER)
 
 
 class PspDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is untyped here
@@ -32,7 +41,7 @@ class PspDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is untyp
         vllm_config: VllmConfig,
         prefix: str = "",
         config: Any = None,
-        attn_layer_type: type[torch.nn.Module] = LlamaAttention,
+        attn_layer_type: type[nn.Module] = LlamaAttention,
     ) -> None:
         """Build a block; `config` is transformers', with what `served.told` put there."""
         config = config or vllm_config.model_config.hf_config
@@ -45,8 +54,13 @@ class PspDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is untyp
         plain = copy.copy(config)
         plain.hidden_act = "silu"  # vLLM's FFN takes no other; it only lends its projections
         super().__init__(vllm_config, prefix, plain, attn_layer_type)
+        psp = config.psp
         self.mlp: Any = GatedFFN(
-            self.mlp, config.psp["activation"], config.psp["activation_threshold"]
+            self.mlp,
+            psp["activation"],
+            psp["activation_threshold"],
+            sparse=psp["sparse"] and _whole_weights(vllm_config),
+            counted=psp["counted"] and _one_worker(vllm_config),
         )
 
 
@@ -58,19 +72,43 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         *,
         vllm_config: VllmConfig,
         prefix: str = "",
-        layer_type: type[torch.nn.Module] = PspDecoderLayer,
+        layer_type: type[nn.Module] = PspDecoderLayer,
     ) -> None:
         """Build the model."""
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
+        if self.config.psp["sparse"] and not _whole_weights(vllm_config):
+            _log.warning("%s is passed over: LoRA adapters need vLLM's own products", SPARSE)
+        self._statistics = self._counted(vllm_config) if self.config.psp["counted"] else None
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    def _counted(self, vllm_config: VllmConfig) -> Statistics | None:
+        """Return where counts go; None, with a line of the log, if they cannot be kept."""
+        directory = read_switches(os.environ).statistics
+        if directory is None or not _one_worker(vllm_config):
+            _log.warning("%s is passed over: it needs one worker that sees it", STATISTICS)
+            return None
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+        facts = {name: getattr(self.config, name) for name in sizes}
+        facts |= {name: self.config.psp[name] for name in ("activation", "activation_threshold")}
+        facts["name"] = Path(vllm_config.model_config.model).name
+        try:
+            return Statistics(directory, facts, [each.mlp.counts for each in self.model.layers])
+        except PspError as error:
+            _log.warning("activation statistics are off: %s", error)
+            return None
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return vLLM's logits; at some steps, counts are written."""
+        if self._statistics is not None:
+            self._statistics.step()
+        logits: Tensor | None = super().compute_logits(hidden_states)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each times its factor."""
         loaded: set[str] = super().load_weights(self._adapted(weights))
         return loaded
 
-    def _adapted(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _adapted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         factors, embedding, has_head = self.config.psp["factors"], None, False
         for name, tensor in weights:
             if _OWN_PREDICTOR in name:
@@ -83,5 +121,15 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             yield _HEAD, _times(embedding, factors.get(_HEAD, 1))
 
 
-def _times(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1 else (tensor.float() * factor).to(tensor.dtype)
+
+
+def _one_worker(vllm_config: VllmConfig) -> bool:
+    parallel = vllm_config.parallel_config
+    return bool(parallel.world_size == 1 and parallel.data_parallel_size == 1)
+
+
+def _whole_weights(vllm_config: VllmConfig) -> bool:
+    """Whether an FFN is its weights alone, without adapters."""
+    return vllm_config.lora_config is None

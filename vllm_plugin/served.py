@@ -14,6 +14,7 @@ from architectures.gated import GATED, Arithmetic, read_arithmetic
 from architectures.registry import resolve, with_class
 from architectures.spec import Architecture
 from vllm_plugin.act_info import read_act_info
+from vllm_plugin.switches import read_switches
 
 MODEL_CLASS = "PspForCausalLM"
 """What vLLM knows the plugin's model class by."""
@@ -98,11 +99,19 @@ def factors(found: Served) -> Mapping[str, float]:
     }
 
 
-def told(found: Served) -> dict[str, Any]:
-    """Return what the model class must know, as JSON that a config can hold."""
-    values = found.arithmetic
+def told(found: Served, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the model class must know, as JSON that a config can hold.
+
+    All that changes the model's graph is in it, because vLLM keeps compiled graphs by the config.
+
+    Raises:
+        SettingsError: a variable of the environment does not say what it may.
+    """
+    values, switches = found.arithmetic, read_switches(environment)
     return {
         "activation": values.activation,
         "activation_threshold": values.activation_threshold,
         "factors": dict(factors(found)),
+        "sparse": switches.sparse,
+        "counted": switches.statistics is not None,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from architectures.tensor_files import is_plain, read_torch_file
 from common.errors import FormatError, PredictorError
-from common.files import refuse_pointer
+from common.files import refuse_pointer, write_bytes
 from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_files.reader import GGUFFile
 
@@ -33,6 +35,28 @@ def read_saved(file: Path) -> Any:
         return read_torch_file(file)
     except ValueError as error:
         raise PredictorError(f"{file}: {error}", "fetch the predictors again") from error
+
+
+def write_saved(file: Path, content: object) -> None:
+    """Write a `.pt` file as PowerInfer's own tools write and read it.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_bytes(file, buffer.getvalue())
+
+
+def write_statistics(directory: Path, counts: Iterable[torch.Tensor]) -> None:
+    """Write `activation/activation_N.pt` in a directory, from each layer's (d_ff,) int64 counts.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
+    (directory / ACTIVATION_DIRECTORY).mkdir(exist_ok=True)
+    for layer, found in enumerate(counts):
+        write_saved(statistics_file(directory / ACTIVATION_DIRECTORY, layer), found)
 
 
 def has_statistics(directory: Path, n_layers: int) -> bool:

@@ -1,0 +1,115 @@
+"""Activation statistics of a server's real traffic, in PowerInfer's files.
+
+`DIR/activation/activation_N.pt` are what `psp gpu-split --statistics DIR` reads; `statistics.json`
+says whose they are. Counts of neurons and of tokens are all that is kept: no text and no ids.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from common.errors import PredictorError, PspError
+from common.files import read_json, write_json
+from gguf_export.pwri.statistics import read_statistics, write_statistics
+from vllm_plugin.register import LOGGER
+
+FILE = "statistics.json"
+INTERVAL = 30.0
+"""Seconds between two writes."""
+
+_KIND = "psp.served_statistics"
+_OTHER = "name another directory"
+
+
+@dataclass
+class Statistics:
+    """The counts of a model that is being served.
+
+    Attributes:
+        directory: where they go.
+        model: what tells whose they are, as JSON.
+        layers: the counts that grow while the model runs, per layer (d_ff + 1,) int64; the last
+            one is of tokens.
+    """
+
+    directory: Path
+    model: dict[str, Any]
+    layers: Sequence[Tensor]
+    _before: Tensor = field(init=False)
+    _written: Tensor | None = None
+    _due: float = 0.0
+    _lock: IO[str] = field(init=False)
+    _writer: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        """Go on from what the directory holds.
+
+        Raises:
+            PspError: it is another model's, damaged, in use, or cannot be written.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PredictorError(f"{self.directory}: another server counts there", _OTHER) from None
+        except OSError as error:
+            raise PredictorError(f"{self.directory}: {error.strerror}", _OTHER) from error
+        self._before = self._read()
+        self._due = time.monotonic() + INTERVAL
+        atexit.register(self.save)
+
+    def _read(self) -> Tensor:
+        n_layers, d_ff = len(self.layers), len(self.layers[0]) - 1
+        before = torch.zeros(n_layers, d_ff + 1, dtype=torch.int64)
+        file = self.directory / FILE
+        if file.exists():
+            found = read_json(file, PredictorError, _OTHER)
+            tokens = found.get("tokens")
+            if found.get("kind") != _KIND or not isinstance(tokens, int):
+                raise PredictorError(f"{file}: is not the plugin's", _OTHER)
+            if found.get("model") != self.model:
+                raise PredictorError(f"{self.directory}: holds another model's counts", _OTHER)
+            before[:, :-1] = torch.stack(read_statistics(self.directory, n_layers, d_ff))
+            before[:, -1] = tokens
+        return before
+
+    def step(self) -> None:
+        """Write in the background if it is time; call it after each step of the model."""
+        if time.monotonic() >= self._due and not (self._writer and self._writer.is_alive()):
+            self._due = time.monotonic() + INTERVAL
+            self._writer = threading.Thread(target=self._write, args=(self._now(),), daemon=True)
+            self._writer.start()
+
+    def save(self) -> None:
+        """Write, now."""
+        if self._writer is not None:
+            self._writer.join()
+        self._write(self._now())
+
+    def _now(self) -> Tensor:
+        return torch.stack([layer.cpu() for layer in self.layers]) + self._before
+
+    def _write(self, counts: Tensor) -> None:
+        if not counts[0, -1] or (self._written is not None and self._written.equal(counts)):
+            return
+        tokens = int(counts[0, -1])
+        try:
+            write_statistics(self.directory, [layer[:-1].clone() for layer in counts])
+            sparsity = 1 - counts[:, :-1].double().mean().item() / tokens
+            facts = {"tokens": tokens, "activation_sparsity": sparsity, "model": self.model}
+            write_json(self.directory / FILE, {"kind": _KIND, "schema_version": 1, **facts})
+            self._written = counts
+        except PspError as error:
+            logging.getLogger(LOGGER).warning("activation statistics are not written: %s", error)
