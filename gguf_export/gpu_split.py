@@ -75,7 +75,8 @@ def split(config: SplitConfig) -> SplitResult:
         hyper, budget=granted, n_ctx=config.context, kv_type=config.kv_type
     )
     plan = plan_memory(file.tensors.values(), settings)
-    counts = read_statistics(config.file.parent, hyper.n_layers, hyper.d_ff)
+    directory = config.file.parent if config.statistics is None else config.statistics
+    counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     groups = file_groups(file)
     chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=groups)
     used = split_bytes(chosen, plan.bytes_per_neuron)

@@ -117,6 +117,7 @@ class SplitConfig:
 
     Attributes:
         file: `NAME.powerinfer.gguf`, with `activation/` beside it.
+        statistics: directory whose `activation/` counts instead.
         least_budget: bytes; less is taken for a budget without its unit.
     """
 
@@ -124,6 +125,14 @@ class SplitConfig:
     vram_budget: Annotated[str, _BUDGET]
     context: Context = 512
     kv_type: KvType = "f16"
+    statistics: Annotated[
+        Path | None,
+        Option(
+            "Take activation/ from here, such as a server's counts of its own traffic.",
+            "DIR",
+            unset="the file's directory",
+        ),
+    ] = None
     force: Force = False
     least_budget: int = MIB
 

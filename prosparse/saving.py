@@ -63,7 +63,7 @@ def save_model(
     trainer.model.config.use_cache = True  # off in training
     trainer.model.save_pretrained(part, state_dict=state)
     config = read_json(part / "config.json", OutputError, "start again")
-    write_tokenizer(checkpoint, config, out, report)
+    write_tokenizer(checkpoint.directory, checkpoint.tokenizer(), config, out, report)
     for file in sorted(part.iterdir()):
         if file.name != "config.json":
             file.replace(out / file.name)

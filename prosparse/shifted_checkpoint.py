@@ -73,7 +73,7 @@ def write_shifted(
         else:
             _write_anew(checkpoint, part, scales)
         config = _config(checkpoint, threshold)
-        write_tokenizer(checkpoint, config, part)
+        write_tokenizer(checkpoint.directory, checkpoint.tokenizer(), config, part)
         write_json(part / "config.json", config)
         origin = {"model": str(checkpoint.path), "tool_version": tool_version()}
         write_json(part / MARKER, origin | dict(facts))

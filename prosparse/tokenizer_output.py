@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from architectures.checkpoint import Checkpoint
 from architectures.config_json import Config
 from architectures.piece_tokenizer import PieceTokenizer
 from architectures.rust_tokenizer import steps_of
@@ -44,20 +43,21 @@ _NO_BOS = 50
 
 
 def write_tokenizer(
-    checkpoint: Checkpoint,
+    source: Path,
+    tokenizer: OwnTokenizer,
     config: Config,
     out: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Copy the tokenizer's files of a checkpoint, mended where transformers would misread them.
+    """Copy a tokenizer's files, mended where transformers would misread them.
 
     Args:
-        checkpoint: the original.
+        source: the original's directory.
+        tokenizer: as psp reads it.
         config: config.json of the copy.
         out: directory of the copy.
         report: receives a line if no files make transformers read what psp does.
     """
-    source, tokenizer = checkpoint.directory, checkpoint.tokenizer()
     with tempfile.TemporaryDirectory() as name:
         kept, mended = Path(name, "kept"), Path(name, "mended")
         for path in (kept, mended):
@@ -66,10 +66,10 @@ def write_tokenizer(
             for file in TOKENIZER_FILES:
                 if (source / file).is_file():
                     write_bytes(path / file, (source / file).read_bytes())
-        chosen, wrong = kept, _wrong(kept, tokenizer)
+        chosen, wrong = kept, misread(kept, tokenizer)
         if wrong:
             _mend(mended, tokenizer)
-            found = _wrong(mended, tokenizer)
+            found = misread(mended, tokenizer)
             chosen, wrong = (mended, found) if found < wrong else (kept, wrong)
         for file in TOKENIZER_FILES:
             if (chosen / file).is_file():
@@ -85,8 +85,13 @@ def needs_bos(tokenizer: OwnTokenizer) -> bool:
     return tokenizer.adds_bos
 
 
-def _wrong(path: Path, tokenizer: OwnTokenizer) -> int:
-    """Count what transformers reads otherwise than psp: texts, and above all BOS."""
+def misread(path: Path, tokenizer: OwnTokenizer) -> int:
+    """Count what transformers reads otherwise than psp: texts, and above all BOS.
+
+    Args:
+        path: directory with the files.
+        tokenizer: as psp reads it.
+    """
     from transformers import AutoTokenizer
 
     settings = _settings(path)

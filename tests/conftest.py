@@ -31,6 +31,7 @@ POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
 TRANSFORMERS_4 = os.environ.get("PSP_TRANSFORMERS_4")
 PUBLISHED = os.environ.get("PSP_PUBLISHED")
+VLLM_PYTHON = os.environ.get("PSP_VLLM_PYTHON")
 
 TRACE_TOKENS, TRACE_CONTEXT = 3000, 100
 NARROW_D_FF = 348
@@ -355,6 +356,17 @@ def llama_cpp_bin() -> Path:
     if not LLAMA_CPP_BIN:
         pytest.skip("set PSP_LLAMA_CPP_BIN to a llama.cpp build's bin directory to run this")
     return Path(LLAMA_CPP_BIN)
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """The python of an environment with vLLM, or a visible skip."""
+    if not VLLM_PYTHON:
+        pytest.skip(
+            "set PSP_VLLM_PYTHON to the python of an environment that "
+            "tests/make_vllm_environment.sh made to run this"
+        )
+    return Path(VLLM_PYTHON)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from common.errors import ExportError, FormatError, OutputError, PredictorError
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import split
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index
+from gguf_export.pwri.statistics import write_statistics
 from gguf_export.settings import SplitConfig
 from gguf_files.reader import GGUFFile
 
@@ -76,6 +77,35 @@ def test_the_hottest_neurons_that_fit_are_chosen(bundle: Bundle, neurons: int) -
     total = sum(int(layer.sum()) for layer in counts)
     hot = sum(int(layer[mask].sum()) for layer, mask in zip(counts, chosen, strict=True))
     assert document.activation_share_on_gpu == pytest.approx(hot / total)
+
+
+def test_other_statistics_count_where_they_are_named(
+    bundle: Bundle, tmp_path: Path, psp: Callable[..., Result]
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    hottest = [torch.arange(D_FF), torch.arange(D_FF).flip(0)]
+    write_statistics(served, hottest)
+    budget = fixed_bytes(bundle, 64) + 320 * NEURON + 2000
+    config = SplitConfig(
+        file=bundle.model_file,
+        vram_budget=str(budget),
+        context=64,
+        least_budget=1,
+        statistics=served,
+    )
+    split(config)
+    chosen, _ = read_gpu_index(index_path(bundle.model_file), LAYERS, D_FF)
+    assert sum(int(mask.sum()) for mask in chosen) > 288
+    for mask, layer in zip(chosen, hottest, strict=True):
+        assert 0 < mask.sum() < D_FF
+        assert int(layer[mask].min()) > int(layer[~mask].max())
+    options = ("--vram-budget", "2MiB", "--force", "--statistics")
+    result = psp("gpu-split", bundle.model_file, *options, served)
+    assert result.exit_code == 0, result.output
+    empty = psp("gpu-split", bundle.model_file, *options, tmp_path)
+    assert empty.exit_code == 1
+    assert f"{tmp_path / 'activation'}: holds no statistics of 2 layers" in empty.output
 
 
 def test_a_budget_below_the_rest_of_the_model_takes_no_neuron(bundle: Bundle) -> None:

@@ -31,7 +31,9 @@ def written(model: Path, out: Path) -> tuple[Path, list[str]]:
     out.mkdir()
     said: list[str] = []
     checkpoint = Checkpoint.open(model)
-    write_tokenizer(checkpoint, checkpoint.config, out, said.append)
+    write_tokenizer(
+        checkpoint.directory, checkpoint.tokenizer(), checkpoint.config, out, said.append
+    )
     write(out, "config.json", dict(checkpoint.config))
     return out, said
 

@@ -25,8 +25,8 @@ class MiniCPMConfig(LlamaConfig):  # type: ignore[misc]
 
     def __init__(self, **kwargs: Any) -> None:
         """Take a config.json's values."""
-        kwargs.setdefault("tie_word_embeddings", True)
-        super().__init__(**kwargs)
+        constants = {"scale_emb": 1, "dim_model_base": 1, "scale_depth": 1}
+        super().__init__(**{"tie_word_embeddings": True, **constants, **kwargs})
 
 
 class BambooConfig(MistralConfig):  # type: ignore[misc]
@@ -35,8 +35,23 @@ class BambooConfig(MistralConfig):  # type: ignore[misc]
     model_type = "bamboo"
 
 
+_CONFIGS = {
+    "SparseLlamaForCausalLM": SparseLlamaConfig,
+    "MiniCPMForCausalLM": MiniCPMConfig,
+    "BambooForCausalLM": BambooConfig,
+}
+
+
 def register_configs() -> None:
-    """Make transformers' AutoConfig know them, where it does not yet."""
-    for kind in (SparseLlamaConfig, MiniCPMConfig, BambooConfig):
+    """Make transformers' AutoConfig know them, where it does not yet.
+
+    MiniCPM's published config.json has no `model_type`; vLLM has a table of classes for such files,
+    and without it only those with a `model_type` can be served.
+    """
+    from vllm.transformers_utils import config as of_vllm
+
+    types: dict[str, str] = getattr(of_vllm, "_ARCHITECTURE_TO_MODEL_TYPE", {})
+    for name, kind in _CONFIGS.items():
         if kind.model_type not in CONFIG_MAPPING:
             AutoConfig.register(kind.model_type, kind)
+            types.setdefault(name, kind.model_type)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from sparse_operators.checks import MAX_TOKENS
-from sparse_operators.operators import sparse_up_down
+from vllm_plugin import kernels
 
 _SHARES = (0.02, 0.3)
 """Shares of active neurons that the operators are timed at; between and beyond, a straight line."""
@@ -115,7 +115,7 @@ def measured_limit(layers: Sequence[Weights], tokens: int) -> float:
         scores = torch.where(noise < share, noise + 0.5, -1.0).to(like.dtype)
         return lambda layer: (
             linear(x, layer.gate),
-            sparse_up_down(scores, x, layer.up, layer.rows, check=False),
+            kernels.up_down(scores, x, layer.up, layer.rows, threshold=0.0),
         )
 
     low, high = (_seconds(sparse_at(share), layers) for share in _SHARES)

@@ -46,32 +46,36 @@ def install() -> None:
 
     register_configs()
     ModelRegistry.register_model(MODEL_CLASS, _MODEL)
+    _register_tokenizer()
 
     @functools.wraps(original)  # type: ignore[arg-type]  # checked above
     def get_model_arch_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.model_impl in ("auto", "vllm"):
-            adapt(self.hf_config)
+        if self.model_impl in ("auto", "vllm") and adapt(self.hf_config):
+            _choose_tokenizer(self)
         return original(self, *args, **kwargs)  # type: ignore[misc]
 
     get_model_arch_config.of_psp = True  # type: ignore[attr-defined]
     ModelConfig.get_model_arch_config = get_model_arch_config
 
 
-def adapt(config: Any) -> None:
+def adapt(config: Any) -> bool:
     """Name the plugin's model class in a config of a model that it serves.
 
     Args:
         config: transformers' config; changed in place.
 
+    Returns:
+        Whether it was changed.
+
     Raises:
         ValueError: in one line, what of the config or of `ACT_INFO` cannot be used.
     """
     if MODEL_CLASS in (getattr(config, "architectures", None) or ()):
-        return
+        return False
     try:
         found = served(config.to_dict(), os.environ)
         if found is None:
-            return
+            return False
         config.psp = told(found, os.environ)
     except PspError as error:
         raise ValueError(f"psp: {error}") from error
@@ -80,6 +84,36 @@ def adapt(config: Any) -> None:
     config.architectures = [MODEL_CLASS]
     if found.unties:
         config.tie_word_embeddings = False
+    return True
+
+
+def _register_tokenizer() -> None:
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
+    TokenizerRegistry.register("psp", "vllm_plugin.tokenizer", "PspTokenizer")
+    RENDERER_REGISTRY.register("psp", "vllm.renderers.hf", "HfRenderer")
+
+
+def _choose_tokenizer(model_config: Any) -> None:
+    """Take psp's tokenizer mode where nobody chose one and transformers would misread the files."""
+    if (model_config.tokenizer_mode, model_config.tokenizer) != ("auto", model_config.model):
+        return
+    from vllm_plugin.tokenizer import read_otherwise
+
+    log = logging.getLogger(LOGGER)
+    name, revision = model_config.tokenizer, model_config.tokenizer_revision
+    try:
+        otherwise = read_otherwise(name, revision, None, model_config.hf_token)
+    except (PspError, OSError) as error:
+        log.warning("the tokenizer is left to transformers: %s", error)
+        return
+    if otherwise:
+        log.warning(
+            "transformers reads this tokenizer otherwise than the model's own does (ids or BOS): "
+            "tokenizer mode psp is used; --tokenizer-mode hf keeps transformers'"
+        )
+        model_config.tokenizer_mode = "psp"
 
 
 def _require_layers() -> None:

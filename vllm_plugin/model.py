@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         facts |= {name: self.config.psp[name] for name in ("activation", "activation_threshold")}
         facts["name"] = Path(vllm_config.model_config.model).name
         try:
-            return Statistics(directory, facts, [each.mlp.counts for each in self.model.layers])
+            made = Statistics(directory, facts, [each.mlp.counts for each in self.model.layers])
         except PspError as error:
             _log.warning("activation statistics are off: %s", error)
             return None
+        weakref.finalize(self, made.close)  # at the latest when the process ends
+        return made
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return vLLM's logits; at some steps, counts are written."""

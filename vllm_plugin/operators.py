@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparse_operators.operators import sparse_down, sparse_up, sparse_up_down
 from sparse_operators.reference import computes
+from vllm_plugin import kernels
 from vllm_plugin.crossover import SUPPOSED_SHARE, Crossover, Weights
 from vllm_plugin.real_tokens import real_tokens
 
@@ -89,12 +89,12 @@ def _sparse(
     if not double_relu:
         if counts is not None:
             _count(computes(scores, threshold), counts)
-        return sparse_up_down(scores, x, weights.up, weights.rows, threshold=threshold, check=False)
+        return kernels.up_down(scores, x, weights.up, weights.rows, threshold=threshold)
     # The gate's half is not negative, so the ReLU on `up` may come after their product.
-    x1 = sparse_up(scores, x, weights.up, threshold=threshold, check=False).relu()
+    x1 = kernels.up(scores, x, weights.up, threshold=threshold).relu()
     if counts is not None:
         _count(x1 != 0, counts)
-    return sparse_down(x1, weights.rows, check=False)
+    return kernels.down(x1, weights.rows)
 
 
 def activate(gate: Tensor, up: Tensor, threshold: float, double_relu: bool) -> Tensor:

@@ -6,7 +6,6 @@ says whose they are. Counts of neurons and of tokens are all that is kept: no te
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import logging
 import threading
@@ -61,14 +60,18 @@ class Statistics:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PredictorError(f"{self.directory}: another server counts there", _OTHER) from None
         except OSError as error:
             raise PredictorError(f"{self.directory}: {error.strerror}", _OTHER) from error
-        self._before = self._read()
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._before = self._read()
+        except OSError:
+            self._lock.close()
+            raise PredictorError(f"{self.directory}: another server counts there", _OTHER) from None
+        except PspError:
+            self._lock.close()
+            raise
         self._due = time.monotonic() + INTERVAL
-        atexit.register(self.save)
 
     def _read(self) -> Tensor:
         n_layers, d_ff = len(self.layers), len(self.layers[0]) - 1
@@ -84,6 +87,11 @@ class Statistics:
             before[:, :-1] = torch.stack(read_statistics(self.directory, n_layers, d_ff))
             before[:, -1] = tokens
         return before
+
+    def close(self) -> None:
+        """Write, and let others count there."""
+        self.save()
+        self._lock.close()
 
     def step(self) -> None:
         """Write in the background if it is time; call it after each step of the model."""
