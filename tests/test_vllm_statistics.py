@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
+from processes import wait_for
 
 from common.errors import PredictorError
 from gguf_export.pwri.statistics import read_statistics, write_statistics
@@ -82,17 +83,29 @@ def test_counts_that_grow_are_written_once_each_time(
     assert len(written) == 2
 
 
-def test_a_step_writes_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("vllm_plugin.statistics.time.monotonic", lambda: now[0])
+def test_it_is_time_after_a_pause_and_now_and_then_under_load(tmp_path: Path) -> None:
     kept = made(tmp_path, grown())
+    kept._ended.set()
+    kept._watcher.join()
+    start = kept._wrote
+    assert not kept.due(start + 100)  # nothing has run
+    kept._stepped = start + 10
+    assert not kept.due(start + 10.5)
+    assert kept.due(start + 11)  # a pause
+    kept._stepped = start + 30
+    assert kept.due(start + 30.1)  # load
+    kept._wrote = start + 40
+    assert not kept.due(start + 100)
+    kept.close()
+
+
+def test_what_has_run_is_written_without_anyones_asking(tmp_path: Path) -> None:
+    layers = grown()
+    kept = made(tmp_path, layers)
+    layers[0][-1] += 3
     kept.step()
-    assert not (tmp_path / "statistics.json").exists()
-    now[0] = statistics.INTERVAL
-    kept.step()
-    assert kept._writer is not None
-    kept._writer.join()
-    assert facts(tmp_path)["tokens"] == 4
+    wait_for(lambda: (tmp_path / "statistics.json").exists())
+    assert facts(tmp_path)["tokens"] == 7
     kept.close()
 
 

@@ -36,7 +36,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
-        answer = {"made": generate(engine, job), "class": model_class(engine), "taken": taken()}
+        answer: dict[str, Any] = {
+            "made": generate(engine, job),
+            "class": model_class(engine),
+            "taken": taken(),
+        }
         answer["statistics"] = os.environ.get("PSP_VLLM_STATS")
         del engine
         gc.collect()

@@ -1,14 +1,13 @@
-"""Where the plugin takes hold of vLLM: config classes, a model class, one method of ModelConfig.
+"""Where the plugin takes hold of vLLM: configs, a model class, a tokenizer mode, two methods.
 
-The first two are vLLM's and transformers' own ways in. The third is needed because the class that a
-config names decides what runs it, and `LlamaForCausalLM` is vLLM's: for a ReLU model the name is
+All but the methods are vLLM's and transformers' own ways in. They are needed because the class that
+a config names decides what runs it, and `LlamaForCausalLM` is vLLM's: for a ReLU model the name is
 changed when vLLM has read the config, before anything is made of it or of its hash.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -17,14 +16,12 @@ from typing import Any
 from common.errors import PspError
 from vllm_plugin.register import LOGGER
 from vllm_plugin.served import MODEL_CLASS, served, told
+from vllm_plugin.versions import Drift, require_layers, seen
 
 _MODEL = f"vllm_plugin.model:{MODEL_CLASS}"
-TESTED = ("0.32.0",)
-"""Versions of vLLM that the plugin was run with."""
+_MODE = "psp"
 
-
-class Drift(Exception):
-    """vLLM has changed where the plugin takes hold of it."""
+_log = logging.getLogger(LOGGER)
 
 
 def install() -> None:
@@ -35,27 +32,42 @@ def install() -> None:
     """
     from vllm.config import ModelConfig
 
-    original: Callable[..., Any] | None = getattr(ModelConfig, "get_model_arch_config", None)
-    if getattr(original, "of_psp", False):
+    if getattr(ModelConfig, "of_psp", False):
         return
-    _require(original, "ModelConfig.get_model_arch_config", ())
-    _require_layers()
+    first = {"get_model_arch_config": _serve, "verify_with_parallel_config": _require_division}
+    for name in first:
+        if not hasattr(ModelConfig, name):
+            raise Drift(seen(f"ModelConfig has no {name}"))
     from vllm.model_executor.models import ModelRegistry
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
 
     from vllm_plugin.configs import register_configs
 
     register_configs()
     ModelRegistry.register_model(MODEL_CLASS, _MODEL)
-    _register_tokenizer()
+    TokenizerRegistry.register(_MODE, "vllm_plugin.tokenizer", "PspTokenizer")
+    RENDERER_REGISTRY.register(_MODE, "vllm.renderers.hf", "HfRenderer")
+    for name, before in first.items():
+        setattr(ModelConfig, name, _preceded(getattr(ModelConfig, name), before))
+    ModelConfig.of_psp = True
 
-    @functools.wraps(original)  # type: ignore[arg-type]  # checked above
-    def get_model_arch_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.model_impl in ("auto", "vllm") and adapt(self.hf_config):
-            _choose_tokenizer(self)
-        return original(self, *args, **kwargs)  # type: ignore[misc]
 
-    get_model_arch_config.of_psp = True  # type: ignore[attr-defined]
-    ModelConfig.get_model_arch_config = get_model_arch_config
+def _preceded(method: Callable[..., Any], before: Callable[..., None]) -> Callable[..., Any]:
+    """Return a method that first calls another function with the same arguments."""
+
+    @functools.wraps(method)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        before(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return both
+
+
+def _serve(model_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Adapt the config of a model that the plugin serves, and choose its tokenizer."""
+    if model_config.model_impl in ("auto", "vllm") and adapt(model_config.hf_config):
+        _choose_tokenizer(model_config)
 
 
 def adapt(config: Any) -> bool:
@@ -68,31 +80,29 @@ def adapt(config: Any) -> bool:
         Whether it was changed.
 
     Raises:
-        ValueError: in one line, what of the config or of `ACT_INFO` cannot be used.
+        ValueError: in one line, what of the config, of a variable of the environment or of vLLM
+            itself cannot be used.
     """
-    if MODEL_CLASS in (getattr(config, "architectures", None) or ()):
+    if _is_served(config):
         return False
     try:
         found = served(config.to_dict(), os.environ)
         if found is None:
             return False
+        require_layers()
         config.psp = told(found, os.environ)
-    except PspError as error:
+    except (PspError, Drift) as error:
         raise ValueError(f"psp: {error}") from error
     for line in found.notes:
-        logging.getLogger(LOGGER).warning("%s", line)
+        _log.warning("%s", line)
     config.architectures = [MODEL_CLASS]
     if found.unties:
         config.tie_word_embeddings = False
     return True
 
 
-def _register_tokenizer() -> None:
-    from vllm.renderers.registry import RENDERER_REGISTRY
-    from vllm.tokenizers.registry import TokenizerRegistry
-
-    TokenizerRegistry.register("psp", "vllm_plugin.tokenizer", "PspTokenizer")
-    RENDERER_REGISTRY.register("psp", "vllm.renderers.hf", "HfRenderer")
+def _is_served(config: Any) -> bool:
+    return MODEL_CLASS in (getattr(config, "architectures", None) or ())
 
 
 def _choose_tokenizer(model_config: Any) -> None:
@@ -101,44 +111,29 @@ def _choose_tokenizer(model_config: Any) -> None:
         return
     from vllm_plugin.tokenizer import read_otherwise
 
-    log = logging.getLogger(LOGGER)
     name, revision = model_config.tokenizer, model_config.tokenizer_revision
     try:
         otherwise = read_otherwise(name, revision, None, model_config.hf_token)
     except (PspError, OSError) as error:
-        log.warning("the tokenizer is left to transformers: %s", error)
+        _log.warning("the tokenizer is left to transformers: %s", error)
         return
     if otherwise:
-        log.warning(
+        _log.warning(
             "transformers reads this tokenizer otherwise than the model's own does (ids or BOS): "
             "tokenizer mode psp is used; --tokenizer-mode hf keeps transformers'"
         )
-        model_config.tokenizer_mode = "psp"
+        model_config.tokenizer_mode = _MODE
 
 
-def _require_layers() -> None:
-    """Look for what `model` uses without importing it: it would import all of vLLM's layers."""
-    from importlib.util import find_spec
+def _require_division(model_config: Any, parallel_config: Any, *args: Any, **kwargs: Any) -> None:
+    """Refuse to cut an FFN into unequal parts; vLLM looks at heads only.
 
-    for name in ("vllm.model_executor.models.llama", "vllm.forward_context"):
-        if find_spec(name) is None:
-            raise Drift(_says(f"has no module {name}"))
-
-
-def _require(found: Callable[..., Any] | None, name: str, parameters: tuple[str, ...]) -> None:
-    if found is None:
-        raise Drift(_says(f"has no {name}"))
-    missing = [each for each in parameters if each not in inspect.signature(found).parameters]
-    if missing:
-        raise Drift(_says(f"{name} takes no {missing[0]}"))
-
-
-def _says(what: str) -> str:
-    from importlib.metadata import version
-
-    name = "vllm"
-    try:
-        found = version(name)
-    except ModuleNotFoundError:
-        found = "of unknown version"
-    return f"vLLM {found} {what}; the plugin was run with {', '.join(TESTED)}"
+    Raises:
+        ValueError: in one line.
+    """
+    config, parts = model_config.hf_config, parallel_config.tensor_parallel_size
+    if _is_served(config) and config.intermediate_size % parts:
+        raise ValueError(
+            f"psp: config.json: intermediate_size {config.intermediate_size} does not divide into "
+            f"{parts} parts; choose another --tensor-parallel-size"
+        )

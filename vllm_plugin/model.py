@@ -6,14 +6,13 @@ import copy
 import logging
 import os
 import re
-import weakref
 from collections.abc import Iterable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -46,12 +45,6 @@ class PspDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]  # vLLM is untyp
     ) -> None:
         """Build a block; `config` is transformers', with what `served.told` put there."""
         config = config or vllm_config.model_config.hf_config
-        parts = get_tensor_model_parallel_world_size()
-        if config.intermediate_size % parts:
-            raise ValueError(
-                f"config.json: intermediate_size {config.intermediate_size} does not divide into "
-                f"{parts} parts; choose another --tensor-parallel-size"
-            )
         plain = copy.copy(config)
         plain.hidden_act = "silu"  # vLLM's FFN takes no other; it only lends its projections
         super().__init__(vllm_config, prefix, plain, attn_layer_type)
@@ -96,7 +89,8 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         except PspError as error:
             _log.warning("activation statistics are off: %s", error)
             return None
-        weakref.finalize(self, made.close)  # at the latest when the process ends
+        # Not atexit: vLLM's engine is a process that multiprocessing ends without it.
+        Finalize(self, made.close, exitpriority=0)
         return made
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

@@ -24,8 +24,11 @@ from gguf_export.pwri.statistics import read_statistics, write_statistics
 from vllm_plugin.register import LOGGER
 
 FILE = "statistics.json"
-INTERVAL = 30.0
-"""Seconds between two writes."""
+INTERVAL, PAUSE = 30.0, 1.0
+"""Seconds between two writes under load, and without a step after which there is one anyway.
+
+vLLM kills its workers when it is told to end, so nothing may be left for then.
+"""
 
 _KIND = "psp.served_statistics"
 _OTHER = "name another directory"
@@ -46,10 +49,12 @@ class Statistics:
     model: dict[str, Any]
     layers: Sequence[Tensor]
     _before: Tensor = field(init=False)
-    _written: Tensor | None = None
-    _due: float = 0.0
     _lock: IO[str] = field(init=False)
-    _writer: threading.Thread | None = None
+    _written: Tensor | None = None
+    _stepped: float = 0.0
+    _wrote: float = field(default_factory=time.monotonic)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _watcher: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
         """Go on from what the directory holds.
@@ -71,7 +76,8 @@ class Statistics:
         except PspError:
             self._lock.close()
             raise
-        self._due = time.monotonic() + INTERVAL
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
     def _read(self) -> Tensor:
         n_layers, d_ff = len(self.layers), len(self.layers[0]) - 1
@@ -88,22 +94,30 @@ class Statistics:
             before[:, -1] = tokens
         return before
 
+    def step(self) -> None:
+        """Take note that the model has run."""
+        self._stepped = time.monotonic()
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to write: some has gone by under load, or the server has paused."""
+        paused = self._stepped > self._wrote and now - self._stepped >= PAUSE
+        return paused or (self._stepped > self._wrote and now - self._wrote >= INTERVAL)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(PAUSE / 2):
+            if self.due(time.monotonic()):
+                self.save()
+
     def close(self) -> None:
         """Write, and let others count there."""
+        self._ended.set()
+        self._watcher.join()
         self.save()
         self._lock.close()
 
-    def step(self) -> None:
-        """Write in the background if it is time; call it after each step of the model."""
-        if time.monotonic() >= self._due and not (self._writer and self._writer.is_alive()):
-            self._due = time.monotonic() + INTERVAL
-            self._writer = threading.Thread(target=self._write, args=(self._now(),), daemon=True)
-            self._writer.start()
-
     def save(self) -> None:
-        """Write, now."""
-        if self._writer is not None:
-            self._writer.join()
+        """Write, if there is something new."""
+        self._wrote = time.monotonic()
         self._write(self._now())
 
     def _now(self) -> Tensor:
