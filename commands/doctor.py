@@ -14,7 +14,8 @@ from powerinfer_bridge.doctor.settings import DoctorConfig
 @json_option
 def doctor(config: DoctorConfig, as_json: bool) -> None:
     """Check that this machine can do the work; exit code 0 only if there is no problem."""
-    from powerinfer_bridge.doctor.examination import examine, findings_text
+    from common.examination import findings_text
+    from powerinfer_bridge.doctor.examination import examine
 
     examination = examine(config)
     if as_json:

@@ -14,8 +14,8 @@ from conftest import TEXT, ModelMaker, write_predictors
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
+from common.finding import Status
 from gguf_files.reader import GGUFFile
-from powerinfer_bridge.doctor.finding import Status
 from powerinfer_bridge.doctor.model_files import checkpoint_findings
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import perplexity, perplexity_windows

@@ -19,10 +19,11 @@ from test_doctor_environment import CARD, told
 
 from cli import main
 from commands.doctor import doctor
+from common.examination import WIDTH, Examination, findings_text
+from common.finding import Finding, Status, guarded
 from common.machine import Gpu
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.doctor.examination import WIDTH, Examination, examine, findings_text
-from powerinfer_bridge.doctor.finding import Finding, Status, guarded
+from powerinfer_bridge.doctor.examination import KIND, examine
 from powerinfer_bridge.doctor.programs import (
     check_llama_cpp,
     check_powerinfer,
@@ -189,10 +190,11 @@ def test_a_cuda_build_needs_no_solver(tmp_path: Path) -> None:
 
 def examined(*rows: tuple[str, str, str, str | None]) -> Examination:
     return Examination(
+        kind=KIND,
         findings=tuple(
             Finding(check=check, status=Status(status), found=found, remedy=remedy)
             for check, status, found, remedy in rows
-        )
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.finding import Finding
 from common.machine import Gpu, Gpus, Memory, Processor
 from common.units import GIB
 from powerinfer_bridge.doctor.environment import (
@@ -22,7 +23,6 @@ from powerinfer_bridge.doctor.environment import (
     temporary_findings,
     variable_findings,
 )
-from powerinfer_bridge.doctor.finding import Finding
 from powerinfer_bridge.programs.build import threshold_read
 
 CARD = Gpu(name="NVIDIA X", memory=24 * GIB, free=24 * GIB, driver="550.1", capability="8.9")

@@ -14,6 +14,7 @@ from conftest import make_export
 from safetensors import safe_open
 from test_doctor_environment import CARD, told
 
+from common.finding import Finding, Status
 from common.machine import Gpu
 from common.units import GIB
 from gguf_export.bundle import Bundle
@@ -22,7 +23,6 @@ from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_ind
 from gguf_export.settings import SplitConfig
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import IndexFacts, absent, index_finding
-from powerinfer_bridge.doctor.finding import Finding, Status
 from powerinfer_bridge.doctor.model_files import (
     check_file,
     checkpoint_findings,

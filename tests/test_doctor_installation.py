@@ -9,8 +9,8 @@ import pytest
 from test_doctor_environment import CARD, told
 
 from common.errors import FormatError
+from common.finding import Finding, guarded, ok
 from common.units import GIB
-from powerinfer_bridge.doctor.finding import Finding, guarded, ok
 from powerinfer_bridge.doctor.installation import (
     PackageFacts,
     TorchDevice,

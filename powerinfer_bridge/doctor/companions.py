@@ -13,6 +13,15 @@ import torch
 
 from common.errors import FormatError, PredictorError, PspError
 from common.files import read_json
+from common.finding import (
+    Finding,
+    from_error,
+    guarded,
+    note,
+    ok,
+    problem,
+    warning,
+)
 from common.hot_neurons import SHARES, hot_neuron_curve
 from common.machine import Gpu
 from common.units import GIB, size
@@ -26,15 +35,6 @@ from gguf_export.pwri.statistics import (
     read_statistics,
 )
 from gguf_export.settings import SUFFIX
-from powerinfer_bridge.doctor.finding import (
-    Finding,
-    from_error,
-    guarded,
-    note,
-    ok,
-    problem,
-    warning,
-)
 
 _HOT = 0.1
 _EXPORT = "export with predictors from psp train-predictor, which come with statistics"

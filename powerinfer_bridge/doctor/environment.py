@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.finding import Finding, note, ok, problem, warning
 from common.machine import Gpu, Gpus, Memory, Processor
 from common.units import GIB, size
-from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 
 THREADS, DEVICES, OFFLINE = "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE"

@@ -12,10 +12,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from common.finding import Finding, note, ok, problem, warning
 from common.machine import Gpu
 from common.units import size
 from common.version import package_version
-from powerinfer_bridge.doctor.finding import Finding, note, ok, problem, warning
 
 OPTIONAL = {
     "triton": "the CUDA operators of 'psp bench-operators' need it",

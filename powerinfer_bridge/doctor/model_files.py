@@ -12,6 +12,7 @@ from gguf import GGUFValueType
 from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.source import local_path
 from common.errors import CheckpointError, FormatError, PspError, printable
+from common.finding import Finding, Status, from_error, note, ok, problem, warning
 from common.machine import Gpu
 from common.units import size
 from gguf_export.contract import OpenedFile, Report, check_structure
@@ -19,7 +20,6 @@ from gguf_export.pwri.schema import SMALLEST_D_FF
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
-from powerinfer_bridge.doctor.finding import Finding, Status, from_error, note, ok, problem, warning
 
 _F16_BYTES = 2
 _SMALLEST_RANK = 32

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.finding import Finding, note, ok, warning
 from common.machine import Gpu
-from powerinfer_bridge.doctor.finding import Finding, note, ok, warning
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.programs.sample import ProgramFacts
 

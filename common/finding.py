@@ -1,4 +1,4 @@
-"""A finding of the doctor: what was looked at, how it is, and what mends it."""
+"""A finding of an examination: what was looked at, how it is, and what mends it."""
 
 from __future__ import annotations
 
