@@ -42,6 +42,13 @@ def with_class(config: Config) -> Config:
     return {**config, "architectures": [name]}
 
 
+def model_type_of(config: Config) -> str | None:
+    """Return the `model_type` of a config's class, None if psp does not know the class."""
+    declared = config.get("architectures")
+    classes = declared if isinstance(declared, list) else []
+    return next((kind for kind, name in _MODEL_TYPES.items() if name in classes), None)
+
+
 def resolve(config: Config) -> Architecture:
     """Return the family of a config.json.
 

@@ -12,6 +12,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from architectures.piece_tokenizer import PieceTokenizer
 from architectures.rust_tokenizer import steps_of
 from architectures.tokenizer import OwnTokenizer
 from common.documents import sample_text
+from common.errors import reason
 from common.files import write_bytes, write_json
 from prosparse.piece_conversion import as_rust
 
@@ -66,10 +68,10 @@ def write_tokenizer(
             for file in TOKENIZER_FILES:
                 if (source / file).is_file():
                     write_bytes(path / file, (source / file).read_bytes())
-        chosen, wrong = kept, misread(kept, tokenizer)
+        chosen, wrong = kept, _wrong(kept, tokenizer)
         if wrong:
             _mend(mended, tokenizer)
-            found = misread(mended, tokenizer)
+            found = _wrong(mended, tokenizer)
             chosen, wrong = (mended, found) if found < wrong else (kept, wrong)
         for file in TOKENIZER_FILES:
             if (chosen / file).is_file():
@@ -85,33 +87,58 @@ def needs_bos(tokenizer: OwnTokenizer) -> bool:
     return tokenizer.adds_bos
 
 
-def misread(path: Path, tokenizer: OwnTokenizer) -> int:
-    """Count what transformers reads otherwise than psp: texts, and above all BOS.
+@dataclass(frozen=True, kw_only=True)
+class Misreading:
+    """How transformers reads a tokenizer's files otherwise than psp does.
+
+    Attributes:
+        texts: how many of some texts get other ids.
+        of: how many were tried.
+        bos: whether the one begins a text with BOS and the other does not.
+        failure: why transformers cannot read them at all; None if it can.
+    """
+
+    texts: int = 0
+    of: int = 0
+    bos: bool = False
+    failure: str | None = None
+
+
+def misreading(path: Path, tokenizer: OwnTokenizer) -> Misreading | None:
+    """Compare what transformers makes of a directory's tokenizer with psp's; None if they agree.
 
     Args:
-        path: directory with the files.
-        tokenizer: as psp reads it.
+        path: directory with config.json and the tokenizer's files; no code of it is run.
+        tokenizer: psp's reading of them.
     """
     from transformers import AutoTokenizer
 
-    settings = _settings(path)
-    if settings.get("tokenizer_class") == _ONLY_5:
-        return _UNREADABLE  # by transformers 4
+    texts = (*_TEXTS, sample_text()[:4000])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loaded = AutoTokenizer.from_pretrained(
                 str(path), local_files_only=True, trust_remote_code=False
             )
-            texts = (*_TEXTS, sample_text()[:4000])
-            other: int = sum(
+            other = sum(
                 loaded.encode(text, add_special_tokens=False) != tokenizer.encode(text)
                 for text in texts
             )
             begun = loaded.encode("a")[:1] == [tokenizer.bos_id()]
-    except Exception:  # of many kinds: unknown classes, missing packages, damage
-        return _UNREADABLE
-    return other + _NO_BOS * (begun is not needs_bos(tokenizer))
+    except Exception as error:  # of many kinds: unknown classes, missing packages, damage
+        return Misreading(failure=reason(error))
+    found = Misreading(texts=other, of=len(texts), bos=begun is not needs_bos(tokenizer))
+    return found if found.texts or found.bos else None
+
+
+def _wrong(path: Path, tokenizer: OwnTokenizer) -> int:
+    """Count what transformers reads otherwise than psp: texts, and above all BOS."""
+    if _settings(path).get("tokenizer_class") == _ONLY_5:
+        return _UNREADABLE  # by transformers 4
+    found = misreading(path, tokenizer)
+    if found is None:
+        return 0
+    return _UNREADABLE if found.failure is not None else found.texts + _NO_BOS * found.bos
 
 
 def _settings(path: Path) -> dict[str, Any]:

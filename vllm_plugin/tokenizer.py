@@ -19,7 +19,7 @@ from architectures.checkpoint import read_config
 from architectures.config_json import Config, number
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from common.errors import PspError
-from prosparse.tokenizer_output import misread, write_tokenizer
+from prosparse.tokenizer_output import Misreading, misreading, write_tokenizer
 from vllm_plugin.register import LOGGER
 
 MODE = "psp"
@@ -60,14 +60,14 @@ class PspTokenizer:
 
 def read_otherwise(
     name: str, revision: str | None, download_dir: str | None, token: bool | str | None
-) -> bool:
-    """Tell whether transformers reads a model's tokenizer files otherwise than psp does.
+) -> Misreading | None:
+    """Tell how transformers reads a model's tokenizer files otherwise than psp does.
 
     Raises:
         PspError: psp cannot read them.
     """
     source = _files(name, revision, download_dir, token)
-    return misread(source, _own(source)[0]) > 0
+    return misreading(source, _own(source)[0])
 
 
 def _files(
