@@ -22,6 +22,7 @@ MENU = {
     "report": "Make one HTML page of results.",
     "estimate": "Estimate speed on hardware from bytes and bandwidths.",
     "doctor": "Check machine, programs and a file; say what to mend.",
+    "serve-check": "Check whether vLLM will serve a model directory.",
     "generate": "Run a model with the sparse FFN operators.",
     "bench-operators": "Measure the sparse FFN operators.",
 }

@@ -151,6 +151,11 @@ def usable_threads() -> int:
     return os.cpu_count() or 1
 
 
+def numa_nodes(root: Path = ROOT) -> int:
+    """Return how many nodes of memory the machine has; one where the system does not tell."""
+    return max(1, len(list((root / "sys/devices/system/node").glob("node[0-9]*"))))
+
+
 def cpu_name() -> str:
     """Return the processor's model, its kind where the system does not tell."""
     return _cpu_fields(ROOT).get("model name") or platform.processor() or platform.machine()

@@ -43,15 +43,19 @@ _CONFIGS = {
 
 
 def register_configs() -> None:
-    """Make transformers' AutoConfig know them, where it does not yet.
-
-    MiniCPM's published config.json has no `model_type`; vLLM has a table of classes for such files,
-    and without it only those with a `model_type` can be served.
-    """
-    from vllm.transformers_utils import config as of_vllm
-
-    types: dict[str, str] = getattr(of_vllm, "_ARCHITECTURE_TO_MODEL_TYPE", {})
-    for name, kind in _CONFIGS.items():
+    """Make transformers' AutoConfig know them, where it does not yet."""
+    for kind in _CONFIGS.values():
         if kind.model_type not in CONFIG_MAPPING:
             AutoConfig.register(kind.model_type, kind)
-            types.setdefault(name, kind.model_type)
+
+
+def name_types(types: dict[str, str]) -> None:
+    """Add the types of these classes to vLLM's table for configs that have no `model_type`.
+
+    MiniCPM's published config.json is such a one.
+
+    Args:
+        types: `model_type` by class.
+    """
+    for name, kind in _CONFIGS.items():
+        types.setdefault(name, kind.model_type)

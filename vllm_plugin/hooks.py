@@ -41,10 +41,13 @@ def install() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
+    from vllm.transformers_utils import config as of_vllm
 
-    from vllm_plugin.configs import register_configs
+    from vllm_plugin.configs import name_types, register_configs
 
     register_configs()
+    # Without this table, configs need a model_type; nothing else does.
+    name_types(getattr(of_vllm, "_ARCHITECTURE_TO_MODEL_TYPE", {}))
     ModelRegistry.register_model(MODEL_CLASS, _MODEL)
     TokenizerRegistry.register(_MODE, "vllm_plugin.tokenizer", "PspTokenizer")
     RENDERER_REGISTRY.register(_MODE, "vllm.renderers.hf", "HfRenderer")
@@ -117,7 +120,7 @@ def _choose_tokenizer(model_config: Any) -> None:
     except (PspError, OSError) as error:
         _log.warning("the tokenizer is left to transformers: %s", error)
         return
-    if otherwise:
+    if otherwise is not None:
         _log.warning(
             "transformers reads this tokenizer otherwise than the model's own does (ids or BOS): "
             "tokenizer mode psp is used; --tokenizer-mode hf keeps transformers'"

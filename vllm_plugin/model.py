@@ -19,16 +19,16 @@ from vllm.model_executor.models.llama import (
     LlamaForCausalLM,
 )
 
+from architectures.gated import GATED
 from common.errors import PspError
 from vllm_plugin.ffn import GatedFFN
 from vllm_plugin.register import LOGGER
+from vllm_plugin.served import OWN_PREDICTOR
 from vllm_plugin.statistics import Statistics
 from vllm_plugin.switches import SPARSE, STATISTICS, read_switches
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
-_OWN_PREDICTOR = ".mlp.predictor."
-"""TurboSparse's checkpoints hold predictors, which the model does not need."""
 
 _log = logging.getLogger(LOGGER)
 
@@ -102,19 +102,40 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors, each times its factor."""
-        loaded: set[str] = super().load_weights(self._adapted(weights))
+        names: set[str] = set()
+        loaded: set[str] = super().load_weights(self._adapted(weights, names))
+        if missing := sorted(self._expected() - names):
+            raise ValueError(
+                f"psp: the checkpoint lacks {missing[0]}"
+                + (f" and {len(missing) - 1} more tensors" if missing[1:] else "")
+            )
         return loaded
 
-    def _adapted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        factors, embedding, has_head = self.config.psp["factors"], None, False
+    def _expected(self) -> set[str]:
+        """Return the names of all tensors; vLLM by itself takes half of a fused pair for both."""
+        family = next(each for each in GATED if each.name == self.config.psp["family"])
+        layers = range(self.config.num_hidden_layers)
+        names = {
+            rule.source.format(layer=layer)
+            for rule in family.tensors
+            for layer in (layers if rule.per_layer else (None,))
+        }
+        return names - {_HEAD} if self.config.tie_word_embeddings else names
+
+    def _adapted(
+        self, weights: Iterable[tuple[str, Tensor]], names: set[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield what vLLM is to load, and note its names."""
+        factors, embedding = self.config.psp["factors"], None
         for name, tensor in weights:
-            if _OWN_PREDICTOR in name:
+            if OWN_PREDICTOR in name:
                 continue
             if name == _EMBEDDING:
                 embedding = tensor
-            has_head = has_head or name == _HEAD
+            names.add(name)
             yield name, _times(tensor, factors.get(_LAYER.sub("{layer}", name), 1))
-        if not (has_head or self.config.tie_word_embeddings) and embedding is not None:
+        if self.config.psp["unties"] and _HEAD not in names and embedding is not None:
+            names.add(_HEAD)
             yield _HEAD, _times(embedding, factors.get(_HEAD, 1))
 
 

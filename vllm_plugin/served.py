@@ -21,6 +21,9 @@ MODEL_CLASS = "PspForCausalLM"
 
 CLASSES = frozenset(name for family in GATED for name in family.hf_classes)
 
+OWN_PREDICTOR = ".mlp.predictor."
+"""In the names of tensors of TurboSparse's checkpoints that the model does not need."""
+
 _ZEROING = ("relu", "fatrelu", "drelu")
 _ALWAYS = ("SparseLlamaForCausalLM", "BambooForCausalLM")
 """Classes that stand for an activation with zeros, whatever else the config says."""
@@ -109,9 +112,11 @@ def told(found: Served, environment: Mapping[str, str]) -> dict[str, Any]:
     """
     values, switches = found.arithmetic, read_switches(environment)
     return {
+        "family": found.family.name,
         "activation": values.activation,
         "activation_threshold": values.activation_threshold,
         "factors": dict(factors(found)),
+        "unties": found.unties,
         "sparse": switches.sparse,
         "counted": switches.statistics is not None,
     }

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TESTED = ("0.32.0",)
-"""Versions of vLLM that the plugin was run with."""
+"""Versions of vLLM that the plugin was run with, the newest last."""
 
 _LAYERS = "vllm.model_executor.models.llama"
 _NEEDED = {
