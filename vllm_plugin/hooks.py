@@ -99,7 +99,8 @@ def adapt(config: Any) -> bool:
     for line in found.notes:
         _log.warning("%s", line)
     config.architectures = [MODEL_CLASS]
-    if found.unties:
+    config.psp["unties"] = bool(found.unties and config.tie_word_embeddings)
+    if config.psp["unties"]:
         config.tie_word_embeddings = False
     return True
 

@@ -72,6 +72,7 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         if self.config.psp["sparse"] and not _whole_weights(vllm_config):
             _log.warning("%s is passed over: LoRA adapters need vLLM's own products", SPARSE)
+        self._incomplete = vllm_config.load_config.load_format != "dummy"
         self._statistics = self._counted(vllm_config) if self.config.psp["counted"] else None
 
     def _counted(self, vllm_config: VllmConfig) -> Statistics | None:
@@ -104,23 +105,31 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Load a checkpoint's tensors, each times its factor."""
         names: set[str] = set()
         loaded: set[str] = super().load_weights(self._adapted(weights, names))
-        if missing := sorted(self._expected() - names):
-            raise ValueError(
-                f"psp: the checkpoint lacks {missing[0]}"
-                + (f" and {len(missing) - 1} more tensors" if missing[1:] else "")
-            )
+        if self._incomplete:
+            self._require_all(names)
+            self._incomplete = False  # what comes later, updates, may be parts
         return loaded
 
-    def _expected(self) -> set[str]:
-        """Return the names of all tensors; vLLM by itself takes half of a fused pair for both."""
+    def _require_all(self, names: set[str]) -> None:
+        """Demand every tensor: vLLM serves whatever memory held where a projection is lacking.
+
+        Source: vllm@0.32.0 model_executor/model_loader/default_loader.py:track_weights_loading,
+        which passes over modules that have a quantisation method, unquantised ones included.
+
+        Raises:
+            ValueError: in one line.
+        """
         family = next(each for each in GATED if each.name == self.config.psp["family"])
         layers = range(self.config.num_hidden_layers)
-        names = {
+        wanted = {
             rule.source.format(layer=layer)
             for rule in family.tensors
             for layer in (layers if rule.per_layer else (None,))
+            if rule.source != _HEAD or not self.config.tie_word_embeddings
         }
-        return names - {_HEAD} if self.config.tie_word_embeddings else names
+        if missing := sorted(wanted - names):
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"psp: the checkpoint lacks {missing[0]}{more}; fetch it again")
 
     def _adapted(
         self, weights: Iterable[tuple[str, Tensor]], names: set[str]

@@ -116,7 +116,6 @@ def told(found: Served, environment: Mapping[str, str]) -> dict[str, Any]:
         "activation": values.activation,
         "activation_threshold": values.activation_threshold,
         "factors": dict(factors(found)),
-        "unties": found.unties,
         "sparse": switches.sparse,
         "counted": switches.statistics is not None,
     }
