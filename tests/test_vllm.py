@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from families import BY_NAME, VARIANTS, Variant, Written, write
+from safetensors.torch import save_file
 
 from gguf_export.pwri.statistics import read_statistics
 
@@ -173,7 +175,19 @@ def eager(
     jobs["silu as relu"] = job(checkpoints("llama-tied", **silu), environment={"ACT_INFO": "relu"})
     for name, (variant, changes, environment, _) in REFUSED.items():
         jobs[name] = job(checkpoints(variant, **changes), environment=environment)
+    jobs["lacking"] = job(lacking(checkpoints("llama-tied"), counts / "lacking"))
     return run_in_vllm(vllm_python, counts, jobs)
+
+
+LACKED = "model.layers.1.mlp.up_proj.weight"
+
+
+def lacking(written: Written, path: Path) -> Written:
+    """Return a copy without one half of a fused pair, which vLLM by itself would serve."""
+    shutil.copytree(written.path, path)
+    tensors = {name: tensor for name, tensor in written.tensors.items() if name != LACKED}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return Written(written.variant, path, tensors)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], tuple[str, ...]]] = {
@@ -310,6 +324,12 @@ def test_what_cannot_be_served_is_one_line(eager: Ran, name: str) -> None:
     )
     assert "psp: " in line
     assert all(part in line for part in REFUSED[name][3])
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(eager: Ran) -> None:
+    assert (
+        f"psp: the checkpoint lacks {LACKED}; fetch it again" in eager.answers["lacking"]["error"]
+    )
 
 
 # --- compiled -----------------------------------------------------------------------------------
