@@ -167,7 +167,8 @@ def test_a_bare_tokenizer_model_is_misread_and_a_mended_one_is_not(make: Make, n
     path = make(name)
     status, text, _ = one(path, "tokenizer")
     assert status == "note"
-    assert "other ids in 6 of 6 texts and does not begin texts" in text
+    # transformers 5.24 gives the right ids, earlier ones do not.
+    assert "does not begin texts as the model wants (BOS)" in text
     assert "takes psp's reading" in text
     mend(path)
     assert one(path, "tokenizer")[0] == "ok"

@@ -155,6 +155,32 @@ def test_padding_and_trial_runs_are_not_counted(
     assert torch.equal(counts[:-1], active[real].sum(0))
 
 
+@pytest.mark.usefixtures("all_real")
+@pytest.mark.parametrize(("tokens", "step"), [(128, 1), (129, 2), (256, 2), (1000, 8)])
+@pytest.mark.parametrize(("threshold", "double"), ACTIVATIONS)
+def test_of_many_tokens_an_even_choice_is_counted(
+    tokens: int, step: int, threshold: float, double: bool
+) -> None:
+    x, w = inputs(tokens), weights()
+    gate_up = torch.nn.functional.linear(x, w.gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    active = (gate > 0) & (gate >= threshold) & ((up > 0) if double else True)
+    counts = torch.zeros(D_FF + 1, dtype=torch.int64)
+    for _ in range(3):
+        count_active(gate_up, counts, threshold, double)
+    assert counts[-1] == 3 * len(x[::step])
+    assert torch.equal(counts[:-1], 3 * active[::step].sum(0))
+
+
+def test_all_of_a_full_step_fit_their_bytes() -> None:
+    gate_up = torch.ones(128, 2 * D_FF)
+    counts = torch.zeros(D_FF + 1, dtype=torch.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "real_tokens", lambda count: torch.ones(count, dtype=torch.bool))
+        count_active(gate_up, counts, 0.0, True)
+    assert set(counts.tolist()) == {128}
+
+
 def test_a_score_at_the_threshold_is_active() -> None:
     gate = torch.tensor([[0.25, torch.nextafter(torch.tensor(0.25), torch.tensor(0.0)), -1.0, 0.5]])
     up = torch.full((1, 4), 2.0)

@@ -13,13 +13,17 @@ from typing import Any
 
 from transformers import AutoTokenizer
 from vllm.tokenizers.hf import get_cached_tokenizer
-from vllm.transformers_utils.repo_utils import get_non_weight_snapshot_path
 
 from architectures.checkpoint import read_config
 from architectures.config_json import Config, number
 from architectures.tokenizer import OwnTokenizer, load_tokenizer
 from common.errors import PspError
-from prosparse.tokenizer_output import Misreading, misreading, write_tokenizer
+from prosparse.tokenizer_output import (
+    TOKENIZER_FILES,
+    Misreading,
+    misreading,
+    write_tokenizer,
+)
 from vllm_plugin.register import LOGGER
 
 MODE = "psp"
@@ -73,9 +77,16 @@ def read_otherwise(
 def _files(
     name: str, revision: str | None, download_dir: str | None, token: bool | str | None
 ) -> Path:
-    return Path(
-        get_non_weight_snapshot_path(name, revision=revision, cache_dir=download_dir, token=token)
+    """Return a model's directory; of a repository of the hub the tokenizer's files are fetched."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns, options = ["config.json", *TOKENIZER_FILES], {"cache_dir": download_dir}
+    found = snapshot_download(
+        name, revision=revision, token=token, allow_patterns=patterns, **options
     )
+    return Path(found)
 
 
 def _own(source: Path) -> tuple[OwnTokenizer, Config]:
