@@ -6,7 +6,8 @@ take turns. Prints one JSON line for each comparison:
 
     throughput  tokens/s at batch 16: the plugin against `model_impl="transformers"`
     ffn         time in the FFNs of a decode step, 7B widths, 12 % of the neurons active: vLLM's
-                dense products against PSP_VLLM_SPARSE=1, for batches 1, 4, 8 and 16
+                dense products against PSP_VLLM_SPARSE=1, for batches 1, 4, 8 and 16; and
+                prefilling, where both go dense, but only the former's weights are packed
     statistics  tokens/s with PSP_VLLM_STATS and without, decoding and prefilling
 
 Engines wait for their slowest thread, so other work on the machine shows many times over: `best`
@@ -128,6 +129,8 @@ def ffn(bench: Bench, dtype: str) -> None:
             numbers |= {"ffn_ms": _compared(_times(served), 2, min)}
             numbers |= {"decode_tokens_per_second": _compared(_decode_speeds(served, load), 2, max)}
             _tell("ffn", base, load, arms, {**numbers, **_same_ids(served)})
+        load = Load(requests=_BATCH, prompt=_LONG_PROMPT, tokens=1)
+        _tell("ffn", base, load, arms, _whole_speeds(bench.rounds_of(arms, load), load))
 
 
 def counting(bench: Bench, dtype: str) -> None:
