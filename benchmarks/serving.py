@@ -11,7 +11,8 @@ take turns. Prints one JSON line for each comparison:
     statistics  tokens/s with PSP_VLLM_STATS and without, decoding and prefilling
 
 Engines wait for their slowest thread, so other work on the machine shows many times over: `best`
-is what hangs on it least. OMP_NUM_THREADS sets the engines' threads.
+is what hangs on it least. Two engines of the same kind may differ by 20 % from start to start; run
+a part again before believing less. OMP_NUM_THREADS sets the engines' threads.
 
     python benchmarks/serving.py --tokenizer tokenizer.model --out DIR [--part ffn]
 """
