@@ -4,7 +4,8 @@ Run it with the Python of an environment that has vLLM and psp. It makes random 
 keeps an engine for each arm, in processes of their own whose logs go there too, and lets the arms
 take turns. Prints one JSON line for each comparison:
 
-    throughput  tokens/s at batch 16: the plugin against `model_impl="transformers"`
+    throughput  tokens/s at batch 16: the plugin against `model_impl="transformers"`, also with
+                PSP_VLLM_SPARSE=1, whose weights are not packed
     ffn         time in the FFNs of a decode step, 7B widths, 12 % of the neurons active: vLLM's
                 dense products against PSP_VLLM_SPARSE=1, for batches 1, 4, 8 and 16; and
                 prefilling, where both go dense, but only the former's weights are packed
@@ -24,6 +25,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,12 +106,15 @@ def throughput(bench: Bench, dtype: str) -> None:
     """Compare the plugin with vLLM's own way to run any model of transformers."""
     model = bench.model or bench.made(_SMALL)
     load = Load(requests=_BATCH, prompt=_PROMPT, tokens=bench.tokens)
-    changes = {"transformers": {"options": {"model_impl": "transformers"}}, "plugin": {}}
-    for eager in (False, True):
+    for eager, variables in product((False, True), ({}, {SPARSE: "1"})):
         base = Setup(model=model, dtype=dtype, eager=eager, log=bench.out)
+        changes: dict[str, Numbers] = {
+            "transformers": {"options": {"model_impl": "transformers"}},
+            "plugin": {"variables": variables},
+        }
         with bench.arms("throughput", base, changes) as arms:
-            served = bench.rounds_of(arms, load)
-            _tell("throughput", base, load, arms, _whole_speeds(served, load))
+            speeds = _whole_speeds(bench.rounds_of(arms, load), load)
+            _tell("throughput", base, load, arms, {"variables": variables, **speeds})
 
 
 def ffn(bench: Bench, dtype: str) -> None:
