@@ -84,6 +84,9 @@ class Served:
 _engine: Any = None
 """The engine of a process that `Arm` started."""
 
+_kept: dict[nn.Module, Tensor] = {}
+"""The counts of FFNs that do not count just now."""
+
 _calls: list[tuple[int, int, float, float]] = []
 """Of every FFN that ran there: layer, rows, start and end."""
 
@@ -217,6 +220,19 @@ def sparse_limits(batches: Sequence[int]) -> dict[int, float]:
 
     found: dict[int, float] = _engine.apply_model(limits)[0]
     return found
+
+
+def count(on: bool) -> None:
+    """Let an engine that was started with PSP_VLLM_STATS count, or not."""
+
+    def switch(model: Any) -> None:
+        for layer in model.model.layers:
+            mlp = layer.mlp
+            if mlp.counts is not None:
+                _kept[mlp] = mlp.counts
+            mlp.counts = _kept[mlp] if on else None
+
+    _engine.apply_model(switch)
 
 
 def active_shares() -> list[float]:

@@ -9,7 +9,7 @@ take turns. Prints one JSON line for each comparison:
     ffn         time in the FFNs of a decode step, 7B widths, 12 % of the neurons active: vLLM's
                 dense products against PSP_VLLM_SPARSE=1, for batches 1, 4, 8 and 16; and
                 prefilling, where both go dense, but only the former's weights are packed
-    statistics  tokens/s with PSP_VLLM_STATS and without, decoding and prefilling
+    statistics  tokens/s with PSP_VLLM_STATS and without, decoding and prefilling, in one engine
 
 Engines wait for their slowest thread, so other work on the machine shows many times over: `best`
 is what hangs on it least. Two engines of the same kind may differ by 20 % from start to start; run
@@ -38,6 +38,7 @@ from benchmarks.engines import (
     Served,
     Setup,
     active_shares,
+    count,
     serve,
     sparse_limits,
     started,
@@ -140,18 +141,22 @@ def ffn(bench: Bench, dtype: str) -> None:
 
 
 def counting(bench: Bench, dtype: str) -> None:
-    """Compare a server that counts active neurons with one that does not."""
+    """Compare counting active neurons with not counting them, by turns in one engine."""
     decode = Load(requests=_BATCH, prompt=_PROMPT, tokens=bench.tokens)
     prefill = Load(requests=_BATCH, prompt=_LONG_PROMPT, tokens=1)
     for shape in (_SMALL, _WIDE):
-        for eager in (False, True):
-            base = Setup(model=bench.made(shape), dtype=dtype, eager=eager, log=bench.out)
-            with TemporaryDirectory() as place:
-                changes = {"plain": {}, "counted": {"variables": {STATISTICS: place}}}
-                with bench.arms(f"statistics-{shape.d_model}", base, changes) as arms:
-                    for load in (decode, prefill):
-                        served = bench.rounds_of(arms, load)
-                        _tell("statistics", base, load, arms, _whole_speeds(served, load))
+        base = Setup(model=bench.made(shape), dtype=dtype, eager=True, log=bench.out)
+        with TemporaryDirectory() as place:
+            counted = {"counted": {"variables": {STATISTICS: place}}}
+            with bench.arms(f"statistics-{shape.d_model}", base, counted) as arms:
+                for load in (decode, prefill):
+                    served: dict[str, list[Served]] = {"plain": [], "counted": []}
+                    for turn in range(2 * bench.rounds + 2):
+                        how = list(served)[(turn + turn // 2) % 2]
+                        arms["counted"].call(count, how == "counted")
+                        served[how].append(arms["counted"].call(serve, load))
+                    rounds = {how: runs[1:] for how, runs in served.items()}
+                    _tell("statistics", base, load, arms, _whole_speeds(rounds, load))
 
 
 def _times(served: Mapping[str, list[Served]]) -> dict[str, list[float]]:
