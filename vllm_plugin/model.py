@@ -71,7 +71,8 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """Build the model."""
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=layer_type)
         if self.config.psp["sparse"] and not _whole_weights(vllm_config):
-            _log.warning("%s is passed over: LoRA adapters need vLLM's own products", SPARSE)
+            why = "LoRA adapters and quantised weights need vLLM's own products"
+            _log.warning("%s is passed over: %s", SPARSE, why)
         self._incomplete = vllm_config.load_config.load_format != "dummy"
         self._statistics = self._counted(vllm_config) if self.config.psp["counted"] else None
 
@@ -158,5 +159,5 @@ def _one_worker(vllm_config: VllmConfig) -> bool:
 
 
 def _whole_weights(vllm_config: VllmConfig) -> bool:
-    """Whether an FFN is its weights alone, without adapters."""
-    return vllm_config.lora_config is None
+    """Whether an FFN is the weights that were loaded: no adapters, not quantised on the way."""
+    return vllm_config.lora_config is None and vllm_config.quant_config is None
