@@ -122,11 +122,12 @@ class PspForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
         """
         family = next(each for each in GATED if each.name == self.config.psp["family"])
         layers = range(self.config.num_hidden_layers)
+        headed = hasattr(self, "lm_head")  # vLLM takes it off models that make embeddings
         wanted = {
             rule.source.format(layer=layer)
             for rule in family.tensors
             for layer in (layers if rule.per_layer else (None,))
-            if rule.source != _HEAD or not self.config.tie_word_embeddings
+            if rule.source != _HEAD or (headed and not self.config.tie_word_embeddings)
         }
         if missing := sorted(wanted - names):
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
