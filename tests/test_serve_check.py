@@ -71,7 +71,7 @@ def test_the_table_ends_with_the_command(psp: Psp, make: Make) -> None:
     assert result.exit_code == 0, result.output
     *_, verdict, last = result.stdout.splitlines()
     assert verdict.startswith("healthy: ")
-    assert last == f"start it with: vllm serve {path} --tensor-parallel-size 2"
+    assert last == f"start it with: {installed.SERVER} --model {path} --tensor-parallel-size 2"
 
 
 def test_a_problem_is_exit_code_1_and_the_json_document(psp: Psp, make: Make) -> None:
@@ -84,13 +84,13 @@ def test_a_problem_is_exit_code_1_and_the_json_document(psp: Psp, make: Make) ->
     ]
     assert (document["kind"], document["schema_version"]) == ("psp.serve-check", 1)
     assert document["healthy"] is False
-    assert document["command"].startswith("vllm serve ")
+    assert document["command"].startswith(f"{installed.SERVER} --model ")
     for finding in document["findings"]:
         assert list(finding) == ["check", "status", "found", "remedy"]
         assert "\n" not in finding["found"]
         assert finding["remedy"] or finding["status"] in ("ok", "note")
     text = psp("serve-check", path).stdout
-    assert "when that is mended, start it with: vllm serve" in text
+    assert f"when that is mended, start it with: {installed.SERVER} --model" in text
 
 
 def test_of_parts_that_do_not_divide_the_command_says_nothing(make: Make) -> None:

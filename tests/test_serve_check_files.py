@@ -15,7 +15,7 @@ from test_doctor_environment import told
 
 from architectures.checkpoint import Checkpoint
 from prosparse.tokenizer_output import write_tokenizer
-from vllm_plugin.check import examination
+from vllm_plugin.check import examination, installed
 from vllm_plugin.settings import ServeCheckConfig
 
 
@@ -173,7 +173,7 @@ def test_a_bare_tokenizer_model_is_misread_and_a_mended_one_is_not(make: Make, n
     mend(path)
     assert one(path, "tokenizer")[0] == "ok"
     command = examination.check_serving(ServeCheckConfig(model=path), {}).command
-    assert command == f"vllm serve {path}"
+    assert command == f"{installed.SERVER} --model {path}"
 
 
 def test_bos_alone_and_what_cannot_be_read(make: Make) -> None:
@@ -191,7 +191,7 @@ def test_bos_alone_and_what_cannot_be_read(make: Make) -> None:
     assert (status, remedy) == ("warning", "pass --tokenizer-mode psp")
     assert text == "transformers does not begin texts as the model wants (BOS)"
     command = examination.check_serving(ServeCheckConfig(model=path), {}).command
-    assert command == f"vllm serve {path} --tokenizer-mode psp"
+    assert command == f"{installed.SERVER} --model {path} --tokenizer-mode psp"
     configure(path, hidden_act="relu")
     settings.write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     file.write_text("[]")

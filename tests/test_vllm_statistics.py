@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,10 +112,40 @@ def test_what_has_run_is_written_without_anyones_asking(tmp_path: Path) -> None:
 
 def test_two_servers_do_not_count_in_one_place(tmp_path: Path) -> None:
     kept = made(tmp_path, grown())
-    with refused(PredictorError, str(tmp_path), "another server"):
+    with refused(
+        PredictorError, str(tmp_path), f"another server counts there, process {os.getpid()}"
+    ):
         made(tmp_path, grown())
     kept.close()
     made(tmp_path, grown()).close()
+
+
+def test_counts_beyond_the_tokens_are_refused(tmp_path: Path) -> None:
+    made(tmp_path, grown()).close()
+    facts_ = facts(tmp_path) | {"tokens": 3}
+    (tmp_path / "statistics.json").write_text(json.dumps(facts_))
+    with refused(PredictorError, "counts more tokens than statistics.json"):
+        made(tmp_path, grown())
+
+
+def test_a_lost_directory_is_made_again(tmp_path: Path) -> None:
+    layers = grown()
+    kept = made(tmp_path / "counts", layers)
+    kept.save()
+    shutil.rmtree(tmp_path / "counts")
+    layers[0][-1] += 1
+    kept.save()
+    assert facts(tmp_path / "counts")["tokens"] == 5
+    kept.close()
+
+
+def test_a_file_in_the_way_is_a_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "activation").write_text("")
+    kept = made(tmp_path, grown())
+    kept.close()
+    assert "activation statistics are not written" in caplog.text
 
 
 def test_a_dead_servers_lock_is_none(tmp_path: Path) -> None:

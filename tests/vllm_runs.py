@@ -1,8 +1,9 @@
 """Runs models in vLLM, one after the other in one process, and prints what came out as JSON.
 
 Run by the Python of an environment that has vLLM and psp: `python vllm_runs.py JOBS.json`. Jobs are
-`{"model", "options", "environment", "prompts", "max_tokens", "one_by_one"}`; an answer is a line of
-`PREFIX` and JSON. It imports nothing of the tests, which have another environment.
+`{"model", "options", "environment", "prompts", "max_tokens", "one_by_one", "limit", "reload"}`; an
+answer is a line of `PREFIX` and JSON. It imports nothing of the tests, which have another
+environment.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             traceback.print_exc()
             return {"error": f"{type(error).__name__}: {error}"}
+        if "reload" in job:
+            engine.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
         answer: dict[str, Any] = {
             "made": generate(engine, job),
             "class": model_class(engine),

@@ -80,9 +80,12 @@ class NeuronRows(PlainWeights):
     """Also gives a down projection `rows`, its weight neuron by neuron."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Make `layer.rows` (d_ff, d_model): on a GPU the weight's own memory, else a copy."""
+        """Make `layer.rows` (d_ff, d_model): on a GPU the weight's own memory, else a copy.
+
+        A persistent buffer: vLLM copies no other when weights are loaded anew.
+        """
         weight: Any = layer.weight
         rows = weight.data.T.contiguous()
         if weight.is_cuda:
             weight.data = rows.T
-        layer.register_buffer("rows", rows, persistent=False)
+        layer.register_buffer("rows", rows)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.errors import PspError
+from vllm_plugin.act_info import VARIABLE
 from vllm_plugin.register import LOGGER
 from vllm_plugin.served import MODEL_CLASS, served, told
 from vllm_plugin.versions import Drift, require_layers, seen
@@ -69,8 +70,11 @@ def _preceded(method: Callable[..., Any], before: Callable[..., None]) -> Callab
 
 def _serve(model_config: Any, *args: Any, **kwargs: Any) -> None:
     """Adapt the config of a model that the plugin serves, and choose its tokenizer."""
-    if model_config.model_impl in ("auto", "vllm") and adapt(model_config.hf_config):
-        _choose_tokenizer(model_config)
+    if model_config.model_impl in ("auto", "vllm"):
+        if adapt(model_config.hf_config):
+            _choose_tokenizer(model_config)
+    elif os.environ.get(VARIABLE):
+        _log.warning("%s is passed over: --model-impl leaves psp's model class out", VARIABLE)
 
 
 def adapt(config: Any) -> bool:

@@ -29,6 +29,17 @@ _ALWAYS = ("SparseLlamaForCausalLM", "BambooForCausalLM")
 """Classes that stand for an activation with zeros, whatever else the config says."""
 
 
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""What torch.compile, DataParallel and peft put before all names."""
+
+
+def plain_name(name: str) -> str:
+    """Return a tensor's name as the causal language model has it, from where psp reads others."""
+    while wrapper := next((each for each in _WRAPPERS if name.startswith(each)), None):
+        name = name.removeprefix(wrapper)
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """A model that the plugin serves.

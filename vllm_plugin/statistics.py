@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from common.errors import PredictorError, PspError
+from common.errors import PredictorError, PspError, printable
 from common.files import read_json, write_json
 from gguf_export.pwri.statistics import read_statistics, write_statistics
 from vllm_plugin.register import LOGGER
@@ -64,18 +65,26 @@ class Statistics:
         """
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.directory / ".lock").open("w")
+            self._lock = (self.directory / ".lock").open("a+")
         except OSError as error:
             raise PredictorError(f"{self.directory}: {error.strerror}", _OTHER) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._before = self._read()
         except OSError:
+            self._lock.seek(0)
+            process = printable(self._lock.read(20).strip()) or "unknown"
             self._lock.close()
-            raise PredictorError(f"{self.directory}: another server counts there", _OTHER) from None
+            raise PredictorError(
+                f"{self.directory}: another server counts there, process {process}",
+                f"end it if it was left behind, or {_OTHER}",
+            ) from None
         except PspError:
             self._lock.close()
             raise
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()}\n")
+        self._lock.flush()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
@@ -92,6 +101,10 @@ class Statistics:
                 raise PredictorError(f"{self.directory}: holds another model's counts", _OTHER)
             before[:, :-1] = torch.stack(read_statistics(self.directory, n_layers, d_ff))
             before[:, -1] = tokens
+            if before.max() > tokens:
+                raise PredictorError(
+                    f"{self.directory}: counts more tokens than {FILE} tells of", _OTHER
+                )
         return before
 
     def step(self) -> None:

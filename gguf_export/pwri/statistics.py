@@ -11,7 +11,7 @@ import torch
 
 from architectures.tensor_files import is_plain, read_torch_file
 from common.errors import FormatError, PredictorError
-from common.files import refuse_pointer, write_bytes
+from common.files import refuse_pointer, write_bytes, write_error
 from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_files.reader import GGUFFile
 
@@ -54,7 +54,10 @@ def write_statistics(directory: Path, counts: Iterable[torch.Tensor]) -> None:
     Raises:
         OutputError: they cannot be written.
     """
-    (directory / ACTIVATION_DIRECTORY).mkdir(exist_ok=True)
+    try:
+        (directory / ACTIVATION_DIRECTORY).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(directory / ACTIVATION_DIRECTORY, error) from error
     for layer, found in enumerate(counts):
         write_saved(statistics_file(directory / ACTIVATION_DIRECTORY, layer), found)
 

@@ -11,7 +11,9 @@ from common.examination import Examination, findings_text
 from common.finding import Finding, Status, guarded
 from common.machine import numa_nodes, read_gpus, read_memory
 from vllm_plugin.check.installed import (
+    SERVER,
     Installed,
+    command_findings,
     media_findings,
     plugin_findings,
     read_installed,
@@ -75,23 +77,27 @@ def check_serving(config: ServeCheckConfig, environment: Mapping[str, str]) -> S
         config: directory and parts.
         environment: variables by name, as vLLM will have them.
     """
-    findings = tuple(_findings(config, environment))
+    installed = read_installed()
+    findings = tuple(_findings(config, installed, environment))
     examination = Examination(kind=KIND, findings=findings)
-    return ServeCheck(examination=examination, command=_command(config, findings))
+    return ServeCheck(examination=examination, command=_command(config, findings, installed))
 
 
-def _command(config: ServeCheckConfig, findings: Sequence[Finding]) -> str:
+def _command(config: ServeCheckConfig, findings: Sequence[Finding], installed: Installed) -> str:
     found = {(each.check, each.status) for each in findings}
     parts = config.tensor_parallel_size
-    command = f"vllm serve {quote(str(config.model))}"
+    start = "vllm serve" if installed.has_command else f"{SERVER} --model"
+    command = f"{start} {quote(str(config.model))}"
     if parts > 1 and (PARTS, Status.PROBLEM) not in found:
         command += f" --tensor-parallel-size {parts}"
     return f"{command} {TOKENIZER_MODE}" if ("tokenizer", Status.WARNING) in found else command
 
 
-def _findings(config: ServeCheckConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
-    installed = read_installed()
+def _findings(
+    config: ServeCheckConfig, installed: Installed, environment: Mapping[str, str]
+) -> Iterator[Finding]:
     yield from version_findings(installed)
+    yield from command_findings(installed)
     if installed.package is not None:
         yield from requirement_findings(installed)
         yield from media_findings()

