@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -244,3 +245,20 @@ def test_a_shape_is_measured_once_for_every_number_of_tokens(
     assert known.limit(layers[0], 1) == 0.5
     assert known.limit(layers[0], 0) == 0.0
     assert measured == [(4, 2), (4, 1)]
+
+
+def test_weights_of_a_model_that_is_gone_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+
+    def limit(layers: list[Weights], tokens: int) -> float:
+        measured.append(len(layers))
+        return 0.5
+
+    monkeypatch.setattr(crossover, "measured_limit", limit)
+    known, old, new = Crossover(), weights(seed=0), weights(seed=1)
+    gone = weakref.ref(old.rows)
+    known.limit(old, 100)
+    del old
+    assert gone() is None
+    assert known.limit(new, 1) == 0.5
+    assert measured == [1]

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Crossover:
     """
 
     taken: Counter[str] = field(default_factory=Counter)
-    _seen: dict[tuple[object, ...], list[Weights]] = field(default_factory=dict)
+    _seen: dict[tuple[object, ...], list[tuple[ref[Tensor], ...]]] = field(default_factory=dict)
     _limits: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def limit(self, weights: Weights, tokens: int) -> float:
@@ -81,15 +82,23 @@ class Crossover:
             tokens: rows of its input.
         """
         kind = weights.kind
-        seen = self._seen.setdefault(kind, [])
-        if len(seen) < _LAYERS and all(each.rows is not weights.rows for each in seen):
-            seen.append(weights)
+        seen = [each for each in self._seen.get(kind, ()) if each[-1]() is not None]
+        self._seen[kind] = seen
+        if len(seen) < _LAYERS and all(each[-1]() is not weights.rows for each in seen):
+            # Weakly: a model that is gone must not stay in memory for this.
+            seen.append((ref(weights.gate_up), ref(weights.down), ref(weights.rows)))
         if not 0 < tokens <= MAX_TOKENS:
             return 0.0
         case = (*kind, tokens)
         if case not in self._limits:
-            self._limits[case] = measured_limit(seen, tokens)
+            self._limits[case] = measured_limit(_alive(seen) or [weights], tokens)
         return self._limits[case]
+
+
+def _alive(seen: Sequence[tuple[ref[Tensor], ...]]) -> list[Weights]:
+    """Return the weights that are still somebody's."""
+    found = [[each() for each in layer] for layer in seen]
+    return [Weights(a, b, c) for a, b, c in found if not (a is None or b is None or c is None)]
 
 
 def measured_limit(layers: Sequence[Weights], tokens: int) -> float:

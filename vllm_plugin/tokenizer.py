@@ -26,8 +26,6 @@ from prosparse.tokenizer_output import (
 )
 from vllm_plugin.register import LOGGER
 
-MODE = "psp"
-
 
 class PspTokenizer:
     """Makes tokenizers; vLLM asks for a class."""
