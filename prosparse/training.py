@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,9 +149,7 @@ def training_arguments(config: SparsifyConfig) -> Any:
         adam_beta1=config.betas[0],
         adam_beta2=config.betas[1],
         bf16=bfloat16,
-        activation_checkpointing=config.checkpointing,
-        # With reentry the L1 term would get no gradients.
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **_checkpointing(config),
         train_sampling_strategy="sequential",  # `WindowSet` has the order
         dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -167,6 +166,21 @@ def training_arguments(config: SparsifyConfig) -> Any:
         ddp_timeout=_PATIENCE,
         seed=config.seed,
     )
+
+
+def _checkpointing(config: SparsifyConfig) -> dict[str, object]:
+    """Return what new transformers call activation, old ones (5.17) gradient checkpointing.
+
+    With reentry the L1 term would get no gradients.
+    """
+    from transformers import TrainingArguments
+
+    known = signature(TrainingArguments).parameters
+    name = "activation" if "activation_checkpointing" in known else "gradient"
+    return {
+        f"{name}_checkpointing": config.checkpointing,
+        f"{name}_checkpointing_kwargs": {"use_reentrant": False},
+    }
 
 
 def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:

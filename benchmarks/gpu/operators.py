@@ -1,0 +1,124 @@
+"""S2, S3 and the FFN made of them: right, and how far from what memory allows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.commands import psp
+from benchmarks.gpu.kit import Absent, Figure, Kit, Step
+
+_SPARSITY = "0.67,0.88,0.95"
+_AIMED = "88 %"
+_DRY = ("--shape", "256,1024", "--repeats", "3")
+_TESTS = ("tests/test_sparse_triton.py", "tests/test_sparse_gpu.py")
+_WITHOUT = ("-p", "no:cacheprovider", "-p", "no:benchmark")
+"""Plugins that have no part in it; the second, where it is installed, warns of processes."""
+
+_JOBS = 8
+"""Processes that compile kernels at the same time; each takes half a gigabyte of the card."""
+
+
+def tests(kit: Kit) -> Iterator[Figure]:
+    """The repository's own tests of the kernels on a card."""
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *_WITHOUT, *_TESTS]
+    if not kit.dry:
+        command += ["-n", str(min(_JOBS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    (kit.work / "gpu-tests.txt").write_text(done.stdout + done.stderr)
+    counts = dict(
+        (kind, int(number))
+        for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
+    )
+    if not counts.get("passed") and not counts.get("failed"):
+        raise Absent(f"the gpu tests ran nothing: {(done.stdout + done.stderr).strip()[-300:]}")
+    bad = counts.get("failed", 0) + counts.get("error", 0)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", done.stdout, re.MULTILINE)
+    details = {**counts, "names": failed[:50]}
+    yield Figure(name="gpu tests that fail", value=bad, most=0, details=details)
+
+
+def measured(*words: object) -> Callable[[Kit], Iterator[Figure]]:
+    """Return a step that runs `psp bench-operators` with some options."""
+
+    def run(kit: Kit) -> Iterator[Figure]:
+        sized = [*words, *_DRY] if kit.dry else list(words)
+        if kit.dry:
+            sized = [word for word in sized if word != "--tune"]
+        found = psp("bench-operators", *sized, "--sparsity", _SPARSITY, "--device", kit.device)
+        yield from figures(found)
+
+    return run
+
+
+def traced(kit: Kit) -> Iterator[Figure]:
+    """The neurons of real tokens, by the traces of the smoke stage."""
+    traces = kit.work / "traces-cpu"
+    if not traces.exists():
+        raise Absent("no traces: run the stage smoke before")
+    repeats = ("--repeats", 3) if kit.dry else ()
+    yield from figures(
+        psp("bench-operators", "--pattern", traces, "--device", kit.device, *repeats)
+    )
+
+
+def figures(document: dict[str, Any]) -> Iterator[Figure]:
+    """Yield what a document of `psp bench-operators` says, the issue's aims beside it."""
+    shape = document["shape"]
+    what = f"{shape['d_model']}×{shape['d_ff']} {document['dtype']} {document['pattern']}"
+    for row in document["sparsities"]:
+        aimed = row["label"] == _AIMED
+        place = f"{what} {row['label']}"
+        kept = {key: value for key, value in row.items() if key not in ("samples", "eager")}
+        kept |= {"launches": document.get("launches"), "tuning": document.get("tuning")}
+        eager = row.get("eager")
+        if eager:
+            kept["eager"] = {key: value for key, value in eager.items() if key != "samples"}
+        for name in ("s2", "s3"):
+            title = name.upper()
+            bound = row[f"{name}_bandwidth_bound_ratio"]
+            yield Figure(name=f"{title} {place}", value=1e6 * row[f"{name}_seconds"], unit="µs")
+            if bound is not None:
+                most = 2.0 if aimed else None
+                yield Figure(
+                    name=f"{title} over the bound {place}", value=bound, unit="×", most=most
+                )
+            yield Figure(
+                name=f"{title} against dense {place}",
+                value=row[f"{name}_speedup"],
+                unit="×",
+                least=4.0 if aimed else None,
+            )
+        yield Figure(
+            name=f"FFN against dense {place}",
+            value=row["ffn_speedup"],
+            unit="×",
+            least=2.0 if aimed else None,
+            details=kept,
+        )
+
+
+STEPS = (
+    Step(name="7b-float16", seconds=10, run=measured("--shape", "7b", "--dtype", "float16")),
+    Step(name="tests", seconds=40, run=tests),
+    Step(
+        name="7b-float16-tuned",
+        seconds=60,
+        run=measured("--shape", "7b", "--dtype", "float16", "--tune"),
+    ),
+    Step(name="13b-float16", seconds=10, run=measured("--shape", "13b", "--dtype", "float16")),
+    Step(name="7b-bfloat16", seconds=8, run=measured("--shape", "7b", "--dtype", "bfloat16")),
+    Step(
+        name="7b-float16-clustered",
+        seconds=6,
+        run=measured("--shape", "7b", "--dtype", "float16", "--pattern", "clustered"),
+    ),
+    Step(name="traced", seconds=6, run=traced),
+)
+"""Of this stage."""
