@@ -23,6 +23,7 @@ from report.words import (
     baseline,
     comparison,
     per_cent,
+    quantity,
     ratio,
     signed_per_cent,
     tokens_per_second,
@@ -31,6 +32,7 @@ from report.words import (
     warnings,
 )
 from results.bench import BENCH, Arm, Bench
+from results.card import CARD, Card, CardFigure
 from results.density import DENSITY
 from results.estimate import ESTIMATE
 from results.parts import METRICS
@@ -48,6 +50,7 @@ REMEDIES = {
     "memory": ("memory", BENCH.maker),
     "density": ("speed by density", DENSITY.maker),
     "estimates": ("estimate", ESTIMATE.maker),
+    "card": ("what a GPU does", CARD.maker),
 }
 """Name of each section, and what to run to fill it."""
 
@@ -64,6 +67,7 @@ _COLUMNS = {
     ),
     "quality": ("with predictors", "all neurons", "gap", "transformers", "greedy text"),
     "estimate": ("measured", "estimate", "estimate / measured"),
+    "card": ("value", "aim", ""),
 }
 
 _MACHINE = ("engine", "hardware", "versions", "created")
@@ -166,6 +170,7 @@ def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
         "memory_rows": _memory_rows(bench) if bench else [],
         "density": pictures.density_pictures(run, name),
         "estimates": _estimates(run),
+        "card": _card_stages(run.card) if run.card else [],
         "details": _details(run),
         "layer_rows": _layer_rows(run),
     }
@@ -246,6 +251,28 @@ def _estimate_rows(speeds: Mapping[str, float | None], bench: Bench | None) -> l
     return rows
 
 
+def _card_stages(card: Card) -> list[tuple[str, list[Row], list[str]]]:
+    """Return each stage with a row for each figure, and a line for each step that did not end."""
+    named = [*(each.stage for each in card.figures), *(each.stage for each in card.steps)]
+    return [
+        (
+            stage,
+            [_figure_row(each) for each in card.figures if each.stage == stage],
+            [
+                f"{each.step}: {each.end}; {each.line}"
+                for each in card.steps
+                if each.stage == stage and each.end != "done"
+            ],
+        )
+        for stage in dict.fromkeys(named)
+    ]
+
+
+def _figure_row(figure: CardFigure) -> Row:
+    outcome = {None: "", True: "met", False: "missed"}[figure.met]
+    return [figure.name, quantity(figure.value, figure.unit), figure.aim or NOTHING, outcome]
+
+
 def _measured(name: str, bench: Bench) -> Arm | None:
     """Return the arm that an estimate is about; the faster one of two dense."""
     return bench.fastest_dense() if name == "dense" else bench.arm(name)
@@ -269,8 +296,9 @@ def _layer_rows(run: Run) -> list[Row]:
 def _details(run: Run) -> dict[str, object]:
     bench = run.bench
     found = {} if bench is None else plain(bench)
+    card = run.card.machine if run.card else {}
     return {
-        "machine": _facts(found, _MACHINE),
+        "machine": _facts(found, _MACHINE) or _facts({"card": card}, ["card"]),
         "settings": _facts(found, _SETTINGS),
         "predictors": _predictor_facts(run.predictors) if run.predictors else [],
         "inputs": [

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from common.errors import ResultError
 from results.bench import BENCH, Bench
+from results.card import CARD, Card
 from results.density import DENSITY, Density
 from results.estimate import ESTIMATE, Estimate
 from results.parts import HotNeurons, Layer, ResultFile
@@ -17,7 +18,7 @@ from results.predictors import PREDICTORS, PredictorReport, SearchPoint
 
 Document = TypeVar("Document")
 
-FILES = (BENCH, PREDICTORS, ESTIMATE, DENSITY)
+FILES = (BENCH, PREDICTORS, ESTIMATE, DENSITY, CARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class Run:
     predictors: PredictorReport | None
     estimate: Estimate | None
     density: Density | None
+    card: Card | None
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -94,8 +96,9 @@ def _load(directory: Path, name: str) -> Run:
         predictors=_read(directory, PREDICTORS),
         estimate=_read(directory, ESTIMATE),
         density=_read(directory, DENSITY),
+        card=_read(directory, CARD),
     )
-    if not (run.bench or run.predictors or run.estimate or run.density):
+    if not (run.bench or run.predictors or run.estimate or run.density or run.card):
         names = ", ".join(file.name for file in FILES)
         raise ResultError(
             f"{directory}: holds none of {names}, nor does a directory in it",

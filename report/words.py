@@ -52,6 +52,12 @@ def tokens_per_second(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.1f}"
 
 
+def quantity(value: float, unit: str) -> str:
+    """Return a number of four digits with its unit."""
+    shown = f"{value:,.0f}" if abs(value) >= 10000 else f"{value:.4g}"
+    return f"{shown} {unit}" if unit else shown
+
+
 def ratio(value: float) -> str:
     """Return how many times as much."""
     return f"{value:.2f}"

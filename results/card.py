@@ -35,6 +35,12 @@ class CardFigure:
     met: bool | None
     details: dict[str, object]
 
+    @property
+    def aim(self) -> str:
+        """The aim in signs, empty without one."""
+        ends = (("≤", self.most), ("≥", self.least))
+        return ", ".join(f"{sign} {end:g}" for sign, end in ends if end is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepEnd:
@@ -70,7 +76,7 @@ class Card:
     dry: bool
     figures: tuple[CardFigure, ...]
     steps: tuple[StepEnd, ...]
-    kind: Literal["gpu"] = "gpu"
+    kind: Literal["psp.card"] = "psp.card"
     schema_version: Literal[1] = 1
 
 

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import refused
-from made_up_results import MACHINE, Document, bench, density, estimate, predictor_report, write
+from made_up_results import (
+    MACHINE,
+    Document,
+    bench,
+    card,
+    density,
+    estimate,
+    predictor_report,
+    write,
+)
 
 from common.errors import OutputError, ResultError
 from report.runs import load_runs
@@ -30,13 +39,14 @@ def loaded(directory: Path, document: Document) -> Bench:
 def test_results_are_found_in_a_directory_and_directly_below(tmp_path: Path) -> None:
     write(tmp_path / "run" / "bench", bench=bench())
     write(tmp_path / "run" / "predictors", report=predictor_report())
-    write(tmp_path / "run", estimate=estimate(), density=density())
+    write(tmp_path / "run", estimate=estimate(), density=density(), card=card())
     (run,) = load_runs([tmp_path / "run"])
     assert run.name == "run"
     assert run.bench is not None
     assert run.predictors is not None
     assert run.estimate is not None
     assert run.density is not None
+    assert run.card is not None
     assert len(run.predictors.search) == 10
     assert len(run.points) == 9  # the tenth has no gap
 
@@ -127,6 +137,8 @@ def test_a_damaged_benchmark_is_named_by_file_and_key(
         ("estimate", estimate(), put(-1, "tokens_per_second", "dense"), ("dense'", "above 0")),
         ("density", density(), put(2, "points", 0, "density"), ("points[0].density'", "0 to 1")),
         ("density", density(), put([], "points"), ("'points'", "at least one")),
+        ("card", card(), put("lost", "steps", 0, "end"), ("steps[0].end'", "done")),
+        ("card", card(), put("fast", "figures", 1, "value"), ("figures[1].value'", "a number")),
         ("density", density(), put("<b>", "shape", "d_ff"), ("'shape.d_ff'", "a whole number")),
     ],
 )

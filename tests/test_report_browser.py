@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_results import bench, density, estimate, predictor_report, write
+from made_up_results import bench, card, density, estimate, predictor_report, write
 from web_browser import Browser, browser, missing_programs
 
 from report.page import write_page
@@ -50,6 +50,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, one of them with a very long name."""
     place = tmp_path_factory.mktemp("page")
     documents = {"report": predictor_report(), "estimate": estimate(), "density": density()}
+    documents["card"] = card()
     long = bench(n_layers=80) | {"model": "a-model-without-a-blank-in-its-name" * 5}
     runs = (
         write(place / "first", bench=bench(), **documents),

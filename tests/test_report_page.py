@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up_results import Document, bench, density, estimate, predictor_report, write
+from made_up_results import Document, bench, card, density, estimate, predictor_report, write
 
 from report.page import render
 from report.pictures import COLOURS, hot_pictures, page_style
@@ -28,6 +28,7 @@ SECTIONS = [
     "Memory",
     "Speed by density",
     "Estimate",
+    "What a GPU does",
     "How it was measured",
 ]
 HOSTILE = (
@@ -83,6 +84,7 @@ def everything() -> dict[str, Document]:
         "report": predictor_report(),
         "estimate": estimate(),
         "density": density(),
+        "card": card(),
     }
 
 
@@ -200,7 +202,7 @@ def test_the_figures_are_in_the_tables(page: Page) -> None:
 def poisoned(value: Any, key: str = "") -> Any:
     """Put a hostile text in the place of every text that no reader checks, and of names."""
     if isinstance(value, dict):
-        kept = {"kind", "label", "over", "arm", "engine"}
+        kept = {"kind", "label", "over", "arm", "engine", "end"}
         return {
             name: inner
             if name in kept or (key == "arms" and name == "name")
@@ -240,7 +242,7 @@ def test_a_directory_with_a_hostile_name_is_a_name(tmp_path: Path) -> None:
     assert r"\u202eb" in page.text
 
 
-@pytest.mark.parametrize("name", ["bench", "report", "estimate", "density"])
+@pytest.mark.parametrize("name", ["bench", "report", "estimate", "density", "card"])
 def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path, name: str) -> None:
     page = Page(rendered(tmp_path, {name: everything()[name]}))
     assert page.texts["h2"][-1] == "Not in this report"
@@ -310,3 +312,18 @@ def test_the_same_results_give_the_same_bytes(tmp_path: Path, source: str) -> No
     place = r"From <bdi>[^<]*"
     assert len(re.findall(place, source)) == 2
     assert re.sub(place, "", again) == re.sub(place, "", source)
+
+
+def test_a_card_shows_figures_beside_their_aims_and_what_was_not_measured(tmp_path: Path) -> None:
+    page = Page(rendered(tmp_path, {"card": card()}))
+    assert "NVIDIA H100 80GB HBM3" in page.text
+    assert "S2 over the bound2.5 ×≤ 2missed" in page.text
+    assert "S2 against dense4.25 ×≥ 4met" in page.text
+    assert "placement: absent; no PowerInfer: pass --powerinfer-bin" in page.text
+    assert "7b-float16: done" not in page.text
+    assert "a dry run" not in page.text
+
+
+def test_a_dry_run_says_that_its_figures_tell_nothing(tmp_path: Path) -> None:
+    page = Page(rendered(tmp_path, {"card": card() | {"dry": True}}))
+    assert "a dry run on the CPU, whose figures tell nothing" in page.text

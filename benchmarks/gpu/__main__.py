@@ -10,10 +10,11 @@ import click
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kit import Kit
 from benchmarks.gpu.machine import machine
-from benchmarks.gpu.plan import LIMITS, MODULES, plan
+from benchmarks.gpu.plan import LIMITS, MODULES, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import PspError, ResultError
 from common.table import table
+from report.words import quantity
 from results.card import Card, StepEnd
 
 _DRY = 10
@@ -103,7 +104,9 @@ def run(kit: Kit, stages: tuple[str, ...], end: float, *, again: bool) -> Card:
     journal.begin(machine(kit.device), dry=kit.dry)
     scale = _DRY if kit.dry else 1
     done = set() if again else journal.done()
-    planned = plan(stages, done, end - time.monotonic(), scale)
+    planned = plan(
+        {stage: steps_of(stage) for stage in stages}, done, end - time.monotonic(), scale
+    )
     for stage, step in planned.left_out:
         line = "no time for it: pass a longer --budget, or its stage alone in --stages"
         journal.end(StepEnd(stage=stage, step=step, end="left out", line=line, seconds=0.0))
@@ -120,20 +123,14 @@ def summary(card: Card) -> str:
         [
             f"{figure.stage}/{figure.step}",
             figure.name,
-            f"{figure.value:.5g}{' ' * bool(figure.unit)}{figure.unit}",
-            aim(figure.most, figure.least),
+            quantity(figure.value, figure.unit),
+            figure.aim,
             {None: "", True: "met", False: "missed"}[figure.met],
         ]
         for figure in card.figures
     ]
     ends = [f"{end.stage}/{end.step}: {end.end}, {end.line}" for end in card.steps if end.line]
     return "\n".join([table(("step", "figure", "value", "aim", ""), rows), *ends])
-
-
-def aim(most: float | None, least: float | None) -> str:
-    """Return an aim as a table shows it."""
-    parts = [f"{sign} {end:g}" for sign, end in (("≤", most), ("≥", least)) if end is not None]
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

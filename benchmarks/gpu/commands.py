@@ -7,6 +7,10 @@ import json
 from contextlib import redirect_stdout
 from typing import Any
 
+import click
+
+from common.errors import PspError
+
 
 def psp(*words: object) -> dict[str, Any]:
     """Run a command with `--json`; return the document that it prints.
@@ -17,7 +21,10 @@ def psp(*words: object) -> dict[str, Any]:
     from cli import main
 
     said = io.StringIO()
-    with redirect_stdout(said):
-        main.main([*map(str, words), "--json"], standalone_mode=False)
+    try:
+        with redirect_stdout(said):
+            main.main([*map(str, words), "--json"], standalone_mode=False)
+    except click.ClickException as error:
+        raise PspError(error.format_message()) from error
     found: dict[str, Any] = json.loads(said.getvalue())
     return found

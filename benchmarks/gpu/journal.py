@@ -46,6 +46,8 @@ class Journal:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._append(head)
             return
+        text = self.path.read_text(encoding="utf-8")
+        self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a kill's rest
         begun = plain(self._head())
         if begun != head:
             key = next(key for key in ("dry", *machine) if _get(begun, key) != _get(head, key))
@@ -83,15 +85,19 @@ class Journal:
         head = self._head()
         figures: dict[tuple[str, str], list[CardFigure]] = {}
         ends: dict[tuple[str, str], StepEnd] = {}
+        ended: set[tuple[str, str]] = set()
         for line in self._lines(1):
             key = (line.stage, line.step)
-            if isinstance(line, StepEnd):
-                ends[key] = line
-            elif key in ends and ends[key].end != "left out":
-                figures[key] = [line]
-                del ends[key]
-            else:
+            if isinstance(line, CardFigure):
+                if key in ended:
+                    ended.remove(key)
+                    figures[key] = []
                 figures.setdefault(key, []).append(line)
+            elif line.end != "left out":
+                ended.add(key)
+                ends[key] = line
+            else:
+                ends.setdefault(key, line)
         return Card(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             machine=head.machine,
@@ -99,6 +105,10 @@ class Journal:
             figures=tuple(figure for each in figures.values() for figure in each),
             steps=tuple(ends.values()),
         )
+
+    def ends(self) -> list[StepEnd]:
+        """Return how steps went, all of them in order."""
+        return [line for line in self._lines(1) if isinstance(line, StepEnd)]
 
     def done(self) -> set[tuple[str, str]]:
         """Return stage and step of what need not run again."""

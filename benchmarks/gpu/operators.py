@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,12 @@ def tests(kit: Kit) -> Iterator[Figure]:
     yield Figure(name="gpu tests that fail", value=bad, most=0, details=details)
 
 
-def measured(*words: object) -> Callable[[Kit], Iterator[Figure]]:
-    """Return a step that runs `psp bench-operators` with some options."""
-
-    def run(kit: Kit) -> Iterator[Figure]:
-        sized = [*words, *_DRY] if kit.dry else list(words)
-        if kit.dry:
-            sized = [word for word in sized if word != "--tune"]
-        found = psp("bench-operators", *sized, "--sparsity", _SPARSITY, "--device", kit.device)
-        yield from figures(found)
-
-    return run
+def _measured(kit: Kit, words: Sequence[str]) -> Iterator[Figure]:
+    """What `psp bench-operators` says with some options."""
+    if kit.dry:
+        words = (*(word for word in words if word != "--tune"), *_DRY)
+    found = psp("bench-operators", *words, "--sparsity", _SPARSITY, "--device", kit.device)
+    yield from figures(found)
 
 
 def traced(kit: Kit) -> Iterator[Figure]:
@@ -104,21 +100,17 @@ def figures(document: dict[str, Any]) -> Iterator[Figure]:
         )
 
 
+def _step(name: str, seconds: float, *words: str) -> Step:
+    return Step(name=name, seconds=seconds, run=partial(_measured, words=words))
+
+
 STEPS = (
-    Step(name="7b-float16", seconds=10, run=measured("--shape", "7b", "--dtype", "float16")),
-    Step(name="tests", seconds=40, run=tests),
-    Step(
-        name="7b-float16-tuned",
-        seconds=60,
-        run=measured("--shape", "7b", "--dtype", "float16", "--tune"),
-    ),
-    Step(name="13b-float16", seconds=10, run=measured("--shape", "13b", "--dtype", "float16")),
-    Step(name="7b-bfloat16", seconds=8, run=measured("--shape", "7b", "--dtype", "bfloat16")),
-    Step(
-        name="7b-float16-clustered",
-        seconds=6,
-        run=measured("--shape", "7b", "--dtype", "float16", "--pattern", "clustered"),
-    ),
-    Step(name="traced", seconds=6, run=traced),
+    _step("7b-float16", 12, "--shape", "7b", "--dtype", "float16"),
+    Step(name="tests", seconds=30, run=tests),
+    _step("13b-float16", 4, "--shape", "13b", "--dtype", "float16"),
+    _step("7b-bfloat16", 4, "--shape", "7b", "--dtype", "bfloat16"),
+    _step("7b-float16-clustered", 3, "--shape", "7b", "--pattern", "clustered"),
+    Step(name="traced", seconds=3, run=traced),
+    _step("7b-float16-tuned", 40, "--shape", "7b", "--dtype", "float16", "--tune"),
 )
 """Of this stage."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -39,11 +39,11 @@ class Planned:
     """What is going to run, and what is not.
 
     Attributes:
-        steps: names of a stage's steps, by stage, in order.
+        steps: of each stage, in order.
         left_out: stage and step of those for which there is no time.
     """
 
-    steps: Mapping[str, Sequence[str]]
+    steps: Mapping[str, Sequence[Step]]
     left_out: Sequence[tuple[str, str]]
 
 
@@ -54,28 +54,31 @@ def steps_of(stage: str) -> tuple[Step, ...]:
 
 
 def plan(
-    stages: Iterable[str], done: Collection[tuple[str, str]], seconds: float, scale: float = 1
+    stages: Mapping[str, Sequence[Step]],
+    done: Collection[tuple[str, str]],
+    seconds: float,
+    scale: float = 1,
 ) -> Planned:
     """Return the steps that fit, each stage's within its limit and all within the time.
 
     Args:
-        stages: in the order in which they run.
+        stages: steps of each, in the order in which they run.
         done: stage and step of those that need not run again.
         seconds: for all.
         scale: of the stages' limits.
     """
-    chosen: dict[str, list[str]] = {}
+    chosen: dict[str, list[Step]] = {}
     left_out = []
-    for stage in stages:
+    for stage, steps in stages.items():
         limit, used = scale * LIMITS[stage], START_SECONDS
-        for step in steps_of(stage):
+        for step in steps:
             if (stage, step.name) in done:
                 continue
             start = 0 if stage in chosen else START_SECONDS
             if used + step.seconds > limit or start + step.seconds > seconds:
                 left_out.append((stage, step.name))
                 continue
-            chosen.setdefault(stage, []).append(step.name)
+            chosen.setdefault(stage, []).append(step)
             used += step.seconds
             seconds -= start + step.seconds
     return Planned(steps=chosen, left_out=left_out)

@@ -13,20 +13,21 @@ from multiprocessing.process import BaseProcess
 
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kit import Absent, Kit, Step
-from benchmarks.gpu.plan import steps_of
 from common.errors import PspError, printable
 from results.card import StepEnd
 
 
-def run_stage(kit: Kit, stage: str, steps: Sequence[str], seconds: float) -> None:
+def run_stage(kit: Kit, stage: str, steps: Sequence[Step], seconds: float) -> None:
     """Run steps until they end or the time is over; whatever happens is in the journal.
 
     Args:
         kit: what the steps work with.
         stage: its name.
-        steps: names of its steps to run.
+        steps: of it, made of functions that a new process can import.
         seconds: after which the process is killed, with all that it has started.
     """
+    journal = Journal(kit.out)
+    before = len(journal.ends())
     process = get_context("spawn").Process(target=run_steps, args=(kit, stage, steps))
     start = time.monotonic()
     process.start()
@@ -34,9 +35,8 @@ def run_stage(kit: Kit, stage: str, steps: Sequence[str], seconds: float) -> Non
         process.join(seconds)
     finally:
         _end(process)
-    journal = Journal(kit.out)
-    ended = {end.step for end in journal.card().steps if end.stage == stage}
-    missing = [step for step in steps if step not in ended]
+    ended = {end.step for end in journal.ends()[before:]}
+    missing = [step.name for step in steps if step.name not in ended]
     late = time.monotonic() - start >= seconds
     for number, step in enumerate(missing):
         if number:
@@ -51,13 +51,12 @@ def run_stage(kit: Kit, stage: str, steps: Sequence[str], seconds: float) -> Non
         )
 
 
-def run_steps(kit: Kit, stage: str, names: Sequence[str]) -> None:
+def run_steps(kit: Kit, stage: str, steps: Sequence[Step]) -> None:
     """Run steps one after the other in this process, the first of a session of its own."""
     os.setsid()
     journal = Journal(kit.out)
-    for step in steps_of(stage):
-        if step.name in names:
-            _run_step(kit, journal, stage, step)
+    for step in steps:
+        _run_step(kit, journal, stage, step)
 
 
 def _run_step(kit: Kit, journal: Journal, stage: str, step: Step) -> None:

@@ -1,0 +1,207 @@
+"""The frame of `python -m benchmarks.gpu`: what fits, what is kept, what a stage may do."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import refused
+from gpu_steps import ABSENT, BROKEN, DEAD, ENDLESS, GOOD, REFUSED
+
+from benchmarks.gpu.__main__ import main, stages_of, summary
+from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.plan import LIMITS, MODULES, START_SECONDS, plan, steps_of
+from benchmarks.gpu.stage import run_stage
+from common.errors import ResultError
+from results.card import CARD, StepEnd
+
+MACHINE: dict[str, object] = {"card": "a card", "driver": "1"}
+
+
+def kit(out: Path, **changes: Any) -> Kit:
+    settings: dict[str, Any] = {"device": "cpu", "dry": False, "model": out, "data": out}
+    return Kit(out=out, eval_data=out, **settings | changes)
+
+
+def begun(out: Path) -> Journal:
+    journal = Journal(out)
+    journal.begin(MACHINE, dry=False)
+    return journal
+
+
+def ends(journal: Journal) -> dict[str, str]:
+    return {end.step: end.end for end in journal.card().steps}
+
+
+def step(name: str, seconds: float) -> Step:
+    return Step(name=name, seconds=seconds, run=GOOD.run)
+
+
+def end(step: str, how: Any = "done") -> StepEnd:
+    return StepEnd(stage="smoke", step=step, end=how, line="", seconds=1.0)
+
+
+def test_steps_are_planned_while_they_fit_into_the_stage_and_into_the_time() -> None:
+    left = LIMITS["smoke"] - START_SECONDS
+    stages = {
+        "smoke": (step("a", left - 10), step("too long", 11), step("b", 10)),
+        "operators": (step("c", 20), step("d", 20)),
+    }
+    found = plan(stages, (), seconds=1000)
+    assert {stage: [each.name for each in steps] for stage, steps in found.steps.items()} == {
+        "smoke": ["a", "b"],
+        "operators": ["c", "d"],
+    }
+    assert found.left_out == [("smoke", "too long")]
+    short = plan(stages, (), seconds=LIMITS["smoke"] + START_SECONDS + 20)
+    assert [each.name for each in short.steps["operators"]] == ["c"]
+    assert short.left_out == [("smoke", "too long"), ("operators", "d")]
+
+
+def test_what_is_done_is_not_planned_and_costs_no_start() -> None:
+    stages = {"smoke": (step("a", 20),), "operators": (step("b", 20),)}
+    found = plan(stages, {("smoke", "a")}, seconds=START_SECONDS + 20)
+    assert list(found.steps) == ["operators"]
+    assert not found.left_out
+
+
+def test_every_stage_has_a_limit_that_its_first_step_keeps() -> None:
+    assert LIMITS.keys() == MODULES.keys()
+    for stage in MODULES:
+        steps = steps_of(stage)
+        assert len({each.name for each in steps}) == len(steps)
+        assert steps[0].seconds + START_SECONDS <= LIMITS[stage], stage
+
+
+def test_a_stage_keeps_every_figure_and_how_each_step_went(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    run_stage(kit(tmp_path), "smoke", (REFUSED, BROKEN, ABSENT, GOOD), 60)
+    card = journal.card()
+    assert ends(journal) == {
+        "refused": "failed",
+        "broken": "failed",
+        "absent": "absent",
+        "good": "done",
+    }
+    lines = {each.step: each.line for each in card.steps}
+    assert lines["refused"] == "text.jsonl: is empty; pass another"
+    assert lines["broken"] == "ZeroDivisionError: float division by zero"
+    figures = {each.name: each for each in card.figures}
+    assert figures["speed"].met is True
+    assert figures["speed"].details == {"device": "cpu"}
+    assert figures["error"].met is False
+    assert figures["before"].met is None
+    assert "good" in summary(card)
+    assert "absent: absent, no PowerInfer: pass --powerinfer-bin" in summary(card)
+
+
+def test_a_process_that_dies_leaves_one_line_and_the_rest_is_left_out(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    run_stage(kit(tmp_path), "smoke", (GOOD, DEAD, ABSENT), 60)
+    assert ends(journal) == {"good": "done", "dead": "failed", "absent": "left out"}
+    assert "ended with code 7" in journal.card().steps[1].line
+
+
+def test_a_stage_past_its_limit_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    start = time.monotonic()
+    run_stage(kit(tmp_path), "smoke", (ENDLESS, GOOD), 6)
+    assert time.monotonic() - start < 30
+    assert ends(journal) == {"endless": "stopped", "good": "left out"}
+    assert "limit of 6 s" in journal.card().steps[0].line
+    (figure,) = journal.card().figures
+    for _ in range(100):
+        if not psutil.pid_exists(int(figure.value)):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the step's child lives on")
+
+
+def test_a_dry_run_has_no_aims(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    run_stage(kit(tmp_path, dry=True), "smoke", (GOOD,), 60)
+    assert [(each.most, each.least, each.met) for each in journal.card().figures] == [
+        (None, None, None)
+    ] * 2
+
+
+def test_a_step_that_runs_again_replaces_what_it_found(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    journal.figure("smoke", "a", Figure(name="old", value=1))
+    journal.end(end("a", "stopped"))
+    journal.figure("smoke", "b", Figure(name="other", value=1))
+    journal.end(end("b"))
+    journal.end(end("a", "left out"))
+    assert journal.done() == {("smoke", "b")}
+    assert {each.name for each in journal.card().figures} == {"old", "other"}
+    journal.figure("smoke", "a", Figure(name="new", value=2))
+    journal.figure("smoke", "a", Figure(name="newer", value=2))
+    journal.end(end("a"))
+    card = journal.card()
+    assert {each.name for each in card.figures} == {"new", "newer", "other"}
+    assert journal.done() == {("smoke", "a"), ("smoke", "b")}
+    assert CARD.read(journal.write()) == CARD.read(tmp_path)
+
+
+def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    journal.end(end("a"))
+    with journal.path.open("a", encoding="utf-8") as file:
+        file.write('{"stage": "smoke", "st')
+    assert ends(journal) == {"a": "done"}
+    journal.begin(MACHINE, dry=False)
+    journal.end(end("b"))
+    assert ends(journal) == {"a": "done", "b": "done"}
+
+
+def test_another_card_and_damaged_lines_are_refused(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    with refused(ResultError, str(tmp_path), "driver '1', not '2'", "another --out"):
+        journal.begin(MACHINE | {"driver": "2"}, dry=False)
+    with refused(ResultError, "dry False, not True"):
+        journal.begin(MACHINE, dry=True)
+    journal.path.write_text(journal.path.read_text() + '{"stage": 1}\n', encoding="utf-8")
+    with refused(ResultError, "line 2", "another --out"):
+        journal.card()
+
+
+def run(place: Path, *words: str) -> Result:
+    model, text = place / "model", place / "text"
+    model.mkdir()
+    text.write_text("x")
+    files = ("--model", str(model), "--data", str(text), "--eval-data", str(text))
+    return CliRunner().invoke(main, ["--out", str(place / "out"), *files, *words])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_one_line_names_the_device(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert "cannot run on device 'cuda'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
+    result = run(tmp_path, "--stages", "smoke,smok", "--dry-run")
+    assert result.exit_code == 1
+    assert "there is no 'smok'" in result.output
+    assert stages_of("operators,smoke") == ("smoke", "operators")
+
+
+def test_a_budget_in_which_nothing_fits_leaves_all_out_and_writes_the_card(tmp_path: Path) -> None:
+    result = run(tmp_path, "--stages", "smoke", "--budget", "1", "--dry-run")
+    assert result.exit_code == 0, result.output
+    card = CARD.read(tmp_path / "out")
+    assert card.dry
+    assert {each.end for each in card.steps} == {"left out"}
+    assert not card.figures
+    lines = (tmp_path / "out" / "figures.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["machine"]["card"] is None
