@@ -68,7 +68,7 @@ def load_model(
     Args:
         checkpoint: the opened checkpoint.
         dtype: floating type to run in.
-        device: torch device.
+        device: torch device, or `auto`.
         n_blocks: load the first blocks only; None loads all.
         weights: `resident` keeps every block on the device, `streamed` reads blocks when they run,
             `auto` streams if they would not fit.
@@ -79,7 +79,7 @@ def load_model(
         CheckpointError: the device is not there or too small.
     """
     architecture, shape = checkpoint.architecture, checkpoint.shape
-    check_device(device)
+    device = choose_device(device)
     with _enough_memory(device):
         with torch.device("meta"):
             model = architecture.make_model(shape, checkpoint.config)
@@ -147,18 +147,20 @@ def _stream(block: nn.Module, read: Any) -> None:
     block.register_forward_hook(drop)
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or that is not there.
+def choose_device(name: str) -> str:
+    """Return the device to use, see `common.machine.device_named`.
 
     Raises:
         CheckpointError: in one line.
     """
+    device = machine.device_named(name)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise CheckpointError(
             f"cannot run on device {device!r} ({reason(error)})", "check --device"
         ) from error
+    return device
 
 
 @contextmanager

@@ -62,6 +62,15 @@ def read_memory(root: Path = ROOT) -> Memory:
     )
 
 
+def device_named(name: str) -> str:
+    """Return a torch device; `auto` is the first CUDA device if there is one, else the CPU."""
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def weight_budget(device: str = "cpu", root: Path = ROOT) -> int:
     """Return how many bytes of weights may stay on a device.
 
@@ -70,6 +79,7 @@ def weight_budget(device: str = "cpu", root: Path = ROOT) -> int:
     """
     import torch
 
+    device = device_named(device)
     if torch.device(device).type == "cuda":
         return int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
     return int(_CPU_SHARE * read_memory(root).usable)

@@ -116,7 +116,7 @@ Seed = Annotated[int, Option("Makes a run repeatable.", least=0, most=2**32 - 1)
 Force = Annotated[bool, Option("Replace existing outputs.")]
 Resume = Annotated[bool, Option("Go on with an interrupted run.")]
 ModelFile = Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True)]
-Device = Annotated[str, Option("Torch device of the model.")]
+Device = Annotated[str, Option("Torch device; auto: a GPU if there is one.")]
 Threads = Annotated[int, Option("CPU threads.", least=1, unset="all cores")]
 POWERINFER_VARIABLE, LLAMA_CPP_VARIABLE = "PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"
 """Environment variables that name the directories of programs."""

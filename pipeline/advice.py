@@ -82,7 +82,7 @@ def machine_advice(config: RunConfig, costs: Costs, by_step: dict[str, Cost]) ->
             "pass --sparsify if the model is gated"
         )
     if config.device == "cpu" and torch.cuda.is_available():
-        yield "a GPU is here and --device is cpu: pass --device cuda to run and train there"
+        yield "a GPU is here and --device is cpu: leave it out to run and train there"
     if config.weights == "resident":
         needed = by_step["collect"].memory
         if needed > weight_budget(config.device):
@@ -113,7 +113,7 @@ _LESS_MEMORY = {
     "train-predictor": "pass a fixed --rank, which needs no run of the model",
 }
 _LESS_TIME = {
-    "sparsify": "pass a shorter --schedule, or --device cuda",
-    "collect": "pass a lower --tokens, or --device cuda",
-    "train-predictor": "pass --recipe svd, a fixed --rank, a lower --tokens, or --device cuda",
+    "sparsify": "pass a shorter --schedule, or run on a GPU",
+    "collect": "pass a lower --tokens, or run on a GPU",
+    "train-predictor": "pass --recipe svd, a fixed --rank, a lower --tokens, or run on a GPU",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.source import local_path
-from architectures.model import check_device
+from architectures.model import choose_device
 from common.errors import CheckpointError, OutputError
 from common.text_sources.names import names_of, shown
 from gguf_export.requirements import check_model, check_types, vocabulary_notes
@@ -87,7 +87,7 @@ def _check_places(config: RunConfig) -> None:
     """Refuse an output that may not be written, and machines and programs that are not there."""
     check_out(config.out, resume=config.resume, force=config.force)
     _check_sources(config)
-    check_device(config.device)
+    choose_device(config.device)
     if config.powerinfer_bin is not None:
         check_threads(PowerInfer(config.powerinfer_bin).check(), config.threads)
 

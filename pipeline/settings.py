@@ -106,7 +106,7 @@ class RunConfig:
     prompt: Annotated[str, option_of(BenchConfig, "prompt")] = BenchConfig.prompt
     generate: Annotated[int, option_of(BenchConfig, "generate")] = BenchConfig.generate
     repeats: Annotated[int, option_of(BenchConfig, "repeats")] = BenchConfig.repeats
-    device: Device = "cpu"
+    device: Device = "auto"
     threads: Threads = 2
     seed: Seed = 0
     dry_run: Annotated[bool, Option("Print the plan and end; nothing is written.")] = False

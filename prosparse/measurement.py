@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import load_model
+from architectures.model import choose_device, load_model
 from architectures.windows import growth_error
 from common.errors import CheckpointError
 from prosparse.activation import Setting, exchange, has_one_gate
@@ -74,6 +74,7 @@ class ExchangeableModel:
         Raises:
             CheckpointError: the device is not there or too small.
         """
+        device = choose_device(device)
         dtype = torch.float32 if device == "cpu" else checkpoint.dtype
         self.checkpoint, self._windows = checkpoint, windows
         self.model = load_model(checkpoint, dtype=dtype, device=device)

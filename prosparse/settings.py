@@ -186,7 +186,7 @@ class SparsityConfig:
     out: Annotated[
         Path | None, Option("Write the model with the threshold that was found.", "DIR")
     ] = None
-    device: Device = "cpu"
+    device: Device = "auto"
     force: Force = False
 
     def __post_init__(self) -> None:

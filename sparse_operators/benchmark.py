@@ -77,7 +77,7 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
         "shape": {"d_model": work.d_model, "d_ff": work.d_ff},
         "pattern": config.pattern if config.pattern in RUNS else "traced",
         "dtype": str(work.dtype).removeprefix("torch."),
-        "device": config.device,
+        "device": str(work.device),
         "hardware": hardware(work.device),
         "versions": {
             "python": platform.python_version(),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import LoadedModel, load_model
+from architectures.model import LoadedModel, choose_device, load_model
 from common.errors import CheckpointError, SettingsError
 from common.typed_json import plain
 from sparse_operators.module import replaced_mlps
@@ -140,7 +140,7 @@ def generate(config: GenerateConfig, note: Note = lambda line: None) -> dict[str
         CheckpointError: the model cannot be loaded, or has no gated FFN.
         SettingsError: the model's context is too short for the prompt and its continuation.
     """
-    checkpoint, device = Checkpoint.open(config.model), config.device
+    checkpoint, device = Checkpoint.open(config.model), choose_device(config.device)
     for line in checkpoint.notes:
         note(line)
     _require_gated(checkpoint)

@@ -68,7 +68,7 @@ class OperatorBenchConfig:
             "random|clustered|TRACES",
         ),
     ] = "random"
-    device: Annotated[str, Option("cpu or a CUDA device.")] = "cpu"
+    device: Device = "auto"
     dtype: Annotated[
         str,
         Option("Of weights and inputs; auto: float32 on the CPU, else float16.", choices=DTYPES),
@@ -99,7 +99,7 @@ class GenerateConfig:
         ),
     ] = True
     repeats: Annotated[int, Option("Timed runs of each kind.", least=1)] = 3
-    device: Device = "cpu"
+    device: Device = "auto"
     dtype: Annotated[
         str,
         Option("Type to run in; auto: float32 on the CPU, else the checkpoint's.", choices=DTYPES),

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from architectures.model import check_device
+from architectures.model import choose_device
 from common.errors import EngineError, SettingsError
 from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
@@ -91,13 +91,12 @@ def workload(config: OperatorBenchConfig) -> Workload:
         TraceError: a pattern is neither known nor traces.
         SettingsError: settings do not go together, or the operators do not run on the device.
     """
-    check_device(config.device)
-    device = torch.device(config.device)
+    device = torch.device(choose_device(config.device))
     if device.type not in ("cpu", "cuda"):
         raise SettingsError(f"--device {config.device}: the operators run on cpu and cuda")
     if config.tune and device.type != "cuda":
         raise SettingsError("--tune measures kernels that run on a GPU alone", "pass --device cuda")
-    automatic = "float32" if config.device == "cpu" else "float16"
+    automatic = "float32" if device.type == "cpu" else "float16"
     dtype: torch.dtype = getattr(torch, automatic if config.dtype == "auto" else config.dtype)
     d_model, d_ff, cases = _cases(config)
     return Workload(d_model=d_model, d_ff=d_ff, dtype=dtype, device=device, cases=cases)

@@ -12,6 +12,7 @@ from stand_ins import write_program
 from common.machine import (
     cpu_name,
     cpu_quota,
+    device_named,
     memory_limit,
     parse_query,
     read_gpus,
@@ -198,3 +199,11 @@ def test_a_sick_driver_is_told_and_its_card_still_counts(
     assert found.failure is not None
     assert found.failure.startswith(f"{tool}: ")
     assert part in found.failure
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_auto_is_a_card_if_there_is_one(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    assert device_named("auto") == ("cuda" if there else "cpu")
+    assert device_named("cpu") == "cpu"
+    assert device_named("cuda:1") == "cuda:1"

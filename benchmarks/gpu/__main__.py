@@ -97,9 +97,9 @@ def run(kit: Kit, stages: tuple[str, ...], end: float, *, again: bool) -> Card:
     Raises:
         PspError: there is no card, or the directory is another one's.
     """
-    from architectures.model import check_device
+    from architectures.model import choose_device
 
-    check_device(kit.device)
+    choose_device(kit.device)
     journal = Journal(kit.out)
     journal.begin(machine(kit.device), dry=kit.dry)
     scale = _DRY if kit.dry else 1

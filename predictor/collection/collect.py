@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import LoadedModel, check_device, load_model
+from architectures.model import LoadedModel, choose_device, load_model
 from architectures.tokenizer import Tokenizer, chat_template_of
 from common import chat
 from common.documents import look_at_documents, read_documents, skipped_note
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
+from common.machine import device_named
 from common.text_sources.names import need_repeatable, recorded, shown
 from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
@@ -60,7 +61,7 @@ def collect(
             of another model, text or settings under `resume`, or a residual that overflows the
             stored type.
     """
-    check_device(config.device)
+    choose_device(config.device)
     if config.resume:
         need_repeatable(config.data, "--resume", "collect anew, or from a file")
     checkpoint = Checkpoint.open(config.model)
@@ -171,7 +172,7 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         raise TraceError(
             f"--layers: the model has layers 0 to {shape.n_layers - 1}", "choose among those"
         )
-    on_cpu = torch.device(config.device).type == "cpu"
+    on_cpu = torch.device(device_named(config.device)).type == "cpu"
     compute = torch.float32 if on_cpu else checkpoint.dtype
     row_bytes = 2 * shape.d_model + shape.d_ff // 8
     least, most = _SHARD_ROWS

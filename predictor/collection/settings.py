@@ -68,7 +68,7 @@ class CollectConfig:
         ),
     ] = "auto"
     shard_rows: int | None = None
-    device: Device = "cpu"
+    device: Device = "auto"
     seed: Seed = 0
     resume: Resume = False
     force: Force = False

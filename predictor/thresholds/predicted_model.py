@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.gated import FATReLU
-from architectures.model import LoadedModel, load_model
+from architectures.model import LoadedModel, choose_device, load_model
 from architectures.windows import document_windows, first_tokens, growth_error
 from common.documents import read_documents
 from common.text_sources.names import Sources
@@ -104,6 +104,7 @@ class PredictedModel:
         Raises:
             CheckpointError: the device is not there or too small.
         """
+        device = choose_device(device)
         dtype = torch.float32 if device == "cpu" else checkpoint.dtype
         self._model: LoadedModel = load_model(checkpoint, dtype=dtype, device=device)
         self._windows = windows

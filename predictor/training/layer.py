@@ -12,6 +12,7 @@ import torch
 from common.decisions import DecisionCounts
 from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
+from common.machine import device_named
 from predictor.artifact import Epoch, LayerPredictor
 from predictor.module import Predictor, decide, to_half
 from predictor.thresholds.choose import Bound
@@ -197,7 +198,7 @@ class LayerTrainer:
     @property
     def device(self) -> torch.device:
         """Where predictors are trained."""
-        return torch.device(self.config.device)
+        return torch.device(device_named(self.config.device))
 
     def jobs(self, layers: int) -> int:
         """Return how many of some layers are trained at once, sharing the threads."""
@@ -303,7 +304,7 @@ class LayerTrainer:
 
 def product_dtype(config: TrainConfig) -> torch.dtype:
     """Return the type of training's matrix products."""
-    automatic = "float32" if torch.device(config.device).type == "cpu" else "bfloat16"
+    automatic = "float32" if torch.device(device_named(config.device)).type == "cpu" else "bfloat16"
     name = automatic if config.precision == "auto" else config.precision
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
@@ -312,7 +313,7 @@ def jobs_for(config: TrainConfig, d_model: int, d_ff: int) -> int:
     """Return how many layers of this size are trained at once."""
     if config.jobs:
         return config.jobs
-    alone = torch.device(config.device).type != "cpu" or d_model * d_ff > _SMALL_LAYER
+    alone = torch.device(device_named(config.device)).type != "cpu" or d_model * d_ff > _SMALL_LAYER
     return 1 if alone else torch.get_num_threads()
 
 

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import check_device
+from architectures.model import choose_device
 from architectures.windows import LEAST_TOKENS
 from common.documents import look_at_documents
 from common.element_types import ELEMENT_TYPES
@@ -56,7 +56,7 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
             other settings under `resume`.
     """
     weight = _predictor_weight(config, note)
-    check_device(config.device)
+    choose_device(config.device)
     store = TraceStore.open(config.traces)
     store.require_complete()
     layers = _chosen_layers(config, store)

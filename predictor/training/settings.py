@@ -10,6 +10,7 @@ from common.element_types import ELEMENT_NAMES
 from common.errors import PredictorError
 from common.settings import (
     MODEL_FORMS,
+    Device,
     Force,
     Option,
     Resume,
@@ -205,7 +206,7 @@ class TrainConfig:
         Sources, text_option("Text to measure on, all of it.", unset="the traces' held-out part")
     ] = ()
     eval_tokens: Annotated[int, Option("Tokens to measure on, at most.", least=64)] = 16384
-    device: Annotated[str, Option("Torch device to train and run on.")] = "cpu"
+    device: Device = "auto"
     hardware: Annotated[
         str | None,
         Option(
