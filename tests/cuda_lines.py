@@ -2,8 +2,8 @@
 
 Sources: PowerInfer@d3ebd7c ggml-cuda.cu:ggml_init_cublas, CUDA_CHECK; llama.cpp:
 llm_load_sparse_model_tensors, llm_load_gpu_split_with_budget, llm_load_gpu_split,
-llama_gpu_split_loader, llm_load_tensors; powerinfer-py/powerinfer/__main__.py, export_split.py,
-solver.py. llama.cpp@0c1e570 ggml/src/ggml-cuda/ggml-cuda.cu, common/arg.cpp.
+llama_gpu_split_loader, llama_kv_cache_init, llm_load_tensors; powerinfer-py/powerinfer/__main__.py,
+export_split.py, solver.py. llama.cpp@0c1e570 ggml/src/ggml-cuda/ggml-cuda.cu, common/arg.cpp.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ APPLIED = (
     "load_gpu_idx_for_model: applying gpu_idx adapter from '/m.gguf.generated.gpuidx' - please "
     "wait ...\n.... done (1.50 ms)\n"
 )
+KV_CACHE = """llama_kv_cache_init: offloading v cache to GPU
+llama_kv_cache_init: offloading k cache to GPU
+llama_kv_cache_init: VRAM kv self = 256.00 MB
+"""
 OFFLOADED = "llm_load_gpu_split: offloaded 2048.25 MiB of FFN weights to GPU\n"
 REFUSED = (
     "llm_load_gpu_split_with_budget: error: failed to apply previously generated gpu split from "

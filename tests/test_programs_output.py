@@ -42,8 +42,8 @@ def test_a_recorded_sparse_run_is_read() -> None:
     assert (timings.prompt.tokens, timings.decode.tokens) == (7, 15)
     assert f"eval time = {timings.decode.seconds * 1000:10.2f} ms /    15 runs" in stderr
     assert parse_notes(stderr) == ("built without CUDA: VRAM budget ignored",)
-    expected = {"cuda": False, "layers_offloaded": "0/6", "ffn_offloaded_bytes": 0}
-    assert parse_device(stderr) == expected
+    placed = {"vram_budget_bytes": 0, "layers_offloaded": "0/6", "ffn_offloaded_bytes": 0}
+    assert parse_device(stderr) == {"cuda": False, **placed}
     text, notes = continuation(
         recorded_output("powerinfer-main-sparse.stdout.txt"), "The river runs"
     )
@@ -91,6 +91,12 @@ CAUSES = {
         "CUDA error 35 at /x.cu:1: CUDA driver version is insufficient",
         "nvidia-smi",
     ),
+    "no device": (
+        "error loading model: CUDA is not loaded\nmain: error: unable to load model\n",
+        1,
+        "error loading model: CUDA is not loaded",
+        "nvidia-smi",
+    ),
     "assertion": (
         "GGML_ASSERT: /src/ggml-cuda.cu:7: n > 0\n[New LWP 5]\nbacktrace\n",
         1,
@@ -118,12 +124,14 @@ def test_a_program_that_ended_well_is_no_failure() -> None:
 
 
 def test_cuda_devices_and_memory_are_read() -> None:
-    stderr = cuda.DEVICES + cuda.SPARSE + cuda.APPLIED + cuda.OFFLOADED + TIMINGS
+    stderr = cuda.DEVICES + cuda.SPARSE + cuda.APPLIED + cuda.OFFLOADED + cuda.KV_CACHE + TIMINGS
     assert parse_device(stderr) == {
         "cuda": True,
         "gpus": [cuda.GPU],
+        "vram_budget_bytes": 8 * GIB,
         "layers_offloaded": "33/32",
         "vram_used_bytes": 5120 * MIB + MIB // 2,
+        "kv_vram_bytes": 256 * MIB,
         "ffn_offloaded_bytes": 2 * GIB + MIB // 4,
     }
     assert parse_notes(stderr) == ("GPU index applied",)

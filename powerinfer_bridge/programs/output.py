@@ -2,7 +2,8 @@
 
 Formats: PowerInfer@d3ebd7c llama.cpp:llama_print_timings, llm_load_sparse_model_tensors,
 llm_load_tensors, llm_load_gpu_split, llm_load_gpu_split_with_budget, llama_gpu_split_loader,
-ggml-cuda.cu:ggml_init_cublas, examples/perplexity/perplexity.cpp, powerinfer-py/powerinfer;
+llama_kv_cache_init, ggml-cuda.cu:ggml_init_cublas, examples/perplexity/perplexity.cpp,
+powerinfer-py/powerinfer;
 llama.cpp@0c1e570 tools/llama-bench/llama-bench.cpp:json_printer, test::get_fields;
 common/sampling.cpp:common_perf_print and, in older versions, llama_perf_context_print;
 tools/cli/cli.cpp for rates without counts; common/common.cpp:common_params_print_info.
@@ -32,9 +33,11 @@ _WINDOW = re.compile(r"\[(\d+)\]([\d.]+),")
 _DEVICES = re.compile(r"ggml_init_cublas: found (\d+) \S+ devices:")
 _DEVICE = re.compile(r"^  Device \d+: (.+), compute capability [\d.]+$", re.MULTILINE)
 _VRAM = re.compile(r"VRAM used: ([\d.]+) MB")
-_LAYERS = re.compile(r"offloaded layers from VRAM budget\(-?\d+ bytes\): (\d+/\d+)")
+_KV = re.compile(r"VRAM kv self = ([\d.]+) MB")
+_LAYERS = re.compile(r"offloaded layers from VRAM budget\((-?\d+) bytes\): (\d+/\d+)")
 _DENSE_LAYERS = re.compile(r"llm_load_tensors: offloaded (\d+/\d+) layers to GPU")
 _FFN = re.compile(r"offloaded ([\d.]+) MiB of FFN weights to GPU")
+_SIZES = {"vram_used_bytes": _VRAM, "kv_vram_bytes": _KV, "ffn_offloaded_bytes": _FFN}
 
 _CHATTER = re.compile(
     r"^(?:loaded gpu_idx, vram_required: |solver args: |solved: |ILP Status: "
@@ -143,17 +146,21 @@ def parse_device(output: str) -> dict[str, Any]:
 
     Returns:
         `cuda`: whether it found a CUDA device; `gpus`: their names; `vram_used_bytes`;
-        `layers_offloaded`: `done/all` (PowerInfer counts the output as one more, so `33/32` is
-        everything); `ffn_offloaded_bytes`: hot neurons, not in `vram_used_bytes`.
+        `vram_budget_bytes`, what it made of the option; `layers_offloaded`: `done/all` (PowerInfer
+        counts the output as one more, so `33/32` is everything); `kv_vram_bytes`: the KV cache, and
+        `ffn_offloaded_bytes`: hot neurons, neither of them in `vram_used_bytes`. All but the budget
+        are told in hundredths of a MiB.
     """
     found: dict[str, Any] = {"cuda": False}
     devices = _DEVICES.search(output)
     if devices is not None and int(devices[1]):
         found = {"cuda": True, "gpus": _DEVICE.findall(output)}
-    layers = _LAYERS.search(output) or _DENSE_LAYERS.search(output)
-    if layers is not None:
-        found["layers_offloaded"] = layers[1]
-    for key, pattern in (("vram_used_bytes", _VRAM), ("ffn_offloaded_bytes", _FFN)):
+    sparse, dense = _LAYERS.search(output), _DENSE_LAYERS.search(output)
+    if sparse is not None:
+        found |= {"vram_budget_bytes": int(sparse[1]), "layers_offloaded": sparse[2]}
+    elif dense is not None:
+        found["layers_offloaded"] = dense[1]
+    for key, pattern in _SIZES.items():
         size = pattern.search(output)
         if size is not None:
             found[key] = round(float(size[1]) * MIB)

@@ -38,9 +38,9 @@ class Measured:
         decode: decoding.
         notes: what a reader of the figures must know.
         device: what it said about devices, a key missing if it said nothing. Of all: `cuda` (bool);
-            `gpus` (names). Of PowerInfer: `vram_used_bytes`, `layers_offloaded` (`3/32`),
-            `ffn_offloaded_bytes`. Of llama-bench: `backends`, `cpu_info`, `n_gpu_layers`,
-            `model_type`, `build_commit`, `build_number`.
+            `gpus` (names). Of PowerInfer: `vram_budget_bytes`, `vram_used_bytes`, `kv_vram_bytes`,
+            `layers_offloaded` (`3/32`), `ffn_offloaded_bytes`. Of llama-bench: `backends`,
+            `cpu_info`, `n_gpu_layers`, `model_type`, `build_commit`, `build_number`.
     """
 
     text: str | None = None
