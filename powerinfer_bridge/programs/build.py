@@ -41,7 +41,7 @@ _CAUSES: tuple[tuple[str, str], ...] = (
         "put less on the GPU: lower --vram-budget (PowerInfer) or --n-gpu-layers (llama.cpp)",
     ),
     (
-        r"(?:CUDA error|cuBLAS error).*",
+        r"(?:CUDA error|cuBLAS error).*|error loading model: CUDA is not loaded",
         "run nvidia-smi to see whether the GPU, its driver and the build fit together",
     ),
     (r"error: prompt is too long .*", "give a larger context or a shorter prompt"),
