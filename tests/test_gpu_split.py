@@ -11,6 +11,7 @@ import torch
 from conftest import refused
 from gguf import GGMLQuantizationType
 
+from benchmarks.upstream_split import upstream_choice, upstream_order
 from common.errors import ExportError
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import captured_share, choose_neurons, split_bytes
@@ -323,35 +324,9 @@ def test_seventy_billion_parameters_take_one_round(monkeypatch: pytest.MonkeyPat
     assert total(chosen) == plan.ffn_budget // 49156
 
 
-def string_order(n_layers: int) -> list[int]:
-    """Which layer's statistics upstream takes for each layer: its files sorted as strings."""
-    return sorted(range(n_layers), key=lambda layer: f"activation_{layer}.pt")
-
-
-def upstream(counts: list[torch.Tensor], budget: int, order: Sequence[int]) -> list[torch.Tensor]:
-    """What upstream solves: the best blocks of 256 under its own number of neurons.
-
-    llama.cpp:llm_load_gpu_split_with_budget and powerinfer-py/powerinfer/solver.py. The ILP's
-    optimum is the top of all blocks; the neurons are then picked from the statistics in `order`.
-    """
-    d_ff = len(counts[0])
-    blocks = int(budget / int(d_ff * 2 * 4.5)) * 4 // 256
-    sums = torch.stack(
-        [layer.sort(descending=True).values.reshape(-1, 256).sum(1) for layer in counts]
-    )
-    best = torch.zeros_like(sums, dtype=torch.bool)
-    best.view(-1)[sums.flatten().topk(blocks).indices] = True
-    chosen = []
-    for layer, number in enumerate((256 * best.sum(1)).tolist()):
-        mask = torch.zeros(d_ff, dtype=torch.bool)
-        mask[counts[order[layer]].topk(number).indices] = True
-        chosen.append(mask)
-    return chosen
-
-
 def test_upstream_mixes_layers_from_the_eleventh_on() -> None:
-    assert string_order(10) == list(range(10))
-    assert string_order(12) == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert upstream_order(10) == list(range(10))
+    assert upstream_order(12) == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.8])
@@ -359,8 +334,8 @@ def test_captured_share_is_at_least_that_of_other_splits(share: float) -> None:
     counts = statistics(12, 11008)
     budget = int(share * 12 * 11008 * 24580)
     mine = captured_share(counts, choose_neurons(counts, [24580] * 12, budget))
-    mended = captured_share(counts, upstream(counts, budget, range(12)))
-    mixed = captured_share(counts, upstream(counts, budget, string_order(12)))
+    mended = captured_share(counts, upstream_choice(counts, budget, range(12)))
+    mixed = captured_share(counts, upstream_choice(counts, budget, upstream_order(12)))
     each = budget // 24580 // 12
     proportional = captured_share(counts, [layer >= layer.sort().values[-each] for layer in counts])
     assert mine >= mended > mixed + 0.02
@@ -374,7 +349,7 @@ def test_upstream_leaves_vram_unused_in_a_70b() -> None:
     counts = statistics(12, 28672)
     budget = 12 * 10_000 * 49156
     mine = choose_neurons(counts, [49156] * 12, budget, groups=GROUPS["q4_0"])
-    theirs = upstream(counts, budget, range(12))
+    theirs = upstream_choice(counts, budget, range(12))
     assert total(theirs) == budget // 64512 // 256 * 256
     assert total(mine) == 10_000 * 12 // 256 * 256
     assert captured_share(counts, mine) > captured_share(counts, theirs)
