@@ -231,6 +231,16 @@ def test_one_arm_s_failure_is_told_once_the_others_are_done(programs: Programs) 
         programs.tell_failures()
 
 
+def test_a_step_whose_runs_all_fail_is_given_up(programs: Programs) -> None:
+    def fail() -> RunSample:
+        raise EngineError("main: no end after 30 s", "run it by hand")
+
+    arms = dict.fromkeys("abcdef", fail)
+    with refused(EngineError, "no end after 30 s"):
+        programs.rounds(arms, 1)
+    assert len(programs.failures) == 3
+
+
 def test_without_programs_or_cuda_a_card_is_not_measured(kit: Kit, tmp_path: Path) -> None:
     with pytest.raises(Absent, match="pass --powerinfer-bin"):
         next(hybrid.placement(replace(kit, dry=False)))

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.gpu.hybrid_vram import CONTEXT
 from benchmarks.gpu.kit import Absent, Figure, Kit
@@ -18,11 +19,15 @@ from powerinfer_bridge.programs.sample import RunSample
 
 PROMPT = "The first thing to know about"
 _TOKENS, _DRY_TOKENS = 64, 8
-_TIMEOUT = 60.0
+_TIMEOUT = 30.0
 _THREADS = 8
+_PATIENCE = 3
+"""Runs of a step that may fail before it is given up: each may have hung until the timeout."""
+
 _NO_CUDA = "skipped: this PowerInfer was built without CUDA, which has no VRAM"
 
 Run = Callable[[], RunSample]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +86,8 @@ class Programs:
             chunks: windows of it, at most.
             budget: VRAM, bytes.
         """
-        try:
-            return self.powerinfer.perplexity(
+        return self.attempt(
+            lambda: self.powerinfer.perplexity(
                 file,
                 text,
                 CONTEXT,
@@ -91,21 +96,25 @@ class Programs:
                 threads=2 if self.cuda else 1,
                 vram_budget=budget if self.cuda else None,
             )
-        except EngineError as error:
-            self.failures.append(error)
-            return None
+        )
 
     @property
     def skipped(self) -> dict[str, object]:
         """What figures must say where there is no card; nothing with one."""
         return {} if self.cuda else {"vram_budgets": _NO_CUDA}
 
-    def attempt(self, run: Run) -> RunSample | None:
-        """Return what a run measured; None if it failed, which is kept."""
+    def attempt(self, run: Callable[[], Value]) -> Value | None:
+        """Return what a run measured; None if it failed, which is kept.
+
+        Raises:
+            EngineError: it is one failure too many.
+        """
         try:
             return run()
         except EngineError as error:
             self.failures.append(error)
+            if len(self.failures) >= _PATIENCE:
+                raise
             return None
 
     def rounds(self, arms: Mapping[str, Run], rounds: int) -> dict[str, list[RunSample]]:
