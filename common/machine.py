@@ -17,8 +17,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.units import MIB
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path("/")
 _TREES = "sys/fs/cgroup"
@@ -81,8 +85,16 @@ def weight_budget(device: str = "cpu", root: Path = ROOT) -> int:
 
     device = device_named(device)
     if torch.device(device).type == "cuda":
-        return int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(_GPU_SHARE * free_gpu_memory(torch.device(device)))
     return int(_CPU_SHARE * read_memory(root).usable)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that are free, with those that this process holds in reserve."""
+    import torch
+
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def memory_limit(root: Path = ROOT) -> int | None:

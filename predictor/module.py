@@ -29,6 +29,12 @@ class Predictor(nn.Module):
         """Return logits (rows, d_ff) for inputs (rows, d_model)."""
         return linear(torch.relu(linear(x, self.fc1)), self.fc2)
 
+    def on(self, device: torch.device) -> Predictor:
+        """Return the predictor with its weights on a device, detached; itself if they are."""
+        if self.fc1.device == device:
+            return self
+        return Predictor(self.fc1.detach().to(device), self.fc2.detach().to(device))
+
 
 def to_half(predictor: Predictor) -> Predictor:
     """Round a threshold-0 predictor to float16 without changing what it decides.

@@ -82,7 +82,7 @@ def starting_at(
 ) -> Start:
     """Return the start of rank 32 as a training makes it."""
     sample = start_sample(recipe, train, generator)
-    return Starter(recipe, rows, sample, torch.device("cpu")).at(32, generator)
+    return Starter(recipe, rows, sample).at(32, generator)
 
 
 def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from tqdm import tqdm
 
 from common.errors import CheckpointError, PredictorError
-from common.overlap import StoppedError, made_ahead, several_at_once
+from common.overlap import StoppedError, several_at_once
 from predictor.artifact import Epoch, PredictorArtifact
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
@@ -26,8 +26,6 @@ from predictor.training.layer import jobs_for, product_dtype, train_layer
 from predictor.training.loss import Batch, batches, set_gradients
 from predictor.training.run import train_predictors
 from predictor.training.settings import DEJAVU, PSP, Recipe, TrainConfig
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def test_gradients_are_those_of_the_weighted_cross_entropy(
     )
     index = torch.randperm(2000, generator=generator)[:200]
     for batch, part in zip(
-        batches(replace(recipe, batch=96), rows, CPU, index), torch.split(index, 96), strict=True
+        batches(replace(recipe, batch=96), rows, index), torch.split(index, 96), strict=True
     ):
         losses = weighted_losses(predictor(rows.inputs(part)), recipe, rows, part)
         expected = torch.autograd.grad(losses.mean(), [predictor.fc1, predictor.fc2])
@@ -89,19 +87,15 @@ def test_gradients_are_those_of_the_weighted_cross_entropy(
             assert cosine > 0.99
 
 
-def test_batches_do_not_depend_on_how_many_are_read_together(
-    rows: LabelledRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_do_not_depend_on_how_many_are_read_together(rows: LabelledRows) -> None:
     order = torch.randperm(1500)[:1001]
 
-    def read(together: int, ahead: bool) -> list[Batch]:
-        if ahead:  # the way to a GPU, with the rows left on the CPU
-            monkeypatch.setattr("builtins.map", made_ahead)
-        return list(batches(replace(PSP, batch=100), rows, CPU, order, together=together))
+    def read(together: int) -> list[Batch]:
+        return list(batches(replace(PSP, batch=100), rows, order, together=together))
 
-    alone = read(1, ahead=False)
+    alone = read(1)
     assert [len(batch.inputs) for batch in alone] == [100] * 10 + [1]
-    for other in (read(350, ahead=False), read(4096, ahead=False), read(200, ahead=True)):
+    for other in (read(350), read(4096)):
         for found, expected in zip(other, alone, strict=True):
             for name, value in vars(expected).items():
                 torch.testing.assert_close(getattr(found, name), value, rtol=1e-6, atol=0)

@@ -124,25 +124,30 @@ def trace_curves(
         predictor: rounded to float16.
         rows: the layer's rows.
         index: (n,) int64, the rows to measure on.
-        scale: (d_ff,) float32, see `mean_positive`.
+        scale: (d_ff,) float32, see `mean_positive`, where the rows are computed with.
+
+    Returns:
+        Curves on the CPU. On a GPU what is missed is added up in no fixed order, in float64, so
+        that its last digit as float32 may differ from run to run.
     """
-    d_ff, thresholds = len(scale), factors()[:, None] * scale
-    tables = torch.zeros(3, (len(thresholds) + 1) * d_ff, dtype=torch.float64)
-    neuron = torch.arange(d_ff, dtype=torch.int32)
-    for part in torch.split(index, _ROWS):
-        steps = reached(logits_of(predictor, rows.rows.inputs_at(part)) / scale)
+    d_ff, device = len(scale), rows.device
+    predictor, thresholds = predictor.on(device), factors().to(device)[:, None] * scale
+    tables = torch.zeros(3, (len(thresholds) + 1) * d_ff, dtype=torch.float64, device=device)
+    neuron = torch.arange(d_ff, dtype=torch.int32, device=device)
+    for held, part in rows.parts(index, _ROWS):
+        steps = reached(logits_of(predictor, held.rows.inputs_at(part)) / scale)
         bins = steps.mul_(d_ff).add_(neuron).flatten()
-        places, contributions = rows.contributions(part)
+        places, contributions = held.contributions(part)
         active = bins[places]
         for table, found, weights in zip(
             tables, (bins, active, active), (None, None, contributions.double()), strict=True
         ):
             table += torch.bincount(found, weights, minlength=len(table))
-    shares = (tables / len(index)).view(3, -1, d_ff)
+    shares = (tables / len(index)).view(3, -1, d_ff).cpu()
     below = shares.cumsum(1)[:, :-1]
     total = shares.sum(1)
     return Curves(
-        thresholds=thresholds,
+        thresholds=thresholds.cpu(),
         computed=(total[0] - below[0]).float(),
         hits=(total[1] - below[1]).float(),
         missed=below[2].float(),
@@ -151,15 +156,19 @@ def trace_curves(
 
 
 def mean_positive(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:
-    """Return each neuron's mean positive logit, (d_ff,) float32, which thresholds are scaled by."""
-    total, count = torch.zeros(len(predictor.fc2)), torch.zeros(len(predictor.fc2))
-    for part in torch.split(index, _ROWS):
-        logits = logits_of(predictor, rows.rows.inputs_at(part))
+    """Return each neuron's mean positive logit, (d_ff,) float32, which thresholds are scaled by.
+
+    It is where the rows are computed with.
+    """
+    predictor = predictor.on(rows.device)
+    total, count = torch.zeros(2, len(predictor.fc2), device=rows.device)
+    for held, part in rows.parts(index, _ROWS):
+        logits = logits_of(predictor, held.rows.inputs_at(part))
         total += logits.clamp_min(0).sum(0)
         count += (logits > 0).sum(0)
     mean = total / count.clamp_min(1)
     # A neuron that was never predicted stays off: any threshold above zero will do.
-    return torch.where(count > 0, mean, torch.ones(()))
+    return torch.where(count > 0, mean, torch.ones((), device=rows.device))
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ def measure_layer(
     sample = train[torch.randperm(len(train), generator=generator)[:_CURVE_ROWS]]
     scale = mean_positive(predictor, rows, sample)
     held = trace_curves(predictor, rows, holdout, scale)
-    active = sum(int(rows.active(part).sum()) for part in torch.split(holdout, 2048))
+    active = sum(int(at.active(part).sum()) for at, part in rows.parts(holdout, 2048))
     return LayerCurves(trace_curves(predictor, rows, sample, scale), held, active)
 
 

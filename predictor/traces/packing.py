@@ -21,10 +21,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from packaging.version import Version
 
 _STEP_AND_LOW = {2: (2.0, -4.0), 4: (1.0, -11.0), 8: (0.125, -20.0)}
 BITS = (0, *_STEP_AND_LOW)
 """Bits an active neuron may take; 0 stores no importance."""
+
+_GATHERING = 0x0102040810204080
+_KNOWN_SIZES = Version(torch.__version__) >= Version("2.7")
+"""Whether torch finds a known number of true entries on a GPU; it can since
+https://github.com/pytorch/pytorch/pull/141838."""
 
 RANKING_BITS = 8
 """Fewer bits cannot tell which of two neurons matters more."""
@@ -41,19 +47,31 @@ def pack_active(active: torch.Tensor) -> torch.Tensor:
 def pack_on_device(active: torch.Tensor) -> torch.Tensor:
     """Do the same with torch alone, leaving the result on the device."""
     rows, d_ff = active.shape
-    padded = torch.nn.functional.pad(active.to(torch.uint8), (0, -d_ff % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=active.device)
-    return (padded.view(rows, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    if -d_ff % 8:
+        active = torch.nn.functional.pad(active, (0, -d_ff % 8))
+    # Eight neurons, a byte each, are one integer: a product brings their bits together in its
+    # highest byte.
+    packed = (active.contiguous().view(torch.int64) * _GATHERING).view(torch.uint8)
+    return packed.view(rows, -1, 8)[:, :, 7].contiguous()
 
 
 def unpack_active(packed: torch.Tensor, d_ff: int) -> torch.Tensor:
-    """Unpack (rows, ceil(d_ff / 8)) uint8 on the CPU into (rows, d_ff) bool."""
+    """Unpack (rows, ceil(d_ff / 8)) uint8 into (rows, d_ff) bool, on the same device."""
+    if packed.device.type != "cpu":
+        return unpack_on_device(packed, d_ff)
     bits = np.unpackbits(packed.numpy(), axis=1, count=d_ff, bitorder="little")
     return torch.from_numpy(bits.view(bool))
 
 
+def unpack_on_device(packed: torch.Tensor, d_ff: int) -> torch.Tensor:
+    """Do the same with torch alone."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed[:, :, None] >> places).bitwise_and_(1)
+    return bits.view(torch.bool).flatten(1)[:, :d_ff]
+
+
 def active_places(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return row and neuron, int64 each, of every set bit in order.
+    """Return row and neuron, int64 each, of every bit set on the CPU, in order.
 
     Sparse rows have few non-zero bytes, so this is several times faster than looking for true
     entries among all neurons.
@@ -68,11 +86,26 @@ def active_places(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(row), torch.from_numpy(places - row * (8 * width))
 
 
+def true_places(active: torch.Tensor, total: int) -> torch.Tensor:
+    """Return the places of the true entries of a bool tensor, flattened, (total,) int64 in order.
+
+    Args:
+        active: of any shape, on any device.
+        total: how many there are; who knows it need not wait for the device to count them.
+    """
+    flat = active.reshape(-1)
+    if _KNOWN_SIZES or flat.device.type == "cpu":
+        return torch.nonzero_static(flat, size=total)[:, 0]
+    return flat.nonzero()[:, 0]
+
+
 def count_active(packed: torch.Tensor) -> torch.Tensor:
-    """Return (rows,) int64, the number of set bits of every row."""
-    bits = torch.tensor([value.bit_count() for value in range(256)])
+    """Return (rows,) int64, the number of set bits of every row, on the same device."""
+    if packed.device.type == "cpu" and hasattr(np, "bitwise_count"):
+        return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(1, dtype=np.int64))
+    bits = torch.tensor([value.bit_count() for value in range(256)], device=packed.device)
     parts = [bits[part.long()].sum(1) for part in torch.split(packed, 4096)]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *parts])
+    return torch.cat([bits[:0], *parts])
 
 
 def encode_importance(relative: torch.Tensor, bits: int) -> torch.Tensor:
@@ -97,6 +130,24 @@ def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]
     for slot in range(each):
         packed |= padded[slot::each] << np.uint8(slot * bits)
     return packed
+
+
+def pack_codes_on_device(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Do the same with torch alone, leaving the result on the device."""
+    each = 8 // bits
+    padded = torch.nn.functional.pad(codes, (0, -len(codes) % each)).view(-1, each)
+    packed = padded[:, 0].clone()
+    for slot in range(1, each):
+        packed |= padded[:, slot] << slot * bits
+    return packed
+
+
+def shift_codes(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
+    """Move packed codes up by some bits, fewer than 8: one byte more, zeros come in below."""
+    shifted = np.zeros(len(packed) + 1, np.uint8)
+    np.left_shift(packed, np.uint8(bits), out=shifted[:-1])
+    shifted[1:] |= packed >> np.uint8(8 - bits)
+    return shifted
 
 
 def codes_at(packed: torch.Tensor, positions: torch.Tensor, bits: int) -> torch.Tensor:

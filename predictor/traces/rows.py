@@ -1,14 +1,15 @@
 """A layer's trace rows: gathered from the shards that hold them, in the form that training eats.
 
 Shard files are mapped, not read, so a layer may have more rows than memory holds: a batch costs its
-own size, and the system drops mapped pages when it needs their memory.
+own size, and the system drops mapped pages when it needs their memory. What computes on a device
+takes rows from its memory: see `predictor.traces.device_rows`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.errors import TraceError
+from common.errors import COLLECT_AGAIN, TraceError
 from predictor.traces.packing import active_places, codes_at, decode_importance, unpack_active
 
 Places = npt.NDArray[np.int64]
@@ -69,6 +70,20 @@ class ShardedRows:
         """Return the number of rows."""
         return int(self._first[-1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is read comes out."""
+        return torch.device("cpu")
+
+    def parts(self, index: torch.Tensor, size: int) -> Iterator[tuple[ShardedRows, torch.Tensor]]:
+        """Yield the rows (n,) int64 in parts of at most `size`, where they are computed with.
+
+        Yields:
+            Rows to read a part from, and its index in them.
+        """
+        for part in torch.split(index, size):
+            yield self, part
+
     def inputs_at(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_model) float32 inputs of the rows (n,) int64.
 
@@ -85,6 +100,28 @@ class ShardedRows:
     def active_at(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, ceil(d_ff / 8)) uint8 active bits of the rows (n,) int64."""
         return self._gather("active", index)
+
+    def places_at(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where the rows (n,) int64 are active.
+
+        Returns:
+            Places in (n, d_ff), flattened, and the row of each, (k,) int64 in order.
+        """
+        row, neuron = active_places(self.active_at(index))
+        return row * len(self.counts) + neuron, row
+
+    def active_counts(self, index: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Return (n,) int64 on the CPU: how many neurons are active in the rows (n,) int64.
+
+        Args:
+            index: the rows.
+            row: what `places_at` says of them.
+        """
+        return torch.bincount(row, minlength=len(index))
+
+    def known_counts(self, index: torch.Tensor) -> torch.Tensor | None:
+        """Return the same where it is known without looking."""
+        return None
 
     def scale_at(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n,) float32 mean importance of the active neurons of the rows (n,) int64."""
@@ -128,11 +165,7 @@ class ShardedRows:
     def _refuse_damaged(self, inputs: torch.Tensor, index: torch.Tensor) -> None:
         for piece, places, _ in self._split(index):
             if not torch.isfinite(inputs[places]).all():
-                raise TraceError(
-                    f"{piece.file}: inputs hold NaN or inf",
-                    "find what else is damaged with 'psp traces check', or collect the traces "
-                    "again",
-                )
+                raise damaged_inputs(piece.file)
 
     def _split(self, index: torch.Tensor) -> Iterator[tuple[LayerRows, Places, Places]]:
         """Yield each piece that holds some of the rows, their places in `index` and in the piece.
@@ -158,6 +191,24 @@ def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """Return the same memory to numpy, which knows no bfloat16."""
     array: npt.NDArray[Any] = tensor.view(_BITS[tensor.element_size()]).numpy()
     return array
+
+
+def damaged_inputs(file: Path) -> TraceError:
+    """Return the error about inputs that are no numbers."""
+    return TraceError(
+        f"{file}: inputs hold NaN or inf",
+        "find what else is damaged with 'psp traces check', or collect the traces again",
+    )
+
+
+def check_counts(file: Path, per_row: torch.Tensor, counts: torch.Tensor) -> None:
+    """Refuse a file whose active bits, so many in each row, contradict its counts of neurons.
+
+    Raises:
+        TraceError: importance would be read from wrong places.
+    """
+    if per_row.sum() != counts.sum():
+        raise TraceError(f"{file}: counts differ from the active bits", COLLECT_AGAIN)
 
 
 def normalise_rms(inputs: torch.Tensor) -> torch.Tensor:
@@ -200,6 +251,20 @@ class LabelledRows:
         """Neurons of the layer."""
         return len(self.weights.down_norms)
 
+    @property
+    def device(self) -> torch.device:
+        """Where rows come out and are computed with."""
+        return self.rows.device
+
+    def parts(self, index: torch.Tensor, size: int) -> Iterator[tuple[LabelledRows, torch.Tensor]]:
+        """Yield the rows (n,) int64 in parts, see `ShardedRows.parts`."""
+        for rows, part in self.rows.parts(index, size):
+            yield self if rows is self.rows else replace(self, rows=rows), part
+
+    def at_hand(self, index: torch.Tensor) -> tuple[LabelledRows, torch.Tensor]:
+        """Return rows to read the rows (n,) int64 from, and their index in them."""
+        return next(self.parts(index, max(1, len(index))))
+
     def inputs(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_model) float32 inputs of the chosen rows, scaled if asked for.
 
@@ -215,7 +280,7 @@ class LabelledRows:
 
     def importance(self, index: torch.Tensor) -> torch.Tensor:
         """Return (n, d_ff) float32 |act(g)·u|·‖down column‖ as stored, zero where not active."""
-        dense = torch.zeros(len(index), self.d_ff)
+        dense = torch.zeros(len(index), self.d_ff, device=self.device)
         places, values = self._active(index, importance=True)
         dense.view(-1)[places] = values
         return dense
@@ -236,22 +301,39 @@ class LabelledRows:
         places, values = self._active(index, importance=importance or bool(self.top))
         if not self.top:
             return places, values
-        magnitude = torch.zeros(len(index), self.d_ff)
-        neuron_norms = self.weights.down_norms.clamp_min(1e-30)[places % self.d_ff]
+        magnitude = torch.zeros(len(index), self.d_ff, device=self.device)
+        norms = self.weights.down_norms.to(self.device)
+        neuron_norms = norms.clamp_min(1e-30)[places % self.d_ff]
         magnitude.view(-1)[places] = values / neuron_norms
         largest = magnitude.topk(self.top, dim=1).indices
-        kept = torch.zeros(magnitude.shape, dtype=torch.bool).scatter_(1, largest, True)
+        kept = torch.zeros_like(magnitude, dtype=torch.bool).scatter_(1, largest, True)
         chosen = (kept & (magnitude > 0)).view(-1)[places]
         return places[chosen], values[chosen]
+
+    def positives_within(
+        self, index: torch.Tensor, places: torch.Tensor, ends: Sequence[int]
+    ) -> list[int]:
+        """Return how many of the labels to train on are in the first so many rows.
+
+        Args:
+            index: (n,) int64, the chosen rows.
+            places: what `positives` says of them.
+            ends: numbers of rows, more than n too.
+        """
+        counts = None if self.top else self.rows.known_counts(index)
+        if counts is None:
+            limits = torch.tensor(ends, device=places.device) * self.d_ff
+            return list(map(int, torch.searchsorted(places, limits).tolist()))
+        sums = [0, *counts.cumsum(0).tolist()]
+        return [sums[min(end, len(index))] for end in ends]
 
     def _active(
         self, index: torch.Tensor, *, importance: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        row, neuron = active_places(self.rows.active_at(index))
-        places = row * self.d_ff + neuron
+        places, row = self.rows.places_at(index)
         if not importance:
-            return places, torch.empty(0)
-        codes = self.rows.codes_at(index, torch.bincount(row, minlength=len(index)))
+            return places, torch.empty(0, device=places.device)
+        codes = self.rows.codes_at(index, self.rows.active_counts(index, row))
         relative = decode_importance(codes, self.rows.importance_bits)
         return places, relative * self.rows.scale_at(index)[row]
 

@@ -28,9 +28,10 @@ from safetensors.torch import save
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
+from predictor.traces.device_rows import rows_for
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.traces.packing import count_active
-from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows
+from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows, check_counts
 from predictor.traces.shard_file import (
     ShardLayout,
     ShardWriter,
@@ -39,6 +40,8 @@ from predictor.traces.shard_file import (
     read_tensors,
     shard_counts,
 )
+
+_CPU = torch.device("cpu")
 
 
 class TraceStore:
@@ -189,8 +192,12 @@ class TraceStore:
                 )
         return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
-    def layer(self, layer: int) -> ShardedRows:
+    def layer(self, layer: int, device: torch.device = _CPU) -> ShardedRows:
         """Map all rows of one layer; only where each row's importance begins is held in memory.
+
+        Args:
+            layer: its number.
+            device: where rows are computed with; a GPU's memory holds them if they fit.
 
         Raises:
             TraceError: the layer was not recorded, or a shard is missing, damaged or does not fit
@@ -200,19 +207,20 @@ class TraceStore:
             raise TraceError(f"{self.path}: layer {layer} was not collected", "see --layers")
         if not self.progress.shards:
             raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
-        shards = enumerate(self.progress.shards)
-        return ShardedRows(*(self._mapped(layer, number, shard.rows) for number, shard in shards))
+        pieces = [
+            self._mapped(layer, n, shard.rows) for n, shard in enumerate(self.progress.shards)
+        ]
+        if device.type == "cuda":
+            return rows_for(device, pieces, lambda: list(map(_counted, pieces)))
+        return ShardedRows(*map(_counted, pieces))
 
     def _mapped(self, layer: int, number: int, rows: int) -> LayerRows:
-        file, bits = self._shard_file(layer, number), self.header.importance_bits
+        """Map a shard file; where rows' importance begins is left open."""
+        file, starts = self._shard_file(layer, number), torch.zeros(0, dtype=torch.int64)
         parts = read_shard(file, self._layout(rows))
-        starts = torch.zeros(0, dtype=torch.int64)
-        if bits:
-            per_row = count_active(parts["active"])
-            if per_row.sum() != parts["counts"].sum():
-                raise TraceError(f"{file}: counts differ from the active bits", COLLECT_AGAIN)
-            starts = torch.cumsum(per_row, 0) - per_row
-        return LayerRows(importance_bits=bits, starts=starts, file=file, **parts)
+        return LayerRows(
+            importance_bits=self.header.importance_bits, starts=starts, file=file, **parts
+        )
 
     def activation_sparsity(self) -> dict[int, float]:
         """Return every recorded layer's activation sparsity over all rows, from stored counts."""
@@ -296,6 +304,15 @@ def hold_out(segments: Sequence[Sequence[int]], share: float, seed: int) -> torc
     held = choose_documents(segments, share, seed)
     chosen = torch.tensor([document in held for document, _ in segments])
     return torch.repeat_interleave(chosen, torch.tensor([rows for _, rows in segments]))
+
+
+def _counted(piece: LayerRows) -> LayerRows:
+    """Find where each row's importance begins."""
+    if not piece.importance_bits:
+        return piece
+    per_row = count_active(piece.active)
+    check_counts(piece.file, per_row, piece.counts)
+    return replace(piece, starts=torch.cumsum(per_row, 0) - per_row)
 
 
 def _is_ours(file: Path) -> bool:

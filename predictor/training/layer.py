@@ -51,7 +51,7 @@ def train_layer(
 
     Args:
         start: with the recipe to train by; it is trained in place.
-        rows: the layer's trace rows.
+        rows: the layer's trace rows, for the start's device.
         train: (n,) int64, rows to train on.
         holdout: (m,) int64, rows that choose the epoch where the recipe asks for that.
         generator: source of the order of rows.
@@ -63,7 +63,6 @@ def train_layer(
         float32 predictor on the CPU; round it with `module.to_half` before it is measured.
     """
     recipe, predictor = start.recipe, start.predictor
-    device = predictor.fc1.device
     rates = _rates(start)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
@@ -71,12 +70,12 @@ def train_layer(
         fused=True,
     )
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
-    held = [] if on_epoch is None else read_batches(recipe, rows, device, _sample(holdout))
+    held = [] if on_epoch is None else read_batches(recipe, *rows.at_hand(_sample(holdout)))
     step, best, best_recall, bad = 0, start.plain(), -1.0, 0
     for _ in range(recipe.epochs):
         losses = []
         order = train[torch.randperm(len(train), generator=generator)]
-        for batch in batches(recipe, rows, device, order):
+        for batch in batches(recipe, rows, order):
             if recipe.cosine:
                 for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
                     group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -127,29 +126,30 @@ def _epoch(losses: list[torch.Tensor], trained: Predictor, held: Sequence[Batch]
         trained: what it ended with, on the CPU.
         held: held-out rows, on the device of training.
     """
-    rows, loss, wrong, decisions = 0, 0.0, 0, 0
-    device = losses[0].device
-    predictor = Predictor(trained.fc1.detach().to(device), trained.fc2.detach().to(device))
+    predictor = trained.on(losses[0].device)
+    told, counted = [], []
     for batch in held:
         logits = predictor(batch.inputs)
-        loss += len(logits) * float(loss_of(logits, batch))
-        predicted = (logits >= 0).view(-1)
-        hits = int(predicted[batch.places].sum())
-        wrong += int(predicted.sum()) - hits + len(batch.places) - hits
-        rows, decisions = rows + len(logits), decisions + logits.numel()
+        above = (logits >= 0).view(-1)
+        told.append(loss_of(logits, batch))
+        counted.append(torch.stack([above.sum(), above[batch.places].sum()]))
+    rows, loss = 0, 0.0
+    for batch, mean in zip(held, torch.stack(told).tolist(), strict=True):
+        rows, loss = rows + len(batch.inputs), loss + len(batch.inputs) * mean
+    active = sum(len(batch.places) for batch in held)
+    predicted, hits = torch.stack(counted).sum(0).tolist()
     return Epoch(
         loss=float(torch.stack(losses).mean()),
         held_out_loss=loss / rows,
-        held_out_error=wrong / decisions,
+        held_out_error=(predicted + active - 2 * hits) / (rows * len(predictor.fc2)),
     )
 
 
 def evaluate(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> DecisionCounts:
     """Count decisions at threshold 0 against the uncut labels of the chosen rows."""
-    counts, device = DecisionCounts(), predictor.fc1.device
-    for part in torch.split(index, _EVALUATION_ROWS):
-        predicted = decide(predictor, rows.inputs(part).to(device), 0.0)
-        counts.add(rows.active(part), predicted.cpu())
+    counts, predictor = DecisionCounts(), predictor.on(rows.device)
+    for held, part in rows.parts(index, _EVALUATION_ROWS):
+        counts.add(held.active(part), decide(predictor, held.inputs(part), 0.0))
     return counts
 
 
@@ -206,10 +206,10 @@ class LayerTrainer:
         return min(jobs_for(self.config, header.d_model, header.d_ff), max(layers, 1))
 
     def rows(self, layer: int) -> LabelledRows:
-        """Return a layer's rows as the recipe wants them."""
+        """Return a layer's rows as the recipe wants them, for the device of training."""
         share = self.config.label_top_fraction
         return LabelledRows(
-            self.store.layer(layer),
+            self.store.layer(layer, self.device),
             self.store.weights(layer),
             normalise=self.recipe.normalise,
             top=0 if share is None else max(1, int(share * self.store.header.d_ff)),
@@ -261,7 +261,7 @@ class LayerTrainer:
         generator = self.generator(layer)
         sample = start_sample(self.recipe, self.train, generator)
         trained = train_layer(
-            Starter(self.recipe, rows, sample, self.device).at(rank, generator),
+            Starter(self.recipe, rows, sample).at(rank, generator),
             rows,
             train=self.train,
             holdout=self.holdout,

@@ -8,14 +8,12 @@ passes over all labels and a correction at some places replace those of automati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch.nn.functional import softplus
 
-from common.overlap import made_ahead
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.coordinates import Coordinates
@@ -60,30 +58,28 @@ class Batch:
         )
 
 
-def read_batches(
-    recipe: Recipe, rows: LabelledRows, device: torch.device, index: torch.Tensor
-) -> list[Batch]:
+def read_batches(recipe: Recipe, rows: LabelledRows, index: torch.Tensor) -> list[Batch]:
     """Read the rows (n,) int64, cut them into batches and weigh their labels as the recipe says."""
     places, importance = rows.positives(index, importance=recipe.importance)
     power = importance.pow(recipe.importance_power)
     inputs, d_ff, batches = rows.inputs(index), rows.d_ff, []
     firsts = range(0, len(index), recipe.batch)
     cuts, told = (
-        torch.searchsorted(places, torch.tensor(ends) * d_ff).tolist()
+        rows.positives_within(index, places, ends)
         for ends in ([*firsts, len(index)], [first + _TOLD_ROWS for first in firsts])
     )
     for first, low, few, high in zip(firsts, cuts[:-1], told, cuts[1:], strict=True):
         part = inputs[first : first + recipe.batch]
-        positive = torch.ones(high - low)
+        positive = torch.ones(high - low, device=places.device)
         if recipe.importance:
             mean = power[low:high].mean() if high > low else positive.sum()
             positive = (power[low:high] / mean.clamp_min(1e-30)).clamp_max_(recipe.importance_cap)
         density = (high - low) / (len(part) * d_ff)
         batches.append(
             Batch(
-                inputs=part.to(device),
-                places=(places[low:high] - first * d_ff).to(device),
-                positive=positive.to(device),
+                inputs=part,
+                places=places[low:high] - first * d_ff,
+                positive=positive,
                 negative=recipe.negative_weight * density + recipe.negative_floor,
                 told=min(few, high) - low,
             )
@@ -92,23 +88,14 @@ def read_batches(
 
 
 def batches(
-    recipe: Recipe,
-    rows: LabelledRows,
-    device: torch.device,
-    order: torch.Tensor,
-    *,
-    together: int = READ_ROWS,
+    recipe: Recipe, rows: LabelledRows, order: torch.Tensor, *, together: int = READ_ROWS
 ) -> Iterator[Batch]:
-    """Yield the rows `order`, (n,) int64, in batches.
+    """Yield the rows `order`, (n,) int64, in batches, where rows are computed with.
 
-    Several are read together, which costs less than one by one; for a GPU the next ones are read
-    while the last are in use.
+    Several are read together, which costs less than one by one.
     """
-    read = partial(read_batches, recipe, rows, device)
-    parts = torch.split(order, recipe.batch * max(1, together // recipe.batch))
-    through: Callable[..., Iterable[list[Batch]]] = map if device.type == "cpu" else made_ahead
-    for several in through(read, parts):
-        yield from several
+    for held, index in rows.parts(order, recipe.batch * max(1, together // recipe.batch)):
+        yield from read_batches(recipe, held, index)
 
 
 @torch.no_grad()

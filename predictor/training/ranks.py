@@ -71,7 +71,7 @@ def _scout(
     train = trainer.train
     order = train[torch.randperm(len(train), generator=generator)]
     seen, unseen, curves = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:], {}
-    starter = Starter(scout, rows, start_sample(scout, seen, generator), trainer.device)
+    starter = Starter(scout, rows, start_sample(scout, seen, generator))
     for rank in ranks:
         trained = train_layer(
             starter.at(rank, generator),

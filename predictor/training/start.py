@@ -62,18 +62,15 @@ def start_sample(recipe: Recipe, train: torch.Tensor, generator: torch.Generator
 class Starter:
     """Makes the starts of a layer, of any rank; what they share is computed once."""
 
-    def __init__(
-        self, recipe: Recipe, rows: LabelledRows, sample: torch.Tensor, device: torch.device
-    ) -> None:
+    def __init__(self, recipe: Recipe, rows: LabelledRows, sample: torch.Tensor) -> None:
         """Name what starts are made of.
 
         Args:
             recipe: settings.
-            rows: the layer's trace rows.
+            rows: the layer's trace rows, for the device to train on.
             sample: (n,) int64, rows to measure inputs on, from `start_sample`.
-            device: torch device to train on.
         """
-        self._recipe, self._rows, self._sample, self._device = recipe, rows, sample, device
+        self._recipe, self._rows, self._sample = recipe, rows, sample
 
     def at(self, rank: int, generator: torch.Generator) -> Start:
         """Return the start of a rank.
@@ -85,28 +82,28 @@ class Starter:
         gate = self._rows.weights.gate
         if self._recipe.start == "random":
             drawn = random_start(rank, gate.shape[1], len(gate), generator)
-            return Start(self._recipe, drawn.to(self._device))
+            return Start(self._recipe, drawn.to(self._rows.device))
         constant = self._recipe.start == "constant" and rank <= gate.shape[1] + 1
         if not constant or self._whitened is None:
             factor, directions = self._paired
             return Start(self._recipe.with_pairs(), pairs_start(directions, factor, rank))
-        seen = self._sample[:_START_ROWS]
-        x = self._rows.inputs(seen).to(self._device)
+        rows, seen = self._rows.at_hand(self._sample[:_START_ROWS])
+        x = rows.inputs(seen)
         basis, directions = self._whitened
         predictor, coordinates = constant_start(directions, basis, rank, x)
         _settle(
             predictor,
             coordinates,
             x,
-            self._rows.active(seen),
-            read_batches(self._recipe, self._rows, self._device, seen[:_SETTLE_ROWS]),
+            rows.active(seen),
+            read_batches(self._recipe, rows, seen[:_SETTLE_ROWS]),
         )
         return Start(self._recipe, predictor, coordinates)
 
     @cached_property
     def _moments(self) -> Moments:
-        parts = torch.split(self._sample, _PART)
-        return moments_of(self._rows.inputs(part).to(self._device) for part in parts)
+        parts = self._rows.parts(self._sample, _PART)
+        return moments_of(rows.inputs(part) for rows, part in parts)
 
     @cached_property
     def _whitened(self) -> tuple[torch.Tensor, Directions] | None:
@@ -114,13 +111,13 @@ class Starter:
         whitening = whitening_of(self._moments)
         if whitening is None:
             return None
-        gate = self._rows.weights.gate.to(self._device)
+        gate = self._rows.weights.gate.to(self._rows.device)
         return whitening.basis, directions_of(gate, whitening.factor)
 
     @cached_property
     def _paired(self) -> tuple[torch.Tensor, Directions]:
         factor = self._moments.factor
-        return factor, directions_of(self._rows.weights.gate.to(self._device), factor)
+        return factor, directions_of(self._rows.weights.gate.to(self._rows.device), factor)
 
 
 @torch.no_grad()
@@ -143,13 +140,13 @@ def _settle(
         return coordinates.hidden((inputs @ predictor.fc1.T).relu(), inputs)
 
     biases = matching_biases(hidden(x), predictor.fc2, active, _FACTORS)
-    losses = torch.zeros(len(_FACTORS), len(_SCALES))
+    losses = torch.zeros(len(_FACTORS), len(_SCALES), device=x.device)
     for batch in batches:
         units = hidden(batch.inputs)
         for number, bias in enumerate(biases):
             predictor.fc2[:, -1] = bias
             logits = units @ predictor.fc2.T
-            losses[number] += torch.stack([loss_of(logits * s, batch) for s in _SCALES]).cpu()
+            losses[number] += torch.stack([loss_of(logits * s, batch) for s in _SCALES])
     factor, scale = divmod(int(losses.argmin()), len(_SCALES))
     predictor.fc2[:, -1] = biases[factor]
     predictor.fc2.mul_(_SCALES[scale])
@@ -263,7 +260,7 @@ def matching_biases(
     Args:
         hidden: (n, units + 1) float32, the last column s.
         fc2: (d_ff, units + 1) float32; its biases are not looked at.
-        active: (n, d_ff) bool, on any device.
+        active: (n, d_ff) bool.
         factors: how many times as often.
 
     Returns:
@@ -271,16 +268,23 @@ def matching_biases(
     """
     biases, rows = [], len(hidden)
     relative = hidden[:, :-1] / hidden[:, -1:].clamp_min(_LEAST_CONSTANT)
-    counts = active.sum(0).cpu()
+    counts = active.sum(0)
     wanted = torch.stack([(counts * factor).long().clamp_max(rows) for factor in factors])
     for matrix, many in zip(
         torch.split(fc2[:, :-1], _NEURONS), torch.split(wanted, _NEURONS, dim=1), strict=True
     ):
-        # NumPy sorts many times as fast as torch does on a CPU.
-        logits = torch.from_numpy(np.sort((matrix @ relative.T).cpu().numpy()))
+        logits = _sorted(matrix @ relative.T)
         # Past the last row on either side, none or all are predicted.
         before, after = 2 * logits[:, :1] - logits[:, 1:2], 2 * logits[:, -1:] - logits[:, -2:-1]
         logits = torch.cat([before, logits, after], dim=1)
         edges = (logits[:, :-1] + logits[:, 1:]) / 2
         biases.append(-edges.gather(1, (rows - many).T))
-    return torch.cat(biases).T.to(fc2.device)
+    return torch.cat(biases).T
+
+
+def _sorted(values: torch.Tensor) -> torch.Tensor:
+    """Return values with every row in ascending order."""
+    if values.device.type != "cpu":
+        return values.sort(dim=1).values
+    # NumPy sorts many times as fast as torch does on a CPU.
+    return torch.from_numpy(np.sort(values.numpy()))
