@@ -25,7 +25,7 @@ import torch
 from benchmarks.shared import print_line
 from predictor.collection.recorder import row_importance
 from predictor.traces.manifest import TraceHeader
-from predictor.traces.packing import active_places, pack_active
+from predictor.traces.packing import active_places, pack_active, pack_codes
 from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import BatchRows
 from predictor.traces.store import TraceStore
@@ -135,7 +135,8 @@ def batch(layer: dict[str, torch.Tensor], rows: int, generator: torch.Generator)
     packed = pack_active(gate > 0)
     row, _ = active_places(packed)
     scale, codes = row_importance(gate[gate > 0], row, rows, 2)
-    return BatchRows(inputs, packed, (gate > 0).sum(0), scale, codes)
+    stored = torch.from_numpy(pack_codes(codes.numpy(), 2))
+    return BatchRows(inputs, packed, (gate > 0).sum(0), scale, stored)
 
 
 def documents(first: int, rows: int) -> Iterator[list[int]]:

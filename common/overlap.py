@@ -60,6 +60,65 @@ def flushed_meanwhile(descriptor: int) -> Iterator[None]:
         raise errors[0]
 
 
+class Lanes:
+    """Does things in threads: those of one lane in their order, several lanes at the same time."""
+
+    def __init__(self, lanes: int, waiting: int) -> None:
+        """Start the threads.
+
+        Args:
+            lanes: threads.
+            waiting: things that may wait; whoever puts more waits himself.
+        """
+        self._pools = [ThreadPoolExecutor(1) for _ in range(lanes)]
+        self._room = threading.Semaphore(waiting)
+        self._futures: list[Future[None]] = []
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Lanes:
+        """Give them out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Drop what has not begun, and wait for what has."""
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def put(self, lane: int, work: Callable[[], object]) -> None:
+        """Let something be done after what was put into its lane before.
+
+        Raises:
+            BaseException: what something that was put before has raised.
+        """
+        self._room.acquire()
+        self._raise()
+        self._futures.append(self._pools[lane % len(self._pools)].submit(self._do, work))
+
+    def wait(self) -> None:
+        """Wait until everything is done.
+
+        Raises:
+            BaseException: the first that something has raised.
+        """
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.result()
+        self._raise()
+
+    def _do(self, work: Callable[[], object]) -> None:
+        try:
+            if self._error is None:
+                work()
+        except BaseException as error:
+            self._error = self._error or error
+        finally:
+            self._room.release()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 class StoppedError(Exception):
     """Raised inside work that nobody waits for any more."""
 

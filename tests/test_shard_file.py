@@ -64,8 +64,12 @@ class Rows:
             active=pack_active(self.active[start:end]),
             counts=self.active[start:end].sum(0),
             scale=self.scale[start:end] if bits else torch.empty(0),
-            codes=self.codes[before:until] if bits else torch.empty(0),
+            codes=packed(self.codes[before:until], bits) if bits else torch.empty(0),
         )
+
+
+def packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.from_numpy(pack_codes(codes.numpy(), bits))
 
 
 def make_rows(

@@ -30,6 +30,7 @@ from predictor.collection.windows import (
     segments_of,
     text_sha256,
 )
+from predictor.collection.writing import AtOnce, Meanwhile
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import INPUT_DTYPES
@@ -133,7 +134,9 @@ def record(
     windows = cut_windows(documents, tokenizer, header.context)
     shards = cut_shards(windows, header.shard_rows, header.tokens)
     held = list(store.progress.shards)
-    with tqdm(total=header.tokens, unit="tok", desc="collect", disable=None) as bar:
+    writing = AtOnce(store) if recorder.at_once else Meanwhile(store)
+    bar = tqdm(total=header.tokens, unit="tok", desc="collect", disable=None)
+    with bar, writing:
         for committed, shard in zip_longest(held, map(order_windows, shards)):
             digest = text_sha256(shard or [])
             segments = segments_of(shard or [])
@@ -147,10 +150,11 @@ def record(
             if committed is not None:
                 bar.update(committed.rows)
                 continue
-            with store.shard(segments, digest) as writers:
+            with writing.shard(segments, digest) as sink:
                 for batch in cut_batches(shard, header.batch * header.context):
-                    recorder.run(batch, lambda layer, rows: writers[layer].append(rows))
+                    recorder.run(batch, sink)
                     bar.update(sum(len(window.tokens) for window in batch))
+                recorder.flush()
     if not store.rows:
         raise DataError(
             f"{shown(header.data)}: gives no tokens", "pass a source with at least one document"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from operator import and_
 from typing import Any
 
 import torch
@@ -11,17 +13,25 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel
 from common.errors import TraceError
+from predictor.collection.row_maker import Arriving, Begun, Layer, RowMaker, relative_codes
 from predictor.collection.windows import Window
-from predictor.traces.packing import active_places, encode_importance, pack_active
+from predictor.traces.packing import active_places, pack_active, pack_codes
 from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import BatchRows
+from predictor.traces.transfer import sent
 
 _BLOCK = 1 << 19
-Sink = Callable[[int, BatchRows], None]
+Sink = Callable[[int, Arriving], None]
 
 
 class Recorder:
-    """Runs batches of windows and hands the rows of every layer to a sink, layer by layer."""
+    """Runs batches of windows and hands the rows of every layer to a sink, layer by layer.
+
+    On a device the last layer stays open until the next one, or `flush`: see `row_maker`.
+
+    Attributes:
+        at_once: rows are there when they are handed over.
+    """
 
     def __init__(
         self,
@@ -42,12 +52,21 @@ class Recorder:
             importance_bits: bits of an active neuron's importance, 0 for none.
         """
         self._model, self._dtype, self._bits = model, dtype, importance_bits
-        self._checkpoint = checkpoint
+        self._checkpoint, self._device = checkpoint, torch.device(model.device)
         self._threshold = checkpoint.shape.activation_threshold
         self._sink: Sink = lambda layer, rows: None
         self._rows: torch.Tensor | None = None
         self._inputs = torch.empty(0)
-        self._active: torch.Tensor | None = None
+        self._taps: list[torch.Tensor] = []
+        self._maker = RowMaker(
+            self._device,
+            partial(passes, threshold=self._threshold),
+            dtype=dtype,
+            bits=importance_bits,
+        )
+        self._open: tuple[int, Begun, Sink] | None = None
+        self._handed: Callable[[], object] = lambda: None
+        self.at_once = made_at_once(self._device)
         architecture = checkpoint.architecture
         for layer, norms in down_norms.items():
             block = model.blocks[layer]
@@ -55,10 +74,15 @@ class Recorder:
             for tap in architecture.activation_taps:
                 block.get_submodule(tap).register_forward_hook(self._tap)
             output = block.get_submodule(architecture.ffn_output)
-            self._hook_output(output, layer, norms)
+            self._hook_output(output, layer, norms.to(self._device))
 
     def run(self, windows: Sequence[Window], sink: Sink) -> None:
-        """Run one batch and record its rows, window after window."""
+        """Run one batch and record its rows, window after window.
+
+        Raises:
+            TraceError: residuals or activations do not fit their type; on a device it may come
+                with a later layer, or out of the rows that were handed over.
+        """
         lengths = [len(window.tokens) for window in windows]
         longest = max(lengths)
         tokens = torch.zeros(len(windows), longest, dtype=torch.long)
@@ -68,9 +92,28 @@ class Recorder:
         # its rows are left out.
         valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
         everything = bool(valid.all())
-        self._rows = None if everything else valid.flatten().nonzero()[:, 0].to(self._model.device)
+        chosen = valid.flatten().nonzero()[:, 0]
+        self._rows = None if everything else sent(chosen, self._device)
         self._sink = sink
         self._model.run(tokens)
+
+    def flush(self) -> None:
+        """Hand over what is still open.
+
+        Raises:
+            TraceError: as `run`.
+        """
+        if self._open is None:
+            return
+        (layer, begun, sink), self._open = self._open, None
+        begun.ready.wait()
+        if not begun.told[1]:
+            self._handed()  # an overflow in the layer before is the cause
+            self._refuse_inputs(layer, begun.layer.select(begun.layer.residual), begun.stored)
+        made = self._maker.finish(begun)
+        rows = partial(self._arrived, layer, begun.product.dtype, made)
+        self._handed = rows
+        sink(layer, rows)
 
     def _select(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows of (batch, length, n) or (batch · length, n) that are not padding."""
@@ -79,40 +122,69 @@ class Recorder:
 
     def _hook_input(self, module: nn.Module, layer: int) -> None:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            inputs = self._select(args[0])
-            stored = inputs.to(self._dtype)
-            # What does not fit has become infinite, NaN stays; both show in the extremes.
-            if not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
-                self._checkpoint.check_numbers()  # the cause, if it is there
-                bad = int((~torch.isfinite(stored)).sum())
-                raise TraceError(
-                    f"layer {layer}: {bad} of {stored.numel()} residual values of a batch do not "
-                    f"fit {self._dtype} (largest {float(inputs.abs().max()):g})",
-                    "use --dtype bfloat16, or check the model if that is in use already",
-                )
-            self._inputs, self._active = stored.cpu(), None
+            self._inputs, self._taps = args[0], []
+            if self.at_once:
+                inputs = self._select(args[0])
+                self._inputs = inputs.to(self._dtype)
+                # What does not fit has become infinite, NaN stays; both show in the extremes.
+                if not torch.isfinite(torch.stack(torch.aminmax(self._inputs))).all():
+                    self._refuse_inputs(layer, inputs, self._inputs)
 
         module.register_forward_pre_hook(hook)
 
+    def _refuse_inputs(self, layer: int, inputs: torch.Tensor, stored: torch.Tensor) -> None:
+        self._checkpoint.check_numbers()  # the cause, if it is there
+        bad = int((~torch.isfinite(stored)).sum())
+        raise TraceError(
+            f"layer {layer}: {bad} of {stored.numel()} residual values of a batch do not "
+            f"fit {self._dtype} (largest {float(inputs.abs().max()):g})",
+            "use --dtype bfloat16, or check the model if that is in use already",
+        )
+
     def _tap(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        passing = passes(self._select(output), self._threshold)
-        self._active = passing if self._active is None else self._active & passing
+        if self.at_once:
+            output = passes(self._select(output), self._threshold)
+        self._taps.append(output)
 
     def _hook_output(self, module: nn.Module, layer: int, norms: torch.Tensor) -> None:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            assert self._active is not None
-            packed = pack_active(self._active)
-            product = self._select(args[0])
-            counts, scale, codes = measure_active(packed, product, norms, self._bits)
-            if not torch.isfinite(scale).all():
-                self._checkpoint.check_numbers()
-                raise TraceError(
-                    f"layer {layer}: the FFN's activations overflow {product.dtype}",
-                    "check the model, or run it on --device cpu, which computes in float32",
-                )
-            self._sink(layer, BatchRows(self._inputs, packed, counts, scale, codes))
+            if self.at_once:
+                self._record(layer, self._select(args[0]), norms)
+                return
+            self.flush()
+            found = Layer(
+                residual=self._inputs,
+                taps=self._taps,
+                product=args[0],
+                norms=norms,
+                chosen=self._rows,
+            )
+            self._open = (layer, self._maker.begin(found), self._sink)
 
         module.register_forward_pre_hook(hook)
+
+    def _record(self, layer: int, product: torch.Tensor, norms: torch.Tensor) -> None:
+        packed = pack_active(reduce(and_, self._taps))
+        counts, scale, codes = measure_active(packed, product, norms, self._bits)
+        if self._bits:
+            codes = torch.from_numpy(pack_codes(codes.numpy(), self._bits))
+        rows = BatchRows(self._inputs, packed, counts, scale, codes)
+        self._sink(layer, partial(self._arrived, layer, product.dtype, lambda: rows))
+
+    def _arrived(self, layer: int, dtype: torch.dtype, arriving: Arriving) -> BatchRows:
+        rows = arriving()
+        if not torch.isfinite(rows.scale).all():
+            self._checkpoint.check_numbers()
+            raise TraceError(
+                f"layer {layer}: the FFN's activations overflow {dtype}",
+                "check the model, or run it on --device cpu, which computes in float32",
+            )
+        return rows
+
+
+def made_at_once(device: torch.device) -> bool:
+    """Whether rows are best made as the model goes, which runs on the same processor."""
+    return device.type == "cpu"
 
 
 def passes(values: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -130,9 +202,9 @@ def measure_active(
     """Count every neuron's active rows and code the importance of the active neurons.
 
     Args:
-        packed: (rows, ceil(d_ff / 8)) uint8, active neurons, on the CPU.
-        product: (rows, d_ff), the FFN's intermediate act(g)·u, on any device.
-        norms: (d_ff,) float32, norms of the down columns, on the CPU.
+        packed: (rows, ceil(d_ff / 8)) uint8, active neurons, on the CPU as all else.
+        product: (rows, d_ff), the FFN's intermediate act(g)·u.
+        norms: (d_ff,) float32, norms of the down columns.
         bits: bits of a code; 0 codes nothing.
 
     Returns:
@@ -149,8 +221,8 @@ def measure_active(
         row, neuron = active_places(block)
         counts += torch.bincount(neuron, minlength=d_ff)
         if bits:
-            places = (row * d_ff + neuron).to(values.device)
-            importance = values.flatten()[places].cpu().abs().float() * norms[neuron]
+            places = row * d_ff + neuron
+            importance = values.flatten()[places].abs().float() * norms[neuron]
             scale, code = row_importance(importance, row, len(block), bits)
             scales.append(scale)
             codes.append(code)
@@ -171,10 +243,7 @@ def row_importance(
     Returns:
         (rows,) float32 and (active neurons,) uint8.
     """
-    counts = torch.bincount(row, minlength=rows)
-    sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
-    scale = sums / counts.clamp_min(1)
-    return scale, encode_importance(values / scale[row].clamp_min(1e-30), bits)
+    return relative_codes(values, row, torch.bincount(row, minlength=rows), bits)
 
 
 def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:

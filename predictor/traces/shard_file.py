@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import write_error
-from predictor.traces.packing import pack_codes, unpack_active
+from predictor.traces.packing import shift_codes, unpack_active
 
 _PREFIX = 1024
 """Bytes before the data: the header's length (8) and the header, padded with spaces."""
@@ -58,7 +58,7 @@ class BatchRows:
         active: (rows, ceil(d_ff / 8)) uint8.
         counts: (d_ff,) int64.
         scale: (rows,) float32, or empty.
-        codes: (active neurons,) uint8, one code each, or empty.
+        codes: (bytes,) uint8, the codes of the active neurons, packed, or empty.
     """
 
     inputs: torch.Tensor
@@ -127,8 +127,9 @@ class ShardWriter:
         self._layout = layout
         self._rows = 0
         self._counts = np.zeros(layout.d_ff, np.int64)
-        self._pending = np.zeros(0, np.uint8)
-        self._code_bytes = 0
+        self._code_bits = 0
+        self._begun_byte = np.uint8(0)
+        self._finished = False
         self._offsets: dict[str, int] = {}
         offset = _PREFIX
         for part, (_, _, size) in layout.parts(0).items():
@@ -149,8 +150,7 @@ class ShardWriter:
         """Finish the file if all went well; close it anyhow."""
         try:
             if kind is None:
-                with self._explained():
-                    self._finish()
+                self.finish()
         finally:
             self._file.close()
 
@@ -166,7 +166,7 @@ class ShardWriter:
             self._put("active", batch.active, -(-layout.d_ff // 8))
             if layout.importance_bits:
                 self._put("scale", batch.scale, 4)
-                self._put_codes(batch.codes.numpy())
+                self._put_codes(batch.codes.numpy(), int(batch.counts.sum()))
         self._counts += batch.counts.numpy()
         self._rows += len(batch.inputs)
 
@@ -184,26 +184,41 @@ class ShardWriter:
         self._file.seek(self._offsets[name] + self._rows * row_bytes)
         self._file.write(data.data)
 
-    def _put_codes(self, codes: npt.NDArray[np.uint8], last: bool = False) -> None:
-        each = 8 // self._layout.importance_bits
-        codes = np.concatenate([self._pending, codes])
-        whole = len(codes) if last else len(codes) // each * each
-        self._pending = codes[whole:]
-        packed = pack_codes(codes[:whole], self._layout.importance_bits)
-        self._file.seek(self._offsets["importance"] + self._code_bytes)
-        self._file.write(packed.data)
-        self._code_bytes += len(packed)
+    def _put_codes(self, packed: npt.NDArray[np.uint8], codes: int) -> None:
+        """Write the bytes that are full; the last one may be begun only."""
+        bytes_before, bits_before = divmod(self._code_bits, 8)
+        if bits_before:
+            packed = shift_codes(packed, bits_before)
+            packed[0] |= self._begun_byte
+        self._code_bits += codes * self._layout.importance_bits
+        full = self._code_bits // 8 - bytes_before
+        self._file.seek(self._offsets["importance"] + bytes_before)
+        self._file.write(np.ascontiguousarray(packed[:full]).data)
+        self._begun_byte = packed[full] if self._code_bits % 8 else np.uint8(0)
+
+    def finish(self) -> None:
+        """Write what comes last, once all rows are there; nothing if that is done.
+
+        Raises:
+            OutputError: the system refused a write.
+        """
+        if not self._finished:
+            with self._explained():
+                self._finish()
+            self._finished = True
 
     def _finish(self) -> None:
         assert self._rows == self._layout.rows
-        if self._layout.importance_bits:
-            self._put_codes(np.zeros(0, np.uint8), last=True)
+        code_bytes = -(-self._code_bits // 8)
+        if self._code_bits % 8:
+            self._file.seek(self._offsets["importance"] + code_bytes - 1)
+            self._file.write(self._begun_byte.tobytes())
         self._file.seek(self._offsets["counts"])
         self._file.write(self._counts.data)
         self._file.flush()
         self.digest = _digest(self._file)
         self._file.seek(0)
-        self._file.write(_prefix(self._layout, self._code_bytes, self.digest))
+        self._file.write(_prefix(self._layout, code_bytes, self.digest))
 
 
 def _prefix(layout: ShardLayout, code_bytes: int, digest: str) -> bytes:

@@ -42,6 +42,21 @@ class Beside:
             tensor.record_stream(self._stream)
 
     @contextmanager
+    def meanwhile(self, *used: torch.Tensor) -> Iterator[None]:
+        """Do the block's work beside everything else, and wait for nothing.
+
+        Args:
+            used: tensors that the block reads, made outside or here, and there already.
+        """
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        for tensor in used:
+            tensor.record_stream(self._stream)
+
+    @contextmanager
     def apart(self) -> Iterator[None]:
         """Do the block's work beside everything else, and wait for it at the end."""
         if self._stream is None:

@@ -1,0 +1,141 @@
+"""How recorded rows come into a store: as they are recorded, or by threads while recording goes on.
+
+A shard is committed once all of its rows are written, the shards in their order; by threads, while
+the next one is recorded already.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from queue import Full, Queue
+
+from common.overlap import Lanes, StoppedError
+from predictor.collection.recorder import Sink
+from predictor.collection.row_maker import Arriving
+from predictor.traces.shard_file import ShardWriter
+from predictor.traces.store import TraceStore
+
+_WAITING = 16
+"""Layers of a batch that may wait for a shard, and as many for a thread; 4096 tokens of a layer of
+LLaMA-7B's are 40 MB."""
+
+_LANES = 8
+"""Threads that write, each its own layers; one copies about 2 GB/s into the system's memory."""
+
+_PATIENCE = 0.2
+"""Seconds after which who waits for a thread looks whether it is still there."""
+
+Segments = Sequence[tuple[int, int]]
+_Item = tuple[int, Arriving] | BaseException | None
+
+
+class AtOnce:
+    """Writes rows when they are handed over."""
+
+    def __init__(self, store: TraceStore) -> None:
+        """Take the store."""
+        self._store = store
+
+    def __enter__(self) -> AtOnce:
+        """Give it out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave nothing to be done."""
+
+    @contextmanager
+    def shard(self, segments: Segments, text_sha256: str) -> Iterator[Sink]:
+        """Yield the sink of a shard's rows, see `TraceStore.shard`; commit it at the end."""
+        with self._store.shard(segments, text_sha256) as writers:
+            yield lambda layer, rows: writers[layer].append(rows())
+
+
+class Meanwhile:
+    """Writes rows in threads; what they raise comes out of a later call, or at the end."""
+
+    def __init__(self, store: TraceStore) -> None:
+        """Take the store."""
+        self._store = store
+        self._pool = ThreadPoolExecutor(1)
+        self._lanes = min(_LANES, len(store.header.layers), os.cpu_count() or 1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Meanwhile:
+        """Give it out."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait for the last shard to be committed."""
+        self._pool.shutdown()
+        if kind is None and self._last is not None:
+            self._last.result()
+
+    @contextmanager
+    def shard(self, segments: Segments, text_sha256: str) -> Iterator[Sink]:
+        """Yield the sink of a shard's rows; it is committed some time after the end of the block.
+
+        A block that raises leaves nothing of the shard.
+        """
+        items: Queue[_Item] = Queue(_WAITING)
+        before = self._last
+        future = self._pool.submit(self._write, before, segments, text_sha256, items)
+        self._last = future
+
+        def put(item: _Item) -> None:
+            while True:
+                for each in (before, future):
+                    if each is not None and each.done():
+                        each.result()  # its error, if it has one
+                try:
+                    items.put(item, timeout=_PATIENCE)
+                    return
+                except Full:
+                    continue
+
+        try:
+            yield lambda layer, rows: put((layer, rows))
+        except BaseException as error:
+            self._give_up(items, future, error)
+            raise
+        put(None)
+
+    def _write(
+        self,
+        before: Future[None] | None,
+        segments: Segments,
+        text_sha256: str,
+        items: Queue[_Item],
+    ) -> None:
+        """Write a shard as its rows come, until the end, unless it or the one before fails."""
+        if before is not None:
+            before.result()
+        with (
+            self._store.shard(segments, text_sha256) as writers,
+            Lanes(self._lanes, _WAITING) as lanes,
+        ):
+            while (item := items.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise StoppedError from item
+                layer, rows = item
+                lanes.put(layer, partial(_append, writers[layer], rows))
+            for layer, writer in writers.items():
+                lanes.put(layer, writer.finish)
+            lanes.wait()
+
+    @staticmethod
+    def _give_up(items: Queue[_Item], future: Future[None], error: BaseException) -> None:
+        """Let the thread leave the shard as it is, whatever still waits."""
+        while not future.done():
+            try:
+                items.put(error, timeout=_PATIENCE)
+                break
+            except Full:
+                continue
+
+
+def _append(writer: ShardWriter, rows: Arriving) -> None:
+    writer.append(rows())

@@ -1,0 +1,183 @@
+"""Rows that are made beside a model and written meanwhile: the same store, the same errors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import refused
+
+from common.errors import OutputError, TraceError
+from common.overlap import Lanes
+from predictor.collection.collect import collect
+from predictor.collection.recorder import Recorder
+from predictor.collection.row_maker import RowMaker
+from predictor.collection.settings import CollectConfig
+from predictor.traces.shard_file import ShardWriter
+from predictor.traces.store import TraceStore
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what makes recording go the way of a GPU, with everything on the CPU."""
+
+    def go() -> None:
+        monkeypatch.setattr("predictor.collection.recorder.made_at_once", lambda device: False)
+
+    return go
+
+
+def settings(model: Path, data: Path, out: Path, **changes: Any) -> CollectConfig:
+    values: dict[str, Any] = {"tokens": 1500, "context": 63, "shard_rows": 400, "batch": 3}
+    return CollectConfig(model=str(model), data=str(data), out=out, **(values | changes))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = (file for file in path.rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("bits", [0, 2, 4, 8])
+def test_the_store_is_the_same(
+    model_dir: Path, data_file: Path, tmp_path: Path, beside: Callable[[], None], bits: int
+) -> None:
+    plain = collect(settings(model_dir, data_file, tmp_path / "plain", importance_bits=bits))
+    assert len(plain.progress.shards) > 2
+    beside()
+    other = collect(settings(model_dir, data_file, tmp_path / "other", importance_bits=bits))
+    assert contents(other.path) == contents(plain.path)
+    other.check()
+
+
+def test_what_does_not_fit_is_refused_and_leaves_whole_shards(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    beside: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The residual of the second shard's second batch, as if the stored type overflowed."""
+    beside()
+    calls = []
+
+    def spoilt(self: Any, layer: Any) -> Any:
+        calls.append(layer)
+        if len(calls) == 13:
+            layer.residual.view(-1)[7] = float("inf")
+        return begin(self, layer)
+
+    begin = RowMaker.begin
+    monkeypatch.setattr(RowMaker, "begin", spoilt)
+    config = settings(model_dir, data_file, tmp_path / "out")
+    with refused(
+        TraceError, "1 of", "residual values of a batch do not fit torch.float16 (largest inf"
+    ):
+        collect(config)
+    check_interrupted(config.out)
+
+
+def test_activations_that_overflow_are_refused_by_what_writes(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    beside: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beside()
+    calls = []
+
+    def spoilt(self: Any, layer: Any) -> Any:
+        calls.append(layer)
+        if len(calls) == 13:
+            layer.product.view(-1)[:] = float("inf")
+        return begin(self, layer)
+
+    begin = RowMaker.begin
+    monkeypatch.setattr(RowMaker, "begin", spoilt)
+    config = settings(model_dir, data_file, tmp_path / "out")
+    with refused(TraceError, "the FFN's activations overflow torch.float32", "--device cpu"):
+        collect(config)
+    check_interrupted(config.out)
+
+
+def check_interrupted(path: Path) -> None:
+    """Whole shards before the failure are kept, nothing of it is."""
+    store = TraceStore.open(path)
+    assert not store.progress.complete
+    assert len(store.progress.shards) >= 1
+    store.check()
+    assert not list(path.rglob("*.part"))
+
+
+def test_a_disk_that_refuses_is_told_and_the_run_goes_on_later(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    beside: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = collect(settings(model_dir, data_file, tmp_path / "whole"))
+    beside()
+    append, calls = ShardWriter.append, []
+
+    def full(self: ShardWriter, batch: Any) -> None:
+        calls.append(threading.current_thread())
+        if len(calls) == 13:
+            raise OutputError("no space left", "make some")
+        append(self, batch)
+
+    config = settings(model_dir, data_file, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", full)
+        with refused(OutputError, "no space left"):
+            collect(config)
+    assert threading.main_thread() not in calls
+    check_interrupted(config.out)
+    again = collect(settings(model_dir, data_file, tmp_path / "out", resume=True))
+    assert contents(again.path) == contents(whole.path)
+
+
+def test_an_interrupted_recording_leaves_whole_shards(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    beside: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    beside()
+    run, calls = Recorder.run, []
+
+    def interrupted(self: Recorder, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        run(self, *args)
+
+    monkeypatch.setattr(Recorder, "run", interrupted)
+    config = settings(model_dir, data_file, tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        collect(config)
+    check_interrupted(config.out)
+
+
+def test_lanes_keep_their_order_and_stop_at_the_first_failure() -> None:
+    done: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    with Lanes(2, 4) as lanes:
+        for number in range(60):
+            lanes.put(number % 3, partial(done[number % 3].append, number))
+        lanes.wait()
+    assert done == {lane: list(range(lane, 60, 3)) for lane in range(3)}
+
+    def fail() -> None:
+        raise OutputError("full", "make room")
+
+    ran: list[int] = []
+    with refused(OutputError, "full"), Lanes(1, 2) as lanes:
+        lanes.put(0, fail)
+        for number in range(10):
+            lanes.put(0, partial(ran.append, number))
+    assert not ran
