@@ -111,16 +111,18 @@ def write_traces(path: Path, tokens: int) -> None:
     store.finish()
 
 
-def planted_layer(generator: torch.Generator) -> dict[str, torch.Tensor]:
+def planted_layer(
+    generator: torch.Generator, d_model: int = D_MODEL, d_ff: int = D_FF
+) -> dict[str, torch.Tensor]:
     """Draw a gate `up @ down`, which noise disturbs, closed for all but the wanted share.
 
     It has no bias, so the inputs have a mean, which only the last hidden unit sees.
     """
-    down = torch.randn(PLANTED_RANK, D_MODEL, generator=generator) / math.sqrt(D_MODEL)
-    mean = torch.randn(D_MODEL, generator=generator)
+    down = torch.randn(PLANTED_RANK, d_model, generator=generator) / math.sqrt(d_model)
+    mean = torch.randn(d_model, generator=generator)
     down -= torch.outer(down @ mean, mean) / mean.square().sum()
     down[-1] = mean / mean.square().sum()
-    up = torch.randn(D_FF, PLANTED_RANK, generator=generator) / math.sqrt(PLANTED_RANK)
+    up = torch.randn(d_ff, PLANTED_RANK, generator=generator) / math.sqrt(PLANTED_RANK)
     spread = math.sqrt(1 + NOISE**2)
     up[:, -1] = -spread * torch.special.ndtri(torch.tensor(SPARSITY))
     return {"down": down, "up": up, "mean": mean}

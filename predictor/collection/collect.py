@@ -18,11 +18,13 @@ from common.documents import look_at_documents, read_documents, skipped_note
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from common.machine import device_named
+from common.overlap import one_ahead
 from common.text_sources.names import need_repeatable, recorded, shown
 from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import (
+    Window,
     cut_batches,
     cut_shards,
     cut_windows,
@@ -132,11 +134,13 @@ def record(
     )
     documents = read_documents(header.data, header.field, header.chat_template)
     windows = cut_windows(documents, tokenizer, header.context)
-    shards = cut_shards(windows, header.shard_rows, header.tokens)
+    shards: Iterable[list[Window]] = cut_shards(windows, header.shard_rows, header.tokens)
+    if not recorder.at_once:
+        shards = one_ahead(shards)
     held = list(store.progress.shards)
     writing = AtOnce(store) if recorder.at_once else Meanwhile(store)
     bar = tqdm(total=header.tokens, unit="tok", desc="collect", disable=None)
-    with bar, writing:
+    with bar, recorder, writing:
         for committed, shard in zip_longest(held, map(order_windows, shards)):
             digest = text_sha256(shard or [])
             segments = segments_of(shard or [])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel
@@ -66,15 +67,27 @@ class Recorder:
         )
         self._open: tuple[int, Begun, Sink] | None = None
         self._handed: Callable[[], object] = lambda: None
+        self._hooks: list[RemovableHandle] = []
         self.at_once = made_at_once(self._device)
         architecture = checkpoint.architecture
         for layer, norms in down_norms.items():
             block = model.blocks[layer]
-            self._hook_input(block.get_submodule(architecture.predictor_input), layer)
-            for tap in architecture.activation_taps:
-                block.get_submodule(tap).register_forward_hook(self._tap)
+            taps = [block.get_submodule(tap) for tap in architecture.activation_taps]
             output = block.get_submodule(architecture.ffn_output)
-            self._hook_output(output, layer, norms.to(self._device))
+            self._hooks += [
+                self._hook_input(block.get_submodule(architecture.predictor_input), layer),
+                *(tap.register_forward_hook(self._tap) for tap in taps),
+                self._hook_output(output, layer, norms.to(self._device)),
+            ]
+
+    def __enter__(self) -> Recorder:
+        """Give it out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def run(self, windows: Sequence[Window], sink: Sink) -> None:
         """Run one batch and record its rows, window after window.
@@ -97,6 +110,7 @@ class Recorder:
         self._sink = sink
         self._model.run(tokens)
 
+    @torch.inference_mode()
     def flush(self) -> None:
         """Hand over what is still open.
 
@@ -120,7 +134,7 @@ class Recorder:
         flat = x.reshape(-1, x.shape[-1])
         return flat if self._rows is None else flat[self._rows]
 
-    def _hook_input(self, module: nn.Module, layer: int) -> None:
+    def _hook_input(self, module: nn.Module, layer: int) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             self._inputs, self._taps = args[0], []
             if self.at_once:
@@ -130,7 +144,7 @@ class Recorder:
                 if not torch.isfinite(torch.stack(torch.aminmax(self._inputs))).all():
                     self._refuse_inputs(layer, inputs, self._inputs)
 
-        module.register_forward_pre_hook(hook)
+        return module.register_forward_pre_hook(hook)
 
     def _refuse_inputs(self, layer: int, inputs: torch.Tensor, stored: torch.Tensor) -> None:
         self._checkpoint.check_numbers()  # the cause, if it is there
@@ -146,7 +160,7 @@ class Recorder:
             output = passes(self._select(output), self._threshold)
         self._taps.append(output)
 
-    def _hook_output(self, module: nn.Module, layer: int, norms: torch.Tensor) -> None:
+    def _hook_output(self, module: nn.Module, layer: int, norms: torch.Tensor) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if self.at_once:
                 self._record(layer, self._select(args[0]), norms)
@@ -161,7 +175,7 @@ class Recorder:
             )
             self._open = (layer, self._maker.begin(found), self._sink)
 
-        module.register_forward_pre_hook(hook)
+        return module.register_forward_pre_hook(hook)
 
     def _record(self, layer: int, product: torch.Tensor, norms: torch.Tensor) -> None:
         packed = pack_active(reduce(and_, self._taps))

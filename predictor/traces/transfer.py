@@ -113,7 +113,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         """Take the memory."""
-        self._pinned = device.type == "cuda"
+        self._device, self._pinned = device, device.type == "cuda"
         self._buffers = [
             torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * self._pinned)
         ]
@@ -133,7 +133,7 @@ class Staging:
             buffer, event = self._buffers[self._turn][: len(piece)], self._sent[self._turn]
             event.synchronize()  # one that was never recorded is done
             place.copy_(buffer.copy_(piece), non_blocking=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._turn ^= 1
 
 

@@ -1,0 +1,304 @@
+"""Collection from a random LLaMA of 7B widths: what recording adds to the bare model.
+
+Weights are drawn on the device. A constant in all embeddings, against which gates are set, keeps
+about 88 % of the neurons closed, as in the models that psp is for; always the same ones, which
+changes no cost.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from architectures.checkpoint import Checkpoint
+from architectures.model import LoadedModel, load_model
+from benchmarks.collection import padded
+from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.training import place, timed
+from benchmarks.shared import reglu_settings
+from common.documents import read_documents
+from predictor.collection.collect import record, trace_header
+from predictor.collection.recorder import measure_active, passes
+from predictor.collection.row_maker import Layer, RowMaker
+from predictor.collection.settings import CollectConfig
+from predictor.collection.windows import cut_batches, cut_shards, cut_windows, order_windows
+from predictor.traces.manifest import TraceHeader
+from predictor.traces.packing import codes_at, pack_active, unpack_active
+from predictor.traces.store import TraceStore
+
+_CONSTANT = 30.0
+_CLOSED = 1.175
+"""Standard deviations of the gates that they are set below zero: 88 % of a normal distribution."""
+
+_ROUNDS = 3
+_COMPARED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    model: dict[str, Any]
+    tokens: int
+    few: int
+    context: int
+    compared: int
+
+    @classmethod
+    def of(cls, kit: Kit) -> _Sizes:
+        if kit.dry:
+            small = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4}
+            return cls({"num_hidden_layers": 2, **small}, 4096, 1024, 128, 256)
+        return cls({"num_hidden_layers": 4}, 131_072, 32_768, 512, 256)
+
+    @property
+    def bytes(self) -> int:
+        """More than one store and the model take."""
+        settings = reglu_settings(**self.model)
+        layers, width = int(settings.num_hidden_layers), int(settings.hidden_size)
+        weights = 2 * layers * width * (4 * width + 3 * int(settings.intermediate_size))
+        row = 2 * width + int(settings.intermediate_size) // 4
+        return self.tokens * row * layers + weights + 4 * int(settings.vocab_size) * width
+
+
+def write_model(kit: Kit, path: Path, sizes: _Sizes) -> Path:
+    """Write the model, made on the device."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = reglu_settings(**sizes.model, dtype=torch.float16)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16 if kit.device == "cuda" else default)
+    try:
+        with torch.device(kit.device):
+            model = LlamaForCausalLM(settings)
+    finally:
+        torch.set_default_dtype(default)
+    deviation = settings.initializer_range * settings.hidden_size**0.5
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(_CONSTANT)
+        for block in model.model.layers:
+            block.mlp.gate_proj.weight.sub_(_CLOSED * deviation / settings.hidden_size)
+    model.half().save_pretrained(path)
+    shutil.copy(kit.tokenizer, path / "tokenizer.model")
+    return path
+
+
+def recording(kit: Kit) -> Iterator[Figure]:
+    """What `psp collect` takes once the model is loaded, against the model alone."""
+    sizes = _Sizes.of(kit)
+    with place(kit, "collect", sizes.bytes) as fast:
+        config = CollectConfig(
+            model=str(write_model(kit, fast / "model", sizes)),
+            data=str(kit.data),
+            out=fast / "traces",
+            tokens=sizes.tokens,
+            context=sizes.context,
+            device=kit.device,
+        )
+        checkpoint = Checkpoint.open(config.model)
+        model = _loaded(kit, checkpoint)
+        batches, cutting = timed(kit, lambda: _batches(config, checkpoint))
+        rows = sum(len(window.tokens) for batch in batches for window in batch)
+        tokens = [padded(batch) for batch in batches]
+        _bare(model, tokens[:2])
+        alone = [timed(kit, lambda: _bare(model, tokens))[1] for _ in range(_ROUNDS)]
+        few = replace(config, tokens=sizes.few)
+        _recorded(kit, few, model, checkpoint)  # takes the memory that copies go by
+        found = [_recorded(kit, config, model, checkpoint) for _ in range(_ROUNDS)]
+        took = statistics.median(seconds for seconds, _, _ in found)
+        bare, written = statistics.median(alone), found[-1][1]
+        details = {
+            "tokens": rows,
+            "layers": checkpoint.shape.n_layers,
+            "seconds": [seconds for seconds, _, _ in found],
+            "seconds_bare": alone,
+            "seconds_cutting_text": cutting,
+            "activation_sparsity": found[-1][2],
+            "where": str(fast.parent),
+            "bytes": written,
+        }
+        yield Figure(
+            name="recording into memory against the bare model",
+            value=took / bare,
+            unit="×",
+            most=1.15,
+            details=details,
+        )
+        yield Figure(name="recorded, 4 layers", value=rows / took, unit="tokens/s")
+        yield Figure(name="bare model, 4 layers", value=rows / bare, unit="tokens/s")
+        yield Figure(name="written while recording", value=written / took / 1e9, unit="GB/s")
+        made, making = timed(kit, lambda: _made_only(config, model, checkpoint, batches))
+        yield Figure(
+            name="recording that is not written, against the bare model",
+            value=making / bare,
+            unit="×",
+            details={"layers_of_batches": made},
+        )
+        disk = replace(few, out=kit.work / "traces-disk")
+        slow, size, _ = _recorded(kit, disk, model, checkpoint)
+        yield Figure(
+            name="recording onto the disk against the bare model",
+            value=slow / (bare * disk.tokens / rows),
+            unit="×",
+            details={"seconds": slow, "gigabytes_per_second": size / slow / 1e9, "bytes": size},
+        )
+        yield from _labels(kit, config, checkpoint, sizes)
+
+
+def _loaded(kit: Kit, checkpoint: Checkpoint, device: str | None = None) -> LoadedModel:
+    device = device or kit.device
+    dtype = torch.float32 if device == "cpu" else checkpoint.dtype
+    return load_model(checkpoint, dtype=dtype, device=device, head=False, weights="resident")
+
+
+def _header(config: CollectConfig, checkpoint: Checkpoint) -> TraceHeader:
+    return trace_header(config, checkpoint, "none")
+
+
+def _batches(config: CollectConfig, checkpoint: Checkpoint) -> list[Any]:
+    header, tokenizer = _header(config, checkpoint), checkpoint.tokenizer()
+    windows = cut_windows(read_documents(config.data), tokenizer, header.context)
+    return [
+        batch
+        for shard in cut_shards(windows, header.shard_rows, header.tokens)
+        for batch in cut_batches(order_windows(shard), header.batch * header.context)
+    ]
+
+
+def _bare(model: LoadedModel, batches: list[torch.Tensor]) -> None:
+    for tokens in batches:
+        model.run(tokens)
+
+
+def _recorded(
+    kit: Kit, config: CollectConfig, model: LoadedModel, checkpoint: Checkpoint
+) -> tuple[float, int, float]:
+    """Record a store and remove it; return seconds, bytes of its shards, sparsity."""
+    shutil.rmtree(config.out, ignore_errors=True)
+    store = TraceStore.create(config.out, _header(config, checkpoint))
+    tokenizer = checkpoint.tokenizer()
+    _, seconds = timed(kit, lambda: record(model, checkpoint, tokenizer, store))
+    size = sum(file.stat().st_size for file in config.out.rglob("shard-*"))
+    sparsity = store.activation_sparsity()
+    shutil.rmtree(config.out)
+    return seconds, size, sum(sparsity.values()) / len(sparsity)
+
+
+def _made_only(
+    config: CollectConfig, model: LoadedModel, checkpoint: Checkpoint, batches: list[Any]
+) -> int:
+    """Record and drop every layer's rows as soon as they are on the CPU."""
+    from predictor.collection.recorder import Recorder, read_layer_weights
+
+    header = _header(config, checkpoint)
+    norms = {n: read_layer_weights(checkpoint, n).down_norms for n in header.layers}
+    made: list[int] = []
+    waiting: list[Callable[[], Any]] = []
+
+    def sink(layer: int, rows: Callable[[], Any]) -> None:
+        waiting.append(rows)
+        if len(waiting) > 2 * len(header.layers):
+            waiting.pop(0)()
+        made.append(layer)
+
+    recorder = Recorder(
+        model, checkpoint, norms, dtype=torch.float16, importance_bits=header.importance_bits
+    )
+    with recorder:
+        for batch in batches:
+            recorder.run(batch, sink)
+        recorder.flush()
+    for rows in waiting:
+        rows()
+    return len(made)
+
+
+def _labels(
+    kit: Kit, config: CollectConfig, checkpoint: Checkpoint, sizes: _Sizes
+) -> Iterator[Figure]:
+    """The same tokens on the CPU in float32."""
+    stores: list[TraceStore] = []
+    for device in (kit.device, "cpu"):
+        run = replace(
+            config,
+            tokens=sizes.compared,
+            device=device,
+            out=config.out.with_name(f"compared-{len(stores)}"),
+        )
+        store = TraceStore.create(run.out, _header(run, checkpoint))
+        record(_loaded(kit, checkpoint, device), checkpoint, checkpoint.tokenizer(), store)
+        stores.append(store)
+    index, shares, far = torch.arange(stores[1].rows), [], []
+    for layer in stores[1].header.layers:
+        rows = [store.layer(layer) for store in stores]
+        ours, theirs = (
+            unpack_active(each.active_at(index), checkpoint.shape.d_ff) for each in rows
+        )
+        shares.append(float((ours != theirs).float().mean()))
+        inputs = [each.inputs_at(index) for each in rows]
+        far.append(float((inputs[0] - inputs[1]).norm() / inputs[1].norm()))
+    yield Figure(
+        name="labels that differ from the CPU's",
+        value=sum(shares) / len(shares),
+        most=0.005,
+        details={"by_layer": shares, "inputs_relative_distance": far, "tokens": len(index)},
+    )
+
+
+def coding(kit: Kit) -> Iterator[Figure]:
+    """The same activations through both ways of making rows: bits, counts, scale and codes."""
+    d_model, d_ff, bits = (128, 512, 8) if kit.dry else (4096, 11008, 8)
+    device = torch.device(kit.device)
+    torch.manual_seed(0)
+    gate = torch.randn(_COMPARED_ROWS, d_ff).sub_(_CLOSED).relu_().half()
+    product = gate * torch.randn(_COMPARED_ROWS, d_ff).half()
+    residual, norms = torch.randn(_COMPARED_ROWS, d_model).half(), torch.rand(d_ff) + 0.5
+    maker = RowMaker(device, lambda values: passes(values, 0.0), dtype=torch.float16, bits=bits)
+    tensors = [tensor.to(device) for tensor in (residual, gate, product, norms)]
+    begun = maker.begin(
+        Layer(
+            residual=tensors[0],
+            taps=[tensors[1]],
+            product=tensors[2],
+            norms=tensors[3],
+            chosen=None,
+        )
+    )
+    begun.ready.wait()
+    rows = maker.finish(begun)()
+    packed = pack_active(gate > 0)
+    counts, scale, codes = measure_active(packed, product, norms, bits)
+    same = {
+        "inputs": torch.equal(rows.inputs, residual),
+        "active": torch.equal(rows.active, packed),
+        "counts": torch.equal(rows.counts, counts),
+    }
+    yield Figure(
+        name="parts of a row that must be equal and are",
+        value=sum(same.values()),
+        least=3,
+        details=same,
+    )
+    ours = codes_at(rows.codes, torch.arange(len(codes)), bits)
+    yield Figure(
+        name="importance codes that differ, same activations",
+        value=float((ours != codes).float().mean()),
+        most=1e-4,
+        details={
+            "furthest": int((ours.int() - codes.int()).abs().max()),
+            "scale_relative": float(((rows.scale - scale) / scale).abs().max()),
+            "codes": len(codes),
+        },
+    )
+
+
+STEPS = (
+    Step(name="coding", seconds=3, run=coding),
+    Step(name="recording", seconds=45, run=recording),
+)
+"""Of this stage."""
