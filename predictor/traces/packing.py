@@ -103,7 +103,7 @@ def count_active(packed: torch.Tensor) -> torch.Tensor:
     """Return (rows,) int64, the number of set bits of every row, on the same device."""
     if packed.device.type == "cpu" and hasattr(np, "bitwise_count"):
         return torch.from_numpy(np.bitwise_count(packed.numpy()).sum(1, dtype=np.int64))
-    bits = torch.tensor([value.bit_count() for value in range(256)], device=packed.device)
+    bits = torch.tensor([value.bit_count() for value in range(256)]).to(packed.device)
     parts = [bits[part.long()].sum(1) for part in torch.split(packed, 4096)]
     return torch.cat([bits[:0], *parts])
 

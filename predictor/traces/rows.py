@@ -322,7 +322,7 @@ class LabelledRows:
         """
         counts = None if self.top else self.rows.known_counts(index)
         if counts is None:
-            limits = torch.tensor(ends, device=places.device) * self.d_ff
+            limits = torch.tensor(ends).to(places.device) * self.d_ff
             return list(map(int, torch.searchsorted(places, limits).tolist()))
         sums = [0, *counts.cumsum(0).tolist()]
         return [sums[min(end, len(index))] for end in ends]

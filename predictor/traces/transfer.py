@@ -15,6 +15,11 @@ _STAGE = 1 << 25
 """Bytes of a piece in which large tensors are sent."""
 
 
+def has_streams(device: torch.device) -> bool:
+    """Whether a device copies by itself, in several streams."""
+    return device.type == "cuda"
+
+
 class Beside:
     """A stream beside the one that a device computes in; nothing on other devices."""
 
@@ -22,7 +27,7 @@ class Beside:
         """Make the stream."""
         self._device = device
         self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        if has_streams(device):
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @contextmanager
@@ -92,14 +97,14 @@ class Done:
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return a small tensor of the CPU's on a device, without waiting for it."""
-    if device.type != "cuda":
+    if not has_streams(device):
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetched(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in memory of the CPU's, there once the work of the current stream is done."""
-    if tensor.device.type != "cuda":
+    if not has_streams(tensor.device):
         return tensor.cpu()
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
@@ -113,7 +118,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         """Take the memory."""
-        self._device, self._pinned = device, device.type == "cuda"
+        self._device, self._pinned = device, has_streams(device)
         self._buffers = [
             torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True) for _ in range(2 * self._pinned)
         ]
