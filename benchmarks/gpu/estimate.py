@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+from benchmarks.gpu.hybrid_fixtures import DENSITY
+from benchmarks.gpu.hybrid_programs import THREADS
+from benchmarks.gpu.hybrid_vram import CONTEXT
+from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kit import Absent, Figure, Kit, Step
 from common.machine import read_processor
-from cost_model.hardware import load_hardware
+from cost_model.hardware import load_hardware, save_hardware
 from cost_model.measure import measure_this
 from powerinfer_bridge.estimate.run import estimate
 from powerinfer_bridge.estimate.settings import EstimateConfig
-from results.bench import BENCH
 
-_DRY_BYTES = 1 << 26
+_DRY_BYTES, _HARDWARE = 1 << 26, "this.yaml"
 
 _PRESETS = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
 """Presets by the names that drivers give their cards."""
@@ -20,8 +24,10 @@ _PRESETS = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
 
 def machine(kit: Kit) -> Iterator[Figure]:
     """What `--hardware this` measures, and the preset of the card beside it."""
-    threads = read_processor().threads
+    threads = min(THREADS, read_processor().threads)
     found = measure_this(threads, *((_DRY_BYTES,) if kit.dry else ()))
+    (kit.work / _HARDWARE).unlink(missing_ok=True)
+    save_hardware(kit.work / _HARDWARE, found)
     yield Figure(
         name=f"CPU, streaming read by {threads} threads",
         value=found.cpu.bandwidth / 1e9,
@@ -58,30 +64,32 @@ def machine(kit: Kit) -> Iterator[Figure]:
 
 
 def runs(kit: Kit) -> Iterator[Figure]:
-    """Estimates of every benchmark that the stage `hybrid` left, over what it measured."""
-    files = sorted(kit.work.rglob(BENCH.name))
-    if not files:
-        raise Absent("no benchmark: run the stage hybrid before")
-    for path in files:
-        bench = BENCH.read(path)
-        budgets = {arm.vram_budget_bytes for arm in bench.arms if arm.vram_budget_bytes is not None}
+    """Estimates of what the stage `hybrid` timed, over its tokens/s."""
+    measured = [
+        figure
+        for figure in Journal(kit.out).card().figures
+        if figure.stage == "hybrid" and {"file", "budget", "captured"} <= figure.details.keys()
+    ]
+    hardware = kit.work / _HARDWARE
+    if not measured or not hardware.exists():
+        raise Absent("run the stage hybrid and the step machine before")
+    for figure in measured:
+        budget = str(figure.details["budget"])
         config = EstimateConfig(
-            file=path.parent / bench.file,
-            hardware="this",
-            bench=path,
-            vram_budget=str(max(budgets)) if budgets else None,
-            threads=bench.arms[0].threads,
+            file=Path(str(figure.details["file"])),
+            hardware=str(hardware),
+            density=DENSITY,
+            vram_budget=None if kit.dry else budget,
+            context=CONTEXT,
         )
-        found = estimate(config).tokens_per_second
-        for arm in ("all_neurons", "predicted"):
-            measured, told = bench.arm(arm), found[arm]
-            if measured is not None and told is not None:
-                yield Figure(
-                    name=f"{path.parent.relative_to(kit.work)}: {arm.replace('_', ' ')}, estimate",
-                    value=told / measured.decode.tokens_per_second,
-                    unit="×",
-                    details={"estimate": told, "measured": measured.decode.tokens_per_second},
-                )
+        told = estimate(config).tokens_per_second["predicted"]
+        if told is not None:
+            yield Figure(
+                name=f"{figure.step}, {figure.name.removeprefix('speed, ')}: estimate",
+                value=told / figure.value,
+                unit="×",
+                details={"estimate": told, "measured": figure.value, "budget": budget},
+            )
 
 
 STEPS = (

@@ -187,7 +187,9 @@ def _against_dense(programs: Programs, bundle: Bundle, shares: Sequence[float]) 
         runs = programs.rounds(arms, _ROUNDS if aimed else 1)
         where = placed_percent(share) if programs.cuda else "CPU"
         for title, found in runs.items():
-            told = {"captured": captured[title]} if title in captured else {}
+            told: dict[str, object] = {"file": str(bundle.model_file), "budget": every[share]}
+            if title in captured:
+                told["captured"] = captured[title]
             yield speed_figure(f"{title}, {where}", found, **told, **programs.skipped)
         yield from _ratios(runs, where, captured, aimed=aimed)
 

@@ -20,7 +20,9 @@ from powerinfer_bridge.programs.sample import RunSample
 PROMPT = "The first thing to know about"
 _TOKENS, _DRY_TOKENS = 64, 8
 _TIMEOUT = 30.0
-_THREADS = 8
+THREADS = 8
+"""Of every run, if there are as many."""
+
 _PATIENCE = 3
 """Runs of a step that may fail before it is given up: each may have hung until the timeout."""
 
@@ -168,7 +170,7 @@ def open_programs(kit: Kit) -> Programs:
         llama_cpp=llama_cpp,
         cuda=bool(facts.cuda),
         # With CUDA one of them drives the card.
-        threads=max(2 if facts.cuda else 1, min(_THREADS, usable_threads())),
+        threads=max(2 if facts.cuda else 1, min(THREADS, usable_threads())),
         tokens=_DRY_TOKENS if kit.dry else _TOKENS,
     )
 
