@@ -141,6 +141,31 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on_later(
     assert contents(again.path) == contents(whole.path)
 
 
+def test_a_shard_that_cannot_be_finished_takes_the_next_one_with_it(
+    model_dir: Path,
+    data_file: Path,
+    tmp_path: Path,
+    beside: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second shard of two layers fails; the third is never in its place."""
+    beside()
+    finish, failed = ShardWriter.finish, []
+
+    def refusing(self: ShardWriter) -> None:
+        if "shard-00001" in self._file.name and not failed:
+            failed.append(self)
+            raise OutputError("no space left", "make some")
+        finish(self)
+
+    monkeypatch.setattr(ShardWriter, "finish", refusing)
+    config = settings(model_dir, data_file, tmp_path / "out")
+    with refused(OutputError, "no space left"):
+        collect(config)
+    assert len(TraceStore.open(config.out).progress.shards) == 1
+    check_interrupted(config.out)
+
+
 def test_an_interrupted_recording_leaves_whole_shards(
     model_dir: Path,
     data_file: Path,

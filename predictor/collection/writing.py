@@ -1,15 +1,16 @@
 """How recorded rows come into a store: as they are recorded, or by threads while recording goes on.
 
 A shard is committed once all of its rows are written, the shards in their order; by threads, while
-the next one is recorded already.
+the next one is written already: a second look at all bytes, for the checksum, takes as long as
+writing them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from queue import Full, Queue
 
@@ -25,6 +26,9 @@ LLaMA-7B's are 40 MB."""
 
 _LANES = 8
 """Threads that write, each its own layers; one copies about 2 GB/s into the system's memory."""
+
+_SHARDS = 2
+"""Shards that are written at the same time."""
 
 _PATIENCE = 0.2
 """Seconds after which who waits for a thread looks whether it is still there."""
@@ -60,7 +64,8 @@ class Meanwhile:
     def __init__(self, store: TraceStore) -> None:
         """Take the store."""
         self._store = store
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = ThreadPoolExecutor(_SHARDS)
+        self._number = len(store.progress.shards)
         self._lanes = min(_LANES, len(store.header.layers), os.cpu_count() or 1)
         self._last: Future[None] | None = None
 
@@ -82,8 +87,9 @@ class Meanwhile:
         """
         items: Queue[_Item] = Queue(_WAITING)
         before = self._last
-        future = self._pool.submit(self._write, before, segments, text_sha256, items)
-        self._last = future
+        whole = partial(self._store.shard, segments, text_sha256, number=self._number)
+        future = self._pool.submit(self._write, before, whole, items)
+        self._last, self._number = future, self._number + 1
 
         def put(item: _Item) -> None:
             while True:
@@ -106,17 +112,12 @@ class Meanwhile:
     def _write(
         self,
         before: Future[None] | None,
-        segments: Segments,
-        text_sha256: str,
+        shard: Callable[..., AbstractContextManager[dict[int, ShardWriter]]],
         items: Queue[_Item],
     ) -> None:
-        """Write a shard as its rows come, until the end, unless it or the one before fails."""
-        if before is not None:
-            before.result()
-        with (
-            self._store.shard(segments, text_sha256) as writers,
-            Lanes(self._lanes, _WAITING) as lanes,
-        ):
+        """Write a shard as its rows come, until the end; nothing of it if the one before fails."""
+        committed = (lambda: None) if before is None else before.result
+        with shard(before=committed) as writers, Lanes(self._lanes, _WAITING) as lanes:
             while (item := items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise StoppedError from item

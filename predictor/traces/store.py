@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -128,18 +128,25 @@ class TraceStore:
 
     @contextmanager
     def shard(
-        self, segments: Sequence[Sequence[int]], text_sha256: str
+        self,
+        segments: Sequence[Sequence[int]],
+        text_sha256: str,
+        before: Callable[[], object] = lambda: None,
+        number: int | None = None,
     ) -> Iterator[dict[int, ShardWriter]]:
         """Append one shard: yield a writer for each layer, commit if the block ends well.
 
         Args:
             segments: document number and rows of each run of rows, in the order of the rows.
             text_sha256: checksum of the shard's token ids.
+            before: called before the commit; waits for those of shards that are still written.
+            number: of the shard; None is the first that is not committed.
 
         Yields:
             Layer number to writer.
         """
-        number, rows = len(self.progress.shards), sum(rows for _, rows in segments)
+        number = len(self.progress.shards) if number is None else number
+        rows = sum(rows for _, rows in segments)
         with ExitStack() as stack:
             writers = {}
             for layer in self.header.layers:
@@ -147,6 +154,8 @@ class TraceStore:
                 part = stack.enter_context(atomic_path(file))
                 writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), file))
             yield writers
+            before()
+        assert number == len(self.progress.shards)
         digest = _joined(writers[layer].digest for layer in self.header.layers)
         kept = tuple((document, rows) for document, rows in segments)
         shard = Shard(segments=kept, text_sha256=text_sha256, sha256=digest)
