@@ -150,7 +150,7 @@ def test_a_shard_that_cannot_be_finished_takes_the_next_one_with_it(
 ) -> None:
     """The second shard of two layers fails; the third is never in its place."""
     beside()
-    finish, failed = ShardWriter.finish, []
+    finish, failed = ShardWriter.finish, list[ShardWriter]()
 
     def refusing(self: ShardWriter) -> None:
         if "shard-00001" in self._file.name and not failed:

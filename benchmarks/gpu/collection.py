@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from benchmarks.collection import padded
 from benchmarks.gpu.kit import Figure, Kit, Step
-from benchmarks.gpu.training import place, timed
+from benchmarks.gpu.training import MEMORY, place, timed
 from benchmarks.shared import reglu_settings
 from common.documents import read_documents
-from predictor.collection.collect import record, trace_header
-from predictor.collection.recorder import measure_active, passes
-from predictor.collection.row_maker import Layer, RowMaker
+from predictor.collection.collect import record, record_rows, save_weights, trace_header
+from predictor.collection.recorder import Recorder, measure_active, passes
+from predictor.collection.row_maker import Arriving, Layer, RowMaker
 from predictor.collection.settings import CollectConfig
 from predictor.collection.windows import cut_batches, cut_shards, cut_windows, order_windows
 from predictor.traces.manifest import TraceHeader
@@ -107,45 +108,57 @@ def recording(kit: Kit) -> Iterator[Figure]:
         tokens = [padded(batch) for batch in batches]
         _bare(model, tokens[:2])
         alone = [timed(kit, lambda: _bare(model, tokens))[1] for _ in range(_ROUNDS)]
-        few = replace(config, tokens=sizes.few)
-        _recorded(kit, few, model, checkpoint)  # takes the memory that copies go by
-        found = [_recorded(kit, config, model, checkpoint) for _ in range(_ROUNDS)]
-        took = statistics.median(seconds for seconds, _, _ in found)
-        bare, written = statistics.median(alone), found[-1][1]
-        details = {
-            "tokens": rows,
-            "layers": checkpoint.shape.n_layers,
-            "seconds": [seconds for seconds, _, _ in found],
-            "seconds_bare": alone,
-            "seconds_cutting_text": cutting,
-            "activation_sparsity": found[-1][2],
-            "where": str(fast.parent),
-            "bytes": written,
-        }
+        bare = statistics.median(alone)
+        store = TraceStore.create(config.out, _header(config, checkpoint))
+        norms, saving = timed(kit, lambda: save_weights(store, checkpoint))
         yield Figure(
-            name="recording into memory against the bare model",
-            value=took / bare,
-            unit="×",
-            most=1.15,
-            details=details,
+            name="weights of a layer read and stored",
+            value=saving / len(norms),
+            unit="s",
+            details={"layers": len(norms)},
         )
-        yield Figure(name="recorded, 4 layers", value=rows / took, unit="tokens/s")
-        yield Figure(name="bare model, 4 layers", value=rows / bare, unit="tokens/s")
-        yield Figure(name="written while recording", value=written / took / 1e9, unit="GB/s")
-        made, making = timed(kit, lambda: _made_only(config, model, checkpoint, batches))
         yield Figure(
-            name="recording that is not written, against the bare model",
+            name="bare model, tokens and layers",
+            value=rows * len(norms) / bare,
+            unit="tokens/s",
+            details={"seconds": alone, "tokens": rows, "layers": len(norms)},
+        )
+        _made_only(config, model, checkpoint, norms, batches)  # takes the memory copies go by
+        made, making = timed(kit, lambda: _made_only(config, model, checkpoint, norms, batches))
+        yield Figure(
+            name="rows made and brought to the CPU, against the bare model",
             value=making / bare,
             unit="×",
-            details={"layers_of_batches": made},
+            most=1.15,
+            details={"seconds": making, "layers_of_batches": made},
         )
-        disk = replace(few, out=kit.work / "traces-disk")
-        slow, size, _ = _recorded(kit, disk, model, checkpoint)
+        found = [_recorded(kit, config, model, checkpoint, norms) for _ in range(_ROUNDS)]
+        took = statistics.median(seconds for seconds, _, _ in found)
+        where = "memory" if fast.parent == MEMORY else "the disk"
         yield Figure(
-            name="recording onto the disk against the bare model",
-            value=slow / (bare * disk.tokens / rows),
+            name=f"recorded into {where}, against the bare model",
+            value=took / bare,
             unit="×",
-            details={"seconds": slow, "gigabytes_per_second": size / slow / 1e9, "bytes": size},
+            most=1.15 if where == "memory" else None,
+            details={
+                "seconds": [seconds for seconds, _, _ in found],
+                "seconds_cutting_text": cutting,
+                "activation_sparsity": found[-1][2],
+                "bytes": found[-1][1],
+                "gigabytes_per_second": found[-1][1] / took / 1e9,
+            },
+        )
+        disk = replace(config, tokens=sizes.few, out=kit.work / "traces-disk")
+        slow, size, _ = _recorded(kit, disk, model, checkpoint, norms)
+        yield Figure(
+            name="recorded onto the disk, sync included",
+            value=size / slow / 1e9,
+            unit="GB/s",
+            details={
+                "seconds": slow,
+                "bytes": size,
+                "against_the_bare_model": slow / (bare * disk.tokens / rows),
+            },
         )
         yield from _labels(kit, config, checkpoint, sizes)
 
@@ -176,13 +189,17 @@ def _bare(model: LoadedModel, batches: list[torch.Tensor]) -> None:
 
 
 def _recorded(
-    kit: Kit, config: CollectConfig, model: LoadedModel, checkpoint: Checkpoint
+    kit: Kit,
+    config: CollectConfig,
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    norms: dict[int, torch.Tensor],
 ) -> tuple[float, int, float]:
     """Record a store and remove it; return seconds, bytes of its shards, sparsity."""
     shutil.rmtree(config.out, ignore_errors=True)
     store = TraceStore.create(config.out, _header(config, checkpoint))
     tokenizer = checkpoint.tokenizer()
-    _, seconds = timed(kit, lambda: record(model, checkpoint, tokenizer, store))
+    _, seconds = timed(kit, lambda: record_rows(model, checkpoint, norms, tokenizer, store))
     size = sum(file.stat().st_size for file in config.out.rglob("shard-*"))
     sparsity = store.activation_sparsity()
     shutil.rmtree(config.out)
@@ -190,32 +207,31 @@ def _recorded(
 
 
 def _made_only(
-    config: CollectConfig, model: LoadedModel, checkpoint: Checkpoint, batches: list[Any]
+    config: CollectConfig,
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    norms: dict[int, torch.Tensor],
+    batches: list[Any],
 ) -> int:
-    """Record and drop every layer's rows as soon as they are on the CPU."""
-    from predictor.collection.recorder import Recorder, read_layer_weights
+    """Record and drop every layer's rows once they are on the CPU; return how many there were."""
+    waiting: deque[Arriving] = deque()
+    made = 0
 
-    header = _header(config, checkpoint)
-    norms = {n: read_layer_weights(checkpoint, n).down_norms for n in header.layers}
-    made: list[int] = []
-    waiting: list[Callable[[], Any]] = []
-
-    def sink(layer: int, rows: Callable[[], Any]) -> None:
+    def sink(layer: int, rows: Arriving) -> None:
+        nonlocal made
+        made += 1
         waiting.append(rows)
-        if len(waiting) > 2 * len(header.layers):
-            waiting.pop(0)()
-        made.append(layer)
+        if len(waiting) > 2 * len(norms):
+            waiting.popleft()()
 
-    recorder = Recorder(
-        model, checkpoint, norms, dtype=torch.float16, importance_bits=header.importance_bits
-    )
-    with recorder:
+    bits = _header(config, checkpoint).importance_bits
+    with Recorder(model, checkpoint, norms, dtype=torch.float16, importance_bits=bits) as recorder:
         for batch in batches:
             recorder.run(batch, sink)
         recorder.flush()
-    for rows in waiting:
-        rows()
-    return len(made)
+    while waiting:
+        waiting.popleft()()
+    return made
 
 
 def _labels(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import zip_longest
 from os.path import exists, isdir, islink
 
@@ -124,11 +124,33 @@ def record(
         PspError: the text is unreadable or not the one that the store was begun with, a residual
             overflows, or the disk refuses.
     """
+    norms = save_weights(store, checkpoint)
+    record_rows(model, checkpoint, norms, tokenizer, store, report)
+
+
+def record_rows(
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    norms: Mapping[int, torch.Tensor],
+    tokenizer: Tokenizer,
+    store: TraceStore,
+    report: Report = lambda line: None,
+) -> None:
+    """Do the same with weights that are saved already.
+
+    Args:
+        model: as for `record`.
+        checkpoint: likewise.
+        norms: what `save_weights` returned.
+        tokenizer: as for `record`.
+        store: likewise.
+        report: likewise.
+    """
     header = store.header
     recorder = Recorder(
         model,
         checkpoint,
-        _save_weights(store, checkpoint),
+        norms,
         dtype=INPUT_DTYPES[header.input_dtype],
         importance_bits=header.importance_bits,
     )
@@ -291,7 +313,12 @@ def most_bytes(header: TraceHeader, rows: int) -> int:
     return len(header.layers) * layer + 4096 + 256 * shards + 24 * rows
 
 
-def _save_weights(store: TraceStore, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+def save_weights(store: TraceStore, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+    """Save the weights of all recorded layers in a store.
+
+    Returns:
+        Layer number to norms of the down columns, (d_ff,) float32.
+    """
     norms = {}
 
     def read() -> Iterator[tuple[int, LayerWeights]]:
