@@ -12,6 +12,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from benchmarks.collection import padded
 from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.operators import tested
 from benchmarks.gpu.training import MEMORY, place, timed
 from benchmarks.shared import reglu_settings
 from common.documents import read_documents
@@ -315,6 +317,9 @@ def coding(kit: Kit) -> Iterator[Figure]:
 
 STEPS = (
     Step(name="coding", seconds=3, run=coding),
-    Step(name="recording", seconds=45, run=recording),
+    Step(name="recording", seconds=40, run=recording),
+    Step(
+        name="tests", seconds=12, run=partial(tested, files=("tests/test_device_gpu.py",), jobs=1)
+    ),
 )
 """Of this stage."""

@@ -27,12 +27,17 @@ _JOBS = 8
 
 def tests(kit: Kit) -> Iterator[Figure]:
     """The repository's own tests of the kernels on a card."""
+    yield from tested(kit, _TESTS, _JOBS)
+
+
+def tested(kit: Kit, files: Sequence[str], jobs: int) -> Iterator[Figure]:
+    """The tests for a card in some files, by so many processes."""
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *_WITHOUT, *_TESTS]
-    if not kit.dry:
-        command += ["-n", str(min(_JOBS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *_WITHOUT, *files]
+    if not kit.dry and jobs > 1:
+        command += ["-n", str(min(jobs, os.cpu_count() or 1)), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    (kit.work / "gpu-tests.txt").write_text(done.stdout + done.stderr)
+    (kit.work / f"{Path(files[0]).stem}.txt").write_text(done.stdout + done.stderr)
     counts = dict(
         (kind, int(number))
         for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
