@@ -124,12 +124,14 @@ def decode_importance(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def pack_codes(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
     """Pack codes into bytes, lowest bits first; the last byte is filled up with zeros."""
     each = 8 // bits
-    padded = np.zeros(-(-len(codes) // each) * each, np.uint8)
-    padded[: len(codes)] = codes
-    packed = np.zeros(len(padded) // each, np.uint8)
-    for slot in range(each):
-        packed |= padded[slot::each] << np.uint8(slot * bits)
-    return packed
+    if len(codes) % each:
+        codes = np.pad(codes, (0, -len(codes) % each))
+    # The codes of a byte, one a byte, are one integer: its bytes move together into the lowest.
+    together = codes.view(f"<u{each}")
+    packed = together.copy()
+    for slot in range(1, each):
+        packed |= together >> slot * (8 - bits)
+    return packed.astype(np.uint8)
 
 
 def pack_codes_on_device(codes: torch.Tensor, bits: int) -> torch.Tensor:
