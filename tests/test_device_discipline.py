@@ -150,6 +150,20 @@ def test_rows_that_are_streamed_arrive_without_a_wait_of_the_loop_s(
             assert same(values(ours) if isinstance(ours, OnDevice) else ours, value), name
 
 
+def test_clipped_labels_wait_a_few_times_for_several_batches(
+    device: PretendedDevice, planted: tuple[ShardedRows, LayerWeights]
+) -> None:
+    """How many labels are kept is known to the device alone: places by mask, and where rows end."""
+    rows = replace(labelled(planted, PSP, DEVICE), top=9)
+    before, recipe = device.waits.copy(), replace(PSP, batch=100)
+    found = list(batches(recipe, rows, TRAIN, together=500))
+    assert device.waits - before == Counter({"aten::index": 8, "aten::_to_copy": 8})
+    plain = replace(labelled(planted, PSP, CPU), top=9)
+    for batch, wanted in zip(found, batches(recipe, plain, TRAIN, together=500), strict=True):
+        assert torch.equal(values(batch.places), wanted.places)
+        assert torch.equal(values(batch.positive), wanted.positive)
+
+
 # --- recording -----------------------------------------------------------------------------------
 
 
