@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from conftest import refused
 
+from architectures.checkpoint import Checkpoint
 from common.errors import OutputError, TraceError
 from common.overlap import Lanes
-from predictor.collection.collect import collect
+from predictor.collection.collect import collect, save_weights, trace_header
 from predictor.collection.recorder import Recorder
 from predictor.collection.row_maker import RowMaker
 from predictor.collection.settings import CollectConfig
@@ -206,3 +207,15 @@ def test_lanes_keep_their_order_and_stop_at_the_first_failure() -> None:
         for number in range(10):
             lanes.put(0, partial(ran.append, number))
     assert not ran
+
+
+def test_weights_read_ahead_are_the_same(model_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(str(model_dir))
+    made = []
+    for ahead in (False, True):
+        config = settings(model_dir, data_file, tmp_path / str(ahead))
+        store = TraceStore.create(config.out, trace_header(config, checkpoint, "none"))
+        norms = save_weights(store, checkpoint, ahead=ahead)
+        made.append((contents(store.path), {n: norm.tolist() for n, norm in norms.items()}))
+    assert made[0] == made[1]
+    assert len(made[0][1]) == 2

@@ -112,7 +112,9 @@ def recording(kit: Kit) -> Iterator[Figure]:
         alone = [timed(kit, lambda: _bare(model, tokens))[1] for _ in range(_ROUNDS)]
         bare = statistics.median(alone)
         store = TraceStore.create(config.out, _header(config, checkpoint))
-        norms, saving = timed(kit, lambda: save_weights(store, checkpoint))
+        norms, saving = timed(
+            kit, lambda: save_weights(store, checkpoint, ahead=kit.device == "cuda")
+        )
         yield Figure(
             name="weights of a layer read and stored",
             value=saving / len(norms),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import zip_longest
 from os.path import exists, isdir, islink
 
@@ -18,7 +19,7 @@ from common.documents import look_at_documents, read_documents, skipped_note
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from common.machine import device_named
-from common.overlap import one_ahead
+from common.overlap import made_ahead, one_ahead
 from common.text_sources.names import need_repeatable, recorded, shown
 from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
@@ -124,7 +125,9 @@ def record(
         PspError: the text is unreadable or not the one that the store was begun with, a residual
             overflows, or the disk refuses.
     """
-    norms = save_weights(store, checkpoint)
+    # A GPU would wait for this; the processor has nothing else to do meanwhile.
+    ahead = torch.device(model.device).type != "cpu"
+    norms = save_weights(store, checkpoint, ahead=ahead)
     record_rows(model, checkpoint, norms, tokenizer, store, report)
 
 
@@ -313,17 +316,26 @@ def most_bytes(header: TraceHeader, rows: int) -> int:
     return len(header.layers) * layer + 4096 + 256 * shards + 24 * rows
 
 
-def save_weights(store: TraceStore, checkpoint: Checkpoint) -> dict[int, torch.Tensor]:
+def save_weights(
+    store: TraceStore, checkpoint: Checkpoint, *, ahead: bool = False
+) -> dict[int, torch.Tensor]:
     """Save the weights of all recorded layers in a store.
+
+    Args:
+        store: where to.
+        checkpoint: where from.
+        ahead: read two layers while one is written, for as much memory more.
 
     Returns:
         Layer number to norms of the down columns, (d_ff,) float32.
     """
     norms = {}
+    reading = made_ahead if ahead else map
 
     def read() -> Iterator[tuple[int, LayerWeights]]:
-        for layer in store.header.layers:
-            weights = read_layer_weights(checkpoint, layer)
+        layers = store.header.layers
+        found = reading(partial(read_layer_weights, checkpoint), layers)
+        for layer, weights in zip(layers, found, strict=True):
             norms[layer] = weights.down_norms
             yield layer, weights
 
