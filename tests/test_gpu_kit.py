@@ -173,12 +173,16 @@ def test_another_card_and_damaged_lines_are_refused(tmp_path: Path) -> None:
         journal.card()
 
 
-def run(place: Path, *words: str) -> Result:
+def arguments(place: Path) -> list[str]:
     model, text = place / "model", place / "text"
-    model.mkdir()
+    model.mkdir(exist_ok=True)
     text.write_text("x")
     files = ("--model", str(model), "--data", str(text), "--eval-data", str(text))
-    return CliRunner().invoke(main, ["--out", str(place / "out"), *files, *words])
+    return ["--out", str(place / "out"), *files]
+
+
+def run(place: Path, *words: str) -> Result:
+    return CliRunner().invoke(main, [*arguments(place), *words])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
@@ -193,7 +197,17 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     result = run(tmp_path, "--stages", "smoke,smok", "--dry-run")
     assert result.exit_code == 1
     assert "there is no 'smok'" in result.output
-    assert stages_of("operators,smoke") == ("smoke", "operators")
+    result = CliRunner().invoke(main, [*arguments(tmp_path), "--stages", "smoke/x", "--dry-run"])
+    assert result.exit_code == 1
+    assert "there is no 'smoke/x'" in result.output
+    assert "choose of collect, streamed" in result.output
+
+
+def test_stages_and_steps_are_chosen_by_name_in_order_of_worth() -> None:
+    chosen = stages_of("operators/traced, smoke, operators/tests")
+    assert list(chosen) == ["smoke", "operators"]
+    assert chosen["smoke"] == steps_of("smoke")
+    assert [each.name for each in chosen["operators"]] == ["tests", "traced"]
 
 
 def test_a_budget_in_which_nothing_fits_leaves_all_out_and_writes_the_card(tmp_path: Path) -> None:

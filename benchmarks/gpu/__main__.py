@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.kit import Kit
+from benchmarks.gpu.kit import Kit, Step
 from benchmarks.gpu.machine import machine
 from benchmarks.gpu.plan import LIMITS, MODULES, plan, steps_of
 from benchmarks.gpu.stage import run_stage
@@ -24,18 +25,31 @@ DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def stages_of(text: str) -> tuple[str, ...]:
-    """Return names of stages in order of worth.
+def stages_of(text: str) -> dict[str, tuple[Step, ...]]:
+    """Return the steps that are asked for by stage, in order of worth.
+
+    Args:
+        text: stages, or a stage's step such as `operators/tests`, commas between.
 
     Raises:
-        ResultError: one is none.
+        ResultError: there is no such stage or step.
     """
     asked = [part.strip() for part in text.split(",")]
-    if unknown := [name for name in asked if name not in MODULES]:
-        raise ResultError(
-            f"--stages: there is no {unknown[0]!r}", f"choose of {', '.join(MODULES)}"
-        )
-    return tuple(name for name in MODULES if name in asked)
+    known = {stage: steps_of(stage) for stage in MODULES if _names(asked, stage)}
+    names = {f"{stage}/{step.name}" for stage, steps in known.items() for step in steps}
+    for name in asked:
+        if name not in {*MODULES, *names}:
+            stage = name.partition("/")[0]
+            there = [step.name for step in known[stage]] if stage in known else MODULES
+            raise ResultError(f"--stages: there is no {name!r}", f"choose of {', '.join(there)}")
+    return {
+        stage: tuple(step for step in steps if {stage, f"{stage}/{step.name}"} & set(asked))
+        for stage, steps in known.items()
+    }
+
+
+def _names(asked: Sequence[str], stage: str) -> bool:
+    return any(name.partition("/")[0] == stage for name in asked)
 
 
 @click.command()
@@ -50,7 +64,12 @@ def stages_of(text: str) -> tuple[str, ...]:
 @click.option("--eval-data", type=FILE, required=True, help="Its held-out text.")
 @click.option("--powerinfer-bin", type=DIRECTORY, help="PowerInfer's programs, built with CUDA.")
 @click.option("--llama-cpp-bin", type=DIRECTORY, help="llama.cpp's programs, built with CUDA.")
-@click.option("--stages", default=",".join(MODULES), show_default=True)
+@click.option(
+    "--stages",
+    default=",".join(MODULES),
+    show_default=True,
+    help="Those, or single steps such as operators/tests.",
+)
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
@@ -91,7 +110,7 @@ def main(
     click.echo(summary(card), err=True)
 
 
-def run(kit: Kit, stages: tuple[str, ...], end: float, *, again: bool) -> Card:
+def run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: bool) -> Card:
     """Run the steps that fit before a time of the monotonic clock; return all that is known.
 
     Raises:
