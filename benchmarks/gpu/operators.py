@@ -115,6 +115,7 @@ STEPS = (
     _step("13b-float16", 4, "--shape", "13b", "--dtype", "float16"),
     _step("7b-bfloat16", 4, "--shape", "7b", "--dtype", "bfloat16"),
     _step("7b-float16-clustered", 3, "--shape", "7b", "--pattern", "clustered"),
+    _step("13b-bfloat16", 3, "--shape", "13b", "--dtype", "bfloat16"),
     Step(name="traced", seconds=3, run=traced),
     _step("7b-float16-tuned", 40, "--shape", "7b", "--dtype", "float16", "--tune"),
 )
