@@ -98,7 +98,10 @@ def test_a_share_has_no_gradient() -> None:
 def gradients(model: Any, *, checkpointing: bool) -> dict[str, torch.Tensor]:
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Its older name is that of transformers before 5.24.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable = next(getattr(model, name) for name in names if hasattr(model, name))
+        enable({"use_reentrant": False})
     regularise = regulariser(model)
     total = torch.tensor(0.0)
     for half in HALVES:  # as under accumulation: one backward pass after the other
