@@ -171,6 +171,7 @@ def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
         "density": pictures.density_pictures(run, name),
         "estimates": _estimates(run),
         "card": _card_stages(run.card) if run.card else [],
+        "budgets": pictures.budget_pictures(run, name),
         "details": _details(run),
         "layer_rows": _layer_rows(run),
     }

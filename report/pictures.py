@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup, escape
 
 from common.units import size
-from report.figures import predictors, speed
+from report.figures import card, predictors, speed
 from report.figures.style import (
     ACCENT,
     DARK,
@@ -232,6 +232,23 @@ def density_pictures(run: Run, name: str) -> list[Picture]:
         f"rank {shape.rank}; threads: {run.density.threads}"
     )
     return [_picture(speed.density_figure(points, WIDTH), f"{name}d", label, title)]
+
+
+def budget_pictures(run: Run, name: str) -> list[Picture]:
+    """Draw speed against VRAM, one picture a step of the stage `hybrid`."""
+    if run.card is None:
+        return []
+    timed = [each for each in run.card.figures if each.at_budget is not None]
+    steps = dict.fromkeys(each.step for each in timed)
+    return [
+        _picture(
+            card.budget_figure([each for each in timed if each.step == step], WIDTH),
+            f"{name}c{number}",
+            "Curves. Tokens per second of PowerInfer and dense engines at several VRAM budgets.",
+            step,
+        )
+        for number, step in enumerate(steps)
+    ]
 
 
 def _figure(height: float, draw: Callable[..., None], *what: object) -> Figure:

@@ -36,10 +36,27 @@ class CardFigure:
     details: dict[str, object]
 
     @property
+    def at_budget(self) -> tuple[str, float] | None:
+        """Arm of `HYBRID_ARMS` and share of VRAM, 0 to 1, where a speed was timed at one."""
+        arm, share = self.details.get("arm"), self.details.get("vram_share")
+        if arm not in HYBRID_ARMS or not isinstance(share, int | float) or not 0 <= share <= 1:
+            return None
+        return str(arm), float(share)
+
+    @property
     def aim(self) -> str:
         """The aim in signs, empty without one."""
         ends = (("≤", self.most), ("≥", self.least))
         return ", ".join(f"{sign} {end:g}" for sign, end in ends if end is not None)
+
+
+HYBRID_ARMS = (
+    "hot neurons",
+    "scattered neurons",
+    "dense in PowerInfer",
+    "dense in llama.cpp",
+)
+"""What the stage `hybrid` times at several budgets of VRAM, by `arm` in its figures' details."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -406,9 +406,28 @@ def card() -> Document:
         "created": "2026-01-01T00:00:00+00:00",
         "machine": {"card": "NVIDIA H100 80GB HBM3", "driver": "580.159.04", "psp": "0.1.0"},
         "dry": False,
-        "figures": [figure | each for each in (bound, dense, plain)],
+        "figures": [*(figure | each for each in (bound, dense, plain)), *_at_budgets()],
         "steps": [done, {"stage": "hybrid", "step": "placement", **absent}],
     }
+
+
+def _at_budgets() -> list[Document]:
+    speeds = {"hot neurons": (60.0, 350.0, 500.0), "dense in llama.cpp": (34.0, 40.0, 1066.0)}
+    return [
+        {
+            "stage": "hybrid",
+            "step": "speed",
+            "name": f"speed, {arm}, {share:.0%}",
+            "value": speed,
+            "unit": "tokens/s",
+            "most": None,
+            "least": None,
+            "met": None,
+            "details": {"arm": arm, "vram_share": share},
+        }
+        for arm, found in speeds.items()
+        for share, speed in zip((0.0, 0.5, 1.0), found, strict=True)
+    ]
 
 
 def write(directory: Path, **documents: Document) -> Path:

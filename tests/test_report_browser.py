@@ -69,7 +69,7 @@ def test_the_page_is_whole_and_fits(window: Browser, page: Path, width: int, sch
     assert window.logs("browser") == []
     assert window.requests() == [page.as_uri()]
     boxes = window.run(_BOXES)
-    assert len(boxes) == 16
+    assert len(boxes) == 17
     assert all(side > 60 for box in boxes for side in box)
     assert window.run("return document.documentElement.scrollWidth") <= width
     assert window.run(_WIDER) == []

@@ -132,7 +132,8 @@ def test_identifiers_are_unique_and_every_reference_has_one(source: str, page: P
 
 def test_every_picture_is_drawn_and_described(page: Page) -> None:
     pictures = page.named("svg")
-    assert len(pictures) == 16  # 2 · (speed 2, layers 3, hot 1, memory 1), search 1, density 1
+    # 2 · (speed 2, layers 3, hot 1, memory 1), search 1, density 1, budgets 1
+    assert len(pictures) == 17
     for picture in pictures:
         assert picture["role"] == "img"
         assert len(picture["aria-label"] or "") > 30

@@ -188,6 +188,7 @@ def _against_dense(programs: Programs, bundle: Bundle, shares: Sequence[float]) 
         where = placed_percent(share) if programs.cuda else "CPU"
         for title, found in runs.items():
             told: dict[str, object] = {"file": str(bundle.model_file), "budget": every[share]}
+            told |= {"arm": _arm(title), "vram_share": share}
             if title in captured:
                 told["captured"] = captured[title]
             yield speed_figure(f"{title}, {where}", found, **told, **programs.skipped)
@@ -228,6 +229,11 @@ def _arms(
         run = partial(programs.llama_cpp_dense, dense, layers)
         arms[f"{_DENSE} in llama.cpp, -ngl {layers}"] = run
     return arms
+
+
+def _arm(title: str) -> str:
+    """Return the arm of a title, which also says how many layers are offloaded."""
+    return title.partition(", ")[0]
 
 
 def _ratios(
