@@ -171,6 +171,7 @@ def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
         "density": pictures.density_pictures(run, name),
         "estimates": _estimates(run),
         "card": _card_stages(run.card) if run.card else [],
+        "aims": _aims(run.card) if run.card else "",
         "budgets": pictures.budget_pictures(run, name),
         "details": _details(run),
         "layer_rows": _layer_rows(run),
@@ -267,6 +268,12 @@ def _card_stages(card: Card) -> list[tuple[str, list[Row], list[str]]]:
         )
         for stage in dict.fromkeys(named)
     ]
+
+
+def _aims(card: Card) -> str:
+    """Return how many of a card's aims are met, a sentence; nothing of a dry run."""
+    met = [each.met for each in card.figures if each.met is not None]
+    return "" if card.dry or not met else f"{sum(met)} of {len(met)} aims are met."
 
 
 def _figure_row(figure: CardFigure) -> Row:

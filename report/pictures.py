@@ -238,16 +238,10 @@ def budget_pictures(run: Run, name: str) -> list[Picture]:
     """Draw speed against VRAM, one picture a step of the stage `hybrid`."""
     if run.card is None:
         return []
-    timed = [each for each in run.card.figures if each.at_budget is not None]
-    steps = dict.fromkeys(each.step for each in timed)
+    label = "Curves. Tokens per second of PowerInfer and dense engines at several VRAM budgets."
     return [
-        _picture(
-            card.budget_figure([each for each in timed if each.step == step], WIDTH),
-            f"{name}c{number}",
-            "Curves. Tokens per second of PowerInfer and dense engines at several VRAM budgets.",
-            step,
-        )
-        for number, step in enumerate(steps)
+        _picture(card.budget_figure(timed, WIDTH), f"{name}c{number}", label, step)
+        for number, (step, timed) in enumerate(card.budgets_of(run.card.figures).items())
     ]
 
 

@@ -322,6 +322,7 @@ def test_a_card_shows_figures_beside_their_aims_and_what_was_not_measured(tmp_pa
     assert "S2 against dense4.25 ×≥ 4met" in page.text
     assert "placement: absent; no PowerInfer: pass --powerinfer-bin" in page.text
     assert "7b-float16: done" not in page.text
+    assert "1 of 2 aims are met." in page.text
     assert "a dry run" not in page.text
 
 

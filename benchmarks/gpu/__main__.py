@@ -15,6 +15,7 @@ from benchmarks.gpu.plan import LIMITS, MODULES, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import PspError, ResultError
 from common.table import table
+from report.figures.card import draw_budgets
 from report.words import quantity
 from results.card import Card, StepEnd
 
@@ -133,7 +134,9 @@ def run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: bo
         seconds = min(scale * LIMITS[stage], end - time.monotonic())
         run_stage(kit, stage, steps, max(seconds, 1.0))
     journal.write()
-    return journal.card()
+    card = journal.card()
+    draw_budgets(kit.out, card.figures)
+    return card
 
 
 def summary(card: Card) -> str:
