@@ -4,10 +4,10 @@ Nothing here looks at the data, waits for the device or sizes a buffer by it, so
 captured in a CUDA graph. Arguments are those of `operators`, which has checked them and made them
 contiguous; `launch` says how to cut an operator up, the tuned or default way if it is None.
 
-S3 counts the programs that have arrived (`triton_kernels.last_adds_up`) with counters that every
-launch finds at zero and leaves at zero. Clearing them before each launch would be a launch of its
-own, a quarter of the operator's time; so the kernel clears them, and `tickets` sees to it that no
-two launches that may overlap share one:
+S3 of several tokens counts the programs that have arrived (`triton_batches.last_adds_up`) with
+counters that every launch finds at zero and leaves at zero. Clearing them before each launch would
+be a launch of its own, a quarter of the operator's time; so the kernel clears them, and `tickets`
+sees to it that no two launches that may overlap share one:
 
 - outside a CUDA graph: a set for each stream, on which launches follow each other;
 - inside one: a set for each captured launch, since the graph may be replayed on any stream.
@@ -15,23 +15,21 @@ two launches that may overlap share one:
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
+import triton
 from torch import Tensor
 
 from sparse_operators.reference import rounded_threshold
-from sparse_operators.triton_kernels import (
-    DOWN_RUN,
-    add_partials,
-    down_one_token,
-    down_tokens,
-    up_down_partials,
-    up_one_token,
-    up_tokens,
-)
+from sparse_operators.triton_batches import DOWN_RUN, down_tokens, up_tokens
+from sparse_operators.triton_down import down_listed, down_slots, down_tiles
+from sparse_operators.triton_kernels import add_partials, up_down_partials, up_one_token
 from sparse_operators.triton_launch import (
     TENSOR_CORE_ROWS,
     Launch,
@@ -41,6 +39,8 @@ from sparse_operators.triton_launch import (
     launch_for,
     power_of_two,
     processors_of,
+    row_lanes,
+    row_pieces,
     rows_each,
     tuned_launches,
 )
@@ -48,8 +48,16 @@ from sparse_operators.triton_launch import (
 _CHUNK = 32
 """Partial sums of S3 that are read at a time."""
 
-_WORDS = 1 << 18
-"""1 MiB of int32 a device: enough for thousands of captured launches, 16 counters each for 7B."""
+_ADDED = 256
+"""Partial `y`s of the fused kernel that are read at a time."""
+
+_REGISTERS = 1 << 16
+"""What the programs of one multiprocessor share, on every card since 2012."""
+
+_WORDS = 1 << 20
+"""4 MiB of int32 a device: for 30,000 captured launches in tiles, 32 counters each for 7B."""
+
+_compiling = ContextVar("compiling", default=False)
 
 
 def up(
@@ -64,22 +72,21 @@ def up(
     """S2, `x1 (t, d_ff)`; see `operators.sparse_up`."""
     (tokens, d_ff), d_model = scores.shape, x.shape[1]
     launch = launch or _launch("up", scores, d_model, deterministic)
-    x1 = torch.empty_like(scores)
-    rows = rows_each(d_ff, launch.programs)
+    x1, rows = torch.empty_like(scores), rows_each(d_ff, launch.programs)
     lists = _lists(launch.programs * rows, x.device)
     limit = rounded_threshold(threshold, scores.dtype)
-    common = _cut(launch, rows)
+    grid, common = (launch.programs,), _cut(launch, rows)
     with on_device(x.device):
         if tokens == 1:
-            up_one_token[(launch.programs,)](
-                scores, x, w1, x1, lists, limit, d_model, d_ff,
-                D_BLOCK=power_of_two(d_model), **common,
+            piece, pieces = row_pieces(d_model)
+            _start(
+                up_one_token, grid, scores, x, w1, x1, lists, limit, d_model, d_ff,
+                PIECE=piece, PIECES=pieces, AHEAD=launch.stages > 1, **common,
             )  # fmt: skip
         else:
-            up_tokens[(launch.programs,)](
-                scores, x, w1, x1, lists, limit, tokens, d_model, d_ff,
-                TOKENS=TENSOR_CORE_ROWS, WIDEN=x.device.type != "cuda", D_BLOCK=launch.columns,
-                **common,
+            _start(
+                up_tokens, grid, scores, x, w1, x1, lists, limit, tokens, d_model, d_ff,
+                D_BLOCK=launch.columns, STAGES=launch.stages, **_padded(x.device), **common,
             )  # fmt: skip
     return x1
 
@@ -88,11 +95,46 @@ def down(
     x1: Tensor, w2t: Tensor, *, deterministic: bool = False, launch: Launch | None = None
 ) -> Tensor:
     """S3, `y (t, d_model)`; see `operators.sparse_down`."""
-    (tokens, d_ff), d_model = x1.shape, w2t.shape[1]
+    tokens, d_model = x1.shape[0], w2t.shape[1]
     launch = launch or _launch("down", x1, d_model, deterministic)
+    y = x1.new_empty(tokens, d_model)
+    with on_device(x1.device):
+        if tokens == 1 and launch.form == "slots":
+            _down_slots(x1, w2t, y, launch)
+        elif tokens == 1 and launch.form == "listed":
+            _down_listed(x1, w2t, y, launch)
+        else:
+            _down_tiles(x1, w2t, y, launch)
+    return y
+
+
+def _down_slots(x1: Tensor, w2t: Tensor, y: Tensor, launch: Launch) -> None:
+    d_ff, d_model = w2t.shape
+    programs = -(-d_model // launch.columns)
+    # If some multiprocessors get two programs, both must fit, or these would run in turn.
+    two = programs > processors_of(x1.device)
+    limit = {"maxnreg": _REGISTERS // (2 * 32 * launch.warps)} if two else {}
+    _start(
+        down_slots, (programs,), x1, w2t, y, d_model, d_ff,
+        SLOTS=row_lanes(launch, x1.dtype), COLUMNS=launch.columns, TURNS=launch.group,
+        num_warps=launch.warps, enable_fp_fusion=True, **limit,
+    )  # fmt: skip
+
+
+def _down_listed(x1: Tensor, w2t: Tensor, y: Tensor, launch: Launch) -> None:
+    d_ff, d_model = w2t.shape
+    programs = -(-d_model // launch.columns)
+    _start(
+        down_listed, (programs,), x1, w2t, y, _lists(programs * d_ff, x1.device), d_model, d_ff,
+        THREADS=launch.warps * 32, GROUP=launch.group, LANES=row_lanes(launch, x1.dtype),
+        COLUMNS=launch.columns, num_warps=launch.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def _down_tiles(x1: Tensor, w2t: Tensor, y: Tensor, launch: Launch) -> None:
+    tokens, (d_ff, d_model) = x1.shape[0], w2t.shape
     tiles, splits = -(-d_model // launch.columns), launch.programs
     rows = rows_each(d_ff, splits, DOWN_RUN.value)
-    y = x1.new_empty(tokens, d_model)
     buffers = (
         _lists(tiles * splits * rows, x1.device),
         torch.empty(splits * tokens * d_model, dtype=torch.float32, device=x1.device),
@@ -101,15 +143,16 @@ def down(
     common = _cut(launch, rows) | {
         "D_BLOCK": launch.columns, "SPLITS": splits, "CHUNK": min(_CHUNK, power_of_two(splits))
     }  # fmt: skip
-    with on_device(x1.device):
-        if tokens == 1:
-            down_one_token[(tiles, splits)](x1, w2t, y, *buffers, d_model, d_ff, **common)
-        else:
-            down_tokens[(tiles, splits)](
-                x1, w2t, y, *buffers, tokens, d_model, d_ff,
-                TOKENS=TENSOR_CORE_ROWS, WIDEN=x1.device.type != "cuda", **common,
-            )  # fmt: skip
-    return y
+    if tokens == 1:
+        _start(
+            down_tiles, (tiles, splits), x1, w2t, y, *buffers, d_model, d_ff,
+            LANES=row_lanes(launch, x1.dtype), **common,
+        )  # fmt: skip
+    else:
+        _start(
+            down_tokens, (tiles, splits), x1, w2t, y, *buffers, tokens, d_model, d_ff,
+            STAGES=launch.stages, **_padded(x1.device), **common,
+        )  # fmt: skip
 
 
 def up_down(
@@ -147,15 +190,36 @@ def up_down_fused(
     lists = _lists(launch.programs * rows, x.device)
     limit = rounded_threshold(threshold, scores.dtype)
     with on_device(x.device):
-        up_down_partials[(launch.programs,)](
+        _start(
+            up_down_partials, (launch.programs,),
             scores, x, w1, w2t, partials, lists, limit, d_model, d_ff,
             D_BLOCK=power_of_two(d_model), **_cut(launch, rows),
         )  # fmt: skip
-        add_partials[(-(-d_model // 32),)](
-            partials, y, launch.programs, d_model,
-            CHUNK=128, D_BLOCK=32, num_warps=4, enable_fp_fusion=True,
+        _start(
+            add_partials, (-(-d_model // 32),), partials, y, launch.programs, d_model,
+            CHUNK=min(_ADDED, power_of_two(launch.programs)), D_BLOCK=32, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y
+
+
+@contextmanager
+def compiling_in(pool: Executor) -> Iterator[None]:
+    """Operators that are called inside compile their kernels, in the pool, and run none."""
+    token = _compiling.set(True)
+    try:
+        with triton.AsyncCompileMode(pool):
+            yield
+    finally:
+        _compiling.reset(token)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], *given: object, **options: int) -> None:
+    """Launch a kernel; or only compile it, inside `compiling_in`."""
+    if _compiling.get():
+        kernel.warmup(*given, grid=grid, **options)
+    else:
+        kernel[grid](*given, **options)
 
 
 def problem_of(operator: Operator, rows: Tensor, d_model: int) -> Problem:
@@ -183,10 +247,14 @@ def _cut(launch: Launch, rows: int) -> dict[str, int]:
     return {
         "ROWS": rows,
         "GROUP": launch.group,
-        "STAGES": launch.stages,
         "num_warps": launch.warps,
         "enable_fp_fusion": True,
     }
+
+
+def _padded(device: torch.device) -> dict[str, int]:
+    """Arguments of kernels for several tokens, on tensor cores or in the interpreter."""
+    return {"TOKENS": TENSOR_CORE_ROWS, "WIDEN": device.type != "cuda"}
 
 
 def _lists(size: int, device: torch.device) -> Tensor:

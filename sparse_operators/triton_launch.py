@@ -26,12 +26,28 @@ from common.typed_json import Range, plain, read_document
 from common.version import tool_version
 
 Operator = Literal["up", "down", "up_down"]
+Form = Literal["slots", "listed", "tiles"]
 TypeName = Literal["float16", "bfloat16", "float32"]
 
 Extent = Annotated[int, Range(1, 1 << 24)]
 
 TENSOR_CORE_ROWS = 16
 """Least extent of a `tl.dot` operand: tokens are padded to it, and rows come in such groups."""
+
+_SLOT_COLUMNS = 32
+"""Columns of a program of S3 for one token: 64 bytes of float16, what an H100's L2 fetches at once.
+
+As many as a word has bits, so that a slot's words and its columns lie in the same lanes.
+"""
+
+_LOAD_BYTES = 16
+"""What a lane reads at a time, at most."""
+
+_ROW_BYTES = 40 * 1024
+"""Weights that a program of S2 for one token has on their way: 4 rows of 5120 float16."""
+
+_LANE_BYTES = 256
+"""Of these, a lane's share: 64 registers."""
 
 _REMEDY = "the default launches run until psp bench-operators --tune measures again"
 
@@ -42,10 +58,11 @@ class Launch:
 
     Attributes:
         programs: Programs that share out the rows.
-        group: Rows read at a time by one program.
+        group: Rows read at a time by one program; by each slot if `form` is slots.
         columns: Columns at a time (`up` and `up_down` of one token take whole rows: 0).
         warps: Warps of a program.
         stages: Depth of the software pipeline over groups; 1 is none.
+        form: Which kernel of `triton_down` runs S3 of one token; the rest have one form.
     """
 
     programs: int
@@ -53,6 +70,7 @@ class Launch:
     columns: int
     warps: int
     stages: int = 1
+    form: Form = "tiles"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,61 +96,122 @@ class Problem:
 
 @functools.cache
 def default_launch(problem: Problem) -> Launch:
-    """A few programs on every multiprocessor at once, each with tens of kilobytes in flight.
+    """What was fastest, or as good as that, on an H100; other cards have `triton_tuning`.
 
-    By Little's law an H100 (3.35 TB/s, about 0.7 µs latency) needs 18 KB in flight on each
-    multiprocessor; three programs of 8 warps with 4 rows of 4096 float16 hold 96 KB.
+    One token's kernels ask for tens of kilobytes on each multiprocessor at once: by Little's law an
+    H100 (3.35 TB/s, about 0.7 µs latency) needs 18. S2 has half as many programs again as fit, so
+    that those that find many active rows hold up nobody.
     """
-    processors, single = problem.processors, problem.tokens == 1
-    columns = max(TENSOR_CORE_ROWS, min(256 if single else 128, power_of_two(problem.d_model)))
+    processors, rows = problem.processors, problem.d_ff
+    if problem.tokens > 1:
+        return _default_of_several(problem)
+    if problem.operator == "down":
+        # Two programs on a multiprocessor have half the registers each.
+        two = -(-problem.d_model // _SLOT_COLUMNS) > processors
+        group = 2 if two else 4
+        return Launch(programs=1, group=group, columns=_SLOT_COLUMNS, warps=16, form="slots")
+    if problem.operator == "up_down":
+        # As many bytes of each weight, and four times the lanes.
+        group, warps = whole_rows(problem, 2 * _ROW_BYTES, _LANE_BYTES // 2)
+        return Launch(programs=min(processors, rows), group=group, columns=0, warps=warps)
+    group, warps = whole_rows(problem, _ROW_BYTES, _LANE_BYTES)
+    return Launch(programs=min(6 * processors, rows), group=group, columns=0, warps=warps)
+
+
+def _default_of_several(problem: Problem) -> Launch:
+    processors = problem.processors
+    columns = max(TENSOR_CORE_ROWS, min(128, power_of_two(problem.d_model)))
     if problem.operator == "down":
         splits = max(1, 4 * processors // -(-problem.d_model // columns))
         programs = min(splits, -(-problem.d_ff // TENSOR_CORE_ROWS))
         return Launch(programs=programs, group=32, columns=columns, warps=4)
-    if problem.operator == "up_down":
-        programs = min(2 * processors, problem.d_ff)
-        group, warps = whole_rows(problem, 16 * 1024)
-        return Launch(programs=programs, group=group, columns=0, warps=warps)
     programs = min(3 * processors, problem.d_ff)
-    if single:
-        group, warps = whole_rows(problem, 32 * 1024)
-        return Launch(programs=programs, group=group, columns=0, warps=warps)
     return Launch(programs=programs, group=TENSOR_CORE_ROWS, columns=columns, warps=4, stages=4)
 
 
 def candidates(problem: Problem) -> Iterator[Launch]:
-    """What tuning tries for one token: the default first, then its neighbours.
-
-    These have fewer or more programs, rows, warps, stages.
-    """
+    """What tuning tries for one token: the default first, then its neighbours and other forms."""
     base = default_launch(problem)
     yield base
-    groups = (base.group // 2, base.group, base.group * 2)
-    for scale, group, warps, stages in itertools.product(
-        (0.5, 1.0, 2.0), groups, (4, 8), (1, 2, 3)
-    ):
-        programs = min(problem.d_ff, max(1, int(base.programs * scale)))
-        if group < 1 or (scale, stages) == (0.5, 2):
-            continue
-        launch = replace(base, programs=programs, group=group, warps=warps, stages=stages)
+    others = _other_downs(problem) if problem.operator == "down" else _other_rows(problem, base)
+    for launch in dict.fromkeys(others):
         if launch != base:
             yield launch
 
 
-def whole_rows(problem: Problem, budget: int) -> tuple[int, int]:
+def _other_rows(problem: Problem, base: Launch) -> Iterator[Launch]:
+    """Ways to take whole rows: other programs, rows and warps, or a group ahead."""
+    fused = problem.operator == "up_down"
+    row = _row_bytes(problem)
+    scales = (1, 1.5, 2, 3) if fused else (0.5, 0.67, 1, 1.33, 2)
+    powers = (1, 2, 4, 8, 16)
+    for scale, group, warps, stages in itertools.product(scales, powers, powers, (1, 2)):
+        programs = min(problem.d_ff, max(1, int(base.programs * scale)))
+        near = base.group // 4 <= group <= 2 * base.group and base.warps // 4 <= warps
+        # A group ahead takes registers of its own; the fused kernel always has one.
+        usual = _LANE_BYTES if stages == 1 else _LANE_BYTES // 2
+        share = group * row / (32 * warps * usual)
+        some = share <= 1.25 and (share >= 0.5 or warps == 1)
+        if near and some and not (fused and stages > 1):
+            yield replace(base, programs=programs, group=group, warps=warps, stages=stages)
+
+
+def _other_downs(problem: Problem) -> Iterator[Launch]:
+    for warps, group in itertools.product((8, 16), (2, 4, 8)):
+        yield Launch(programs=1, group=group, columns=_SLOT_COLUMNS, warps=warps, form="slots")
+    for warps, group in itertools.product((8, 16), (512, 1024, 2048)):
+        yield Launch(programs=1, group=group, columns=_SLOT_COLUMNS, warps=warps, form="listed")
+    itemsize = _itemsize(problem.dtype)
+    for columns, each, warps, lane in itertools.product(
+        (128, 256, 512), (1, 2, 4), (4, 8), (128, 256)
+    ):
+        tiles = -(-problem.d_model // columns)
+        # Programs for each multiprocessor; a power of two, so that sums are read at once.
+        splits = min(_power_below(each * problem.processors // tiles), 32)
+        group = warps * 32 * lane // (columns * itemsize)
+        if columns <= power_of_two(problem.d_model) and 16 * splits <= problem.d_ff:
+            yield Launch(programs=splits, group=group, columns=columns, warps=warps)
+
+
+def whole_rows(problem: Problem, budget: int, lane: int) -> tuple[int, int]:
     """Group and warps for programs that read whole rows into registers.
 
     Args:
         problem: Gives the length and type of a row.
-        budget: Bytes of weights that a program may hold in registers at a time.
+        budget: Bytes of weights that a program may have in registers at a time.
+        lane: Bytes of them that a lane is to have.
 
     Returns:
-        Rows of a group, 1 to 16, and warps, 1 to 8: 64 elements of weights a thread at most.
+        Rows of a group, 1 to 16, and warps, 1 to 16, both powers of two.
     """
-    dtype: torch.dtype = getattr(torch, problem.dtype)
-    row = power_of_two(problem.d_model)
-    group = min(16, max(1, budget // (row * dtype.itemsize)))
-    return group, min(8, max(1, group * row // 2048))
+    row = _row_bytes(problem)
+    group = min(16, _power_below(budget // row))
+    return group, min(16, _power_below(group * row // (32 * lane)))
+
+
+def row_pieces(d_model: int) -> tuple[int, int]:
+    """Columns of a piece of a row, a power of two, and how many pieces waste the fewest lanes."""
+    longest = min(2048, power_of_two(d_model))
+    sizes = [longest >> n for n in range(longest.bit_length()) if d_model <= 16 * (longest >> n)]
+    piece = min(sizes or [longest], key=lambda size: -(-d_model // size) * size)
+    return piece, -(-d_model // piece)
+
+
+def row_lanes(launch: Launch, dtype: torch.dtype) -> int:
+    """Rows that a program of S3 for one token reads with one load of each lane, at least 1."""
+    return max(1, launch.warps * 32 * _LOAD_BYTES // (launch.columns * dtype.itemsize))
+
+
+def _row_bytes(problem: Problem) -> int:
+    """Weights of an active neuron in registers; the fused kernel has two rows, padded."""
+    fused = problem.operator == "up_down"
+    columns = 2 * power_of_two(problem.d_model) if fused else problem.d_model
+    return columns * _itemsize(problem.dtype)
+
+
+def _itemsize(name: TypeName) -> int:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype.itemsize
 
 
 def rows_each(d_ff: int, programs: int, interleave: int = 1) -> int:
@@ -144,6 +223,11 @@ def rows_each(d_ff: int, programs: int, interleave: int = 1) -> int:
 def power_of_two(n: int) -> int:
     """The least power of two that is at least `n`; Triton's blocks have such extents only."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def _power_below(n: int) -> int:
+    """The greatest power of two that is at most `n`, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 @functools.cache

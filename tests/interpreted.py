@@ -81,13 +81,32 @@ def down_in_order(x1: Tensor, w2t: Tensor, order: Sequence[int]) -> Tensor:
 
 
 def down_twice(x1: Tensor, w2t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S3 twice with the same counters, and the counters afterwards (in the child only)."""
+    """S3 in tiles twice with the same counters, and these afterwards (in the child only)."""
     from sparse_operators import cuda
+    from sparse_operators.triton_launch import Launch
 
     counters = torch.zeros(64, dtype=torch.int32)
+    launch = Launch(programs=3, group=16, columns=16, warps=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "tickets", lambda device, count: counters)
-        return cuda.down(x1, w2t), cuda.down(x1, w2t), counters
+        first, second = (cuda.down(x1, w2t, launch=launch) for _ in range(2))
+    return first, second, counters
+
+
+def up_as(scores: Tensor, x: Tensor, w1: Tensor, cut: dict[str, Any]) -> Tensor:
+    """S2 with a launch given as its fields."""
+    from sparse_operators.cuda import up
+    from sparse_operators.triton_launch import Launch
+
+    return up(scores, x, w1, launch=Launch(**cut))
+
+
+def down_as(x1: Tensor, w2t: Tensor, cut: dict[str, Any]) -> Tensor:
+    """S3 with a launch given as its fields."""
+    from sparse_operators.cuda import down
+    from sparse_operators.triton_launch import Launch
+
+    return down(x1, w2t, launch=Launch(**cut))
 
 
 def _interprets() -> bool:

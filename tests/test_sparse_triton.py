@@ -94,6 +94,58 @@ def test_down_equals_float64(
     assert error(y, reference.down(*doubles(x1, w2t))) <= BOUNDS[dtype]
 
 
+UPS = [
+    {"programs": 5, "group": 4, "columns": 0, "warps": 1, "stages": 1},
+    {"programs": 5, "group": 4, "columns": 0, "warps": 1, "stages": 2},
+]
+DOWNS = [
+    {"programs": 1, "group": 3, "columns": 32, "warps": 1, "form": "slots"},
+    {"programs": 1, "group": 8, "columns": 32, "warps": 2, "form": "slots"},
+    {"programs": 1, "group": 64, "columns": 32, "warps": 1, "form": "listed"},
+    {"programs": 1, "group": 256, "columns": 32, "warps": 4, "form": "listed"},
+    {"programs": 3, "group": 16, "columns": 64, "warps": 1, "form": "tiles"},
+    {"programs": 8, "group": 64, "columns": 128, "warps": 2, "form": "tiles"},
+]
+"""Ways that tuning may choose; 1 warp lists or keeps 1,024 rows at a time."""
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("cut", UPS, ids=str)
+def test_every_way_up(
+    kernels: Call, dtype: torch.dtype, sparsity: float, cut: dict[str, Any]
+) -> None:
+    scores, x, w1, _ = ffn_inputs(1, 160, 333, dtype, sparsity)
+    used = reference.computes(scores)
+    x1 = kernels("up_as", scores, x, poisoned(w1, used), cut, module="interpreted")
+    assert error(x1, reference.up(*doubles(scores, x, w1))) <= BOUNDS[dtype]
+    assert (x1[~used] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("cut", DOWNS, ids=str)
+def test_every_way_down(
+    kernels: Call, dtype: torch.dtype, sparsity: float, cut: dict[str, Any]
+) -> None:
+    scores, _, _, w2t = ffn_inputs(1, 100, 2500, dtype, sparsity)
+    x1 = scores.relu()
+    y = kernels("down_as", x1, poisoned(w2t, x1 != 0), cut, module="interpreted")
+    assert error(y, reference.down(*doubles(x1, w2t))) <= 2 * BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("cut", DOWNS, ids=str)
+@pytest.mark.parametrize("first", [0, 2300])
+def test_neighbours_that_are_active_together(
+    kernels: Call, first: int, cut: dict[str, Any]
+) -> None:
+    # A slot or a thread has all of its rows in one cluster, and no other word of them any.
+    x1, (_, _, _, w2t) = torch.zeros(1, 2500), ffn_inputs(1, 40, 2500, torch.float32)
+    x1[0, first : first + 200] = torch.arange(1.0, 201.0)
+    y = kernels("down_as", x1, poisoned(w2t, x1 != 0), cut, module="interpreted")
+    assert error(y, reference.down(*doubles(x1, w2t))) <= BOUNDS[torch.float32]
+
+
 BOTH = [("up_down", 1, 100, 37), ("up_down", 5, 33, 70)]
 BOTH += [("up_down_fused", *shape) for shape in SHAPES if shape[0] == 1]
 
