@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -98,15 +99,24 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
 
 
 def _tune(inputs: Iterable[Inputs], weights: Tensor) -> dict[str, object]:
-    """Tune for all sparsities at once; return the choices and the file that keeps them."""
+    """Tune for all sparsities at once; return the choices, the file that keeps them, all times."""
     from sparse_operators.triton_launch import keep_launches
     from sparse_operators.triton_tuning import tune
 
-    scores = [each.scores[0] for each in inputs]
-    x = next(iter(inputs)).x[0]
-    chosen = tune(scores, x, weights[0], weights[1])
-    launches = {problem.operator: launch and plain(launch) for problem, launch in chosen.items()}
-    return {"file": str(keep_launches(chosen, weights.device)), "launches": launches}
+    scores = [each.scores for each in inputs]
+    found = tune(scores, next(iter(inputs)).x, weights)
+    launches = {
+        problem.operator: launch and plain(launch) for problem, launch in found.chosen.items()
+    }
+    tried = {
+        operator: [
+            plain(launch) | {"seconds": [time if isfinite(time) else None for time in times]}
+            for launch, times in each.items()
+        ]
+        for operator, each in found.tried.items()
+    }
+    file = str(keep_launches(found.chosen, weights.device))
+    return {"file": file, "launches": launches, "tried": tried}
 
 
 def _launches(inputs: Iterable[Inputs], weights: Tensor) -> str:

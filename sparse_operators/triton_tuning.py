@@ -2,86 +2,147 @@
 
 Called explicitly, never by an operator: tuning needs the device's clock, repeats, and data of the
 sparsity that will be met, none of which a call in the middle of a model can offer.
+
+Two things make it a matter of seconds. All candidates are compiled first, on all cores. And they
+are timed in CUDA graphs, a few milliseconds each: a call from Python takes ten times as long as
+the kernel, so that events around single calls time the host.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
-from statistics import fmean
+from statistics import fmean, median
 
+import torch
 from torch import Tensor
 
-from sparse_operators.cuda import down, on_device, problem_of, up, up_down_fused
+from sparse_operators.cuda import compiling_in, down, on_device, problem_of, up, up_down_fused
+from sparse_operators.timing import Operation, time_graphs
 from sparse_operators.triton_launch import Launch, Operator, Problem, candidates
 
-Measure = Callable[[Callable[[], object]], float]
-"""Runs a call often enough to return its time; infinity if it cannot run."""
+Measure = Callable[[Operation, int], float]
+"""Returns the time of a call, given how many slots there are; infinity if it cannot run."""
 
-Run = Callable[[Launch, int], object]
-"""Runs an operator as a launch says, on the scores of a number."""
+Run = Callable[[Launch, int, int], object]
+"""Runs an operator as a launch says, on the scores of a number, in a slot."""
+
+_REPLAYS = 3
+
+_HOPELESS = 1.25
+"""A candidate that takes so many times the fastest's time in the first case meets no other."""
 
 
-def cold_median(call: Callable[[], object]) -> float:
-    """Median milliseconds on the GPU, the L2 cache flushed before each call."""
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was measured.
+
+    Attributes:
+        chosen: The choices for `up`, `down` and `up_down`, the last one None unless the fused
+            kernel beat the chosen `up` and `down` together.
+        tried: Times of every candidate in the cases that it met.
+    """
+
+    chosen: dict[Problem, Launch | None]
+    tried: dict[Operator, dict[Launch, list[float]]]
+
+
+def graph_seconds(operation: Operation, slots: int) -> float:
+    """Median seconds of a call in a CUDA graph, whose calls each read other weights."""
     from triton.runtime.errors import OutOfResources
-    from triton.testing import do_bench
 
     try:
-        return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
+        return median(time_graphs({"it": operation}, slots, _REPLAYS)["it"])
     except OutOfResources:
         return float("inf")
 
 
 def tune(
-    scores: Sequence[Tensor], x: Tensor, w1: Tensor, w2t: Tensor, measure: Measure = cold_median
-) -> dict[Problem, Launch | None]:
+    scores: Sequence[Tensor], x: Tensor, weights: Tensor, measure: Measure = graph_seconds
+) -> Tuning:
     """Measure how one token's operators are best cut up.
 
     Args:
-        scores: `(1, d_ff)` for each sparsity to tune for, contiguous. A launch cannot depend on
-            the sparsity, so the chosen one has the least mean time, relative to the fastest's.
-        x: `(1, d_model)`, contiguous.
-        w1: `(d_ff, d_model)`, contiguous.
-        w2t: `(d_ff, d_model)`, contiguous.
+        scores: `(slots, 1, d_ff)` for each sparsity to tune for, contiguous. A launch cannot depend
+            on the sparsity, so the chosen one has the least mean time, relative to the fastest's.
+        x: `(slots, 1, d_model)`, contiguous.
+        weights: `(slots, d_ff, d_model)`, contiguous; read by turns, either as `w1` or as `w2t`. So
+            many that a cache holds none of them until its next turn, or the cache is tuned for.
         measure: How to time a call.
-
-    Returns:
-        The choices for `up`, `down` and `up_down`, the last one None unless the fused kernel beat
-        the chosen `up` and `down` together.
     """
-    intermediate = [up(s, x, w1, deterministic=True) for s in scores]
-
-    runs: dict[Operator, Run] = {
-        "up": lambda launch, case: up(scores[case], x, w1, launch=launch),
-        "down": lambda launch, case: down(intermediate[case], w2t, launch=launch),
-        "up_down": lambda launch, case: up_down_fused(scores[case], x, w1, w2t, launch=launch),
-    }
-    cases, d_model = range(len(scores)), x.shape[1]
+    runs = _runs(scores, x, weights)
     chosen: dict[Problem, Launch | None] = {}
-    times = []
-    for operator, run in runs.items():
-        problem = problem_of(operator, scores[0], d_model)
-        with on_device(x.device):
-            chosen[problem], found = _fastest(problem, run, cases, measure)
-        times.append(found)
-    chain = [sum(parts) for parts in zip(*times[:2], strict=True)]
-    if _relative(times[2], chain) >= 1:
-        chosen[problem] = None
-    return chosen
+    tried: dict[Operator, dict[Launch, list[float]]] = {}
+    with on_device(x.device):
+        problems = {name: problem_of(name, scores[0][0], x.shape[-1]) for name in runs}
+        _compile(problems, runs)
+        for name, problem in problems.items():
+            reads = 2 if name == "up_down" else 1
+            timed = partial(_time, measure, runs[name], len(weights), reads)
+            tried[name] = _times(problem, timed, range(len(scores)))
+            chosen[problem] = _fastest(tried[name])
+    best = {name: tried[name][_fastest(tried[name])] for name in problems}
+    chain = [sum(parts) for parts in zip(best["up"], best["down"], strict=True)]
+    if _relative(best["up_down"], chain) >= 1:
+        chosen[problems["up_down"]] = None
+    return Tuning(chosen=chosen, tried=tried)
 
 
-def _fastest(
-    problem: Problem, run: Run, cases: range, measure: Measure
-) -> tuple[Launch, list[float]]:
-    """The candidate of least time, the earliest of equals, and its time in each case."""
-    timed = {
-        launch: [measure(partial(run, launch, case)) for case in cases]
-        for launch in candidates(problem)
-    }
-    least = [min(times) for times in zip(*timed.values(), strict=True)]
-    launch = min(timed, key=lambda each: _relative(timed[each], least))
-    return launch, timed[launch]
+def _runs(scores: Sequence[Tensor], x: Tensor, weights: Tensor) -> dict[Operator, Run]:
+    intermediate = [
+        torch.stack(
+            [up(*given, deterministic=True) for given in zip(each, x, weights, strict=True)]
+        )
+        for each in scores
+    ]
+
+    def run_up(launch: Launch, case: int, slot: int) -> Tensor:
+        return up(scores[case][slot], x[slot], weights[slot], launch=launch)
+
+    def run_down(launch: Launch, case: int, slot: int) -> Tensor:
+        return down(intermediate[case][slot], weights[slot], launch=launch)
+
+    def run_fused(launch: Launch, case: int, slot: int) -> Tensor:
+        w1, w2t = weights[slot], weights[(slot + 1) % len(weights)]
+        return up_down_fused(scores[case][slot], x[slot], w1, w2t, launch=launch)
+
+    return {"up": run_up, "down": run_down, "up_down": run_fused}
+
+
+def _compile(problems: dict[Operator, Problem], runs: dict[Operator, Run]) -> None:
+    """Compile every candidate, as many at a time as there are cores; run none."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool, compiling_in(pool):
+        for operator, problem in problems.items():
+            for launch in candidates(problem):
+                runs[operator](launch, 0, 0)
+
+
+def _time(measure: Measure, run: Run, slots: int, reads: int, launch: Launch, case: int) -> float:
+    return measure(Operation(run=partial(run, launch, case), slots=reads), slots)
+
+
+def _times(
+    problem: Problem, time: Callable[[Launch, int], float], cases: range
+) -> dict[Launch, list[float]]:
+    """The candidates' times in each case, or in the first alone where that leaves no hope."""
+    first, *others = cases
+    tried = {launch: [time(launch, first)] for launch in candidates(problem)}
+    limit = _HOPELESS * min(found for (found,) in tried.values())
+    for launch, found in tried.items():
+        if found[0] <= limit:
+            found += [time(launch, case) for case in others]
+    return tried
+
+
+def _fastest(tried: dict[Launch, list[float]]) -> Launch:
+    """The candidate of least time, the earliest of equals, among those that met every case."""
+    cases = max(len(times) for times in tried.values())
+    met = {launch: times for launch, times in tried.items() if len(times) == cases}
+    least = [min(times) for times in zip(*met.values(), strict=True)]
+    return min(met, key=lambda each: _relative(met[each], least))
 
 
 def _relative(times: list[float], others: list[float]) -> float:

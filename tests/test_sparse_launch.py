@@ -14,6 +14,7 @@ import interpreted
 import pytest
 import torch
 
+from sparse_operators.timing import Operation
 from sparse_operators.triton_launch import (
     Launch,
     Problem,
@@ -68,11 +69,11 @@ def up_down_when_tuned(favourite: str, cache: str) -> tuple[dict[str, bool], int
     calls, fused_calls = 0, 0
     fused = cuda.up_down_fused
 
-    def clock(call: Callable[[], object]) -> float:
+    def clock(operation: Operation, slots: int) -> float:
         nonlocal calls
         calls += 1
         if calls <= 2:
-            call()
+            operation.run(slots - 1)
         return 1.0 / calls if favourite == "last" else float(calls)
 
     def counted(*args: Any, **options: Any) -> torch.Tensor:
@@ -80,14 +81,15 @@ def up_down_when_tuned(favourite: str, cache: str) -> tuple[dict[str, bool], int
         fused_calls += 1
         return fused(*args, **options)
 
-    scores, x, w = torch.ones(1, 32), torch.ones(1, 16), torch.ones(32, 16)
-    chosen = triton_tuning.tune([scores, scores], x, w, w, clock)
+    scores, x, weights = torch.ones(3, 1, 32), torch.ones(3, 1, 16), torch.ones(3, 32, 16)
+    chosen = triton_tuning.tune([scores, scores], x, weights, clock).chosen
+    given = (scores[0], x[0], weights[0], weights[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PSP_CACHE_DIR", cache)
         patch.setattr(cuda, "up_down_fused", counted)
         keep_launches(chosen, x.device)
         for deterministic in (False, True):
-            y = cuda.up_down(scores, x, w, w, deterministic=deterministic)
+            y = cuda.up_down(*given, deterministic=deterministic)
             assert y.tolist() == [[512.0] * 16]
     kept = tuned_launches(x.device).items()
     return {each.operator: launch == default_launch(each) for each, launch in kept}, fused_calls
@@ -104,6 +106,51 @@ def test_tuning_keeps_the_fastest(interpreter: Callable[..., Any], tmp_path: Pat
     kept, fused_calls = interpreter(*run, module="test_sparse_launch")
     assert kept == {"up": True, "down": True}
     assert fused_calls == 0
+
+
+def test_every_candidate_is_compiled_before_any_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    from sparse_operators import triton_tuning
+    from sparse_operators.cuda import problem_of
+
+    seen: list[tuple[str, bool]] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        seen.append((self.__name__, warmup))
+
+    def clock(operation: Operation, slots: int) -> float:
+        before = len(seen)
+        operation.run(0)
+        assert not any(warmup for _, warmup in seen[before:])
+        return 1.0
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    sizes = ((3, 1, 96), (3, 1, 128), (3, 96, 128))
+    scores, x, weights = (torch.empty(*size, device="meta") for size in sizes)
+    tuning = triton_tuning.tune([scores], x, weights, clock)
+    compiled = [name for name, warmup in seen if warmup]
+    tried = {name: len(times) for name, times in tuning.tried.items()}
+    assert len(compiled) == tried["up"] + tried["down"] + 2 * tried["up_down"]
+    assert {"up_one_token", "down_slots", "down_listed", "down_tiles"} <= set(compiled)
+    for operator, times in tuning.tried.items():
+        assert list(times) == list(candidates(problem_of(operator, scores[0], 128)))
+
+
+def test_hopeless_candidates_meet_one_case() -> None:
+    from sparse_operators.triton_tuning import _fastest, _times
+
+    problem = replace(PROBLEM, operator="up")
+    launches = list(candidates(problem))
+    # Twice as slow as the first one, but for the last, which is slower in the first case alone.
+    early = dict.fromkeys(launches[1:-1], 2.0) | {launches[0]: 1.0, launches[-1]: 1.2}
+
+    def time(launch: Launch, case: int) -> float:
+        return early[launch] if case == 0 or launch != launches[-1] else 0.5
+
+    tried = _times(problem, time, range(3))
+    assert [len(times) for times in tried.values()] == [3, *[1] * (len(launches) - 2), 3]
+    assert _fastest(tried) == launches[-1]
 
 
 def other_launch(problem: Problem) -> Launch:
