@@ -68,6 +68,13 @@ def next_row(words, base, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def idle_turns(words):
+    """How many turns of `next_row` find nothing before a slot's last row, int32 `(SLOTS,)`."""
+    _, w1, w2, w3 = words
+    return ((w1 == 0) & ((w2 | w3) != 0)).to(tl.int32) + ((w2 == 0) & (w3 != 0)).to(tl.int32)
+
+
+@triton.jit
 def next_loads(words, base, x1_ptr, w2t_ptr, d, d_model, SLOTS: tl.constexpr, TURNS: tl.constexpr):
     """Ask for the columns `d` of each slot's next `TURNS` rows and for their `x1`."""
     weights = ()
@@ -99,13 +106,12 @@ def down_slots(
         b1 = active_bits(x1_ptr, start + SLOTS * 32, slot, d_ff, SLOTS)
         b2 = active_bits(x1_ptr, start + SLOTS * 64, slot, d_ff, SLOTS)
         b3 = active_bits(x1_ptr, start + SLOTS * 96, slot, d_ff, SLOTS)
-        most = tl.max(tl.sum(b0 + b1 + b2 + b3, axis=1), axis=0)
         words = (as_words(b0), as_words(b1), as_words(b2), as_words(b3))
+        turns = tl.sum(b0 + b1 + b2 + b3, axis=1) + idle_turns(words)
         weights, factors, words, base = next_loads(
             words, start + slot * 8, x1_ptr, w2t_ptr, d, d_model, SLOTS, TURNS
         )
-        # 3 more: a slot goes past three words at most that are empty.
-        for _ in tl.range(0, most + 3, TURNS):
+        for _ in tl.range(0, tl.max(turns, axis=0), TURNS):
             for turn in tl.static_range(TURNS):
                 sums += weights[turn].to(tl.float32) * factors[turn].to(tl.float32)[:, None]
             weights, factors, words, base = next_loads(

@@ -157,7 +157,7 @@ def _other_rows(problem: Problem, base: Launch) -> Iterator[Launch]:
 
 
 def _other_downs(problem: Problem) -> Iterator[Launch]:
-    for warps, group in itertools.product((8, 16), (2, 4, 8)):
+    for warps, group in itertools.product((8, 16), (2, 3, 4, 6, 8)):
         yield Launch(programs=1, group=group, columns=_SLOT_COLUMNS, warps=warps, form="slots")
     for warps, group in itertools.product((8, 16), (512, 1024, 2048)):
         yield Launch(programs=1, group=group, columns=_SLOT_COLUMNS, warps=warps, form="listed")

@@ -123,7 +123,7 @@ def test_every_way_up(
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("cut", DOWNS, ids=str)
 def test_every_way_down(
     kernels: Call, dtype: torch.dtype, sparsity: float, cut: dict[str, Any]
