@@ -2,10 +2,10 @@
 
 A run's seconds for each token are a sum, linear in what is not known:
 
-    seconds = matrix bytes · x₀ + row bytes · x₁ + column bytes · x₂ + layers · x₃
+    seconds = matrix bytes · x₀ + row bytes · x₁ + column bytes · x₂ + layers · x₃ + token
 
-with x₀ to x₂ the inverse of bandwidth · efficiency and x₃ `layer_seconds`. Relative residuals are
-minimised over x ≥ 0 (Lawson and Hanson's NNLS, in scikit-learn).
+with x₀ to x₂ the inverse of bandwidth · efficiency and x₃ `layer_seconds`; `token_seconds` stays as
+it is. Relative residuals are minimised over x ≥ 0 (Lawson and Hanson's NNLS, in scikit-learn).
 
 Runs of one model alone cannot tell all four apart: bytes of attention and the number of layers are
 the same in each. So every unknown is drawn weakly to its value before the fit, all of these scaled
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from common.typed_json import Positive
-from cost_model.hardware import Device, Efficiency, HardwareError
+from cost_model.hardware import Efficiency, Hardware, HardwareError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,17 +56,18 @@ class Run:
     layers: int
 
 
-def run_seconds(run: Run, device: Device) -> float:
+def run_seconds(run: Run, hardware: Hardware) -> float:
     """Return the model's seconds of a run."""
-    read = device.seconds(matrix=run.matrix, rows=run.rows, columns=run.columns)
-    return read + run.layers * device.layer_seconds
+    cpu = hardware.cpu
+    read = cpu.seconds(matrix=run.matrix, rows=run.rows, columns=run.columns)
+    return read + run.layers * cpu.layer_seconds + hardware.token_seconds
 
 
-def calibrate(device: Device, runs: Sequence[Run]) -> Device:
-    """Return the device with efficiencies and overhead fitted to runs.
+def calibrate(hardware: Hardware, runs: Sequence[Run]) -> Hardware:
+    """Return the hardware with its CPU's efficiencies and overhead fitted to runs.
 
     Args:
-        device: with the values before the fit.
+        hardware: with the values before the fit.
         runs: at least `FEWEST`.
 
     Raises:
@@ -76,22 +77,27 @@ def calibrate(device: Device, runs: Sequence[Run]) -> Device:
         raise HardwareError(
             f"{len(runs)} measured runs, expected at least {FEWEST}", "measure more"
         )
-    share, bandwidth = device.efficiency, device.bandwidth
+    cpu = hardware.cpu
+    share, bandwidth = cpu.efficiency, cpu.bandwidth
     reads = [1 / (bandwidth * each) for each in (share.matrix, share.rows, share.columns)]
-    matrix, rows, columns, layer = _solve([*reads, device.layer_seconds], runs).tolist()
-    return replace(
-        device,
+    found = _solve([*reads, cpu.layer_seconds], runs, hardware.token_seconds)
+    matrix, rows, columns, layer = found.tolist()
+    fitted = replace(
+        cpu,
         efficiency=Efficiency(
             matrix=1 / (matrix * bandwidth),
             rows=1 / (rows * bandwidth),
             columns=1 / (columns * bandwidth),
         ),
         layer_seconds=layer,
-        source=f"{device.source}; efficiency and layer time fitted to {len(runs)} runs",
+        source=f"{cpu.source}; efficiency and layer time fitted to {len(runs)} runs",
     )
+    return replace(hardware, cpu=fitted)
 
 
-def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float64]:
+def _solve(
+    prior: Sequence[float], runs: Sequence[Run], token_seconds: float
+) -> npt.NDArray[np.float64]:
     """Return x.
 
     Solved is for z = x / prior, so that all unknowns are near 1. One that the fit would set to 0,
@@ -104,9 +110,10 @@ def _solve(prior: Sequence[float], runs: Sequence[Run]) -> npt.NDArray[np.float6
     reads = [(run.matrix, run.rows, run.columns, run.layers) for run in runs]
     features = np.array(reads) / measured[:, None]
     scale = np.array([value or 1e-6 for value in prior])
-    scale /= np.median(features @ scale)
+    rest = 1 - token_seconds / measured
+    scale *= max(np.median(rest), 1e-3) / np.median(features @ scale)
     system = np.concatenate([features * scale, PRIOR_WEIGHT * np.eye(len(scale))])
-    target = np.concatenate([np.ones(len(runs)), np.full(len(scale), PRIOR_WEIGHT)])
+    target = np.concatenate([rest, np.full(len(scale), PRIOR_WEIGHT)])
     fit = LinearRegression(positive=True, fit_intercept=False).fit(system, target)
     found: npt.NDArray[np.float64] = np.maximum(fit.coef_, 1e-3) * scale
     return found
@@ -132,18 +139,18 @@ class Prediction:
     left_out: bool
 
 
-def predictions(device: Device, runs: Sequence[Run]) -> list[Prediction]:
+def predictions(hardware: Hardware, runs: Sequence[Run]) -> list[Prediction]:
     """Predict each run by a fit to the runs of other groups, where these are enough.
 
     Args:
-        device: with the values before any fit.
+        hardware: with the values before any fit.
         runs: at least `FEWEST`.
     """
     found = []
     for run in runs:
         others = [other for other in runs if other.group != run.group]
         left_out = len(others) >= FEWEST
-        fitted = calibrate(device, others if left_out else runs)
+        fitted = calibrate(hardware, others if left_out else runs)
         seconds = run_seconds(run, fitted)
         found.append(
             Prediction(

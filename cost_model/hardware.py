@@ -6,17 +6,26 @@ one's own, or are measured (`cost_model.measure`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 from common.errors import PspError
 from common.files import write_bytes
-from common.typed_json import Closed, Count, JsonError, Positive, Range, parse, plain
+from common.typed_json import LEFT_OUT, Closed, Count, JsonError, Positive, Range, parse, plain
 from common.units import GIB
 
 THIS = "this"
+
+TOKEN_SECONDS = 800e-6
+"""What a token costs PowerInfer beside its layers where a description does not say.
+
+Fitted to PowerInfer d3ebd7c on an H100's host with 8 threads (docs/estimate.md). It lies in what
+PowerInfer calls eval time, which has no sampler in it: the graph is built and its memory laid out,
+every thread but one is started (ggml.c:ggml_graph_compute), and the logits are fetched.
+"""
+
 _GB = 1e9
 _LARGEST_FILE = 1 << 20
 
@@ -59,8 +68,9 @@ class Device:
             read.
         memory: bytes.
         efficiency: shares of `bandwidth` that are reached.
-        layer_seconds: what a layer costs beside its reads: starting kernels, threads waiting for
-            each other, activations and norms.
+        layer_seconds: what a layer of PowerInfer's sparse graph costs beside its reads: starting
+            kernels, threads waiting for each other, activations and norms.
+        dense_layer_seconds: the same in a dense engine; None where it was not told apart.
         source: where the figures come from.
     """
 
@@ -69,6 +79,7 @@ class Device:
     memory: Count
     efficiency: Efficiency
     layer_seconds: _Delay
+    dense_layer_seconds: _Delay | None = None
     source: str = ""
 
     def seconds(self, *, matrix: float = 0.0, rows: float = 0.0, columns: float = 0.0) -> float:
@@ -115,6 +126,8 @@ class Hardware:
         gpu: the GPU, or None.
         link: between them; there if and only if a GPU is.
         threads: CPU threads that measured figures are for; None for datasheets' figures.
+        token_seconds: what a token costs PowerInfer beside its layers. 0 in documents older than
+            this.
         notes: what a reader of its estimates must know.
     """
 
@@ -123,6 +136,7 @@ class Hardware:
     gpu: Device | None = None
     link: Link | None = None
     threads: Count | None = None
+    token_seconds: _Delay = 0.0
     notes: tuple[str, ...] = ()
 
     def neuron_byte_seconds(self) -> dict[str, float]:
@@ -178,6 +192,7 @@ def save_hardware(path: Path, hardware: Hardware) -> None:
         gpu=_device_entry(hardware.gpu) if hardware.gpu else None,
         link=_link_entry(hardware.link) if hardware.link else None,
         threads=hardware.threads,
+        token_microseconds=hardware.token_seconds * 1e6,
         notes=hardware.notes,
     )
     document = {key: value for key, value in plain(entry).items() if value is not None}
@@ -192,6 +207,7 @@ class _DeviceEntry(Closed):
     memory_gib: _Figure
     efficiency: Efficiency
     layer_microseconds: _Delay
+    dense_layer_microseconds: _Delay | None = field(default=None, metadata=LEFT_OUT)
     source: str = ""
 
 
@@ -209,6 +225,7 @@ class _HardwareEntry(Closed):
     gpu: _DeviceEntry | None = None
     link: _LinkEntry | None = None
     threads: Annotated[int, Range(1)] | None = None
+    token_microseconds: _Delay = TOKEN_SECONDS * 1e6
     notes: tuple[str, ...] = ()
 
 
@@ -226,6 +243,7 @@ def _hardware(value: Any, name: str, where: str) -> Hardware:
         gpu=_device(entry.gpu) if entry.gpu else None,
         link=_link(entry.link) if entry.link else None,
         threads=entry.threads,
+        token_seconds=entry.token_microseconds / 1e6,
         notes=entry.notes,
     )
 
@@ -237,6 +255,7 @@ def _device(entry: _DeviceEntry) -> Device:
         memory=int(entry.memory_gib * GIB),
         efficiency=entry.efficiency,
         layer_seconds=entry.layer_microseconds / 1e6,
+        dense_layer_seconds=_scaled(entry.dense_layer_microseconds, 1e-6),
         source=entry.source,
     )
 
@@ -248,8 +267,13 @@ def _device_entry(device: Device) -> _DeviceEntry:
         memory_gib=device.memory / GIB,
         efficiency=device.efficiency,
         layer_microseconds=device.layer_seconds * 1e6,
+        dense_layer_microseconds=_scaled(device.dense_layer_seconds, 1e6),
         source=device.source,
     )
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
 
 
 def _link(entry: _LinkEntry) -> Link:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.machine import read_memory
-from cost_model.hardware import Device, Efficiency, Hardware, HardwareError, Link
+from cost_model.hardware import TOKEN_SECONDS, Device, Efficiency, Hardware, HardwareError, Link
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -30,8 +30,8 @@ _GPU_BYTES = 1 << 30
 _BATCH_ROWS = 32
 """Rows gathered at a time: 256 KiB, which stay in a core's L2."""
 
-_LAYER_SECONDS = 50e-6
-"""Assumed until calibrated; see hardware.yaml."""
+_LAYER_SECONDS, _GPU_LAYER_SECONDS, _GPU_DENSE_LAYER_SECONDS = 50e-6, 250e-6, 60e-6
+"""Those of the presets; see hardware.yaml."""
 
 
 def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
@@ -73,6 +73,7 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
         gpu=gpu,
         link=link,
         threads=threads,
+        token_seconds=TOKEN_SECONDS,
         notes=(UNCALIBRATED, note),
     )
 
@@ -140,9 +141,10 @@ def _gpu() -> tuple[Device | None, Link | None, str]:
         bandwidth=read,
         memory=facts.total_memory,
         efficiency=Efficiency(matrix=1.0, rows=1.0, columns=0.5),
-        layer_seconds=40e-6,
-        source=f"measured: a sum reads {read / 1e9:.0f} GB/s; rows, columns and 40 µs a layer are "
-        "assumed (hardware.yaml)",
+        layer_seconds=_GPU_LAYER_SECONDS,
+        dense_layer_seconds=_GPU_DENSE_LAYER_SECONDS,
+        source=f"measured: a sum reads {read / 1e9:.0f} GB/s; rows, columns and what a layer costs "
+        "are assumed (hardware.yaml)",
     )
     link = Link(
         bandwidth=crossed,

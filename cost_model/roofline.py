@@ -2,8 +2,8 @@
 
 The roofline model (Williams, Waterman, Patterson 2009) below its ridge: with one token at a time
 every weight is used once, so time is bytes / bandwidth. What it leaves out is put into explicit
-parameters: the share of the bandwidth that kernels reach, a time for each layer, and one for each
-copy over the link.
+parameters: the share of the bandwidth that kernels reach, a time for each layer, one for each
+token, and one for each copy over the link.
 """
 
 from __future__ import annotations
@@ -100,8 +100,14 @@ class _Machine:
             self.cost.add(part, name, self.device(name).seconds(matrix=size), size)
 
     def overhead(self, name: str, halves: float) -> None:
-        """Add halves of a layer's overhead."""
+        """Add halves of a sparse layer's overhead."""
         self.cost.add("overhead", name, HALF * halves * self.device(name).layer_seconds)
+
+    def dense_overhead(self, name: str) -> None:
+        """Add a dense layer's overhead."""
+        device = self.device(name)
+        told = device.dense_layer_seconds
+        self.cost.add("overhead", name, device.layer_seconds if told is None else told)
 
     def cross(self, crossing: Crossing) -> None:
         """Add copies."""
@@ -143,6 +149,7 @@ def sparse_token(
         machine.cross(layer_crossing(layer, there, model.d_model, place.kv))
     machine.dense("head", _name(place.head), model.head)
     _ends(machine, model, any(there.attention for there in place.layers), place.head)
+    machine.cost.add("overhead", "CPU", hardware.token_seconds)
     return machine.cost
 
 
@@ -236,6 +243,9 @@ def _ends(machine: _Machine, model: ModelBytes, layers: bool, head: bool) -> Non
 def dense_token(model: ModelBytes, n_gpu_layers: int, hardware: Hardware, position: float) -> Cost:
     """Return what a token costs in a dense engine with whole layers offloaded.
 
+    The engine is one that costs hardly anything beside its layers, as llama.cpp is; PowerInfer's
+    own dense mode costs `token_seconds` more.
+
     Args:
         model: bytes; predictors are not read.
         n_gpu_layers: as `dense_offload` returns it.
@@ -249,7 +259,7 @@ def dense_token(model: ModelBytes, n_gpu_layers: int, hardware: Hardware, positi
         name, part = _name(gpu), "ffn_hot" if gpu else "ffn_cold"
         machine.dense("attention", name, layer.attention + model.kv(position))
         machine.dense(part, name, layer.ffn)
-        machine.overhead(name, 2)
+        machine.dense_overhead(name)
     head = n_gpu_layers > len(model.layers)
     machine.dense("head", _name(head), model.head)
     _ends(machine, model, n_gpu_layers > 0, head)

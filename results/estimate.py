@@ -71,12 +71,18 @@ class PlacementFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class _Budget:
-    """Size and speed of a budget."""
+    """Size and speed of a budget.
+
+    Attributes:
+        tokens_per_second: of predicted neurons.
+        dense_tokens_per_second: of a dense engine with as many layers there as fit.
+    """
 
     bytes: Count
     powerinfer_option: str
     fits_on_card: bool
     tokens_per_second: Positive
+    dense_tokens_per_second: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +104,14 @@ class CalibrationFacts:
         largest_error: of seconds, relative.
         largest_ratio_error: of predicted over all neurons; None without such a pair.
         left_out: whether no fit has seen what it explains.
+        passed_over: PowerInfer's runs that had a GPU, which the fit does not use.
     """
 
     runs: tuple[Prediction, ...]
     largest_error: Amount
     largest_ratio_error: Amount | None = None
     left_out: bool
+    passed_over: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -277,6 +277,7 @@ def estimate() -> Document:
         "memory": 141 * _GIB,
         "efficiency": {"matrix": 0.8, "rows": 0.7, "columns": 0.7},
         "layer_seconds": 1e-5,
+        "dense_layer_seconds": None,
         "source": "datasheet",
     }
     link = {"bandwidth": 5e10, "efficiency": 0.8, "copy_seconds": 1e-5, "source": "datasheet"}
@@ -292,6 +293,7 @@ def estimate() -> Document:
         "powerinfer_option": "--vram-budget 16.0",
         "fits_on_card": True,
         "tokens_per_second": 210.5,
+        "dense_tokens_per_second": 131.0,
         **placed,
         "best": True,
     }
@@ -310,6 +312,7 @@ def estimate() -> Document:
             "gpu": device,
             "link": link,
             "threads": None,
+            "token_seconds": 1e-3,
             "notes": ["not calibrated"],
             "byte_seconds": {"cpu": 1e-11, "gpu": 3e-13},
         },
@@ -343,6 +346,7 @@ def estimate() -> Document:
             "largest_error": 0.1,
             "largest_ratio_error": None,
             "left_out": True,
+            "passed_over": 2,
         },
     }
 

@@ -44,13 +44,16 @@ MODEL = ModelBytes(d_model=100, n_vocab=500, layers=(LAYER, LAYER), head=3 * GB,
 HALF = Activity(predicted=0.5, both=0.25, active=0.3)
 
 
-def device(bandwidth: float, layer_seconds: float = 0.0) -> Device:
+def device(
+    bandwidth: float, layer_seconds: float = 0.0, dense_layer_seconds: float | None = None
+) -> Device:
     return Device(
         name="made up",
         bandwidth=bandwidth,
         memory=100 * GB,
         efficiency=EXACT,
         layer_seconds=layer_seconds,
+        dense_layer_seconds=dense_layer_seconds,
     )
 
 
@@ -114,6 +117,23 @@ def test_a_dense_token_by_hand() -> None:
     assert one.parts["attention"] == pytest.approx(2 + 2 / 8)
     assert one.parts["head"] == pytest.approx(3)
     assert dense_token(MODEL, 3, machine(gpu=8 * GB), 0).parts["head"] == pytest.approx(3 / 8)
+
+
+def test_what_a_layer_and_a_token_cost_beside_their_reads() -> None:
+    hardware = replace(
+        machine(gpu=8 * GB, layer=0.125),
+        gpu=device(8 * GB, layer_seconds=0.5, dense_layer_seconds=0.0625),
+        token_seconds=0.25,
+    )
+    split = sparse(everywhere(neurons=0.5), hardware)
+    free = sparse(everywhere(neurons=0.5), machine(gpu=8 * GB))
+    # Of each layer attention and the hot neurons are the GPU's, half a layer each, and the cold
+    # ones half a layer of the CPU's.
+    assert split.parts["overhead"] == pytest.approx(2 * (0.5 + 0.125 / 2) + 0.25)
+    assert split.devices["GPU"] - free.devices["GPU"] == pytest.approx(2 * 0.5)
+    assert split.devices["CPU"] - free.devices["CPU"] == pytest.approx(0.125 + 0.25)
+    # A dense engine has its own time for a layer where one is told, and none for a token.
+    assert dense_token(MODEL, 1, hardware, 0).parts["overhead"] == pytest.approx(0.125 + 0.0625)
 
 
 def test_hot_and_cold_neurons_work_at_the_same_time() -> None:

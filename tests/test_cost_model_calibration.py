@@ -10,20 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost_model.calibration import Run, calibrate, predictions, run_seconds
-from cost_model.hardware import Device, Efficiency, HardwareError
+from cost_model.hardware import Device, Efficiency, Hardware, HardwareError
 
 GB = 1e9
-STREAMED = Device(
+STREAMED = Hardware(
     name="measured",
-    bandwidth=10 * GB,
-    memory=1 << 34,
-    efficiency=Efficiency(matrix=1.0, rows=0.7, columns=0.7),
-    layer_seconds=50e-6,
+    cpu=Device(
+        name="measured",
+        bandwidth=10 * GB,
+        memory=1 << 34,
+        efficiency=Efficiency(matrix=1.0, rows=0.7, columns=0.7),
+        layer_seconds=50e-6,
+    ),
+    token_seconds=500e-6,
 )
 TRUE = replace(
     STREAMED,
-    efficiency=Efficiency(matrix=0.8, rows=0.6, columns=0.4),
-    layer_seconds=100e-6,
+    cpu=replace(
+        STREAMED.cpu,
+        efficiency=Efficiency(matrix=0.8, rows=0.6, columns=0.4),
+        layer_seconds=100e-6,
+    ),
 )
 
 
@@ -61,12 +68,14 @@ def errors_of(runs: list[Run]) -> list[float]:
 
 
 def test_the_seconds_of_a_run_are_a_sum() -> None:
-    expected = 0.2 / 8 + 0.8 / 6 + 0.1 / 4 + 8 * 100e-6
+    expected = 0.2 / 8 + 0.8 / 6 + 0.1 / 4 + 8 * 100e-6 + 500e-6
     assert DIFFERENT[1].seconds == pytest.approx(expected)
 
 
 def test_runs_that_tell_all_apart_give_the_true_figures() -> None:
-    fitted = calibrate(STREAMED, DIFFERENT)
+    found = calibrate(STREAMED, DIFFERENT)
+    assert replace(found, cpu=STREAMED.cpu) == STREAMED
+    fitted = found.cpu
     assert fitted.efficiency.matrix == pytest.approx(0.8, rel=0.02)
     assert fitted.efficiency.rows == pytest.approx(0.6, rel=0.02)
     assert fitted.efficiency.columns == pytest.approx(0.4, rel=0.02)
@@ -111,4 +120,4 @@ def test_no_measurement_gives_an_impossible_device(seconds: list[float]) -> None
     runs = [replace(each, seconds=time) for each, time in zip(DIFFERENT, seconds, strict=True)]
     fitted = calibrate(STREAMED, runs)
     assert all(run_seconds(each, fitted) > 0 for each in runs)
-    assert fitted.layer_seconds > 0
+    assert fitted.cpu.layer_seconds > 0

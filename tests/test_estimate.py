@@ -28,6 +28,7 @@ from results.bench import Bench
 from results.estimate import Estimate
 
 HARDWARE = """
+token_microseconds: 0
 cpu:
   bandwidth_gb_per_s: 10
   memory_gib: 2
@@ -192,10 +193,38 @@ def test_budgets_go_from_nothing_to_everything(exact_bundle: Bundle, gpu: str) -
     assert best[0]["tokens_per_second"] >= 0.99 * fastest
     smaller = [row for row in rows if row["bytes"] < best[0]["bytes"]]
     assert all(row["tokens_per_second"] < 0.99 * fastest for row in smaller)
+    # A dense engine has more of its layers there.
+    dense = [row["dense_tokens_per_second"] for row in rows]
+    assert dense == sorted(dense)
+    assert dense[0] < dense[-1]
     # The budget asked for is what the three speeds are for.
     asked = next(row for row in rows if row["bytes"] == pytest.approx(200_000, abs=1))
-    assert asked["tokens_per_second"] == pytest.approx(document["tokens_per_second"]["predicted"])
+    speeds = document["tokens_per_second"]
+    assert asked["tokens_per_second"] == pytest.approx(speeds["predicted"])
+    assert asked["dense_tokens_per_second"] == pytest.approx(speeds["dense"])
     assert document["dense"]["n_gpu_layers"] < 2
+
+
+def test_budgets_with_which_a_dense_engine_is_faster_are_named(
+    exact_bundle: Bundle, gpu: str
+) -> None:
+    text = Path(gpu).read_text().replace("layer_microseconds: 0", "layer_microseconds: 900")
+    slow, file = Path(gpu).with_name("slow.yaml"), exact_bundle.model_file
+    slow.write_text(text.replace("900\nlink", "900\n  dense_layer_microseconds: 1\nlink"))
+    config = EstimateConfig(file=file, hardware=str(slow), bench=MEASURED)
+    document = estimated(config, measured())
+    rows = document["vram_budgets"]
+    lost = [row["dense_tokens_per_second"] > row["tokens_per_second"] for row in rows]
+    assert lost[-1]
+    assert not all(lost)
+    shown = estimate_table(parse(Estimate, document))
+    line = next(each for each in shown.splitlines() if "in llama.cpp is faster with" in each)
+    assert line.count("iB") == sum(lost)
+    config = EstimateConfig(file=file, hardware=gpu, bench=MEASURED)
+    found = estimate(config, measured())
+    silent = [replace(each, dense_tokens_per_second=None) for each in found.vram_budgets]
+    old = replace(found, vram_budgets=tuple(silent))
+    assert "in llama.cpp is faster with" not in estimate_table(old)
 
 
 def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str) -> None:

@@ -154,8 +154,10 @@ def test_runs_on_a_gpu_are_left_out(file: EstimatedFile, tmp_path: Path) -> None
     document["arms"][1]["n_gpu_layers"] = 3
     document["arms"][2]["device"] = {"cuda": True}
     source = write(tmp_path, "bench.json", document)
-    with refused(EngineError, "no run of PowerInfer on the CPU alone"):
+    with refused(EngineError, "no run of PowerInfer on the CPU alone, 3 with a GPU"):
         calibrate_hardware(STREAMED, [source], file)
+    _, facts = calibrate_hardware(STREAMED, [source, *benches(tmp_path / "cpu", file)], file)
+    assert (len(facts.runs), facts.passed_over) == (9, 3)
 
 
 def test_a_file_that_is_gone_is_stood_for_by_its_like(file: EstimatedFile, tmp_path: Path) -> None:

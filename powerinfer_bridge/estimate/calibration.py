@@ -41,7 +41,9 @@ def calibrate_hardware(
         PspError: no usable runs, damaged results, or different numbers of threads.
     """
     found = [each for source in sources for each in _read(source, file)]
-    threads, runs = {count for count, _ in found}, [run for _, run in found]
+    kept = [(count, run) for count, run in found if run is not None]
+    threads, runs = {count for count, _ in kept}, [run for _, run in kept]
+    passed_over = len(found) - len(kept)
     if len(threads | {hardware.threads} - {None}) > 1:
         counts = ", ".join(map(str, sorted(threads)))
         raise EngineError(
@@ -50,20 +52,20 @@ def calibrate_hardware(
             "one calibration is for one --threads",
         )
     if not runs:
-        raise EngineError("--calibrate: no run of PowerInfer on the CPU alone", _REMEDY)
+        problem = f"no run of PowerInfer on the CPU alone, {passed_over} with a GPU"
+        raise EngineError(f"--calibrate: {problem}", _REMEDY)
     fitted = replace(
-        hardware,
-        cpu=calibrate(hardware.cpu, runs),
+        calibrate(hardware, runs),
         threads=threads.pop(),
         notes=(
             *(note for note in hardware.notes if note != UNCALIBRATED),
             f"CPU fitted to {len(runs)} runs of PowerInfer",
         ),
     )
-    return fitted, _facts(runs, predictions(hardware.cpu, runs))
+    return fitted, _facts(runs, predictions(hardware, runs), passed_over)
 
 
-def _facts(runs: Sequence[Run], found: Sequence[Prediction]) -> CalibrationFacts:
+def _facts(runs: Sequence[Run], found: Sequence[Prediction], passed_over: int) -> CalibrationFacts:
     errors = {each.run: each.relative_error for each in found}
     pairs = [
         (f"{group}: {ALL_NEURONS}", f"{group}: {PREDICTED}")
@@ -79,11 +81,12 @@ def _facts(runs: Sequence[Run], found: Sequence[Prediction]) -> CalibrationFacts
         largest_error=max(map(abs, errors.values())),
         largest_ratio_error=max(map(abs, ratios)) if ratios else None,
         left_out=all(each.left_out for each in found),
+        passed_over=passed_over,
     )
 
 
-def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
-    """Yield threads and runs on the CPU alone."""
+def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int, Run | None]]:
+    """Yield threads and runs on the CPU alone, None for those that had a GPU."""
     names = (BENCH.name, DENSITY.name)
     files = [source / name for name in names if (source / name).is_file()]
     if source.is_dir() and not files:
@@ -98,14 +101,16 @@ def _read(source: Path, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
             raise EngineError(f"{path}: kind is {kind!r:.40}", _REMEDY)
 
 
-def _bench_runs(path: Path, bench: Bench, file: EstimatedFile) -> Iterator[tuple[int, Run]]:
+def _bench_runs(path: Path, bench: Bench, file: EstimatedFile) -> Iterator[tuple[int, Run | None]]:
     if bench.engine != POWERINFER:
         raise EngineError(f"{path}: engine is {bench.engine!r:.40}", _REMEDY)
     measured = _measured_file(path, bench, file)
     model, activities = measured.bytes, measured.measured_activity(bench, str(path))
     for arm in bench.arms:
         on_gpu = arm.device.get("cuda") or arm.n_gpu_layers or arm.vram_budget_bytes
-        if arm.name in _ARMS and not on_gpu:
+        if arm.name in _ARMS and on_gpu:
+            yield arm.threads, None
+        elif arm.name in _ARMS:
             seconds, position = 1 / arm.decode.tokens_per_second, _position(bench, arm)
             yield arm.threads, _run(arm.name, str(path), seconds, model, activities, position)
 

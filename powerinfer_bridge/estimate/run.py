@@ -79,6 +79,10 @@ class _Case:
         place = placement.place if placement else on_cpu(self.file.hyper.n_layers)
         return sparse_token(self.file.bytes, place, self.hardware, activities, self.position)
 
+    def dense(self, budget: int) -> tuple[int, Cost]:
+        """How many layers a dense engine offloads, and what a token costs in it."""
+        return best_dense(self.file.bytes, self.hardware, budget, self.context, self.position)
+
 
 def estimate(config: EstimateConfig, measured: Bench | None = None) -> Estimate:
     """Estimate a file's speed.
@@ -191,7 +195,7 @@ def _estimate(case: _Case, activity: ActivityFacts) -> Estimate:
     """Return an estimate that lacks its assumptions and its calibration."""
     file, hardware = case.file, case.hardware
     placement = case.placement(case.budget)
-    n_gpu_layers, dense = best_dense(file.bytes, hardware, case.budget, case.context, case.position)
+    n_gpu_layers, dense = case.dense(case.budget)
     everything = case.sparse(placement, [each.all_neurons for each in case.layers])
     predicted = case.sparse(placement, case.layers)
     costs = {"dense": dense, "all_neurons": everything, "predicted": predicted}
@@ -266,11 +270,13 @@ def _budget(case: _Case, budget: int) -> VramBudget:
     placement = case.placement(granted)
     assert placement is not None
     cost = case.sparse(placement, case.layers)
+    _, dense = case.dense(granted)
     return VramBudget(
         bytes=granted,
         powerinfer_option=f"--vram-budget {option}",
         fits_on_card=budget <= case.card,
         tokens_per_second=cost.tokens_per_second,
+        dense_tokens_per_second=dense.tokens_per_second,
         **vars(placement.facts),
         best=False,
     )

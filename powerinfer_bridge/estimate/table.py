@@ -73,16 +73,26 @@ def _budgets(budgets: tuple[VramBudget, ...], best: VramBudget) -> str:
         [
             size(each.bytes) + (" *" if each.best else "") + ("" if each.fits_on_card else " !"),
             f"{each.tokens_per_second:.2f}",
+            "–" if (dense := each.dense_tokens_per_second) is None else f"{dense:.2f}",
             f"{each.neuron_share_on_gpu:.1%}",
             f"{each.activation_share_on_gpu:.1%}",
         ]
         for each in budgets
     ]
-    text = table(["estimate, VRAM budget", "tokens/s", "neurons there", "activations there"], rows)
+    heads = ("VRAM budget", "tokens/s", "dense engine", "neurons there", "activations there")
+    text = table([f"estimate, {heads[0]}", *heads[1:]], rows)
     lines = [text, f"* smallest within 1 % of the fastest: {best.powerinfer_option}"]
+    lost = [size(each.bytes) for each in budgets if _loses(each)]
+    if lost:
+        lines.append(f"the dense model in llama.cpp is faster with {', '.join(lost)}")
     if not all(each.fits_on_card for each in budgets):
         lines.append("! leaves less than the 256 MiB that PowerInfer keeps free")
     return "\n".join(lines)
+
+
+def _loses(budget: VramBudget) -> bool:
+    dense = budget.dense_tokens_per_second
+    return dense is not None and dense > budget.tokens_per_second
 
 
 def _calibration(found: CalibrationFacts) -> str:
@@ -102,4 +112,6 @@ def _calibration(found: CalibrationFacts) -> str:
         lines.append(
             f"largest error of predicted over all neurons: {found.largest_ratio_error:.1%}"
         )
+    if found.passed_over:
+        lines.append(f"passed over, because they had a GPU: {found.passed_over} runs")
     return "\n".join([table(header, rows), *lines])
