@@ -4,8 +4,9 @@ A run's seconds for each token are a sum, linear in what is not known:
 
     seconds = matrix bytes · x₀ + row bytes · x₁ + column bytes · x₂ + layers · x₃ + token
 
-with x₀ to x₂ the inverse of bandwidth · efficiency and x₃ `layer_seconds`; `token_seconds` stays as
-it is. Relative residuals are minimised over x ≥ 0 (Lawson and Hanson's NNLS, in scikit-learn).
+with x₀ to x₂ the inverse of bandwidth · efficiency and x₃ `layer_seconds`; the token's time
+stays as it is. Relative residuals are minimised over x ≥ 0 (Lawson and Hanson's NNLS, in
+scikit-learn).
 
 Runs of one model alone cannot tell all four apart: bytes of attention and the number of layers are
 the same in each. So every unknown is drawn weakly to its value before the fit, all of these scaled

@@ -18,13 +18,17 @@ from common.units import GIB
 
 THIS = "this"
 
-TOKEN_SECONDS = 800e-6
-"""What a token costs PowerInfer beside its layers where a description does not say.
+THREAD_SECONDS = 115e-6
+"""What a token costs PowerInfer beside its layers, for each thread that it starts, where a
+description does not say.
 
-Fitted to PowerInfer d3ebd7c on an H100's host with 8 threads (docs/estimate.md). It lies in what
-PowerInfer calls eval time, which has no sampler in it: the graph is built and its memory laid out,
-every thread but one is started (ggml.c:ggml_graph_compute), and the logits are fetched.
+PowerInfer d3ebd7c starts its threads but one anew for every token (ggml.c:ggml_graph_compute). A
+token of 8 threads cost an H100's host 0.8 ms beside its layers (docs/estimate.md), one of a single
+thread less than 0.02 ms on another CPU. That it grows evenly between is assumed.
 """
+
+ASSUMED_THREADS = 8
+"""CPU threads where a description names no number."""
 
 _GB = 1e9
 _LARGEST_FILE = 1 << 20
@@ -126,8 +130,8 @@ class Hardware:
         gpu: the GPU, or None.
         link: between them; there if and only if a GPU is.
         threads: CPU threads that measured figures are for; None for datasheets' figures.
-        token_seconds: what a token costs PowerInfer beside its layers. 0 in documents older than
-            this.
+        thread_seconds: what a token costs PowerInfer beside its layers, for each thread that it
+            starts. 0 in documents older than this.
         notes: what a reader of its estimates must know.
     """
 
@@ -136,8 +140,13 @@ class Hardware:
     gpu: Device | None = None
     link: Link | None = None
     threads: Count | None = None
-    token_seconds: _Delay = 0.0
+    thread_seconds: _Delay = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def token_seconds(self) -> float:
+        """What a token costs PowerInfer beside its layers; all threads but one are started."""
+        return self.thread_seconds * ((self.threads or ASSUMED_THREADS) - 1)
 
     def neuron_byte_seconds(self) -> dict[str, float]:
         """Return what one byte of an FFN neuron costs on either device, seconds.
@@ -192,7 +201,7 @@ def save_hardware(path: Path, hardware: Hardware) -> None:
         gpu=_device_entry(hardware.gpu) if hardware.gpu else None,
         link=_link_entry(hardware.link) if hardware.link else None,
         threads=hardware.threads,
-        token_microseconds=hardware.token_seconds * 1e6,
+        thread_microseconds=hardware.thread_seconds * 1e6,
         notes=hardware.notes,
     )
     document = {key: value for key, value in plain(entry).items() if value is not None}
@@ -225,7 +234,7 @@ class _HardwareEntry(Closed):
     gpu: _DeviceEntry | None = None
     link: _LinkEntry | None = None
     threads: Annotated[int, Range(1)] | None = None
-    token_microseconds: _Delay = TOKEN_SECONDS * 1e6
+    thread_microseconds: _Delay = THREAD_SECONDS * 1e6
     notes: tuple[str, ...] = ()
 
 
@@ -243,7 +252,7 @@ def _hardware(value: Any, name: str, where: str) -> Hardware:
         gpu=_device(entry.gpu) if entry.gpu else None,
         link=_link(entry.link) if entry.link else None,
         threads=entry.threads,
-        token_seconds=entry.token_microseconds / 1e6,
+        thread_seconds=entry.thread_microseconds / 1e6,
         notes=entry.notes,
     )
 

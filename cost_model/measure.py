@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.machine import read_memory
-from cost_model.hardware import TOKEN_SECONDS, Device, Efficiency, Hardware, HardwareError, Link
+from cost_model.hardware import THREAD_SECONDS, Device, Efficiency, Hardware, HardwareError, Link
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -73,7 +73,7 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
         gpu=gpu,
         link=link,
         threads=threads,
-        token_seconds=TOKEN_SECONDS,
+        thread_seconds=THREAD_SECONDS,
         notes=(UNCALIBRATED, note),
     )
 

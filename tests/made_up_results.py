@@ -312,7 +312,7 @@ def estimate() -> Document:
             "gpu": device,
             "link": link,
             "threads": None,
-            "token_seconds": 1e-3,
+            "thread_seconds": 1e-4,
             "notes": ["not calibrated"],
             "byte_seconds": {"cpu": 1e-11, "gpu": 3e-13},
         },

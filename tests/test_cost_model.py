@@ -123,7 +123,8 @@ def test_what_a_layer_and_a_token_cost_beside_their_reads() -> None:
     hardware = replace(
         machine(gpu=8 * GB, layer=0.125),
         gpu=device(8 * GB, layer_seconds=0.5, dense_layer_seconds=0.0625),
-        token_seconds=0.25,
+        threads=3,
+        thread_seconds=0.125,
     )
     split = sparse(everywhere(neurons=0.5), hardware)
     free = sparse(everywhere(neurons=0.5), machine(gpu=8 * GB))

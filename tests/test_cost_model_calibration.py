@@ -22,7 +22,8 @@ STREAMED = Hardware(
         efficiency=Efficiency(matrix=1.0, rows=0.7, columns=0.7),
         layer_seconds=50e-6,
     ),
-    token_seconds=500e-6,
+    threads=6,
+    thread_seconds=100e-6,
 )
 TRUE = replace(
     STREAMED,
@@ -68,7 +69,7 @@ def errors_of(runs: list[Run]) -> list[float]:
 
 
 def test_the_seconds_of_a_run_are_a_sum() -> None:
-    expected = 0.2 / 8 + 0.8 / 6 + 0.1 / 4 + 8 * 100e-6 + 500e-6
+    expected = 0.2 / 8 + 0.8 / 6 + 0.1 / 4 + 8 * 100e-6 + 5 * 100e-6
     assert DIFFERENT[1].seconds == pytest.approx(expected)
 
 

@@ -12,7 +12,7 @@ from conftest import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cost_model.hardware import TOKEN_SECONDS, HardwareError, load_hardware, save_hardware
+from cost_model.hardware import THREAD_SECONDS, HardwareError, load_hardware, save_hardware
 from cost_model.measure import ROW_BYTES, cpu_bandwidths, measure_this
 
 DEVICE: dict[str, Any] = {
@@ -40,7 +40,7 @@ def test_presets_are_what_their_datasheets_say() -> None:
         for part in (hardware.cpu, hardware.gpu, hardware.link):
             assert part.source
         assert hardware.cpu.bandwidth < hardware.gpu.bandwidth
-        assert hardware.token_seconds == TOKEN_SECONDS
+        assert hardware.token_seconds == pytest.approx(800e-6, rel=0.01)
         shares = hardware.cpu.efficiency, hardware.gpu.efficiency
         assert all(max(each.matrix, each.rows, each.columns) < 1 for each in shares)
     # Channels · transfers · 8 bytes, and bits · Gbit/s / 8.
@@ -73,10 +73,15 @@ def test_a_file_is_read_and_written(tmp_path: Path) -> None:
 def test_overheads_that_a_file_does_not_tell(tmp_path: Path) -> None:
     """Files older than the keys are valid."""
     silent = {"cpu": DEVICE, "gpu": DEVICE, "link": LINK}
-    told = silent | {"gpu": DEVICE | {"dense_layer_microseconds": 7}, "token_microseconds": 0}
+    told = silent | {
+        "gpu": DEVICE | {"dense_layer_microseconds": 7},
+        "thread_microseconds": 5,
+        "threads": 3,
+    }
     for name, document, token, dense in (
-        ("silent", silent, TOKEN_SECONDS, None),
-        ("told", told, 0.0, 7e-6),
+        ("silent", silent, 7 * THREAD_SECONDS, None),
+        ("single", silent | {"threads": 1}, 0.0, None),
+        ("told", told, 10e-6, 7e-6),
     ):
         found = load_hardware(str(write(tmp_path / f"{name}.yaml", document)))
         saved = tmp_path / f"saved-{name}.yaml"

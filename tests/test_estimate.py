@@ -28,7 +28,7 @@ from results.bench import Bench
 from results.estimate import Estimate
 
 HARDWARE = """
-token_microseconds: 0
+thread_microseconds: 0
 cpu:
   bandwidth_gb_per_s: 10
   memory_gib: 2

@@ -54,9 +54,9 @@ def calibrate_hardware(
     if not runs:
         problem = f"no run of PowerInfer on the CPU alone, {passed_over} with a GPU"
         raise EngineError(f"--calibrate: {problem}", _REMEDY)
+    hardware = replace(hardware, threads=threads.pop())
     fitted = replace(
         calibrate(hardware, runs),
-        threads=threads.pop(),
         notes=(
             *(note for note in hardware.notes if note != UNCALIBRATED),
             f"CPU fitted to {len(runs)} runs of PowerInfer",

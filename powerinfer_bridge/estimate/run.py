@@ -15,7 +15,7 @@ from common.errors import EngineError
 from common.files import refuse_existing
 from common.units import parse_size
 from common.version import tool_version
-from cost_model.hardware import Hardware, load_hardware, save_hardware
+from cost_model.hardware import ASSUMED_THREADS, Hardware, load_hardware, save_hardware
 from cost_model.model_bytes import Activity, on_cpu
 from cost_model.roofline import Cost, best_dense, sparse_token
 from gguf_export.pwri.memory_plan import KEPT_FREE, vram_option
@@ -237,6 +237,8 @@ def _assumptions(hardware: Hardware) -> list[str]:
     lines = [*hardware.notes]
     if hardware.threads is not None:
         lines.append(f"the CPU's figures are for --threads {hardware.threads}")
+    elif hardware.thread_seconds:
+        lines.append(f"PowerInfer starts {ASSUMED_THREADS - 1} threads for every token")
     if hardware.gpu:
         lines.append("copies over the link are counted in PowerInfer's source, not measured")
         lines.append(
