@@ -227,6 +227,21 @@ def test_budgets_with_which_a_dense_engine_is_faster_are_named(
     assert "in llama.cpp is faster with" not in estimate_table(old)
 
 
+def test_the_threads_that_are_started_are_told(exact_bundle: Bundle, cpu: str) -> None:
+    config: dict[str, Any] = {"file": exact_bundle.model_file, "density": 0.1}
+    threads = Path(cpu).with_name("threads.yaml")
+    threads.write_text(HARDWARE.replace("thread_microseconds: 0", "thread_microseconds: 100000"))
+    slow, quick = (
+        estimate(EstimateConfig(**config, hardware=str(each))) for each in (threads, cpu)
+    )
+    told = "PowerInfer starts 7 threads for every token"
+    assert told in slow.assumptions
+    assert told not in quick.assumptions
+    for arm, seconds in (("predicted", 0.7), ("all_neurons", 0.7), ("dense", 0.0)):
+        more = slow.seconds[arm]["total"] - quick.seconds[arm]["total"]
+        assert more == pytest.approx(seconds, abs=1e-9)
+
+
 def test_without_a_budget_the_card_is_the_budget(exact_bundle: Bundle, gpu: str) -> None:
     document = estimated(
         EstimateConfig(file=exact_bundle.model_file, hardware=gpu, bench=MEASURED), measured()
