@@ -116,7 +116,8 @@ def _tune(inputs: Iterable[Inputs], weights: Tensor) -> dict[str, object]:
         for operator, each in found.tried.items()
     }
     file = str(keep_launches(found.chosen, weights.device))
-    return {"file": file, "launches": launches, "tried": tried}
+    ffn = {"ffn_seconds": found.ffn, "fused_ffn_seconds": found.fused_ffn}
+    return {"file": file, "launches": launches, **ffn, "tried": tried}
 
 
 def _launches(inputs: Iterable[Inputs], weights: Tensor) -> str:

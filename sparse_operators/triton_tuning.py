@@ -11,7 +11,7 @@ the kernel, so that events around single calls time the host.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from statistics import fmean, median
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from sparse_operators.cuda import compiling_in, down, on_device, problem_of, up, up_down_fused
 from sparse_operators.timing import Operation, time_graphs
@@ -41,13 +42,17 @@ class Tuning:
     """What was measured.
 
     Attributes:
-        chosen: The choices for `up`, `down` and `up_down`, the last one None unless the fused
-            kernel beat the chosen `up` and `down` together.
+        chosen: The choices for `up`, `down` and `up_down`, the last one None unless an FFN with the
+            fused kernel beat one with the chosen `up` and `down`.
         tried: Times of every candidate in the cases that it met.
+        ffn: Times of a whole FFN with the chosen `up` and `down`, case by case.
+        fused_ffn: With the fused kernel.
     """
 
     chosen: dict[Problem, Launch | None]
     tried: dict[Operator, dict[Launch, list[float]]]
+    ffn: list[float]
+    fused_ffn: list[float]
 
 
 def graph_seconds(operation: Operation, slots: int) -> float:
@@ -73,7 +78,7 @@ def tune(
             many that a cache holds none of them until its next turn, or the cache is tuned for.
         measure: How to time a call.
     """
-    runs = _runs(scores, x, weights)
+    runs, slots = _runs(scores, x, weights), len(weights)
     chosen: dict[Problem, Launch | None] = {}
     tried: dict[Operator, dict[Launch, list[float]]] = {}
     with on_device(x.device):
@@ -81,14 +86,36 @@ def tune(
         _compile(problems, runs)
         for name, problem in problems.items():
             reads = 2 if name == "up_down" else 1
-            timed = partial(_time, measure, runs[name], len(weights), reads)
+            timed = partial(_time, measure, runs[name], slots, reads)
             tried[name] = _times(problem, timed, range(len(scores)))
             chosen[problem] = _fastest(tried[name])
-    best = {name: tried[name][_fastest(tried[name])] for name in problems}
-    chain = [sum(parts) for parts in zip(best["up"], best["down"], strict=True)]
-    if _relative(best["up_down"], chain) >= 1:
+        best = {name: _fastest(tried[name]) for name in problems}
+        whole = {
+            fused: [
+                measure(Operation(run=_ffn(scores[case], x, weights, best, fused), slots=3), slots)
+                for case in range(len(scores))
+            ]
+            for fused in (False, True)
+        }
+    if _relative(whole[True], whole[False]) >= 1:
         chosen[problems["up_down"]] = None
-    return Tuning(chosen=chosen, tried=tried)
+    return Tuning(chosen=chosen, tried=tried, ffn=whole[False], fused_ffn=whole[True])
+
+
+def _ffn(
+    scores: Tensor, x: Tensor, weights: Tensor, best: Mapping[Operator, Launch], fused: bool
+) -> Callable[[int], Tensor]:
+    """A whole FFN, its gate dense: what the fused kernel saves alone it may lose behind a gate."""
+
+    def run(slot: int) -> Tensor:
+        token, taken = scores[slot], x[slot]
+        linear(taken, weights[slot])
+        w1, w2t = (weights[(slot + step) % len(weights)] for step in (1, 2))
+        if fused:
+            return up_down_fused(token, taken, w1, w2t, launch=best["up_down"])
+        return down(up(token, taken, w1, launch=best["up"]), w2t, launch=best["down"])
+
+    return run
 
 
 def _runs(scores: Sequence[Tensor], x: Tensor, weights: Tensor) -> dict[Operator, Run]:

@@ -150,6 +150,7 @@ def test_ops_are_registered_rightly() -> None:
     torch.library.opcheck(torch.ops.psp.sparse_up_down.default, (scores, x, w1, w2t, 0.3, False))
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice on a card
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile(mode: str) -> None:
     given = parts(1, *SIZES["odd"], torch.float16)

@@ -46,7 +46,8 @@ def tested(kit: Kit, files: Sequence[str], jobs: int) -> Iterator[Figure]:
         raise Absent(f"the gpu tests ran nothing: {(done.stdout + done.stderr).strip()[-300:]}")
     bad = counts.get("failed", 0) + counts.get("error", 0)
     failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", done.stdout, re.MULTILINE)
-    details = {**counts, "names": failed[:50]}
+    reasons = re.findall(r"^E   (.+)$", done.stdout, re.MULTILINE)
+    details = {**counts, "names": failed[:50], "reasons": [line[:300] for line in reasons[:50]]}
     yield Figure(name="gpu tests that fail", value=bad, most=0, details=details)
 
 
