@@ -23,7 +23,8 @@ from architectures.model import LoadedModel, load_model
 from benchmarks.collection import padded
 from benchmarks.gpu.kit import Figure, Kit, Step
 from benchmarks.gpu.operators import tested
-from benchmarks.gpu.training import MEMORY, place, timed
+from benchmarks.gpu.profiling import Kernels, watch
+from benchmarks.gpu.training import MEMORY, place, timed, wait
 from benchmarks.shared import reglu_settings
 from common.documents import read_documents
 from predictor.collection.collect import record, record_rows, save_weights, trace_header
@@ -136,6 +137,7 @@ def recording(kit: Kit) -> Iterator[Figure]:
             most=1.15,
             details={"seconds": making, "layers_of_batches": made},
         )
+        yield from _beside(kit, config, model, checkpoint, norms, batches)
         found = [_recorded(kit, config, model, checkpoint, norms) for _ in range(_ROUNDS)]
         took = statistics.median(seconds for seconds, _, _ in found)
         where = "memory" if fast.parent == MEMORY else "the disk"
@@ -236,6 +238,36 @@ def _made_only(
     while waiting:
         waiting.popleft()()
     return made
+
+
+def _beside(
+    kit: Kit,
+    config: CollectConfig,
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    norms: dict[int, torch.Tensor],
+    batches: list[Any],
+) -> Iterator[Figure]:
+    """What a card does for rows besides the model, kernel by kernel."""
+    if kit.device != "cuda":
+        return
+
+    def work() -> None:
+        _made_only(config, model, checkpoint, norms, batches)
+        wait(kit)
+
+    def bare() -> None:
+        _bare(model, [padded(batch) for batch in batches])
+        wait(kit)
+
+    both, alone = watch(work), watch(bare)
+    own = {name: seconds - alone.seconds.get(name, 0.0) for name, seconds in both.seconds.items()}
+    yield Figure(
+        name="kernels for rows, seconds over the bare model's",
+        value=(both.total - alone.total) / alone.total,
+        unit="×",
+        details={"seconds": both.total, "seconds_bare": alone.total, "most": Kernels(own).most},
+    )
 
 
 def _labels(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu.hybrid_fixtures import DENSITY
-from benchmarks.gpu.hybrid_programs import THREADS
+from benchmarks.gpu.hybrid_programs import THREADS, TOKENS
 from benchmarks.gpu.hybrid_vram import CONTEXT
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kit import Absent, Figure, Kit, Step
@@ -15,6 +15,7 @@ from cost_model.hardware import load_hardware, save_hardware
 from cost_model.measure import measure_this
 from powerinfer_bridge.estimate.run import estimate
 from powerinfer_bridge.estimate.settings import EstimateConfig
+from results.card import HYBRID_ARMS
 
 _DRY_BYTES, _HARDWARE = 1 << 26, "this.yaml"
 
@@ -68,7 +69,7 @@ def runs(kit: Kit) -> Iterator[Figure]:
     measured = [
         figure
         for figure in Journal(kit.out).card().figures
-        if figure.stage == "hybrid" and {"file", "budget", "captured"} <= figure.details.keys()
+        if figure.stage == "hybrid" and figure.details.get("arm") == HYBRID_ARMS[0]
     ]
     hardware = kit.work / _HARDWARE
     if not measured or not hardware.exists():
@@ -81,6 +82,7 @@ def runs(kit: Kit) -> Iterator[Figure]:
             density=DENSITY,
             vram_budget=None if kit.dry else budget,
             context=CONTEXT,
+            position=TOKENS // 2,
         )
         told = estimate(config).tokens_per_second["predicted"]
         if told is not None:

@@ -18,7 +18,7 @@ from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import RunSample
 
 PROMPT = "The first thing to know about"
-_TOKENS, _DRY_TOKENS = 64, 8
+TOKENS, _DRY_TOKENS = 64, 8
 _TIMEOUT = 30.0
 THREADS = 8
 """Of every run, if there are as many."""
@@ -171,7 +171,7 @@ def open_programs(kit: Kit) -> Programs:
         cuda=bool(facts.cuda),
         # With CUDA one of them drives the card.
         threads=max(2 if facts.cuda else 1, min(THREADS, usable_threads())),
-        tokens=_DRY_TOKENS if kit.dry else _TOKENS,
+        tokens=_DRY_TOKENS if kit.dry else TOKENS,
     )
 
 

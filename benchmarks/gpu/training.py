@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from benchmarks.gpu.kit import Absent, Figure, Kit, Step
+from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.profiling import watch
 from benchmarks.training import NOISE, documents, header, planted_layer
 from predictor.collection.row_maker import Layer, RowMaker
 from predictor.collection.writing import Meanwhile
@@ -33,7 +34,6 @@ from predictor.training.start import Starter, start_sample
 MEMORY = Path("/dev/shm")
 _SHARD_ROWS, _AT_ONCE = 16384, 4096
 _PROFILED_ROWS = 51200
-_TOLD_KERNELS = 12
 Value = TypeVar("Value")
 
 
@@ -229,30 +229,15 @@ def _busy(kit: Kit, trainer: LayerTrainer, sizes: _Sizes) -> Iterator[Figure]:
     """The share of training's time in which the card computes, and what it computes."""
     if kit.device != "cuda":
         return
-    from torch.profiler import ProfilerActivity, profile
-
     rows = trainer.rows(0)
     _, plain = timed(kit, _some_steps(trainer, rows, sizes))
     work = _some_steps(trainer, rows, sizes)
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        _, watched = timed(kit, work)
-    kernels: dict[str, float] = {}
-    for event in found.events() or ():
-        if event.device_type.name == "CUDA":
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e6
-    if not kernels:
-        raise Absent("torch's profiler saw no kernels: CUPTI may not be allowed here")
-    most = sorted(kernels.items(), key=lambda kernel: -kernel[1])[:_TOLD_KERNELS]
+    kernels = watch(lambda: timed(kit, work))
     yield Figure(
         name="of the epochs' time, kernels run",
-        value=100 * sum(kernels.values()) / plain,
+        value=100 * kernels.total / plain,
         unit="%",
-        details={
-            "seconds": plain,
-            "seconds_watched": watched,
-            "kernel_seconds": sum(kernels.values()),
-            "most": {name[:120]: seconds for name, seconds in most},
-        },
+        details={"seconds": plain, "kernel_seconds": kernels.total, "most": kernels.most},
     )
 
 
