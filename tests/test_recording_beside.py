@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from predictor.collection.collect import collect, save_weights, trace_header
 from predictor.collection.recorder import Recorder
 from predictor.collection.row_maker import RowMaker
 from predictor.collection.settings import CollectConfig
+from predictor.collection.writing import Meanwhile
 from predictor.traces.shard_file import ShardWriter
 from predictor.traces.store import TraceStore
 
@@ -165,6 +167,40 @@ def test_a_shard_that_cannot_be_finished_takes_the_next_one_with_it(
         collect(config)
     assert len(TraceStore.open(config.out).progress.shards) == 1
     check_interrupted(config.out)
+
+
+def test_a_failure_that_shows_at_the_end_of_the_next_shard_holds_nobody_up(
+    model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """The next shard's thread waits for rows that will not come."""
+    checkpoint = Checkpoint.open(str(model_dir))
+    config = settings(model_dir, data_file, tmp_path / "out")
+    store = TraceStore.create(config.out, trace_header(config, checkpoint, "none"))
+
+    def fail() -> Any:
+        raise OutputError("no space left", "make some")
+
+    def write() -> None:
+        with Meanwhile(store) as writing:
+            with writing.shard([(0, 1)], "first") as sink:
+                sink(0, fail)
+            with writing.shard([(0, 1)], "second"):
+                time.sleep(0.5)  # the first has failed, and the block asks nothing
+
+    told: list[BaseException] = []
+
+    def tell() -> None:
+        try:
+            write()
+        except BaseException as error:
+            told.append(error)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [str(error) for error in told] == ["no space left; make some"]
+    assert not store.progress.shards
 
 
 def test_an_interrupted_recording_leaves_whole_shards(

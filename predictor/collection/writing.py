@@ -104,10 +104,11 @@ class Meanwhile:
 
         try:
             yield lambda layer, rows: put((layer, rows))
+            put(None)
         except BaseException as error:
+            # Also of the last `put`: the thread would wait for more for ever.
             self._give_up(items, future, error)
             raise
-        put(None)
 
     def _write(
         self,
