@@ -199,18 +199,22 @@ def claimed(out: Path, *, resume: bool, force: bool) -> Iterator[None]:
         OutputError: see `check_out`; or another process is at work there.
     """
     check_out(out, resume=resume, force=force)
-    with _locked(out):
+    with locked(out):
         if not force:
             yield
             return
     remove_output(out)
-    with _locked(out):
+    with locked(out):
         yield
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold a lock on a directory, which ends with the process; made if it is not there."""
+def locked(out: Path) -> Iterator[None]:
+    """Hold a lock on a directory, which ends with the process; made if it is not there.
+
+    Raises:
+        OutputError: another process holds it, or the system refused.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has none
@@ -227,7 +231,7 @@ def _locked(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(
-                f"{out}: another psp run is at work there", "wait for it, or choose another --out"
+                f"{out}: another run is at work there", "wait for it, or choose another --out"
             ) from error
         yield
     finally:

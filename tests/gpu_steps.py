@@ -31,6 +31,15 @@ def broken(kit: Kit) -> Iterator[Figure]:
     yield Figure(name="never", value=float(kit.dry) / 0)
 
 
+def unheard(kit: Kit) -> Iterator[Figure]:
+    yield Figure(name="whole", value=1.0)
+    yield Figure(name="perplexity", value=float("nan"))
+
+
+def infinite(kit: Kit) -> Iterator[Figure]:
+    yield Figure(name="tuned", value=1.0, details={"tried": [1.0, float("inf")]})
+
+
 def dead(kit: Kit) -> Iterator[Figure]:
     os._exit(7)
     yield
@@ -42,7 +51,7 @@ def endless(kit: Kit) -> Iterator[Figure]:
     time.sleep(600)
 
 
-GOOD, ABSENT, REFUSED, BROKEN, DEAD, ENDLESS = (
+GOOD, ABSENT, REFUSED, BROKEN, DEAD, ENDLESS, UNHEARD, INFINITE = (
     Step(name=run.__name__, seconds=1, run=run)
-    for run in (good, absent, refused, broken, dead, endless)
+    for run in (good, absent, refused, broken, dead, endless, unheard, infinite)
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from conftest import refused
-from gpu_steps import ABSENT, BROKEN, DEAD, ENDLESS, GOOD, REFUSED
+from gpu_steps import ABSENT, BROKEN, DEAD, ENDLESS, GOOD, INFINITE, REFUSED, UNHEARD
 
 from benchmarks.gpu.__main__ import main, stages_of, summary
 from benchmarks.gpu.journal import Journal
@@ -20,6 +23,7 @@ from benchmarks.gpu.kit import Figure, Kit, Step
 from benchmarks.gpu.plan import LIMITS, MODULES, START_SECONDS, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import ResultError
+from pipeline.state import locked
 from results.card import CARD, StepEnd
 
 MACHINE: dict[str, object] = {"card": "a card", "driver": "1"}
@@ -117,12 +121,49 @@ def test_a_stage_past_its_limit_is_killed_with_all_that_it_started(tmp_path: Pat
     assert ends(journal) == {"endless": "stopped", "good": "left out"}
     assert "limit of 6 s" in journal.card().steps[0].line
     (figure,) = journal.card().figures
+    check_gone(int(figure.value))
+
+
+def check_gone(process: int) -> None:
     for _ in range(100):
-        if not psutil.pid_exists(int(figure.value)):
-            break
+        if not psutil.pid_exists(process):
+            return
         time.sleep(0.1)
-    else:
-        pytest.fail("the step's child lives on")
+    pytest.fail("a process lives on")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_ends_with_whoever_started_it(tmp_path: Path, number: signal.Signals) -> None:
+    journal = begun(tmp_path)
+    parent = get_context("spawn").Process(
+        target=run_stage, args=(kit(tmp_path), "smoke", (ENDLESS,), 600)
+    )
+    parent.start()
+    assert parent.pid is not None
+    while not (figures := journal.card().figures):
+        assert parent.is_alive()
+        time.sleep(0.1)
+    (stage,) = (
+        child.pid
+        for child in psutil.Process(parent.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    )
+    os.kill(parent.pid, number)
+    parent.join()
+    check_gone(stage)
+    check_gone(int(figures[0].value))
+
+
+def test_a_figure_that_no_file_may_hold_fails_its_step_and_not_the_file(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    run_stage(kit(tmp_path), "smoke", (UNHEARD, INFINITE, GOOD), 60)
+    assert ends(journal) == {"unheard": "failed", "infinite": "failed", "good": "done"}
+    lines = [end.line for end in journal.card().steps]
+    assert lines[:2] == [
+        "perplexity: 'value': expected a finite number, found nan",
+        "tuned: 'details.tried[1]': expected a finite number, found inf",
+    ]
+    assert "whole" in {each.name for each in journal.card().figures}
 
 
 def test_a_dry_run_has_no_aims(tmp_path: Path) -> None:
@@ -160,6 +201,39 @@ def test_a_line_that_a_kill_cut_off_is_passed_over(tmp_path: Path) -> None:
     journal.begin(MACHINE, dry=False)
     journal.end(end("b"))
     assert ends(journal) == {"a": "done", "b": "done"}
+
+
+def test_a_rest_is_cut_off_before_anything_is_written_behind_it(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    with journal.path.open("a", encoding="utf-8") as file:
+        file.write('{"stage": "smoke", "st')
+    journal.end(end("a"))
+    assert ends(journal) == {"a": "done"}
+    journal.path.write_text('{"machi', encoding="utf-8")
+    journal.begin(MACHINE, dry=False)
+    assert ends(journal) == {}
+
+
+def test_going_on_writes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, or a kill, would take all figures."""
+    journal = begun(tmp_path)
+    journal.end(end("a"))
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *given, **named: pytest.fail("written"))
+    journal.begin(MACHINE, dry=False)
+    assert ends(journal) == {"a": "done"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"machine": 5}\n', b"\xff\xfe\n", b"[" * 100_000 + b"\n", b"\n"],
+    ids=["no machine", "no text", "deep", "empty"],
+)
+def test_lines_of_others_are_refused_by_number(tmp_path: Path, line: bytes) -> None:
+    journal = begun(tmp_path)
+    with journal.path.open("ab") as file:
+        file.write(line)
+    with refused(ResultError, "line 2", "another --out"):
+        journal.card()
 
 
 def test_another_card_and_damaged_lines_are_refused(tmp_path: Path) -> None:
@@ -201,6 +275,30 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "there is no 'smoke/x'" in result.output
     assert "choose of collect, streamed" in result.output
+
+
+def test_a_place_that_does_not_do_is_told_in_a_line(tmp_path: Path) -> None:
+    words = ("--stages", "smoke", "--budget", "1", "--dry-run")
+    (tmp_path / "out").write_text("x")
+    result = run(tmp_path, *words)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'out'}: " in result.output
+    assert "another --out" in result.output
+    (tmp_path / "out").unlink()
+    (tmp_path / "out" / "figures.jsonl").mkdir(parents=True)
+    result = run(tmp_path, *words)
+    assert result.exit_code == 1
+    assert "cannot write" in result.output
+    with locked(tmp_path / "out"):
+        result = run(tmp_path, *words)
+    assert result.exit_code == 1
+    assert "another run is at work there" in result.output
+
+
+def test_a_budget_is_a_number(tmp_path: Path) -> None:
+    result = run(tmp_path, "--stages", "smoke", "--budget", "nan", "--dry-run")
+    assert result.exit_code == 2
+    assert "not a number" in result.output
 
 
 def test_stages_and_steps_are_chosen_by_name_in_order_of_worth() -> None:

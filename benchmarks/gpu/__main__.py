@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.gpu.plan import LIMITS, MODULES, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import PspError, ResultError
 from common.table import table
+from pipeline.state import locked
 from report.figures.card import draw_budgets
 from report.words import quantity
 from results.card import Card, StepEnd
@@ -94,6 +96,8 @@ def main(
 ) -> None:
     """Measure one GPU, the most telling things first, and go on where the last run ended."""
     start = time.monotonic()
+    if math.isnan(budget):
+        raise click.BadParameter("is not a number", param_hint="--budget")
     kit = Kit(
         out=out.absolute(),
         device="cpu" if dry_run else "cuda",
@@ -115,11 +119,16 @@ def run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: bo
     """Run the steps that fit before a time of the monotonic clock; return all that is known.
 
     Raises:
-        PspError: there is no card, or the directory is another one's.
+        PspError: there is no card, or the directory is another one's, or another run is there.
     """
     from architectures.model import choose_device
 
     choose_device(kit.device)
+    with locked(kit.out):
+        return _run(kit, stages, end, again=again)
+
+
+def _run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: bool) -> Card:
     journal = Journal(kit.out)
     journal.begin(machine(kit.device), dry=kit.dry)
     scale = _DRY if kit.dry else 1

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
 from benchmarks.gpu.kit import Figure
-from common.errors import ResultError
+from common.errors import ResultError, printable
+from common.files import write_error
 from common.typed_json import JsonError, parse, plain
 from results.card import CARD, Card, CardFigure, StepEnd
 
@@ -40,14 +41,18 @@ class Journal:
 
         Raises:
             ResultError: another machine did, or a dry run.
+            OutputError: the system refused it.
         """
         head = plain(_Head(machine=machine, dry=dry))
-        if not self.path.exists():
+        try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab+") as file:
+                empty = _whole_lines(file) == 0
+        except OSError as error:
+            raise write_error(self.path, error) from error
+        if empty:
             self._append(head)
             return
-        text = self.path.read_text(encoding="utf-8")
-        self.path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a kill's rest
         begun = plain(self._head())
         if begun != head:
             key = next(key for key in ("dry", *machine) if _get(begun, key) != _get(head, key))
@@ -58,7 +63,12 @@ class Journal:
             )
 
     def figure(self, stage: str, step: str, figure: Figure) -> None:
-        """Keep a figure and print it."""
+        """Keep a figure and print it.
+
+        Raises:
+            ResultError: it holds what a file of results must not, such as NaN.
+            OutputError: the system refused it.
+        """
         known = CardFigure(
             stage=stage,
             step=step,
@@ -70,7 +80,13 @@ class Journal:
             met=figure.met,
             details=dict(figure.details),
         )
-        self._tell(plain(known))
+        value = plain(known)
+        try:
+            parse(CardFigure, json.loads(json.dumps(value)))
+        except JsonError as error:
+            # Kept, it would make all of the file unreadable.
+            raise ResultError(f"{printable(figure.name)}: {error}") from error
+        self._tell(value)
 
     def end(self, end: StepEnd) -> None:
         """Keep how a step went and print it."""
@@ -136,31 +152,46 @@ class Journal:
                 raise self._damaged(number, error) from error
 
     def _values(self) -> Iterator[Any]:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), start=1):
+            if not line.endswith(b"\n"):
                 return  # cut off by a kill
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise self._damaged(number, error) from error
 
     def _damaged(self, number: int, error: Exception) -> ResultError:
         return ResultError(f"{self.path}: line {number}: {error}", "pass another --out")
 
     def _tell(self, value: object) -> None:
-        click.echo(json.dumps(value))
         self._append(value)
+        click.echo(json.dumps(value))
 
     def _append(self, value: object) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps(value).encode() + b"\n"
+        try:
+            with self.path.open("ab+") as file:
+                _whole_lines(file)
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error) from error
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Cut off what a kill or a full disk left of a line, and nothing else; return the bytes."""
+    file.seek(0)
+    lines = file.read()
+    kept = lines.rfind(b"\n") + 1
+    if kept < len(lines):
+        file.truncate(kept)
+    return kept
 
 
 def _get(value: Any, key: str) -> Any:
     """Return what stands under a key of a document, or of its machine."""
     if not isinstance(value, dict):
         return None
-    return value.get(key, value.get("machine", {}).get(key))
+    machine = value.get("machine")
+    return value.get(key, machine.get(key) if isinstance(machine, dict) else None)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 
 from benchmarks.gpu.journal import Journal
@@ -54,6 +55,7 @@ def run_stage(kit: Kit, stage: str, steps: Sequence[Step], seconds: float) -> No
 def run_steps(kit: Kit, stage: str, steps: Sequence[Step]) -> None:
     """Run steps one after the other in this process, the first of a session of its own."""
     os.setsid()
+    _end_with_parent()
     journal = Journal(kit.out)
     for step in steps:
         _run_step(kit, journal, stage, step)
@@ -77,6 +79,19 @@ def _run_step(kit: Kit, journal: Journal, stage: str, step: Step) -> None:
     journal.end(
         StepEnd(stage=stage, step=step.name, end=end, line=line, seconds=seconds)  # type: ignore[arg-type]
     )
+
+
+def _end_with_parent() -> None:
+    """Let no stage go on, with the card, that nobody waits for: its parent may be killed."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _show(error: Exception) -> None:
