@@ -277,6 +277,16 @@ def test_an_unknown_stage_is_named(tmp_path: Path) -> None:
     assert "choose of collect, streamed" in result.output
 
 
+def test_of_a_stage_only_the_steps_that_are_asked_for_are_run(tmp_path: Path) -> None:
+    words = ("--stages", "operators/traced,smoke/decisions", "--budget", "1", "--dry-run")
+    assert run(tmp_path, *words).exit_code == 0
+    steps = CARD.read(tmp_path / "out").steps
+    assert [(each.stage, each.step) for each in steps] == [
+        ("smoke", "decisions"),
+        ("operators", "traced"),
+    ]
+
+
 def test_a_place_that_does_not_do_is_told_in_a_line(tmp_path: Path) -> None:
     words = ("--stages", "smoke", "--budget", "1", "--dry-run")
     (tmp_path / "out").write_text("x")

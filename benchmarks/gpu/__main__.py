@@ -133,11 +133,9 @@ def _run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: b
     journal.begin(machine(kit.device), dry=kit.dry)
     scale = _DRY if kit.dry else 1
     done = set() if again else journal.done()
-    planned = plan(
-        {stage: steps_of(stage) for stage in stages}, done, end - time.monotonic(), scale
-    )
+    planned = plan(stages, done, end - time.monotonic(), scale)
     for stage, step in planned.left_out:
-        line = "no time for it: pass a longer --budget, or its stage alone in --stages"
+        line = "no time for it: the same command again goes on; or pass a longer --budget"
         journal.end(StepEnd(stage=stage, step=step, end="left out", line=line, seconds=0.0))
     for stage, steps in planned.steps.items():
         seconds = min(scale * LIMITS[stage], end - time.monotonic())
