@@ -41,6 +41,8 @@ class CardFigure:
         arm, share = self.details.get("arm"), self.details.get("vram_share")
         if arm not in HYBRID_ARMS or not isinstance(share, int | float) or not 0 <= share <= 1:
             return None
+        if self.value <= 0:
+            return None
         return str(arm), float(share)
 
     @property

@@ -109,15 +109,17 @@ def _tune(inputs: Iterable[Inputs], weights: Tensor) -> dict[str, object]:
         problem.operator: launch and plain(launch) for problem, launch in found.chosen.items()
     }
     tried = {
-        operator: [
-            plain(launch) | {"seconds": [time if isfinite(time) else None for time in times]}
-            for launch, times in each.items()
-        ]
+        operator: [plain(launch) | {"seconds": _finite(times)} for launch, times in each.items()]
         for operator, each in found.tried.items()
     }
     file = str(keep_launches(found.chosen, weights.device))
-    ffn = {"ffn_seconds": found.ffn, "fused_ffn_seconds": found.fused_ffn}
+    ffn = {"ffn_seconds": _finite(found.ffn), "fused_ffn_seconds": _finite(found.fused_ffn)}
     return {"file": file, "launches": launches, **ffn, "tried": tried}
+
+
+def _finite(times: Iterable[float]) -> list[float | None]:
+    """Return times for JSON: None of what a card cannot run."""
+    return [time if isfinite(time) else None for time in times]
 
 
 def _launches(inputs: Iterable[Inputs], weights: Tensor) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import cast
 
 import pytest
@@ -14,7 +15,7 @@ from click.testing import Result
 from torch import Tensor
 
 from predictor.traces.store import TraceStore
-from sparse_operators.benchmark import judge, operations, operator_table
+from sparse_operators.benchmark import _tune, judge, operations, operator_table
 from sparse_operators.timing import (
     Operation,
     cache_bytes,
@@ -180,6 +181,22 @@ def test_default_launches_are_timed_beside_the_tuned_ones() -> None:
     result = judge({name: [float(at)] for at, name in enumerate(timed, 1)}, work, active=12)
     assert result["default_seconds"] == {"s2": 8.0, "s3": 9.0, "ffn": 10.0}
     assert result["s2_seconds"] == 3
+
+
+def test_what_a_card_cannot_run_is_no_infinity_in_the_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inf = float("inf")
+    found = Namespace(chosen={}, tried={}, ffn=[1.0, 2.0], fused_ffn=[inf, 3.0])
+    monkeypatch.setattr("sparse_operators.triton_tuning.tune", lambda *given: found)
+    monkeypatch.setattr("sparse_operators.triton_launch.keep_launches", lambda *given: "file")
+    case = random_case(24, 0.5)
+    work = replace(WORK, d_model=16, d_ff=24, cases={"50 %": case})
+    inputs = Inputs.draw(work, case.draw(2, generator()), generator())
+    document = _tune([inputs], draw_weights(work, 2, generator()))
+    assert document["ffn_seconds"] == [1.0, 2.0]
+    assert document["fused_ffn_seconds"] == [None, 3.0]
+    json.dumps(document, allow_nan=False)
 
 
 def test_the_table_tells_what_tuning_gained(psp: Psp) -> None:

@@ -326,6 +326,15 @@ def test_a_card_shows_figures_beside_their_aims_and_what_was_not_measured(tmp_pa
     assert "a dry run" not in page.text
 
 
+def test_a_card_without_a_name_or_with_speeds_that_are_none_is_shown(tmp_path: Path) -> None:
+    made = card() | {"machine": {}}
+    made["figures"] = [figure | {"value": -1.0} for figure in made["figures"]]
+    page = Page(rendered(tmp_path, {"card": made}))
+    assert "no card" in page.text
+    assert "-1 tokens/s" in page.text
+    assert "several VRAM budgets" not in page.source
+
+
 def test_a_dry_run_says_that_its_figures_tell_nothing(tmp_path: Path) -> None:
     page = Page(rendered(tmp_path, {"card": card() | {"dry": True}}))
     assert "a dry run on the CPU, whose figures tell nothing" in page.text
