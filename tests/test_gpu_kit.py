@@ -17,9 +17,10 @@ from click.testing import CliRunner, Result
 from conftest import refused
 from gpu_steps import ABSENT, BROKEN, DEAD, ENDLESS, GOOD, INFINITE, REFUSED, UNHEARD
 
+from benchmarks.gpu import operators
 from benchmarks.gpu.__main__ import main, stages_of, summary
 from benchmarks.gpu.journal import Journal
-from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.kit import Absent, Figure, Kit, Step
 from benchmarks.gpu.plan import LIMITS, MODULES, START_SECONDS, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import ResultError
@@ -264,6 +265,7 @@ def test_without_a_card_one_line_names_the_device(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result.exit_code == 1
     assert "cannot run on device 'cuda'" in result.output
+    assert "; pass --dry-run" in result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -303,6 +305,14 @@ def test_a_place_that_does_not_do_is_told_in_a_line(tmp_path: Path) -> None:
         result = run(tmp_path, *words)
     assert result.exit_code == 1
     assert "another run is at work there" in result.output
+
+
+def test_tests_that_do_not_run_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        Absent, match=r"^the gpu tests ran nothing: [^\n]* in [0-9.]+s; all of it: "
+    ):
+        list(operators.tested(kit(tmp_path, dry=True), ["tests/test_gpu_kit.py"], 1))
+    assert "deselected" in (tmp_path / "work" / "test_gpu_kit.txt").read_text()
 
 
 def test_a_budget_is_a_number(tmp_path: Path) -> None:

@@ -123,7 +123,10 @@ def run(kit: Kit, stages: Mapping[str, Sequence[Step]], end: float, *, again: bo
     """
     from architectures.model import choose_device
 
-    choose_device(kit.device)
+    try:
+        choose_device(kit.device)
+    except PspError as error:
+        raise type(error)(error.problem, "pass --dry-run to try it on the CPU") from error
     with locked(kit.out):
         return _run(kit, stages, end, again=again)
 

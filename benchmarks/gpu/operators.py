@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.commands import psp
 from benchmarks.gpu.kit import Absent, Figure, Kit, Step
+from common.errors import printable
 
 _SPARSITY = "0.67,0.88,0.95"
 _AIMED = "88 %"
@@ -37,13 +38,15 @@ def tested(kit: Kit, files: Sequence[str], jobs: int) -> Iterator[Figure]:
     if not kit.dry and jobs > 1:
         command += ["-n", str(min(jobs, os.cpu_count() or 1)), "--dist", "worksteal"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    (kit.work / f"{Path(files[0]).stem}.txt").write_text(done.stdout + done.stderr)
+    said = kit.work / f"{Path(files[0]).stem}.txt"
+    said.write_text(done.stdout + done.stderr)
     counts = dict(
         (kind, int(number))
         for number, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
     )
     if not counts.get("passed") and not counts.get("failed"):
-        raise Absent(f"the gpu tests ran nothing: {(done.stdout + done.stderr).strip()[-300:]}")
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:] or [f"code {done.returncode}"]
+        raise Absent(f"the gpu tests ran nothing: {printable(last[0], 300)}; all of it: {said}")
     bad = counts.get("failed", 0) + counts.get("error", 0)
     failed = re.findall(r"^(?:FAILED|ERROR) (.+)$", done.stdout, re.MULTILINE)
     reasons = re.findall(r"^E   (.+)$", done.stdout, re.MULTILINE)

@@ -163,7 +163,7 @@ def generate(kit: Kit) -> Iterator[Figure]:
 
 
 def sparsify(kit: Kit) -> Iterator[Figure]:
-    """Eight steps of training: the last loss against the CPU's."""
+    """Eight steps of training: the perplexity behind them against the CPU's."""
     schedule = kit.work / "schedule.yaml"
     schedule.write_text(_SCHEDULE)
     found = {}
