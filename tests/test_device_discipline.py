@@ -21,6 +21,7 @@ from predictor.thresholds.curves import measure_layer
 from predictor.traces.device_rows import StreamedRows, resident
 from predictor.traces.packing import pack_active, pack_codes
 from predictor.traces.rows import LabelledRows, LayerWeights, ShardedRows
+from predictor.traces.transfer import Beside
 from predictor.training.layer import evaluate, train_layer
 from predictor.training.loss import batches, set_gradients
 from predictor.training.settings import DEJAVU, PSP, Recipe
@@ -148,6 +149,23 @@ def test_rows_that_are_streamed_arrive_without_a_wait_of_the_loop_s(
             ours = getattr(batch, name)
             same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
             assert same(values(ours) if isinstance(ours, OnDevice) else ours, value), name
+
+
+def test_rows_that_are_streamed_have_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stream keeps memory of its own: one for every call would fill the card."""
+    made: list[torch.device] = []
+
+    class Counted(Beside):
+        def __init__(self, device: torch.device) -> None:
+            made.append(device)
+            super().__init__(device)
+
+    monkeypatch.setattr("predictor.traces.device_rows.Beside", Counted)
+    rows = StreamedRows(CPU, *planted_layer(mean=8)[0].pieces)
+    for _ in range(3):
+        (part,) = rows.parts(torch.arange(5), 8)
+        assert len(part[1]) == 5
+    assert made == [CPU]
 
 
 def test_clipped_labels_wait_a_few_times_for_several_batches(

@@ -92,6 +92,8 @@ class StreamedRows(ShardedRows):
         """Name the device, and take the pieces."""
         super().__init__(*pieces)
         self._device = device
+        # One for all parts: a stream's memory is kept for it, and not given to others.
+        self._beside = Beside(device)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +102,7 @@ class StreamedRows(ShardedRows):
 
     def parts(self, index: torch.Tensor, size: int) -> Iterator[tuple[ShardedRows, torch.Tensor]]:
         """Yield the rows (n,) int64 in parts that are on the device."""
-        beside = Beside(self._device)
+        beside = self._beside
 
         def take(part: torch.Tensor) -> ResidentRows:
             with beside.apart():
