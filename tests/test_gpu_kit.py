@@ -215,6 +215,21 @@ def test_a_rest_is_cut_off_before_anything_is_written_behind_it(tmp_path: Path) 
     assert ends(journal) == {}
 
 
+def test_figures_are_kept_when_nobody_reads_what_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = begun(tmp_path)
+
+    def closed(line: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("click.echo", closed)
+    journal.figure("smoke", "a", Figure(name="kept", value=1))
+    journal.end(end("a"))
+    assert ends(journal) == {"a": "done"}
+    assert [each.name for each in journal.card().figures] == ["kept"]
+
+
 def test_going_on_writes_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full, or a kill, would take all figures."""
     journal = begun(tmp_path)

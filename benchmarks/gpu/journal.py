@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -165,7 +166,8 @@ class Journal:
 
     def _tell(self, value: object) -> None:
         self._append(value)
-        click.echo(json.dumps(value))
+        with suppress(OSError):  # nobody reads any more
+            click.echo(json.dumps(value))
 
     def _append(self, value: object) -> None:
         line = json.dumps(value).encode() + b"\n"
