@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from conftest import refused
 from gpu_steps import ABSENT, BROKEN, DEAD, ENDLESS, GOOD, INFINITE, REFUSED, UNHEARD
 
-from benchmarks.gpu import operators
+from benchmarks.gpu import marked_tests
 from benchmarks.gpu.__main__ import main, stages_of, summary
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.kit import Absent, Figure, Kit, Step
@@ -326,7 +326,7 @@ def test_tests_that_do_not_run_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         Absent, match=r"^the gpu tests ran nothing: [^\n]* in [0-9.]+s; all of it: "
     ):
-        list(operators.tested(kit(tmp_path, dry=True), ["tests/test_gpu_kit.py"], 1))
+        list(marked_tests.tested(kit(tmp_path, dry=True), ["tests/test_gpu_kit.py"], 1))
     assert "deselected" in (tmp_path / "work" / "test_gpu_kit.txt").read_text()
 
 
@@ -337,10 +337,10 @@ def test_a_budget_is_a_number(tmp_path: Path) -> None:
 
 
 def test_stages_and_steps_are_chosen_by_name_in_order_of_worth() -> None:
-    chosen = stages_of("operators/traced, smoke, operators/tests")
+    chosen = stages_of("operators/traced, smoke, operators/13b-float16")
     assert list(chosen) == ["smoke", "operators"]
     assert chosen["smoke"] == steps_of("smoke")
-    assert [each.name for each in chosen["operators"]] == ["tests", "traced"]
+    assert [each.name for each in chosen["operators"]] == ["13b-float16", "traced"]
 
 
 def test_a_budget_in_which_nothing_fits_leaves_all_out_and_writes_the_card(tmp_path: Path) -> None:

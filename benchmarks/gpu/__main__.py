@@ -32,7 +32,7 @@ def stages_of(text: str) -> dict[str, tuple[Step, ...]]:
     """Return the steps that are asked for by stage, in order of worth.
 
     Args:
-        text: stages, or a stage's step such as `operators/tests`, commas between.
+        text: stages, or a stage's step such as `operators/traced`, commas between.
 
     Raises:
         ResultError: there is no such stage or step.
@@ -71,7 +71,7 @@ def _names(asked: Sequence[str], stage: str) -> bool:
     "--stages",
     default=",".join(MODULES),
     show_default=True,
-    help="Those, or single steps such as operators/tests.",
+    help="Those, or single steps such as operators/traced.",
 )
 @click.option(
     "--budget",

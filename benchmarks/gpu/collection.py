@@ -12,7 +12,6 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from benchmarks.collection import padded
 from benchmarks.gpu.kit import Figure, Kit, Step
-from benchmarks.gpu.operators import tested
 from benchmarks.gpu.profiling import Kernels, watch
 from benchmarks.gpu.training import MEMORY, place, timed, wait
 from benchmarks.shared import reglu_settings
@@ -352,8 +350,5 @@ def coding(kit: Kit) -> Iterator[Figure]:
 STEPS = (
     Step(name="coding", seconds=3, run=coding),
     Step(name="recording", seconds=40, run=recording),
-    Step(
-        name="tests", seconds=12, run=partial(tested, files=("tests/test_device_gpu.py",), jobs=1)
-    ),
 )
 """Of this stage."""

@@ -11,6 +11,7 @@ from benchmarks.gpu.kit import Step
 MODULES = {
     "smoke": "smoke",
     "operators": "operators",
+    "tests": "marked_tests",
     "hybrid": "hybrid",
     "collect": "collection",
     "train": "training",
@@ -22,6 +23,7 @@ MODULES = {
 LIMITS: Mapping[str, float] = {
     "smoke": 60,
     "operators": 90,
+    "tests": 150,
     "hybrid": 150,
     "collect": 60,
     "train": 60,
