@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import refused
+from made_up_card import card
 from made_up_results import (
     MACHINE,
     Document,
     bench,
-    card,
     density,
     estimate,
     predictor_report,

@@ -54,6 +54,13 @@ class Programs:
 
     def sparse(self, file: Path, budget: int | None) -> RunSample:
         """Run a sparse file under a budget."""
+        return self._generate(file, budget, None)
+
+    def dense(self, file: Path, layers: int) -> RunSample:
+        """Run a dense file in PowerInfer's dense mode."""
+        return self._generate(file, None, layers)
+
+    def _generate(self, file: Path, budget: int | None, layers: int | None) -> RunSample:
         return self.powerinfer.generate(
             file,
             PROMPT,
@@ -61,16 +68,6 @@ class Programs:
             threads=self.threads,
             context=CONTEXT,
             vram_budget=budget if self.cuda else None,
-        )
-
-    def dense(self, file: Path, layers: int) -> RunSample:
-        """Run a dense file in PowerInfer's dense mode."""
-        return self.powerinfer.generate(
-            file,
-            PROMPT,
-            self.tokens,
-            threads=self.threads,
-            context=CONTEXT,
             n_gpu_layers=layers if self.cuda else None,
         )
 
