@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import made_up_density
 import made_up_results
 import pytest
 from click.testing import Result
@@ -60,7 +61,7 @@ def speeds(file: EstimatedFile, activity: Activity, position: float) -> dict[str
 
 
 def sweep(file: EstimatedFile, **changes: Any) -> Document:
-    made = made_up_results.density()
+    made = made_up_density.density()
     points = []
     for density in DENSITIES:
         both = min(density, 0.5)
@@ -181,7 +182,7 @@ def test_a_file_that_is_gone_is_stood_for_by_its_like(file: EstimatedFile, tmp_p
         ("density.json", {"shape": {"d_model": 64}}, ["no 'shape.d_ff'"]),
         (
             "density.json",
-            {"shape": made_up_results.density()["shape"]},
+            {"shape": made_up_density.density()["shape"]},
             ["d_model is 4096"],
         ),
         ("density.json", {"shape": None}, ["'shape': expected an object, found None"]),

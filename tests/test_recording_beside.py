@@ -44,6 +44,20 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, part: str, places: slice) -> None:
+    """Let some numbers of the second shard's second batch be infinite."""
+    calls = []
+
+    def spoilt(self: Any, layer: Any) -> Any:
+        calls.append(layer)
+        if len(calls) == 13:
+            getattr(layer, part).view(-1)[places] = float("inf")
+        return begin(self, layer)
+
+    begin = RowMaker.begin
+    monkeypatch.setattr(RowMaker, "begin", spoilt)
+
+
 @pytest.mark.parametrize("bits", [0, 2, 4, 8])
 def test_the_store_is_the_same(
     model_dir: Path, data_file: Path, tmp_path: Path, beside: Callable[[], None], bits: int
@@ -65,16 +79,7 @@ def test_what_does_not_fit_is_refused_and_leaves_whole_shards(
 ) -> None:
     """The residual of the second shard's second batch, as if the stored type overflowed."""
     beside()
-    calls = []
-
-    def spoilt(self: Any, layer: Any) -> Any:
-        calls.append(layer)
-        if len(calls) == 13:
-            layer.residual.view(-1)[7] = float("inf")
-        return begin(self, layer)
-
-    begin = RowMaker.begin
-    monkeypatch.setattr(RowMaker, "begin", spoilt)
+    spoil(monkeypatch, "residual", slice(7, 8))
     config = settings(model_dir, data_file, tmp_path / "out")
     with refused(
         TraceError, "1 of", "residual values of a batch do not fit torch.float16 (largest inf"
@@ -91,16 +96,7 @@ def test_activations_that_overflow_are_refused_by_what_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     beside()
-    calls = []
-
-    def spoilt(self: Any, layer: Any) -> Any:
-        calls.append(layer)
-        if len(calls) == 13:
-            layer.product.view(-1)[:] = float("inf")
-        return begin(self, layer)
-
-    begin = RowMaker.begin
-    monkeypatch.setattr(RowMaker, "begin", spoilt)
+    spoil(monkeypatch, "product", slice(None))
     config = settings(model_dir, data_file, tmp_path / "out")
     with refused(TraceError, "the FFN's activations overflow torch.float32", "--device cpu"):
         collect(config)

@@ -11,11 +11,11 @@ import pytest
 from click.testing import Result
 from conftest import refused
 from made_up_card import card
+from made_up_density import density
 from made_up_results import (
     MACHINE,
     Document,
     bench,
-    density,
     estimate,
     predictor_report,
     write,

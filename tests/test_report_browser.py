@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from made_up_card import card
-from made_up_results import bench, density, estimate, predictor_report, write
+from made_up_density import density
+from made_up_results import bench, estimate, predictor_report, write
 from web_browser import Browser, browser, missing_programs
 
 from report.page import write_page

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from made_up_card import card
-from made_up_results import Document, bench, density, estimate, predictor_report, write
+from made_up_density import density
+from made_up_results import Document, bench, estimate, predictor_report, write
 
 from report.page import render
 from report.pictures import COLOURS, hot_pictures, page_style

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import refused
-from made_up_results import Document, bench, density, estimate, predictor_report
+from made_up_density import density
+from made_up_results import Document, bench, estimate, predictor_report
 
 from common.errors import ResultError
 from results.bench import BENCH, Bench, round_speeds

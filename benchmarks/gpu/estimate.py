@@ -46,22 +46,13 @@ def machine(kit: Kit) -> Iterator[Figure]:
     told = load_hardware(preset, threads)
     assert told.gpu is not None
     assert told.link is not None
-    expected = told.gpu.bandwidth * told.gpu.efficiency.matrix
-    yield Figure(
-        name=f"GPU, measured over {preset}'s",
-        value=found.gpu.bandwidth / expected,
-        unit="×",
-        least=0.9,
-        most=1.1,
-    )
-    expected = told.link.bandwidth * told.link.efficiency
-    yield Figure(
-        name=f"link, measured over {preset}'s",
-        value=found.link.bandwidth / expected,
-        unit="×",
-        least=0.9,
-        most=1.1,
-    )
+    pairs = {
+        "GPU": (found.gpu.bandwidth, told.gpu.bandwidth * told.gpu.efficiency.matrix),
+        "link": (found.link.bandwidth, told.link.bandwidth * told.link.efficiency),
+    }
+    for part, (measured, expected) in pairs.items():
+        name = f"{part}, measured over {preset}'s"
+        yield Figure(name=name, value=measured / expected, unit="×", least=0.9, most=1.1)
 
 
 def runs(kit: Kit) -> Iterator[Figure]:

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.gpu.commands import psp
 from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.training import wait
 from benchmarks.shared import reglu_settings
 
 _SIZES = {
@@ -32,7 +33,7 @@ _CONTEXT, _BATCH = 1024, 8
 
 
 def speed(kit: Kit) -> Iterator[Figure]:
-    """The command's steps by its own log's times; then the same model in a loop without psp."""
+    """The command's steps, from one to the next; then the same model in a loop without psp."""
     steps, warm = (4, 1) if kit.dry else (_STEPS, _WARM)
     context, batch = (64, 2) if kit.dry else (_CONTEXT, _BATCH)
     model, out = _made(kit), kit.work / "sparsified"
@@ -126,7 +127,7 @@ def _bare(kit: Kit, model: Path, steps: int, warm: int, context: int, batch: int
     start = 0.0
     for step in range(steps):
         if step == warm:
-            _wait(kit)
+            wait(kit)
             start = time.perf_counter()
         tokens = torch.randint(vocabulary, (batch, context), generator=generator).to(kit.device)
         with torch.autocast(kit.device, torch.bfloat16):
@@ -135,7 +136,7 @@ def _bare(kit: Kit, model: Path, steps: int, warm: int, context: int, batch: int
         torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-    _wait(kit)
+    wait(kit)
     return (steps - warm) * batch * context / (time.perf_counter() - start)
 
 
@@ -143,11 +144,6 @@ def _forget_peak(kit: Kit) -> None:
     if kit.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def _wait(kit: Kit) -> None:
-    if kit.device == "cuda":
-        torch.cuda.synchronize()
 
 
 STEPS = (Step(name="speed", seconds=45, run=speed),)
