@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import refused
+from tqdm import tqdm
 
 from common.errors import TraceError
 from predictor.collection.collect import collect
@@ -149,6 +151,8 @@ def start(run: CollectConfig, arm: Arm = lambda: None) -> int:
         return child
     status = 1
     try:
+        # tqdm's own lock is shared with the parent: who is killed while holding it keeps it.
+        tqdm.set_lock(threading.RLock())
         arm()
         collect(run)
         status = 0
