@@ -1,0 +1,1 @@
+"""What answers requests: transformers, the embedded engine, PowerInfer's own programs."""

@@ -1,0 +1,131 @@
+"""What every backend takes and gives: token ids in, log-likelihoods or texts out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+RequestKind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
+"""lm-eval's names of what a task may ask for."""
+
+KINDS: tuple[RequestKind, ...] = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """Token ids to run, and what may follow.
+
+    Attributes:
+        ids: what the model reads, BOS first; the last token of a target is not among them.
+        targets: each as many token ids as the last positions of `ids` predict. Several if they
+            differ in their last token alone, which one run scores.
+    """
+
+    ids: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a target is.
+
+    Attributes:
+        loglikelihood: natural logarithm of its probability after what precedes it.
+        greedy: whether each of its tokens is the most likely one.
+    """
+
+    loglikelihood: float
+    greedy: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a text is continued.
+
+    Attributes:
+        stop: texts, the first of which ends the continuation; none is empty.
+        max_new_tokens: of the continuation, at most.
+        temperature: 0 takes the most likely token, always.
+        top_p: share of probability that is drawn from; 1 is all. Of no meaning at temperature 0.
+        top_k: how many tokens are drawn from; 0 is all. Likewise.
+        seed: of what is drawn.
+    """
+
+    stop: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is continued.
+
+    Attributes:
+        text: as the task wrote it, cut at its left end where it was too long.
+        ids: of the text, BOS first.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass
+class Zeros:
+    """FFN neurons that gave exactly zero, counted over tokens and layers.
+
+    Attributes:
+        zero: such neurons.
+        total: all.
+    """
+
+    zero: int = 0
+    total: int = 0
+
+
+class Backend(Protocol):
+    """A loaded model that answers."""
+
+    @property
+    def kinds(self) -> Sequence[RequestKind]:
+        """Which requests it can answer."""
+        ...
+
+    @property
+    def why_not(self) -> str:
+        """Why it cannot answer the others, one line; empty where it can."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it can read at once, BOS included."""
+        ...
+
+    def score(self, batch: Sequence[Scoring]) -> list[list[Score]]:
+        """Return a score for each target of each request.
+
+        Raises:
+            CheckpointError: no memory for a batch of this size.
+            EngineError: the engine stopped, or what it says cannot be read.
+        """
+        ...
+
+    def generate(self, batch: Sequence[Prompt], decoding: Decoding) -> list[str]:
+        """Return the continuation of each prompt, which may run on past a stop text.
+
+        Raises:
+            CheckpointError: no memory for a batch of this size.
+            EngineError: the engine stopped, or what it says cannot be read.
+        """
+        ...
+
+    def zeros(self) -> Zeros | None:
+        """Return what was counted since the last call; None where nothing counts."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
