@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
-from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.gated import FATReLU
 from architectures.model import LoadedModel, choose_device, load_model
 from architectures.windows import document_windows, first_tokens, growth_error
 from common.documents import read_documents
 from common.text_sources.names import Sources
-from predictor.module import Predictor, logits_of
+from predictor.masking import PredictorMasks
+from predictor.module import Predictor
 from predictor.traces.manifest import TraceHeader
 
 
@@ -87,11 +83,7 @@ def held_out_windows(
 
 
 class PredictedModel:
-    """A model whose FFN neurons can be masked by predictors.
-
-    PowerInfer computes ReLU for FATReLU models, so their threshold rests while predictors mask.
-    What that changes is no fault of the predictors: see `Quality.kl_divergence`.
-    """
+    """A model whose FFN neurons can be masked by predictors, see `predictor.masking`."""
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[list[int]], device: str) -> None:
         """Load the model and compute its own predictions on the windows.
@@ -108,45 +100,9 @@ class PredictedModel:
         dtype = torch.float32 if device == "cpu" else checkpoint.dtype
         self._model: LoadedModel = load_model(checkpoint, dtype=dtype, device=device)
         self._windows = windows
-        self._masks: Mapping[int, tuple[Predictor, float]] = {}
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._active: dict[int, torch.Tensor] = {}
-        self._complete = False
-        self._fatrelu: list[FATReLU] = []
-        architecture = checkpoint.architecture
-        for layer, block in enumerate(self._model.blocks):
-            tap = block.get_submodule(architecture.predictor_input)
-            tap.register_forward_pre_hook(partial(self._keep, layer))
-            output = block.get_submodule(architecture.ffn_output)
-            output.register_forward_pre_hook(partial(self._mask, layer))
-            for module in block.modules():
-                if isinstance(module, FATReLU):
-                    hook = partial(self._keep_active, layer, module.threshold)
-                    module.register_forward_pre_hook(hook)
-                    self._fatrelu.append(module)
+        self._masks = PredictorMasks(self._model, checkpoint.architecture)
         bar = tqdm(windows, unit="window", desc="dense model", disable=None)
         self._dense = [self._log_probabilities(window).half() for window in bar]
-
-    def _keep(self, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._inputs[layer] = args[0]
-
-    def _keep_active(
-        self, layer: int, threshold: float, module: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> None:
-        if self._complete:
-            self._active[layer] = args[0] >= threshold
-
-    def _mask(
-        self, layer: int, module: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, ...] | None:
-        if layer not in self._masks:
-            return None
-        predictor, threshold = self._masks[layer]
-        skipped = logits_of(predictor, self._inputs[layer].float()) < threshold
-        skipped = skipped.reshape(args[0].shape)
-        if self._complete:
-            skipped &= ~self._active.pop(layer)
-        return (args[0].masked_fill(skipped, 0),)
 
     @torch.inference_mode()
     def _log_probabilities(self, window: list[int]) -> torch.Tensor:
@@ -161,34 +117,20 @@ class PredictedModel:
             predictors: layer number to predictor; other layers compute every neuron.
             threshold: neurons whose logit is below it are skipped.
         """
-        device = self._model.device
-        self._masks = {n: (p.to(device), threshold) for n, p in predictors.items()}
-        with self._without_threshold():
+        with self._masks.placed(predictors, threshold):
             windows = [
                 self._compared(window, dense.float())
                 for window, dense in zip(self._windows, self._dense, strict=True)
             ]
-        self._masks = {}
         return _quality(torch.stack(windows))
 
     def _compared(self, window: list[int], dense: torch.Tensor) -> torch.Tensor:
         complete = dense
-        if self._fatrelu:
-            self._complete = True
+        if self._masks.fatrelu:
+            self._masks.complete = True
             complete = self._log_probabilities(window)
-            self._complete = False
+            self._masks.complete = False
         return _compare(window, dense, complete, self._log_probabilities(window))
-
-    @contextmanager
-    def _without_threshold(self) -> Iterator[None]:
-        kept = [module.threshold for module in self._fatrelu]
-        for module in self._fatrelu:
-            module.threshold = 0.0
-        try:
-            yield
-        finally:
-            for module, threshold in zip(self._fatrelu, kept, strict=True):
-                module.threshold = threshold
 
 
 def _quality(sums: torch.Tensor) -> Quality:
