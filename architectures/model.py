@@ -20,6 +20,9 @@ from architectures.checkpoint import Checkpoint
 from common import machine
 from common.errors import CheckpointError, reason
 
+_REFUSED = "DefaultCPUAllocator"
+"""In the text of the RuntimeError by which torch says that main memory ran out."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -41,15 +44,35 @@ class LoadedModel:
     def run(self, tokens: torch.Tensor) -> None:
         """Run the blocks on (batch, length) int64 token ids for the sake of their hooks."""
         base: Any = self.causal_lm.base_model
-        with _enough_memory(self.device):
+        with enough_memory(self.device):
             base(input_ids=tokens.to(self.device), use_cache=False)
 
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return (batch, length, vocab_size) logits of (batch, length) int64 token ids."""
-        with _enough_memory(self.device):
+        with enough_memory(self.device):
             output = self.causal_lm(input_ids=tokens.to(self.device), use_cache=False)
         logits: torch.Tensor = output.logits
+        return logits
+
+    @torch.inference_mode()
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads, (batch, length, width), of (batch, length) int64 ids.
+
+        Ids to the right of a row's own change nothing before them.
+        """
+        base: Any = self.causal_lm.base_model
+        with enough_memory(self.device):
+            output = base(input_ids=tokens.to(self.device), use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return (rows, vocab_size) logits of (rows, width) of what `hidden` gave."""
+        causal_lm: Any = self.causal_lm
+        with enough_memory(self.device):
+            logits: torch.Tensor = causal_lm.get_output_embeddings()(hidden)
         return logits
 
 
@@ -80,7 +103,7 @@ def load_model(
     """
     architecture, shape = checkpoint.architecture, checkpoint.shape
     device = choose_device(device)
-    with _enough_memory(device):
+    with enough_memory(device):
         with torch.device("meta"):
             model = architecture.make_model(shape, checkpoint.config)
         model.requires_grad_(False).eval()
@@ -163,11 +186,22 @@ def choose_device(name: str) -> str:
     return device
 
 
+class OutOfMemory(CheckpointError):
+    """A model or a batch of it does not fit the device."""
+
+
 @contextmanager
-def _enough_memory(device: str) -> Iterator[None]:
+def enough_memory(device: str) -> Iterator[None]:
+    """Say in one line that memory ran out within the block.
+
+    Raises:
+        OutOfMemory: it did.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise CheckpointError(
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _REFUSED not in str(error):
+            raise
+        raise OutOfMemory(
             f"{device}: out of memory", "lower --batch or --context, or pass --weights streamed"
         ) from error

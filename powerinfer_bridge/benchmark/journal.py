@@ -8,20 +8,26 @@ line without its end is what a killed process was writing; it is dropped.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from common.errors import OutputError
-from common.files import refuse_existing, remove_output, sha256, write_bytes, write_error
+from common.files import refuse_existing, remove_output, sha256
+from common.json_lines import JournalKind, append
 from common.typed_json import JsonError, parse, plain
 from powerinfer_bridge.programs.sample import RunSample
 from results.bench import SampleRow
 
 JOURNAL = "samples.jsonl"
-KIND, SCHEMA_VERSION = "psp.bench.samples", 1
+_KIND = JournalKind(
+    kind="psp.bench.samples",
+    schema_version=1,
+    owner="benchmark",
+    again="pass --force to measure anew",
+    elsewhere="choose another --out",
+)
 Value = TypeVar("Value")
 
 
@@ -73,15 +79,6 @@ class _Entry:
     quality: _Quality | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Head:
-    """The first line."""
-
-    kind: str = KIND
-    schema_version: int = SCHEMA_VERSION
-    identity: object
-
-
 class Journal:
     """Finished measurements, in memory and, given a file, on disk."""
 
@@ -118,13 +115,7 @@ class Journal:
     def _append(self, entry: Mapping[str, object]) -> None:
         if self._file is None:
             return
-        try:
-            with self._file.open("ab") as file:
-                file.write(_line(entry))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise write_error(self._file, error) from error
+        append(self._file, entry)
 
     def take(self, line: bytes, number: int) -> None:
         """Read an entry that an earlier process wrote.
@@ -144,7 +135,8 @@ class Journal:
             raise self._damaged(f"line {number} is damaged")
 
     def _damaged(self, problem: str) -> OutputError:
-        return OutputError(f"{self._file}: {problem}", "pass --force to measure anew")
+        assert self._file is not None
+        return _KIND.damaged(self._file, problem)
 
 
 def journal_state(out: Path | None) -> tuple[int, int] | None:
@@ -189,60 +181,12 @@ def open_journal(
     check_out(out, resume=resume, force=force)
     if force:
         remove_output(out)
-    write_bytes(file, _line(plain(_Head(identity=identity))))
+    _KIND.begin(file, identity)
     return Journal(file)
 
 
 def _reopen(file: Path, identity: Mapping[str, object]) -> Journal:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise write_error(file, error) from error
-    whole = content[: content.rfind(b"\n") + 1]
-    first, *entries = whole.splitlines() or [b""]
-    _same(file, first, identity)
     journal = Journal(file)
-    for number, line in enumerate(entries, 2):
+    for number, line in enumerate(_KIND.reopen(file, identity), 2):
         journal.take(line, number)
-    if whole != content:
-        write_bytes(file, whole)
     return journal
-
-
-def _same(file: Path, first: bytes, identity: Mapping[str, object]) -> None:
-    """Demand that a journal was begun with the same identity."""
-    try:
-        head = parse(_Head, json.loads(first))
-    except (ValueError, RecursionError):
-        head = None
-    if head is None or head.kind != KIND:
-        raise OutputError(f"{file}: is no benchmark's journal", "choose another --out")
-    if head.schema_version != SCHEMA_VERSION:
-        raise OutputError(f"{file}: is of another version of psp", "pass --force to measure anew")
-    begun, now = _flat(head.identity), _flat(json.loads(_line(identity)))
-    for key in [*begun, *now]:
-        if begun.get(key) != now.get(key):
-            raise OutputError(
-                f"{file}: was begun with {key} {begun.get(key)}, now it is {now.get(key)}",
-                "go back to that, pass --force to measure anew, or choose another --out",
-            )
-
-
-def _flat(value: object, name: str = "") -> dict[str, object]:
-    """Return the leaves of nested objects and arrays by their path."""
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))
-    else:
-        return {name: value}
-    return {
-        path: leaf
-        for key, inner in items
-        for path, leaf in _flat(inner, f"{name}.{key}" if name else str(key)).items()
-    }
-
-
-def _line(entry: Mapping[str, object]) -> bytes:
-    # A prompt's bytes that are no characters stay as they are in ASCII escapes.
-    return json.dumps(entry, ensure_ascii=True).encode() + b"\n"
