@@ -1,0 +1,1 @@
+"""Suites: tasks that belong together."""
