@@ -138,7 +138,7 @@ def test_generation_is_greedy_and_counted(exact_bundle: Bundle) -> None:
     made = generate(engine, "def f(", 5)
     ids = [1, *engine.vocabulary.encode("def f(", space_prefix=False)]
     for token in made.tokens:
-        assert int(engine.forward(ids, KVCache(2), last_only=True).argmax()) == token
+        assert int(engine.forward(ids, KVCache(2), last=1).argmax()) == token
         ids.append(token)
     assert len(made.tokens) == 5
     assert made.tokens_per_second > 0

@@ -13,12 +13,12 @@ from gguf import GGUFValueType
 from tqdm import tqdm
 
 from common.documents import read_text, sample_text
-from common.errors import CheckpointError, EngineError, FormatError
+from common.errors import EngineError, FormatError
 from common.machine import Gpu, cpu_name, read_gpus, read_memory, usable_threads
 from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
+from gguf_export.origin import require_made_from
 from gguf_export.pwri.gpu_index import index_path
-from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.inputs import (
     describe_files,
@@ -308,10 +308,4 @@ def _check_model(config: BenchConfig, file: GGUFFile, note: Callable[[str], None
     checkpoint = Checkpoint.open(config.model)
     for line in checkpoint.notes:
         note(line)
-    if FINGERPRINT_KEY not in file.values:
-        return
-    if file.value(FINGERPRINT_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
-        raise CheckpointError(
-            f"{config.model}: is not the model that {config.file} was made from",
-            "pass that as --model",
-        )
+    require_made_from(config.file, file, checkpoint, str(config.model))

@@ -16,8 +16,8 @@ from common.finding import Finding, Status, from_error, note, ok, problem, warni
 from common.machine import Gpu
 from common.units import size
 from gguf_export.contract import OpenedFile, Report, check_structure
+from gguf_export.origin import made_from
 from gguf_export.pwri.schema import SMALLEST_D_FF
-from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
 
@@ -107,10 +107,9 @@ def export_bytes(checkpoint: Checkpoint) -> int:
 def _made(checkpoint: Checkpoint, path: Path) -> bool | None:
     """Return whether a file says that it was made from a checkpoint; None if it does not say."""
     try:
-        value = GGUFFile(path).values.get(FINGERPRINT_KEY)
+        return made_from(GGUFFile(path), checkpoint)
     except FormatError:
         return None  # is a finding of its own
-    return None if value is None else bool(value.data == checkpoint.fingerprint.encode())
 
 
 def checkpoint_findings(checkpoint: Checkpoint, file: Path | None) -> Iterator[Finding]:

@@ -33,6 +33,16 @@ class KVCache:
         self._layers[layer] = key, value
         return key, value
 
+    def prefix(self, length: int) -> KVCache:
+        """Return a cache of the first `length` positions, which grows apart from this one."""
+        other = KVCache(len(self._layers))
+        other.length = length
+        other._layers = [
+            None if held is None else (held[0][:, :length], held[1][:, :length])
+            for held in self._layers
+        ]
+        return other
+
 
 class Rotary:
     """Rotary positions (PowerInfer@d3ebd7c ggml.c:ggml_compute_forward_rope_f32, rope_yarn)."""

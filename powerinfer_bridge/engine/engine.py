@@ -72,17 +72,17 @@ class Engine:
 
     @torch.inference_mode()
     def forward(
-        self, tokens: list[int], cache: KVCache, *, last_only: bool = False
+        self, tokens: list[int], cache: KVCache, *, last: int | None = None
     ) -> torch.Tensor:
         """Evaluate tokens that follow those in `cache`.
 
         Args:
             tokens: ids.
             cache: grows by `len(tokens)`.
-            last_only: return the last position's logits only.
+            last: return the logits of so many last positions only, at least 1.
 
         Returns:
-            Logits (tokens or 1, vocab_size), float32.
+            Logits (tokens or `last`, vocab_size), float32.
 
         Raises:
             EngineError: an id outside the vocabulary, no token at all, or more than there are
@@ -95,7 +95,7 @@ class Engine:
         for layer in range(self.hyper.n_layers):
             x = self._block(layer, x, positions, cache)
         cache.length += len(tokens)
-        x = self._operators.norm("output_norm", x[-1:] if last_only else x)
+        x = self._operators.norm("output_norm", x if last is None else x[-last:])
         return self._operators.linear("output" if self.hyper.graph.own_head else "token_embd", x)
 
     def _embed(self, tokens: list[int], positions: torch.Tensor) -> torch.Tensor:
@@ -195,10 +195,10 @@ def generate(engine: Engine, prompt: str, count: int) -> Generation:
     """
     vocabulary = engine.vocabulary
     cache = KVCache(engine.hyper.n_layers)
-    logits = engine.forward(vocabulary.prompt_ids(prompt), cache, last_only=True)
+    logits = engine.forward(vocabulary.prompt_ids(prompt), cache, last=1)
     made = [int(logits.argmax())]
     start = time.perf_counter()
     while len(made) < count:
-        made.append(int(engine.forward(made[-1:], cache, last_only=True).argmax()))
+        made.append(int(engine.forward(made[-1:], cache, last=1).argmax()))
     seconds = time.perf_counter() - start
     return Generation(vocabulary.decode(made).decode("utf-8", "replace"), made, seconds)

@@ -137,6 +137,33 @@ class PowerInfer:
             notes[f"{measured.decode.tokens} tokens decoded, {count - 1} expected"] = None
         return RunSample.of(run, replace(measured, text=text, notes=tuple(notes)))
 
+    def complete(
+        self,
+        model: Path,
+        prompt: str,
+        count: int,
+        *,
+        threads: int,
+        context: int,
+        threshold: float | None = None,
+        vram_budget: int | None = None,
+    ) -> str:
+        """Return the text that follows a prompt greedily, up to the end-of-sequence token.
+
+        Takes what `generate` takes; one token is enough, because nothing is timed.
+
+        Raises:
+            EngineError: the program failed, hung or did not print the prompt before the text.
+        """
+        options = [*_model(model), "--prompt", prompt, "-n", str(count), "-c", str(context)]
+        options += ["--threads", str(threads), "--temp", "0", "--repeat-penalty", "1.0"]
+        run = self._run(self._main, *options, *_budget(vram_budget), threshold=threshold)
+        require_success(run)
+        text, odd = continuation(run.stdout, prompt)
+        if odd:
+            raise EngineError(f"PowerInfer's main: {odd[0]}", "use the server or another prompt")
+        return text
+
     def perplexity(
         self, model: Path, text: str, context: int, chunks: int | None, **options: Any
     ) -> float:

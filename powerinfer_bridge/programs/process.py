@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from common.errors import EngineError
 from powerinfer_bridge.programs import launch
@@ -82,20 +83,16 @@ def run_program(
         EngineError: it cannot be started, takes too long or prints too much.
     """
     overrides = dict(environment or {})
-    merged: dict[str, str | None] = {**os.environ, **_POINT, **overrides}
-    variables = {key: value for key, value in merged.items() if value is not None}
     start = time.monotonic()
     # The programs leave log files in the working directory.
     with tempfile.TemporaryDirectory() as directory, _noted_signals() as noted:
-        process = _start(command, variables, directory)
+        process = start_program(command, overrides, directory)
         watch = _Watch(command[0], process, start, timeout, heartbeat, noted)
         with process:
             try:
                 watch.until_the_end()
             finally:
-                # It may have started programs of its own: end all that are left.
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                end_program(process)
     finished = Finished(
         command=tuple(command),
         environment={key: value for key, value in overrides.items() if value is not None},
@@ -104,9 +101,18 @@ def run_program(
         stderr=watch.stderr.decode("utf-8", "replace"),
         seconds=time.monotonic() - start,
     )
-    if finished.code == launch.CANNOT_START and finished.stderr.startswith(launch.MARK):
-        raise _cannot_start(command, finished.stderr.removeprefix(launch.MARK).strip())
+    raise_unstarted(finished)
     return finished
+
+
+def raise_unstarted(finished: Finished) -> None:
+    """Do nothing if a program that has ended had begun.
+
+    Raises:
+        EngineError: the system refused to run it.
+    """
+    if finished.code == launch.CANNOT_START and finished.stderr.startswith(launch.MARK):
+        raise _cannot_start(finished.command, finished.stderr.removeprefix(launch.MARK).strip())
 
 
 def _cannot_start(command: Sequence[str], reason: str) -> EngineError:
@@ -115,9 +121,29 @@ def _cannot_start(command: Sequence[str], reason: str) -> EngineError:
     )
 
 
-def _start(
-    command: Sequence[str], variables: Mapping[str, str], directory: str
+def start_program(
+    command: Sequence[str],
+    environment: Mapping[str, str | None],
+    directory: str,
+    *,
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    stderr: int | IO[bytes] = subprocess.PIPE,
 ) -> subprocess.Popen[bytes]:
+    """Start a program in a session of its own, which dies with psp.
+
+    Args:
+        command: absolute path of the program, and its arguments.
+        environment: as for `run_program`.
+        directory: its working directory.
+        stdout: where what it prints goes.
+        stderr: likewise.
+
+    Raises:
+        EngineError: it cannot be started; what the system refuses to run, `raise_unstarted` tells
+            once it has ended.
+    """
+    merged: dict[str, str | None] = {**os.environ, **_POINT, **environment}
+    variables = {key: value for key, value in merged.items() if value is not None}
     launcher = [sys.executable, "-I", "-S", str(Path(launch.__file__)), str(os.getpid())]
     try:
         return subprocess.Popen(
@@ -125,12 +151,18 @@ def _start(
             cwd=directory,
             env=variables,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
             start_new_session=True,
         )
     except (OSError, ValueError) as error:  # ValueError: a NUL in an argument
         raise _cannot_start(command, str(error)) from error
+
+
+def end_program(process: subprocess.Popen[bytes]) -> None:
+    """End a program of `start_program`, and all that it has started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @dataclass

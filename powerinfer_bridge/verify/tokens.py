@@ -46,7 +46,7 @@ def same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
     vocabulary, tokenizer = opened.vocabulary, checkpoint.tokenizer()
     rows = len(vocabulary.tokens)
     expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
-    _same_vocabulary(vocabulary, expected)
+    require_vocabulary(vocabulary, expected)
     parts = [vocabulary.without_absent(part) for part in (text, _MIXED)]
     count = sum(_same_part(vocabulary, expected, tokenizer, part) for part in parts)
     texts = (*parts[0].splitlines(), parts[1])
@@ -58,7 +58,16 @@ def same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
     return f"the model's vocabulary; {share:.2%} of ids differ: {reasons}; {theirs}"
 
 
-def _same_vocabulary(vocabulary: Vocabulary, expected: Vocabulary) -> None:
+def require_vocabulary(vocabulary: Vocabulary, expected: Vocabulary) -> None:
+    """Do nothing if a file's ids mean what the model's mean.
+
+    Args:
+        vocabulary: the file's.
+        expected: what an export of the model would write.
+
+    Raises:
+        FormatError: they do not.
+    """
     if vocabulary.bos_id != expected.bos_id:
         raise FormatError(f"BOS is {vocabulary.bos_id}, the model's is {expected.bos_id}")
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
