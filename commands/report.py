@@ -14,7 +14,8 @@ from report.settings import ReportConfig
 def report(config: ReportConfig) -> None:
     """Make one HTML page of the results in DIR…, several runs side by side.
 
-    A DIR holds bench.json, report.json, estimate.json or density.json, or directories that do.
+    A DIR holds bench.json, report.json, evaluation.json, estimate.json, density.json or card.json,
+    or directories that do.
     """
     from report.page import write_page
 

@@ -12,7 +12,9 @@ from common.files import refuse_existing, write_bytes
 from common.typed_json import plain
 from common.units import size
 from common.version import tool_version
-from report import pictures
+from report import answer_tables, pictures
+from report.answers import drawn_note, headlines
+from report.figures.evaluation import ARM_COLOURS
 from report.figures.speed import PARTS
 from report.runs import Run, load_runs
 from report.settings import ReportConfig
@@ -35,6 +37,7 @@ from results.bench import BENCH, Arm, Bench
 from results.card import CARD, Card, CardFigure
 from results.density import DENSITY
 from results.estimate import ESTIMATE
+from results.evaluation import EVALUATION, Evaluation
 from results.parts import METRICS
 from results.predictors import PREDICTORS, PredictorReport
 
@@ -44,6 +47,7 @@ Facts = list[tuple[str, str]]
 REMEDIES = {
     "summary": ("speed and quality", BENCH.maker),
     "speed": ("speed", BENCH.maker),
+    "answers": ("answers", EVALUATION.maker),
     "layers": ("layers", BENCH.maker),
     "search": ("quality against bytes", PREDICTORS.maker),
     "hot": ("hot neurons", PREDICTORS.maker),
@@ -68,6 +72,18 @@ _COLUMNS = {
     "quality": ("with predictors", "all neurons", "gap", "transformers", "greedy text"),
     "estimate": ("measured", "estimate", "estimate / measured"),
     "card": ("value", "aim", ""),
+    "answers": (
+        "sparsity %",
+        "score %",
+        "difference, points",
+        "",
+        "changed %",
+        "became right",
+        "became wrong",
+        "questions",
+    ),
+    "other_answers": ("value", "difference", "", "questions"),
+    "asked": ("task", "version", "kind", "shots", "questions", "metric, filter", "requests"),
 }
 
 _MACHINE = ("engine", "hardware", "versions", "created")
@@ -83,6 +99,17 @@ _ARM = (
     "load_seconds",
     "environment",
     "device",
+)
+_EVALUATION = (
+    "created",
+    "machine",
+    "versions",
+    "suite",
+    "seed",
+    "limit",
+    "bos",
+    "chat_template",
+    "arms",
 )
 _TABLES = ("mean", "layers", "search", "curves", "hot_neurons")
 
@@ -139,6 +166,7 @@ def contents(runs: Sequence[Run]) -> dict[str, object]:
         "colours": list(pictures.COLOURS.values()),
         "remedies": REMEDIES,
         "subject": ARM_TITLES["predicted"],
+        "per_cent": per_cent,
         "missing": [key for key in REMEDIES if not any(view[key] for view in views)],
         "version": tool_version(),
     }
@@ -147,8 +175,9 @@ def contents(runs: Sequence[Run]) -> dict[str, object]:
 def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
-    measured = runs[0].bench or runs[0].predictors
-    return measured.model if measured else runs[0].name
+    run = runs[0]
+    measured = run.bench or run.predictors or (run.evaluation and run.evaluation.arms[0])
+    return measured.model if measured else run.name
 
 
 def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
@@ -163,6 +192,8 @@ def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
         "has_dense": base is not None and base.dense,
         "quality": _quality_row(bench) if bench else [],
         "speed": pictures.speed_pictures(run, name, ends),
+        "answers": _answers(run.evaluation, name) if run.evaluation else {},
+        "headlines": headlines(run.evaluation) if run.evaluation else [],
         "layers": pictures.layer_pictures(run, name, ends),
         "search": pictures.search_pictures(run, name),
         "hot": pictures.hot_pictures(run, name),
@@ -175,6 +206,22 @@ def _view(run: Run, name: str, ends: pictures.Scales) -> dict[str, object]:
         "budgets": pictures.budget_pictures(run, name),
         "details": _details(run),
         "layer_rows": _layer_rows(run),
+    }
+
+
+def _answers(evaluation: Evaluation, name: str) -> dict[str, object]:
+    colours = [pictures.COLOURS[colour][0] for colour in ARM_COLOURS]
+    named = [arm.name for arm in evaluation.arms]
+    return {
+        "key": [(colours[number % len(colours)], arm) for number, arm in enumerate(named)],
+        "drawn": drawn_note(evaluation),
+        "pictures": pictures.answer_pictures(evaluation, name),
+        "judged": answer_tables.judgements(evaluation),
+        "notes": evaluation.notes,
+        "suite": answer_tables.suite_table(evaluation),
+        "shares": answer_tables.share_tables(evaluation),
+        "others": answer_tables.other_tables(evaluation),
+        "asked": answer_tables.asked_rows(evaluation),
     }
 
 
@@ -309,6 +356,7 @@ def _details(run: Run) -> dict[str, object]:
         "machine": _facts(found, _MACHINE) or _facts({"card": card}, ["card"]),
         "settings": _facts(found, _SETTINGS),
         "predictors": _predictor_facts(run.predictors) if run.predictors else [],
+        "evaluation": _facts(plain(run.evaluation), _EVALUATION) if run.evaluation else [],
         "inputs": [
             [each.role, each.path, size(each.bytes), each.xxh3_128]
             for each in (bench.inputs if bench else ())

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from markupsafe import Markup, escape
 
 from common.units import size
-from report.figures import card, predictors, speed
+from report.answers import changed_groups, score_groups
+from report.figures import card, evaluation, predictors, speed
 from report.figures.style import (
     ACCENT,
     DARK,
@@ -31,6 +32,7 @@ from report.figures.style import (
 from report.runs import Run
 from report.words import ARM_TITLES, arms_in_order, per_cent, tokens_per_second, visible
 from results.bench import Bench, Device, round_speeds
+from results.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -243,6 +245,22 @@ def budget_pictures(run: Run, name: str) -> list[Picture]:
         _picture(card.budget_figure(timed, WIDTH), f"{name}c{number}", label, step)
         for number, (step, timed) in enumerate(card.budgets_of(run.card.figures).items())
     ]
+
+
+def answer_pictures(found: Evaluation, name: str) -> list[Picture]:
+    """Draw the scores, and the answers that changed."""
+    scores, changed, arms = score_groups(found), changed_groups(found), len(found.arms)
+    pictures = []
+    if scores:
+        label = f"Bars. Scores of {arms} arms in {len(scores)} tasks; values in the table."
+        figure = evaluation.score_figure(scores, arms, WIDTH)
+        pictures.append(_picture(figure, f"{name}a0", label, "Score, %"))
+    if changed:
+        most = max(bar.percent for group in changed for bar in group.bars)
+        label = f"Bars. Changed answers, at most {most:.2f} per cent; values in the table."
+        figure = evaluation.changed_figure(changed, arms, WIDTH)
+        pictures.append(_picture(figure, f"{name}a1", label, "Changed answers, %"))
+    return pictures
 
 
 def _figure(height: float, draw: Callable[..., None], *what: object) -> Figure:

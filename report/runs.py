@@ -13,12 +13,13 @@ from results.bench import BENCH, Bench
 from results.card import CARD, Card
 from results.density import DENSITY, Density
 from results.estimate import ESTIMATE, Estimate
+from results.evaluation import EVALUATION, Evaluation
 from results.parts import HotNeurons, Layer, ResultFile
 from results.predictors import PREDICTORS, PredictorReport, SearchPoint
 
 Document = TypeVar("Document")
 
-FILES = (BENCH, PREDICTORS, ESTIMATE, DENSITY, CARD)
+FILES = (BENCH, PREDICTORS, EVALUATION, ESTIMATE, DENSITY, CARD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class Run:
     path: str
     bench: Bench | None
     predictors: PredictorReport | None
+    evaluation: Evaluation | None
     estimate: Estimate | None
     density: Density | None
     card: Card | None
@@ -94,11 +96,13 @@ def _load(directory: Path, name: str) -> Run:
         path=str(directory),
         bench=_read(directory, BENCH),
         predictors=_read(directory, PREDICTORS),
+        evaluation=_read(directory, EVALUATION),
         estimate=_read(directory, ESTIMATE),
         density=_read(directory, DENSITY),
         card=_read(directory, CARD),
     )
-    if not (run.bench or run.predictors or run.estimate or run.density or run.card):
+    found = (run.bench, run.predictors, run.evaluation, run.estimate, run.density, run.card)
+    if not any(found):
         names = ", ".join(file.name for file in FILES)
         raise ResultError(
             f"{directory}: holds none of {names}, nor does a directory in it",

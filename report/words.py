@@ -180,7 +180,9 @@ def warnings(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return every run's warnings, and those about comparing the runs: whose, and the line."""
     measured = [run.bench for run in runs if run.bench is not None]
     own = [(run.name, line) for run in runs if run.bench for line in _of_run(run.bench)]
+    own += [(run.name, line) for run in runs for line in _unfinished(run)]
     differing = [line for key, line in _ALIKE.items() if _unlike(measured, key)]
+    differing += _other_questions(runs)
     return [("all runs", f"The runs {line}.") for line in differing] + own
 
 
@@ -189,6 +191,25 @@ def _of_run(bench: Bench) -> list[str]:
     notes = ((arm.name, note) for arm in arms_in_order(bench) for note in arm.notes)
     own = [warned.text for warned in bench.warnings]
     return [*own, *(f"{ARM_TITLES[name]}: {note}" for name, note in notes)]
+
+
+def _unfinished(run: Run) -> list[str]:
+    """Return what an evaluation left open."""
+    left = run.evaluation.unfinished if run.evaluation else ()
+    return [f"not finished: {line}" for line in left]
+
+
+def _other_questions(runs: Sequence[Run]) -> list[str]:
+    """Return a line if a task of one name put other requests in several runs."""
+    asked: dict[str, set[str]] = {}
+    for run in runs:
+        for task in run.evaluation.tasks if run.evaluation else ():
+            asked.setdefault(task.name, set()).add(task.requests_hash)
+    others = [name for name, hashes in asked.items() if len(hashes) > 1]
+    if not others:
+        return []
+    more = f" and {len(others) - 1} more tasks" if len(others) > 1 else ""
+    return [f"answered other requests of {others[0]}{more}: their scores do not compare"]
 
 
 def _unlike(measured: Sequence[Bench], key: str) -> bool:

@@ -12,6 +12,7 @@ from click.testing import Result
 from conftest import refused
 from made_up_card import card
 from made_up_density import density
+from made_up_evaluation import evaluation
 from made_up_results import (
     MACHINE,
     Document,
@@ -40,6 +41,7 @@ def test_results_are_found_in_a_directory_and_directly_below(tmp_path: Path) -> 
     write(tmp_path / "run" / "bench", bench=bench())
     write(tmp_path / "run" / "predictors", report=predictor_report())
     write(tmp_path / "run", estimate=estimate(), density=density(), card=card())
+    write(tmp_path / "run" / "eval", evaluation=evaluation())
     (run,) = load_runs([tmp_path / "run"])
     assert run.name == "run"
     assert run.bench is not None
@@ -47,6 +49,7 @@ def test_results_are_found_in_a_directory_and_directly_below(tmp_path: Path) -> 
     assert run.estimate is not None
     assert run.density is not None
     assert run.card is not None
+    assert run.evaluation is not None
     assert len(run.predictors.search) == 10
     assert len(run.points) == 9  # the tenth has no gap
 
@@ -137,6 +140,8 @@ def test_a_damaged_benchmark_is_named_by_file_and_key(
         ("estimate", estimate(), put(-1, "tokens_per_second", "dense"), ("dense'", "above 0")),
         ("density", density(), put(2, "points", 0, "density"), ("points[0].density'", "0 to 1")),
         ("density", density(), put([], "points"), ("'points'", "at least one")),
+        ("evaluation", evaluation(), put([], "arms"), ("'arms'", "at least one arm")),
+        ("evaluation", evaluation(), put("other", "scores", 0, "arm"), ("scores[0].arm'",)),
         ("card", card(), put("lost", "steps", 0, "end"), ("steps[0].end'", "done")),
         ("card", card(), put("fast", "figures", 1, "value"), ("figures[1].value'", "a number")),
         ("density", density(), put("<b>", "shape", "d_ff"), ("'shape.d_ff'", "a whole number")),

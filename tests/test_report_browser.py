@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from made_up_card import card
 from made_up_density import density
+from made_up_evaluation import evaluation
 from made_up_results import bench, estimate, predictor_report, write
 from web_browser import Browser, browser, missing_programs
 
@@ -52,7 +53,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two runs, one of them with a very long name."""
     place = tmp_path_factory.mktemp("page")
     documents = {"report": predictor_report(), "estimate": estimate(), "density": density()}
-    documents["card"] = card()
+    documents |= {"card": card(), "evaluation": evaluation()}
     long = bench(n_layers=80) | {"model": "a-model-without-a-blank-in-its-name" * 5}
     runs = (
         write(place / "first", bench=bench(), **documents),
@@ -71,7 +72,7 @@ def test_the_page_is_whole_and_fits(window: Browser, page: Path, width: int, sch
     assert window.logs("browser") == []
     assert window.requests() == [page.as_uri()]
     boxes = window.run(_BOXES)
-    assert len(boxes) == 17
+    assert len(boxes) == 19
     assert all(side > 60 for box in boxes for side in box)
     assert window.run("return document.documentElement.scrollWidth") <= width
     assert window.run(_WIDER) == []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from made_up_card import card
 from made_up_density import density
+from made_up_evaluation import evaluation
 from made_up_results import Document, bench, estimate, predictor_report, write
 
 from report.page import render
@@ -24,6 +25,7 @@ SECTIONS = [
     "Summary",
     "Speed",
     "Quality",
+    "Answers",
     "Layers",
     "Quality against bytes",
     "Hot neurons",
@@ -87,6 +89,7 @@ def everything() -> dict[str, Document]:
         "estimate": estimate(),
         "density": density(),
         "card": card(),
+        "evaluation": evaluation(),
     }
 
 
@@ -134,8 +137,8 @@ def test_identifiers_are_unique_and_every_reference_has_one(source: str, page: P
 
 def test_every_picture_is_drawn_and_described(page: Page) -> None:
     pictures = page.named("svg")
-    # 2 · (speed 2, layers 3, hot 1, memory 1), search 1, density 1, budgets 1
-    assert len(pictures) == 17
+    # 2 · (speed 2, layers 3, hot 1, memory 1), search 1, density 1, budgets 1, answers 2
+    assert len(pictures) == 19
     for picture in pictures:
         assert picture["role"] == "img"
         assert len(picture["aria-label"] or "") > 30
@@ -245,7 +248,7 @@ def test_a_directory_with_a_hostile_name_is_a_name(tmp_path: Path) -> None:
     assert r"\u202eb" in page.text
 
 
-@pytest.mark.parametrize("name", ["bench", "report", "estimate", "density", "card"])
+@pytest.mark.parametrize("name", ["bench", "report", "estimate", "density", "card", "evaluation"])
 def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path, name: str) -> None:
     page = Page(rendered(tmp_path, {name: everything()[name]}))
     assert page.texts["h2"][-1] == "Not in this report"
