@@ -16,7 +16,7 @@ from report.answers import (
     share_tasks,
     signed,
 )
-from report.words import NOTHING, per_cent, quantity
+from report.words import NOTHING, per_cent
 from results.evaluation import (
     ColumnScore,
     Difference,
@@ -28,7 +28,7 @@ from results.evaluation import (
 Row = list[str]
 
 _SPARSITY = "sparsity"
-"""A column of this name, whatever its case, is the arms' own sparsity."""
+"""A published column with this in its title is beside the arms' own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +105,8 @@ def _share_row(evaluation: Evaluation, task: EvaluationTask, arm: EvaluationArm)
 def _other_row(evaluation: Evaluation, task: EvaluationTask, arm: EvaluationArm) -> Row:
     score = evaluation.score(task, arm.name)
     found = evaluation.difference(task.name, arm.name)
-    shown = NOTHING if score is None else quantity(score.value, "")
-    if score is not None and score.standard_error is not None:
-        shown = f"{shown} ± {quantity(score.standard_error, '')}"
     count = None if score is None else score.questions
+    shown = NOTHING if score is None else _plain(score.value, score.standard_error)
     return [arm.name, shown, *_difference(task, found, share=False), _count(count)]
 
 
@@ -117,7 +115,8 @@ def _difference(task: EvaluationTask, found: Difference | None, *, share: bool) 
     if found is None:
         return [NOTHING, ""]
     judged = judged_task(task, found, share=share)
-    return [_signed(judged.difference, judged.error), _SAYS[judged.outcome]]
+    unit = "" if share else judged.unit
+    return [_signed(judged.difference, judged.error) + unit, _SAYS[judged.outcome]]
 
 
 _SAYS = {
@@ -131,6 +130,10 @@ _SAYS = {
 
 def _percent(share: float, error: float | None) -> str:
     return per_cent(share) if error is None else f"{per_cent(share)} ± {per_cent(error)}"
+
+
+def _plain(value: float, error: float | None) -> str:
+    return f"{value:,.4f}" if error is None else f"{value:,.4f} ± {error:,.4f}"
 
 
 def _signed(difference: float, error: float | None) -> str:
@@ -147,7 +150,7 @@ def suite_table(evaluation: Evaluation) -> SuiteTable | None:
         return None
     named = [title for row in evaluation.published for title in row.percent]
     known = dict.fromkeys([*column_titles(evaluation), *named])
-    titles = [title for title in known if title.lower() != _SPARSITY]
+    titles = [title for title in known if _SPARSITY not in title.lower()]
     arms = {arm.name: arm for arm in evaluation.arms}
     return SuiteTable(
         titles=["model", "Sparsity", *titles],
@@ -188,9 +191,9 @@ def _to_first(score: ColumnScore) -> str:
 
 
 def _published(name: str, percent: dict[str, float], titles: Sequence[str]) -> Row:
-    small = {title.lower(): value for title, value in percent.items()}
-    wanted = [_SPARSITY, *(title.lower() for title in titles)]
-    return [name, *(NOTHING if t not in small else f"{small[t]:.2f}" for t in wanted)]
+    sparsity = next((each for title, each in percent.items() if _SPARSITY in title.lower()), None)
+    values = [sparsity, *map(percent.get, titles)]
+    return [name, *(NOTHING if each is None else f"{each:.2f}" for each in values)]
 
 
 def judgements(evaluation: Evaluation) -> list[tuple[str, list[str]]]:

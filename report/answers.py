@@ -20,8 +20,11 @@ CLEAR = 2.0
 BY_CHANCE = 0.0455
 """Share of differences beyond those errors where there is none, of normally distributed ones."""
 
-_UNBOUNDED = ("perplexity", "bits_per_byte", "bleu", "chrf", "ter", "brier_score")
-"""Parts of the names of metrics that are no shares of questions, whatever their value."""
+_RELATIVE = ("perplexity", "per_byte")
+"""Ends of the names of metrics whose differences are relative; see `Difference`."""
+
+_UNBOUNDED = ("bleu", "chrf", "ter", "brier_score")
+"""Names of other metrics that are no shares of questions, whatever their value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Judged:
         questions: compared, None of a column.
         changed: whether any answer is another; None if unknown.
         better: whether the arm is the better one.
-        unit: ` points` of scores in per cent, else nothing.
+        unit: ` points` of scores in per cent, ` %` of a perplexity's growth, else nothing.
     """
 
     title: str
@@ -100,7 +103,7 @@ def is_share(evaluation: Evaluation, task: EvaluationTask) -> bool:
 
 
 def _shares(metric: str, scores: Sequence[TaskScore]) -> bool:
-    named = any(part in metric for part in _UNBOUNDED)
+    named = metric.endswith(_RELATIVE) or metric in _UNBOUNDED
     return not named and all(0 <= score.value <= 1 for score in scores)
 
 
@@ -125,7 +128,8 @@ def judged_tasks(evaluation: Evaluation, arm: str) -> list[Judged]:
 
 def judged_task(task: EvaluationTask, difference: Difference, *, share: bool) -> Judged:
     """Judge the difference in a task."""
-    factor, error = 100 if share else 1, difference.standard_error
+    unit = " points" if share else " %" if task.metric.endswith(_RELATIVE) else ""
+    factor, error = 100 if unit else 1, difference.standard_error
     return Judged(
         title=task.name,
         difference=factor * difference.difference,
@@ -133,7 +137,7 @@ def judged_task(task: EvaluationTask, difference: Difference, *, share: bool) ->
         questions=difference.questions,
         changed=None if difference.changed is None else difference.changed > 0,
         better=(difference.difference > 0) == task.higher_is_better,
-        unit=" points" if share else "",
+        unit=unit,
     )
 
 

@@ -90,7 +90,7 @@ def test_less_of_a_perplexity_is_better(tmp_path: Path) -> None:
     found = judged_tasks(loaded(tmp_path, evaluation()), "q4_0")
     assert [each.title for each in found] == [*TASKS, "text"]
     assert found[-1].outcome == "worse"
-    assert found[-1].words == "text (+0.25 ± 0.08, worse)"
+    assert found[-1].words == "text (+3.10 ± 1.00 %, worse)"
     assert [each.outcome for each in found[:-1]] == ["worse"] * 3
     document = evaluation()
     document["tasks"][-1]["higher_is_better"] = True
@@ -217,7 +217,7 @@ def test_perplexities_are_no_percentages(tmp_path: Path) -> None:
     page = Page(rendered(tmp_path, {"evaluation": evaluation()}))
     (table,) = [text for text in page.texts["table"] if "no shares of questions" in text]
     assert "word_perplexity, lower is better" in table
-    assert "8.35" in table
+    assert "8.3500+3.10 ± 1.00 %differs: worse64" in table
     assert "835" not in page.text
     document = evaluation()
     for score in document["scores"]:
