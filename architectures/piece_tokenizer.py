@@ -44,6 +44,19 @@ class PieceTokenizer(OpenedTokenizer):
         """Whose ids these are."""
         return f"those of {self.file.name}, by sentencepiece"
 
+    @property
+    def bos_text(self) -> str:
+        """How the begin-of-sequence token is written."""
+        if self.bos < self.model.vocab_size():
+            return str(self.model.id_to_piece(self.bos))
+        return self.files.added[self.bos].content
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
+        own = self.model.eos_id()
+        return self.files.end_ids | ({own} if own >= 0 else frozenset())
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
         if not self._added:

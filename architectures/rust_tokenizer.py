@@ -34,6 +34,19 @@ class RustTokenizer(OpenedTokenizer):
         """Whose ids these are."""
         return f"those of {self.file.name}, by tokenizers"
 
+    @property
+    def bos_text(self) -> str:
+        """How the begin-of-sequence token is written."""
+        return self.rust.id_to_token(self.bos) or ""
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text."""
+        named = self.files.named("eos")
+        own = None if named is None else self.rust.token_to_id(named)
+        found = () if own is None or own >= self.files.rows else (own,)
+        return self.files.end_ids.union(found)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without begin- and end-of-sequence tokens."""
         with damage_refused(self.file):

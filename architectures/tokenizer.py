@@ -8,6 +8,7 @@ other files add are found as they are in transformers. No code of a checkpoint i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -136,12 +137,10 @@ def _piece_tokenizer(
             "bos_token of it",
             "use another tokenizer.model",
         )
-    text = pieces.id_to_piece(bos) if bos < pieces.vocab_size() else files.added[bos].content
-    notes += _bos_notes(files, note, bos, text, adds=files.add_bos is not False)
+    found = PieceTokenizer(file=file, model=pieces, files=files, bos=bos, adds_bos=files.add_bos)
+    notes += _bos_notes(files, note, bos, found.bos_text, adds=files.add_bos is not False)
     notes += _class_notes(files, file)
-    return PieceTokenizer(
-        file=file, model=pieces, files=files, bos=bos, adds_bos=files.add_bos, notes=tuple(notes)
-    )
+    return replace(found, notes=tuple(notes))
 
 
 def _rust_tokenizer(path: Path, files: TokenizerFiles, notes: list[str]) -> RustTokenizer:
@@ -157,15 +156,14 @@ def _rust_tokenizer(path: Path, files: TokenizerFiles, notes: list[str]) -> Rust
             "add the model's bos_token_id to config.json",
         )
     adds = (first is not None or None) if files.add_bos is None else files.add_bos
-    notes += _bos_notes(files, note, bos, rust.id_to_token(bos), adds=bool(adds))
+    made = RustTokenizer(file=file, rust=rust, files=files, bos=bos, adds_bos=adds)
+    notes += _bos_notes(files, note, bos, made.bos_text, adds=bool(adds))
     notes += _class_notes(files, file)
-    return RustTokenizer(
-        file=file, rust=rust, files=files, bos=bos, adds_bos=adds, notes=tuple(notes)
-    )
+    return replace(made, notes=tuple(notes))
 
 
 def _bos_notes(
-    files: TokenizerFiles, note: str | None, bos: int, text: str | None, *, adds: bool
+    files: TokenizerFiles, note: str | None, bos: int, text: str, *, adds: bool
 ) -> Iterator[str]:
     if note is not None:
         yield note

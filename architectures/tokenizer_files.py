@@ -142,6 +142,12 @@ class TokenizerFiles:
             f"is {found}, which counts"
         )
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text as config.json and generation_config.json say."""
+        sources = (self._config, self._generation)
+        return frozenset(n for source in sources for n in self._numbers("eos", source))
+
     def contradiction(self, text: str, number: int, file: Path, other: int) -> CheckpointError:
         """Return the error for an added token that the tokenizer's own file has at another id."""
         return CheckpointError(
