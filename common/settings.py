@@ -166,6 +166,18 @@ def fraction_of(text: str) -> float:
     return number
 
 
+def numbers_of(text: str) -> tuple[float, ...]:
+    """Return numbers such as `0,0.01,0.1`.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers; write 0,0.01,0.1.") from error
+
+
 def layer_numbers(text: str) -> tuple[int, ...]:
     """Return layer numbers such as `0-7,12`, ascending.
 

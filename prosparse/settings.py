@@ -17,6 +17,7 @@ from common.settings import (
     Resume,
     Seed,
     check_settings,
+    numbers_of,
     text_option,
 )
 from common.text_sources.names import Sources, is_piped, recorded
@@ -145,18 +146,6 @@ class SparsifyConfig:
         return {"settings": plain(facts), "tool_version": tool_version()}
 
 
-def thresholds_of(text: str) -> tuple[float, ...]:
-    """Return numbers such as `0,0.01,0.1`.
-
-    Raises:
-        ValueError: one is no number.
-    """
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{text!r} is no list of numbers; write 0,0.01,0.1.") from error
-
-
 @dataclass(frozen=True, kw_only=True)
 class SparsityConfig:
     """Settings of a measurement, and of a search where `max_ppl_gap` is given."""
@@ -171,7 +160,7 @@ class SparsityConfig:
         Option(
             "Also measure FATReLU with each of these thresholds; 0 is ReLU.",
             "T,T,...",
-            parse=thresholds_of,
+            parse=numbers_of,
         ),
     ] = ()
     max_ppl_gap: Annotated[
