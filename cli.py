@@ -19,6 +19,7 @@ MENU = {
     "verify": "Check that PowerInfer will run a file correctly.",
     "inspect": "Print what a GGUF file holds.",
     "bench-powerinfer": "Measure an exported file.",
+    "evaluate": "Ask a model and what is made of it the same questions.",
     "report": "Make one HTML page of results.",
     "estimate": "Estimate speed on hardware from bytes and bandwidths.",
     "doctor": "Check machine, programs and a file; say what to mend.",

@@ -13,6 +13,10 @@ ArmKind = Literal["dense", "fatrelu", "predictors", "engine", "powerinfer"]
 place, an exported file in the embedded engine, or in PowerInfer."""
 
 
+SPARSITY = "Average Sparsity"
+"""Column of published rows that is no score; arms have `EvaluationArm.sparsity`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationArm:
     """Something that answers.
@@ -21,7 +25,7 @@ class EvaluationArm:
         name: for tables; the first arm's is what differences are to.
         kind: what it is.
         model: the checkpoint or file as the user named it.
-        model_hash: fingerprint of the checkpoint, or SHA-256 of the file.
+        model_hash: fingerprint of the checkpoint, or XXH3-128 of the file.
         predictors: directory of predictors, None without.
         predictors_hash: SHA-256 over the predictors' weights, None without.
         threshold: of the predictors or of FATReLU; None without, or where layers have their own.
@@ -119,7 +123,7 @@ class Difference:
     Attributes:
         task: which.
         arm: whose.
-        difference: mean over questions of the metric's growth.
+        difference: mean over questions of the metric's growth; of a perplexity its relative growth.
         standard_error: of that mean, from how questions differ; None of a single one.
         changed: share of questions whose answer is another, right or wrong; None for tasks without
             answers (perplexities).
@@ -168,7 +172,7 @@ class PublishedRow:
 
     Attributes:
         name: of the model.
-        percent: by column; the card's numbers.
+        percent: by column, `SPARSITY` too; the card's numbers.
     """
 
     name: str

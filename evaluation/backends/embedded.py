@@ -21,7 +21,6 @@ from evaluation.backends.fit import room_for
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 
-
 _BLOCK = 32
 """Tokens that are run at once. Sums depend on their number in the last bit, and rounding to float16
 or eight bits makes of that up to hundredths of a nat. So sequences are always cut at the same

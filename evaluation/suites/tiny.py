@@ -108,7 +108,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _good(line: str) -> bool:
-    return _SHORTEST <= len(line.strip()) and len(line) <= _LONGEST
+    return len(line.strip()) >= _SHORTEST and len(line) <= _LONGEST
 
 
 def _places(lines: Sequence[str], rng: random.Random) -> list[int]:

@@ -1,0 +1,367 @@
+"""Whole evaluations on tasks of this disk: arms, what is kept, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from conftest import ModelMaker, refused
+from local_tasks import write_tasks
+
+from architectures.model import OutOfMemory
+from common.errors import OutputError, PspError, SettingsError
+from evaluation.answers import DIRECTORY, Batch
+from evaluation.backends.backend import Score, Scoring
+from evaluation.backends.transformers_model import TransformersBackend
+from evaluation.run import evaluate
+from evaluation.settings import EvaluateConfig
+from evaluation.table import evaluation_table
+from results.evaluation import EVALUATION, Evaluation
+
+NAMES = ("choose", "cloze", "continue", "pages")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks") / "own")
+
+
+@pytest.fixture(scope="module")
+def settings(model_dir: Path, tasks: Path) -> Callable[..., EvaluateConfig]:
+    def make(**changes: Any) -> EvaluateConfig:
+        chosen = {"model": (str(model_dir),), "tasks": (str(tasks),), "device": "cpu"}
+        return EvaluateConfig(**(chosen | changes))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(
+    settings: Callable[..., EvaluateConfig],
+    exact_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Evaluation, Path]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    config = settings(predictors=(exact_dir,), thresholds=(0.5,), output_path=out, log_samples=True)
+    return evaluate(config), out
+
+
+def comparable(result: Evaluation) -> dict[str, Any]:
+    """Return what no clock is in."""
+    from common.typed_json import plain
+
+    found: dict[str, Any] = plain(result)
+    del found["created"]
+    for arm in found["arms"]:
+        del arm["seconds"]
+    return found
+
+
+def test_every_arm_answers_every_task_and_is_compared(whole: tuple[Evaluation, Path]) -> None:
+    result, out = whole
+    assert [arm.name for arm in result.arms] == ["dense", "fatrelu_0.5", "predictors"]
+    assert {task.name for task in result.tasks} == set(NAMES)
+    for task in result.tasks:
+        assert task.questions == task.of_questions == 12
+        for arm in result.arms:
+            score = result.score(task, arm.name)
+            assert score is not None
+            assert score.questions == 12
+        exact = result.difference(task.name, "predictors")
+        other = result.difference(task.name, "fatrelu_0.5")
+        assert exact is not None
+        assert other is not None
+        assert result.difference(task.name, "dense") is None
+        assert abs(exact.difference) <= 0.01
+        assert (exact.changed is None) == (task.name == "pages")
+    changed = [each for each in result.differences if each.arm == "fatrelu_0.5" and each.changed]
+    assert changed
+    sparsity = {arm.name: arm.sparsity for arm in result.arms}
+    assert sparsity["dense"] is not None
+    assert sparsity["fatrelu_0.5"] is not None
+    assert sparsity["fatrelu_0.5"] > sparsity["dense"] > 0.3
+    assert sparsity["predictors"] == pytest.approx(sparsity["dense"], abs=0.01)
+    assert result.bos == ("<s>", 1)
+    assert EVALUATION.read(out) == result
+    assert len({task.requests_hash for task in result.tasks}) == 4
+    choose = next(task for task in result.tasks if task.name == "choose")
+    assert choose.shots == 1
+    assert choose.chance == pytest.approx(sum(1 / (2 + n % 3) for n in range(12)) / 12)
+    assert choose.first_prompt.count("number 0") == 1
+    table = evaluation_table(result)
+    assert "one '<s>' (id 1)" in table
+    for name in NAMES:
+        assert name in table
+
+
+def test_scores_are_lm_evals_own(
+    whole: tuple[Evaluation, Path], tasks: Path, model_dir: Path
+) -> None:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    import evaluation.language_model  # noqa: F401
+
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    theirs = simple_evaluate(
+        model="psp",
+        model_args=f"pretrained={model_dir},device=cpu",
+        tasks=list(NAMES),
+        task_manager=manager,
+        bootstrap_iters=0,
+        batch_size=3,
+        fewshot_random_seed=0,
+    )
+    result, _ = whole
+    for score in result.scores:
+        if score.arm == "dense":
+            found = theirs["results"][score.task][f"{score.metric},{score.filter}"]
+            assert score.value == pytest.approx(found, rel=1e-4)
+
+
+def test_samples_are_written_as_lm_eval_logs_them(whole: tuple[Evaluation, Path]) -> None:
+    _, out = whole
+    lines = (out / "samples" / "dense_choose.jsonl").read_bytes().splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == 12
+    assert first["doc"]["text"] in first["arguments"][0][0]
+    assert {"acc", "acc_norm", "filtered_resps", "target"} <= set(first)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_a_killed_run_goes_on_to_the_same_document(
+    after: int,
+    settings: Callable[..., EvaluateConfig],
+    exact_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def config(out: str, **changes: Any) -> EvaluateConfig:
+        changes |= {"predictors": (exact_dir,), "batch_size": 3, "output_path": tmp_path / out}
+        return settings(**changes)
+
+    unbroken = evaluate(config("unbroken"))
+    calls = 0
+    own = TransformersBackend.score
+
+    def dying(self: TransformersBackend, batch: Sequence[Scoring]) -> list[list[Score]]:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Killed
+        return own(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersBackend, "score", dying)
+        with pytest.raises(Killed):
+            evaluate(config("broken"))
+    kept = tmp_path / "broken" / DIRECTORY
+    with (kept / "dense.jsonl").open("ab") as file:
+        file.write(b'{"keys": ["half of a li')
+    with refused(OutputError, "--resume to go on with it"):
+        evaluate(config("broken"))
+    calls = -1000
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersBackend, "score", dying)
+        again = evaluate(config("broken", resume=True))
+    assert comparable(again) == comparable(unbroken)
+    answered = calls + 1000
+    calls = -1000
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersBackend, "score", dying)
+        assert comparable(evaluate(config("broken", resume=True))) == comparable(unbroken)
+    assert calls == -1000 < answered - 1000  # nothing is asked twice
+
+
+def test_another_arm_or_limit_goes_on_with_what_is_known(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    few = evaluate(settings(output_path=out, limit=4))
+    assert {task.questions for task in few.tasks} == {4}
+    more = evaluate(settings(output_path=out, resume=True, thresholds=(0.0,)))
+    assert {task.questions for task in more.tasks} == {12}
+    relu = [each for each in more.differences if each.arm == "relu"]
+    assert len(relu) == 4
+    assert all(each.difference == 0 and not each.changed for each in relu)
+
+
+def test_answers_of_another_model_are_not_taken(
+    settings: Callable[..., EvaluateConfig], make_model: ModelMaker, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluate(settings(output_path=out, limit=2))
+    other = make_model(tmp_path / "other", seed=5)
+    with refused(OutputError, "was begun with model_hash", "--force", "--output-path"):
+        evaluate(settings(model=(str(other),), output_path=out, limit=2, resume=True))
+    evaluate(settings(model=(str(other),), output_path=out, limit=2, force=True))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    with refused(OutputError, "was not made by this command"):
+        evaluate(settings(output_path=tmp_path / "foreign", force=True))
+
+
+def test_two_checkpoints_are_compared(
+    settings: Callable[..., EvaluateConfig], make_model: ModelMaker, model_dir: Path, tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "second", seed=5)
+    result = evaluate(settings(model=(str(model_dir), str(other)), limit=6))
+    assert [arm.name for arm in result.arms] == ["dense", "second"]
+    assert result.arms[0].model_hash != result.arms[1].model_hash
+    assert any(each.changed for each in result.differences)
+
+
+def test_a_shortage_of_memory_halves_batches_and_is_told_once(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluate(settings(batch_size=2))
+    own = TransformersBackend.score
+
+    def scarce(self: TransformersBackend, batch: Sequence[Scoring]) -> list[list[Score]]:
+        if len(batch) > 2:
+            raise OutOfMemory("cpu: out of memory")
+        return own(self, batch)
+
+    monkeypatch.setattr(TransformersBackend, "score", scarce)
+    notes: list[str] = []
+    out = tmp_path / "out"
+    result = evaluate(settings(batch_size=8, output_path=out), notes.append)
+    told = [line for line in notes if "not enough memory" in line]
+    assert told == [
+        f"not enough memory for {before} requests at once: {after} from here on, with which "
+        f"--batch-size {after} begins"
+        for before, after in ((8, 4), (4, 2))
+    ]
+    assert result.arms[0].batch_size == 2
+    assert [s.value for s in result.scores] == pytest.approx([s.value for s in plain.scores])
+    notes.clear()
+    again = evaluate(settings(batch_size=8, output_path=out, resume=True), notes.append)
+    assert comparable(again)["scores"] == comparable(result)["scores"]
+    assert not [line for line in notes if "not enough memory" in line]
+
+
+def test_one_task_that_fails_leaves_the_others(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(self: TransformersBackend, *args: Any) -> Any:
+        raise OutOfMemory("cpu: out of memory", "pass less")
+
+    monkeypatch.setattr(TransformersBackend, "generate", none)
+    notes: list[str] = []
+    out = tmp_path / "out"
+    result = evaluate(settings(output_path=out), notes.append)
+    assert result.unfinished == ("dense: continue",)
+    assert "dense: continue: cpu: out of memory; pass less" in notes
+    assert {score.task for score in result.scores} == set(NAMES) - {"continue"}
+    assert EVALUATION.read(out) == result
+    assert "unfinished: dense: continue" in evaluation_table(result)
+    monkeypatch.setattr(TransformersBackend, "score", none)
+    with refused(PspError, "arm dense answered no task"):
+        evaluate(settings())
+
+
+def test_a_text_beyond_the_context_is_told(
+    make_model: ModelMaker, settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    short = make_model(tmp_path / "short", max_position_embeddings=24)
+    notes: list[str] = []
+    evaluate(settings(model=(str(short),)), notes.append)
+    assert [line for line in notes if "lost their left end, BOS kept" in line]
+
+
+def test_the_command_prints_tables_documents_and_failures(
+    psp: Callable[..., Result],
+    model_dir: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = ["evaluate", "--model", model_dir, "--tasks", tasks, "--limit", 3, "--device", "cpu"]
+    out = tmp_path / "out"
+    plain = psp(*common, "--output-path", out)
+    assert plain.exit_code == 0
+    assert "choose" in plain.stdout
+    assert f"results: {out / 'evaluation.json'}" in plain.stdout
+    document = json.loads(psp(*common, "--json").stdout)
+    assert document["kind"] == "psp.evaluation"
+    assert document["limit"] == 3
+
+    def none(self: TransformersBackend, *args: Any) -> Any:
+        raise OutOfMemory("cpu: out of memory")
+
+    monkeypatch.setattr(TransformersBackend, "generate", none)
+    failed = psp(*common)
+    assert failed.exit_code == 1
+    assert "unfinished: dense: continue" in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"tasks": ()}, ("expected either --tasks or --suite",)),
+        ({"suite": "tiny"}, ("expected either --tasks or --suite",)),
+        ({"thresholds": (-1.0,)}, ("-1 is no threshold of FATReLU",)),
+        ({"limit": 2.5}, ("--limit 2.5 is neither a count nor a share",)),
+        ({"batch_size": 0}, ("--batch-size is 0",)),
+        ({"powerinfer_bin": Path("x")}, ("--powerinfer-bin has nothing to run", "--gguf")),
+        ({"log_samples": True}, ("--log-samples has nowhere to write", "--output-path")),
+        ({"reference": True}, ("--reference is of the card's table",)),
+        ({"data": Path("x")}, ("--data is of the suite tiny",)),
+        ({"thresholds": (0.1, 0.1)}, ("--thresholds: the same is given twice",)),
+    ],
+)
+def test_settings_that_ask_nothing_are_refused(
+    changes: dict[str, Any], parts: Sequence[str], settings: Callable[..., EvaluateConfig]
+) -> None:
+    with refused(SettingsError, *parts):
+        settings(**changes)
+
+
+def test_predictors_of_another_model_are_refused_before_anything_is_loaded(
+    settings: Callable[..., EvaluateConfig],
+    exact_dir: Path,
+    make_model: ModelMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("evaluation.arms.TransformersModel")
+    other = make_model(tmp_path / "other", seed=5)
+    with refused(PspError, "are predictors of", f"not of {other}", "traces of this model"):
+        evaluate(settings(model=(str(other),), predictors=(exact_dir,)))
+    with refused(PspError, "nonsense"):
+        evaluate(settings(tasks=("nonsense",)))
+    with refused(SettingsError, "has no chat template", "leave out --apply-chat-template"):
+        evaluate(settings(apply_chat_template=True))
+
+
+def test_without_lm_eval_the_remedy_is_named(
+    settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.run.package_version", lambda name: None)
+    with refused(SettingsError, "not installed", "pip install 'psp[eval]'"):
+        evaluate(settings())
+
+
+def test_damaged_answers_are_refused(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    evaluate(settings(output_path=out, limit=2))
+    file = out / DIRECTORY / "dense.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    batch = Batch(keys=("a", "b"), answers=("x",), tokens=1, seconds=0.0, size=1)
+    from common.json_lines import line_of
+    from common.typed_json import plain
+
+    for wrong in (b"{}\n", b"nonsense\n", line_of(plain(batch))):
+        file.write_bytes(b"".join([*lines, wrong]))
+        with refused(OutputError, f"line {len(lines) + 1} is damaged", "--force"):
+            evaluate(settings(output_path=out, limit=2, resume=True))
