@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from commands.options import json_option, settings_options
-from commands.printing import echo, print_json
+from commands.printing import echo, note, print_json
 from quickstart.settings import QuickstartConfig
 
 
@@ -19,12 +19,19 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
     """
     from common.typed_json import plain
     from powerinfer_bridge.benchmark.table import bench_table
+    from quickstart.pipeline import evaluated
     from quickstart.pipeline import quickstart as run
 
     result, paths = run(config)
+    answers = evaluated(config, paths, note) if config.evaluate else None
     if as_json:
-        return print_json({**plain(result), "files": paths.all()})
+        told = {} if answers is None else {"evaluation": plain(answers)}
+        return print_json({**plain(result), **told, "files": paths.all()})
     echo(bench_table(result))
+    if answers is not None:
+        from evaluation.table import evaluation_table
+
+        echo(f"\n{evaluation_table(answers)}")
     echo("\nFiles")
     for name, path in paths.all().items():
         echo(f"  {name:<22} {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import OutputError
@@ -15,6 +16,7 @@ from pipeline.state import STATE, RunState
 from quickstart.model import Corpus, train_model, write_corpus, write_untrained
 from quickstart.settings import SIZES, QuickstartConfig, Size
 from results.bench import Bench
+from results.evaluation import Evaluation
 
 _NAME = "quickstart"
 _ROUNDS = 3
@@ -33,6 +35,7 @@ class Paths:
         predictors: predictor artifact.
         bundle: export bundle.
         result: benchmark result, JSON.
+        evaluation: directory of the evaluation, if there is one.
     """
 
     def __init__(self, out: Path) -> None:
@@ -44,6 +47,7 @@ class Paths:
         made = Layout(out, _NAME)
         self.traces, self.predictors = made.traces, made.predictors
         self.bundle, self.result = made.bundle, made.result
+        self.evaluation = out / "evaluation"
 
     def all(self) -> dict[str, Path]:
         """Return every path by what it holds."""
@@ -78,6 +82,36 @@ def quickstart(config: QuickstartConfig) -> tuple[Bench, Paths]:
     if not (paths.model / "config.json").exists():
         train_model(paths.corpus, paths.untrained, paths.model, size, config.seed)
     return _run(config, size, paths), paths
+
+
+def evaluated(config: QuickstartConfig, paths: Paths, note: Callable[[str], None]) -> Evaluation:
+    """Ask the model, its predictors and the exported file the questions of the suite `tiny`.
+
+    They are made of the held-out text. Answers that are known are not asked for again.
+
+    Args:
+        config: settings.
+        paths: of a quickstart that has been run.
+        note: takes lines that a reader must know.
+
+    Raises:
+        PspError: see `evaluation.run.evaluate`.
+    """
+    from evaluation.run import evaluate
+    from evaluation.settings import EvaluateConfig
+
+    settings = EvaluateConfig(
+        model=(str(paths.model),),
+        suite="tiny",
+        data=paths.corpus.valid,
+        predictors=(paths.predictors,),
+        gguf=(paths.bundle.model_file,),
+        output_path=paths.evaluation,
+        device="cpu",
+        seed=config.seed,
+        resume=True,
+    )
+    return evaluate(settings, note)
 
 
 def _claim(config: QuickstartConfig) -> None:

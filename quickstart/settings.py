@@ -104,6 +104,9 @@ class QuickstartConfig:
     seed: Seed = 0
     threads: Threads = 2
     powerinfer_bin: PowerInferBin = None
+    evaluate: Annotated[
+        bool, Option("Also ask the model, its predictors and the exported file questions.")
+    ] = False
 
     def __post_init__(self) -> None:
         """Refuse settings out of their limits.
