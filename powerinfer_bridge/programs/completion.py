@@ -70,9 +70,7 @@ class Completion:
         """Keep both."""
         self._server, self._vocabulary = server, vocabulary
 
-    def score(
-        self, ids: Sequence[int], targets: Sequence[Sequence[int]]
-    ) -> list[list[TokenScore]]:
+    def score(self, ids: Sequence[int], targets: Sequence[Sequence[int]]) -> list[list[TokenScore]]:
         """Score what may follow ids token by token.
 
         Args:
@@ -97,9 +95,7 @@ class Completion:
             found.append([*shared, last])
         return found
 
-    def _token(
-        self, ids: Sequence[int], token: int, written: int, *, going_on: bool
-    ) -> TokenScore:
+    def _token(self, ids: Sequence[int], token: int, written: int, *, going_on: bool) -> TokenScore:
         """Score one token; `going_on` if the prompt is the last one and one token more."""
         for push in _PUSHES:
             found = self._pushed(ids, token, written, push, going_on)
@@ -144,9 +140,7 @@ class Completion:
             return None
         return unpushed(shares, push)
 
-    def continue_greedily(
-        self, ids: Sequence[int], count: int, stop: Sequence[str]
-    ) -> str:
+    def continue_greedily(self, ids: Sequence[int], count: int, stop: Sequence[str]) -> str:
         """Return the text that follows, up to a stop text or the end-of-sequence token.
 
         Args:
@@ -162,7 +156,9 @@ class Completion:
         if count >= LEAST_WRITTEN:
             request |= {"n_predict": count - 1, "stream": False, "stop": list(stop)}
             return str(_read(self._server.complete(request), len(ids)).get("content", ""))
-        events = _events(self._server.complete(request | {"n_predict": 1, "stream": True}), len(ids))
+        events = _events(
+            self._server.complete(request | {"n_predict": 1, "stream": True}), len(ids)
+        )
         return "".join(str(event.get("content", "")) for event in events[:count])
 
     @cached_property

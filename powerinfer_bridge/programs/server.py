@@ -152,9 +152,7 @@ class Server:
             return answer
         raise self._no_answer()
 
-    def _call(
-        self, method: str, path: str, body: str | None, timeout: float
-    ) -> tuple[int, bytes]:
+    def _call(self, method: str, path: str, body: str | None, timeout: float) -> tuple[int, bytes]:
         """Ask once; no proxy of the environment's is in between.
 
         Returns:
