@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asked_tasks import write_tasks
 from click.testing import Result
 from conftest import ModelMaker, refused
-from local_tasks import write_tasks
 
 from architectures.model import OutOfMemory
 from common.errors import OutputError, PspError, SettingsError
