@@ -81,7 +81,8 @@ def test_help_lists_every_command(psp: Psp) -> None:
     output = in_a_row(succeeded(psp("--help")))
     four = {"collect", "train-predictor", "export-gguf", "bench-powerinfer"}
     files = {"gpu-split", "inspect", "quickstart", "traces", "verify"}
-    others = {"bench-operators", "doctor", "estimate", "generate", "report", "run", "serve-check"}
+    others = {"bench-operators", "doctor", "estimate", "evaluate", "generate"}
+    others |= {"report", "run", "serve-check"}
     sparse = {"sparsify", "sparsity"}
     assert set(COMMANDS) == four | files | others | sparse
     for name, command in COMMANDS.items():

@@ -49,6 +49,7 @@ def _step(name: str, seconds: float, jobs: int, *files: str) -> Step:
 
 STEPS = (
     _step("rows", 18, 1, "tests/test_device_gpu.py"),
+    _step("answers", 12, 1, "tests/test_evaluation_gpu.py"),
     _step("operators", 110, _JOBS, "tests/test_sparse_triton.py", "tests/test_sparse_gpu.py"),
 )
 """Of this stage."""
