@@ -14,7 +14,7 @@ from architectures.model import OutOfMemory
 from architectures.tokenizer import OwnTokenizer
 from evaluation.answers import Answer, Answers, Batch
 from evaluation.backends.backend import Backend, Prompt, RequestKind, Scoring
-from evaluation.requests import Encoder, cut, decoding, merged, request_keys
+from evaluation.requests import Encoder, answer_in, decoding, merged, request_keys
 
 Note = Callable[[str], None]
 What = TypeVar("What", Scoring, Prompt)
@@ -142,7 +142,10 @@ class Asker:
         def continued(batch: Sequence[_Item[Prompt]]) -> list[Answer]:
             own = decoding(settings, (self.seed + int(batch[0].keys[0], 16)) % _SEEDS)
             made = self.backend.generate([item.what for item in batch], own)
-            return [cut(text, own.stop) for text in made]
+            return [
+                answer_in(text, item.what.text, own.stop)
+                for text, item in zip(made, batch, strict=True)
+            ]
 
         self._run(items, continued, bar)
 

@@ -186,10 +186,23 @@ def _at_least(number: Any, least: float, name: str) -> Any:
     return number
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """Return a text up to the first stop text in it."""
-    ends = [at for at in (text.find(each) for each in stop) if at >= 0]
-    return text[: min(ends)] if ends else text
+def answer_in(written: str, prompt: str, stop: Sequence[str]) -> str:
+    """Return the answer in what a model wrote: up to a stop text, without the space before it.
+
+    Tasks write a space between a question and its answer, and compare answers with texts that have
+    none. Whether lm-eval's own models return it hangs on the tokenizer: LLaMA's decoder drops a
+    first space, also where it indents code; byte-level ones keep it, and exact matches fail. Here
+    one space goes, unless the prompt ends with white space, after which it is the answer's own.
+
+    Args:
+        written: the continuation.
+        prompt: that was continued.
+        stop: texts that end it.
+    """
+    ends = [at for at in (written.find(each) for each in stop) if at >= 0]
+    text = written[: min(ends)] if ends else written
+    own = not prompt or prompt[-1].isspace()
+    return text if own else text.removeprefix(" ")
 
 
 def request_keys(kind: str, arguments: Sequence[Sequence[Any]]) -> list[str]:

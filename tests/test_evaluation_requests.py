@@ -25,7 +25,7 @@ from evaluation.arms import Arm, Arms
 from evaluation.asking import Asker
 from evaluation.backends.backend import KINDS, RequestKind, Scoring
 from evaluation.backends.texts import continuation_of
-from evaluation.requests import Encoder, cut, decoding, merged, request_keys
+from evaluation.requests import Encoder, answer_in, decoding, merged, request_keys
 
 ARGUMENTS: dict[RequestKind, list[tuple[Any, ...]]] = {
     "loglikelihood": [
@@ -239,10 +239,16 @@ def test_generation_settings_leave_nothing_open() -> None:
         decoding({"max_gen_toks": 0}, 0)
 
 
-def test_texts_are_cut_at_the_first_stop_text() -> None:
-    assert cut("one two three", ("three", " tw")) == "one"
-    assert cut("one", ("x",)) == "one"
-    assert cut("one", ()) == "one"
+def test_answers_end_at_the_first_stop_text_and_begin_behind_the_space() -> None:
+    assert answer_in("one two three", "Q:", ("three", " tw")) == "one"
+    assert answer_in("one", "Q:", ("x",)) == "one"
+    assert answer_in("one", "Q:", ()) == "one"
+    assert answer_in(" False", "A:", ("Q",)) == "False"
+    assert answer_in("  False", "A:", ()) == " False"
+    assert answer_in("    return x", "def f():\n", ("\ndef",)) == "    return x"
+    assert answer_in(" x", "A: ", ()) == " x"
+    assert answer_in(" x", "", ()) == " x"
+    assert answer_in(" x", "A:", (" ",)) == ""
 
 
 def test_keys_tell_requests_apart_and_number_equal_ones() -> None:
