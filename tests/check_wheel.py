@@ -28,7 +28,7 @@ ROOMS = (
 )
 DATA = (
     "cost_model/hardware.yaml",
-    *("report/page.css", "report/page.html.j2"),
+    *("report/page.css", "report/page.html.j2", "report/evaluation.html.j2"),
 )
 COMMANDS = (
     *(
