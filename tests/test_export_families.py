@@ -15,6 +15,9 @@ from families import BY_NAME, VARIANTS, Variant, Written, write
 
 from architectures.registry import ARCHITECTURES
 from architectures.tokenizer import load_tokenizer
+from evaluation.backends.backend import Scoring
+from evaluation.backends.embedded import EmbeddedBackend
+from evaluation.backends.powerinfer import PowerInferBackend
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_files.names import ACTIVATION_THRESHOLD_KEY
 from gguf_files.reader import GGUFFile
@@ -222,3 +225,26 @@ def test_the_real_powerinfer_skips_the_same_neurons(
     ours = engine_perplexity(Engine(file, threshold=LOSSY), text, context, None, "engine")
     assert ours == pytest.approx(real[0], rel=2e-3)
     assert abs(real[0] / real[1] - 1) > 4e-3
+
+
+@pytest.mark.powerinfer
+@pytest.mark.parametrize("name", NAMES)
+def test_the_real_server_s_probabilities_are_the_engine_s(
+    powerinfer_bin: Path, exported: Exports, name: str
+) -> None:
+    """Also where the context is full."""
+    made = exported(name)
+    real = PowerInferBackend(made.file, powerinfer_bin, timeout=300)
+    try:
+        if "loglikelihood" not in real.kinds:
+            pytest.skip("this build of PowerInfer has no server")
+        ids = tokens_of(made.written)
+        full = (ids * real.max_length)[: real.max_length]
+        requests = [Scoring(ids=tuple(ids[:-1]), targets=(tuple(ids[-9:]),))]
+        requests += [Scoring(ids=tuple(full), targets=((5, 9), (5, 300)))]
+        embedded = EmbeddedBackend(made.file).score(requests)
+        for ours, theirs in zip(embedded, real.score(requests), strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                assert other.loglikelihood == pytest.approx(one.loglikelihood, abs=0.02)
+    finally:
+        real.close()

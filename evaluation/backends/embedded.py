@@ -18,6 +18,7 @@ from evaluation.backends.backend import (
     Zeros,
 )
 from evaluation.backends.fit import room_for
+from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 
@@ -48,6 +49,11 @@ class EmbeddedBackend:
         self._block = _BLOCK if self._engine.weights.resident else self.max_length
         self._ids: tuple[int, ...] = ()
         self._cache = KVCache(self._engine.hyper.n_layers)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The file's."""
+        return self._engine.vocabulary
 
     @property
     def max_length(self) -> int:
@@ -103,7 +109,7 @@ class EmbeddedBackend:
         return [self._generate(prompt.ids, decoding) for prompt in batch]
 
     def _generate(self, ids: tuple[int, ...], decoding: Decoding) -> str:
-        logits, vocabulary = self._read(ids, 1), self._engine.vocabulary
+        logits, vocabulary = self._read(ids, 1), self.vocabulary
         cache, written = self._cache.prefix(len(ids)), bytearray()
         random = torch.Generator().manual_seed(decoding.seed)
         stops = [stop.encode("utf-8", "surrogatepass") for stop in decoding.stop]

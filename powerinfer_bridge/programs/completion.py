@@ -75,7 +75,8 @@ class Completion:
 
         Args:
             ids: what is read; BOS is not added.
-            targets: each as many ids as the last positions of `ids` predict, alike but for the last.
+            targets: each as many ids as the last positions of `ids` predict, alike but for the
+                last.
 
         Returns:
             A score for each token of each target.
@@ -83,20 +84,30 @@ class Completion:
         Raises:
             EngineError: the program failed, hung, or its answer cannot be read.
         """
-        first = len(ids) - len(targets[0]) + 1
-        written = self._written({*ids, *(token for target in targets for token in target)})
-        shared = list[TokenScore]()
-        for at, token in enumerate(targets[0][:-1]):
-            shared.append(self._token(ids[: first + at], token, written, going_on=at > 0))
-        going_on, found = bool(shared), list[list[TokenScore]]()
+        first, taken = len(ids) - len(targets[0]) + 1, frozenset(ids)
+        shared = [
+            self._token(ids[: first + at], token, taken, going_on=at > 0)
+            for at, token in enumerate(targets[0][:-1])
+        ]
+        found = list[list[TokenScore]]()
         for target in targets:
-            last = self._token(ids, target[-1], written, going_on=going_on)
-            going_on = False  # the same prompt again
+            going_on = bool(shared) and not found  # else the same prompt again
+            last = self._token(ids, target[-1], taken, going_on=going_on)
             found.append([*shared, last])
         return found
 
-    def _token(self, ids: Sequence[int], token: int, written: int, *, going_on: bool) -> TokenScore:
-        """Score one token; `going_on` if the prompt is the last one and one token more."""
+    def _token(
+        self, ids: Sequence[int], token: int, taken: frozenset[int], *, going_on: bool
+    ) -> TokenScore:
+        """Score one token.
+
+        Args:
+            ids: what is read.
+            token: in question.
+            taken: ids that this and later prompts hold.
+            going_on: whether the prompt is the last one and one token more.
+        """
+        written = self._written(taken | {token})
         for push in _PUSHES:
             found = self._pushed(ids, token, written, push, going_on)
             going_on = False
@@ -156,10 +167,9 @@ class Completion:
         if count >= LEAST_WRITTEN:
             request |= {"n_predict": count - 1, "stream": False, "stop": list(stop)}
             return str(_read(self._server.complete(request), len(ids)).get("content", ""))
-        events = _events(
-            self._server.complete(request | {"n_predict": 1, "stream": True}), len(ids)
-        )
-        return "".join(str(event.get("content", "")) for event in events[:count])
+        body = self._server.complete(request | {"n_predict": 1, "stream": True})
+        events = [_object(event) for event in _events(body, len(ids))[:count]]
+        return "".join(str(event.get("content", "")) for event in events)
 
     @cached_property
     def _shown(self) -> list[str | None]:
@@ -229,22 +239,21 @@ def first_probabilities(body: bytes, length: int) -> tuple[list[str], list[float
     Raises:
         EngineError: it cannot be read.
     """
-    events = _events(body, length)
+    first = _object(_events(body, length)[0])
     try:
-        entries = events[0]["completion_probabilities"][0]["probs"]
+        entries = first["completion_probabilities"][0]["probs"]
         return [str(e["tok_str"]) for e in entries], [float(e["prob"]) for e in entries]
     except (LookupError, TypeError, ValueError) as error:
         raise _unreadable(f"no probabilities ({type(error).__name__})") from error
 
 
-def _events(body: bytes, length: int) -> list[dict[str, Any]]:
-    """Return what was streamed; the last event tells how the prompt was read."""
-    lines = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
-    if not lines:
+def _events(body: bytes, length: int) -> list[bytes]:
+    """Return what was streamed, if the last event says that the whole prompt was read."""
+    found = [line[6:] for line in body.split(b"\n") if line.startswith(b"data: ")]
+    if not found:
         raise _unreadable("no event")
-    first, last = (lines[0], lines[-1])
-    _read(last, length)
-    return [_object(first), *(_object(line) for line in lines[1:LEAST_WRITTEN])]
+    _read(found[-1], length)
+    return found
 
 
 def _read(body: bytes, length: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ _RATES = re.compile(r"\[ Prompt: ([\d.]+) t/s \| Generation: ([\d.]+) t/s \]")
 _VERSION = re.compile(r"^version: (.*)$", re.MULTILINE)
 _CUDA = re.compile(r"^\s*CUDA\d+: |ggml_cuda_init: ", re.MULTILINE)
 NO_GPU = "no GPU in this build or machine: -ngl ignored"
+NO_PROMPT = "prompt not found in the output"
 NO_COUNTS = "llama-cli tells rates but no token counts; build llama-bench for the prompt's speed"
 
 
@@ -181,7 +182,7 @@ def continuation(stdout: str, prompt: str) -> tuple[str, tuple[str, ...]]:
     """
     text = _CHATTER.sub("", stdout)
     start = text.find(prompt)
-    notes = ["prompt not found in the output"] if start < 0 else []
+    notes = [NO_PROMPT] if start < 0 else []
     text = text if start < 0 else text[start + len(prompt) :]
     # The last token may hold a part of a character.
     if "\ufffd" in text.rstrip("\ufffd"):

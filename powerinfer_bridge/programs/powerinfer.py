@@ -18,6 +18,7 @@ from powerinfer_bridge.programs.build import (
     require_success,
 )
 from powerinfer_bridge.programs.output import (
+    NO_PROMPT,
     continuation,
     parse_main,
     parse_perplexity,
@@ -160,8 +161,8 @@ class PowerInfer:
         run = self._run(self._main, *options, *_budget(vram_budget), threshold=threshold)
         require_success(run)
         text, odd = continuation(run.stdout, prompt)
-        if odd:
-            raise EngineError(f"PowerInfer's main: {odd[0]}", "use the server or another prompt")
+        if NO_PROMPT in odd:
+            raise EngineError(f"{self._main}: {NO_PROMPT}", "run it by hand to see what it prints")
         return text
 
     def perplexity(

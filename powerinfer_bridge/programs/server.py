@@ -1,6 +1,6 @@
 """A PowerInfer build's `server`: started on this machine alone, asked over HTTP, always ended.
 
-It is ended by `close`, at the end of psp's process, and by Linux where psp is killed (see `launch`).
+It is ended by `close`, at the end of psp's process, and by Linux where psp is killed (`launch`).
 What it answers is read in `completion`. Source: PowerInfer@d3ebd7c examples/server/server.cpp.
 """
 
@@ -39,8 +39,9 @@ _HOST = "127.0.0.1"
 _TICK = 0.05
 _SAID = 64 * 1024
 """Bytes of what it printed last that are looked at."""
-_BUSY = 0.02
-"""Seconds until a server that is still letting go of the last request is asked again."""
+_BUSY, _PATIENCE = 0.02, 30.0
+"""Seconds until a server that is still letting go of the last request is asked again, and how long
+that is tried."""
 
 
 def server_program(directory: Path) -> Path | None:
@@ -80,11 +81,12 @@ class Server:
         require_executable(program, "build PowerInfer's target 'server'")
         self._timeout, self._start, self._name = timeout, time.monotonic(), uuid.uuid4().hex
         self._port, self._closed = _free_port(), False
-        self._command = (str(program), "--model", str(model.resolve()), "--alias", self._name)
-        self._command += ("--host", _HOST, "--port", str(self._port), "-c", str(context))
-        self._command += ("--threads", str(threads))
+        command = [str(program), "--model", str(model.resolve()), "--alias", self._name]
+        command += ["--host", _HOST, "--port", str(self._port), "-c", str(context)]
+        command += ["--threads", str(threads)]
         if vram_budget is not None:
-            self._command += ("--vram-budget", vram_option(vram_budget)[0])
+            command += ["--vram-budget", vram_option(vram_budget)[0]]
+        self._command = tuple(command)
         told = None if threshold is None else repr(threshold)
         self._directory = tempfile.TemporaryDirectory()
         self._log = Path(self._directory.name) / "server.log"
@@ -114,7 +116,7 @@ class Server:
             except (OSError, HTTPException, ValueError, LookupError, TypeError):
                 pass
             if time.monotonic() - self._start > self._timeout:
-                raise self._no_answer()
+                raise self._no_answer(self._timeout)
             time.sleep(_TICK)
 
     def complete(self, request: Mapping[str, Any]) -> bytes:
@@ -127,11 +129,12 @@ class Server:
             EngineError: the program ended, hangs, or refuses the request.
         """
         body, start = json.dumps(request), time.monotonic()
-        while time.monotonic() - start <= self._timeout:
+        patience = min(self._timeout, _PATIENCE)
+        while time.monotonic() - start <= patience:
             try:
                 status, answer = self._call("POST", "/completion", body, self._timeout)
             except TimeoutError as error:
-                raise self._no_answer() from error
+                raise self._no_answer(self._timeout) from error
             except (OSError, HTTPException) as error:
                 time.sleep(_TICK)  # it may be about to end
                 self._require_running()
@@ -140,7 +143,9 @@ class Server:
                     f"{last_words(self._said())}",
                     "run it by hand to see why",
                 ) from error
-            if answer in (b"", b"slot unavailable"):
+            # A stream then holds nothing; else its words, `slot unavailable`, are replaced by
+            # those for any status 404.
+            if not answer or status == HTTPStatus.NOT_FOUND:
                 time.sleep(_BUSY)
                 continue
             if status != HTTPStatus.OK:
@@ -150,7 +155,7 @@ class Server:
                     "build PowerInfer at d3ebd7c",
                 )
             return answer
-        raise self._no_answer()
+        raise self._no_answer(patience)
 
     def _call(self, method: str, path: str, body: str | None, timeout: float) -> tuple[int, bytes]:
         """Ask once; no proxy of the environment's is in between.
@@ -182,9 +187,9 @@ class Server:
         raise_unstarted(finished)
         require_success(finished)
 
-    def _no_answer(self) -> EngineError:
+    def _no_answer(self, seconds: float) -> EngineError:
         return EngineError(
-            f"{self._command[0]}: no answer after {self._timeout:g} s{last_words(self._said())}",
+            f"{self._command[0]}: no answer after {seconds:g} s{last_words(self._said())}",
             "allow it more time with --timeout, or run it by hand to see where it hangs",
         )
 
