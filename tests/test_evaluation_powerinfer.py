@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +27,8 @@ from evaluation.backends.powerinfer import PowerInferBackend
 from gguf_export.bundle import Bundle
 from gguf_export.contract import OpenedFile
 from gguf_export.tokens.vocabulary import Vocabulary
-from powerinfer_bridge.programs.completion import shown, unpushed
+from powerinfer_bridge.programs.completion import Completion, shown, unpushed
+from powerinfer_bridge.programs.server import Server
 
 GREEDY = Decoding(stop=(), max_new_tokens=12)
 SAMPLED = Decoding(stop=(), max_new_tokens=12, temperature=1.0, seed=5)
@@ -104,6 +109,51 @@ def test_a_server_scores_a_whole_text(
     prompts = [line["prompt"] for line in fake.requests()]
     assert prompts[0] == [ids[0]], "BOS is there, once"
     assert all(line["repeat_penalty"] == 1.0 for line in fake.requests())
+
+
+def test_the_written_token_is_none_of_the_request(
+    fake: FakeServer, started: Start, vocabulary: Vocabulary
+) -> None:
+    """A prompt that goes on with what was written is misread from the server's cache."""
+    letters = (n for n in range(320) if vocabulary.decode([n]).isalpha())
+    ids = (1, *islice((n for n in letters if vocabulary.decode([n]).isascii()), 60))
+    request = Scoring(ids=ids[:-1], targets=(ids[1:],))
+    [[score]] = started().score([request])
+    expected = expected_score(fake, request, ids[1:])
+    assert score.loglikelihood == pytest.approx(expected.loglikelihood, abs=1e-3)
+
+
+class Scripted:
+    """A server whose model always gives the same logits."""
+
+    def __init__(self, vocabulary: Vocabulary, logits: list[float]) -> None:
+        self._texts = [vocabulary.decode([number]) for number in range(len(logits))]
+        self._logits = logits
+
+    def complete(self, request: dict[str, Any]) -> bytes:
+        pushes = {token: push for token, push in request["logit_bias"]}
+        pushed = [number + pushes.get(token, 0) for token, number in enumerate(self._logits)]
+        total = sum(math.exp(number - max(pushed)) for number in pushed)
+        shares = [
+            {"tok_str": shown(text), "prob": math.exp(number - max(pushed)) / total}
+            for text, number in zip(self._texts, pushed, strict=True)
+        ]
+        shares.sort(key=lambda entry: -float(str(entry["prob"])))
+        first = {"completion_probabilities": [{"probs": shares}]}
+        final = {"truncated": False, "tokens_evaluated": len(request["prompt"])}
+        return b"".join(b"data: " + json.dumps(event).encode() + b"\n" for event in (first, final))
+
+
+def test_a_likelier_token_of_the_same_text_is_not_mistaken(vocabulary: Vocabulary) -> None:
+    """The byte is 40 nats below the letter that is shown like it: the first push is too weak."""
+    letter, byte = vocabulary.ids[b"e"], vocabulary.ids[b"<0x65>"]
+    logits = [-5.0] * 320
+    logits[letter], logits[byte] = 0.0, -40.0
+    server = cast(Server, Scripted(vocabulary, logits))
+    [[found], [other]] = Completion(server, vocabulary).score((1, 5), ((byte,), (letter,)))
+    total = math.log(sum(map(math.exp, logits)))
+    assert found.log == pytest.approx(-40 - total, abs=1e-6)
+    assert other.log == pytest.approx(-total, abs=1e-6)
 
 
 def test_a_greedy_token_is_known_as_such(fake: FakeServer, started: Start) -> None:
