@@ -30,14 +30,15 @@ _LIMITED = """
 import os, resource, signal, sys
 program, seconds, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for name, most in (
-    ("RLIMIT_CPU", seconds), ("RLIMIT_AS", memory), ("RLIMIT_CORE", 0),
+    ("RLIMIT_CPU", seconds + 1), ("RLIMIT_AS", memory), ("RLIMIT_CORE", 0),
     ("RLIMIT_FSIZE", 1 << 24), ("RLIMIT_NOFILE", 64), ("RLIMIT_NPROC", 16),
 ):
     if hasattr(resource, name):
         kind = getattr(resource, name)
         held = resource.getrlimit(kind)[1]
         most = most if held == resource.RLIM_INFINITY else min(most, held)
-        resource.setrlimit(kind, (most, most))
+        soon = most - 1 if name == "RLIMIT_CPU" else most  # a signal that tells, then the end
+        resource.setrlimit(kind, (soon, most))
 signal.alarm(seconds + 2)
 os.execv(sys.executable, [sys.executable, "-I", "-B", "-X", "utf8", program])
 """
@@ -74,7 +75,7 @@ def judge(
     workers = workers or len(os.sched_getaffinity(0))
     with Scratch(prefix="psp-programs-") as place, ThreadPoolExecutor(workers) as pool:
         directories = [place / str(number) for number in range(len(programs))]
-        return list(pool.map(lambda pair: _run(*pair, limits), zip(programs, directories)))
+        return list(pool.map(lambda *pair: _run(*pair, limits), programs, directories))
 
 
 def _run(program: str, directory: Path, limits: Limits) -> Verdict:
