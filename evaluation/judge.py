@@ -74,8 +74,11 @@ def judge(
     limits = limits or Limits()
     workers = workers or len(os.sched_getaffinity(0))
     with Scratch(prefix="psp-programs-") as place, ThreadPoolExecutor(workers) as pool:
-        directories = [place / str(number) for number in range(len(programs))]
-        return list(pool.map(lambda *pair: _run(*pair, limits), programs, directories))
+        runs = [
+            pool.submit(_run, program, place / str(number), limits)
+            for number, program in enumerate(programs)
+        ]
+        return [run.result() for run in runs]
 
 
 def _run(program: str, directory: Path, limits: Limits) -> Verdict:

@@ -84,7 +84,7 @@ def _included(path: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def _without_tags(path: Path) -> dict[str, Any]:
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Takes a tagged value for its text."""
 
     Loader.add_constructor("!function", lambda loader, node: str(node.value))

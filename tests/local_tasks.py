@@ -10,7 +10,11 @@ from typing import Any
 import yaml
 
 ANIMALS: list[dict[str, Any]] = [
-    {"asked": f"Which is number {number}?", "among": ["ox", "wild goose", "hen"], "right": number % 3}
+    {
+        "asked": f"Which is number {number}?",
+        "among": ["ox", "wild goose", "hen"],
+        "right": number % 3,
+    }
     for number in range(6)
 ]
 

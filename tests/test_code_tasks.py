@@ -127,14 +127,17 @@ def test_humaneval_is_lm_evals_with_pass_at_1_of_ours(tmp_path: Path) -> None:
     assert [sample["pass@1"] for sample in samples] == [1, 0, 0]
     assert samples[0]["arguments"][0][0] == HUMANEVAL[0]["prompt"]
     assert primary_metric(task) == ("pass@1", "create_test", True)
-    assert answer_of(task, samples[0]["doc"], samples[0]) == (
-        "def add(a, b):\n    return a + b",
-    )
+    assert answer_of(task, samples[0]["doc"], samples[0]) == ("def add(a, b):\n    return a + b",)
 
 
 def test_mbpp_is_lm_evals_with_pass_at_1_of_ours(tmp_path: Path) -> None:
     rows = [
-        {"task_id": n, "text": "Add.", "code": "", "test_list": [f"assert add({n}, 1) == {n + 1}"] * 3}
+        {
+            "task_id": n,
+            "text": "Add.",
+            "code": "",
+            "test_list": [f"assert add({n}, 1) == {n + 1}"] * 3,
+        }
         for n in range(2)
     ]
     path = _local(tmp_path, "mbpp/mbpp.yaml", rows)
@@ -148,7 +151,9 @@ def test_mbpp_is_lm_evals_with_pass_at_1_of_ours(tmp_path: Path) -> None:
 
 def test_programs_are_refused_without_leave(tmp_path: Path) -> None:
     path = _local(tmp_path, "humaneval/humaneval.yaml", HUMANEVAL)
-    with pytest.raises(DataError, match=r"task local: runs the programs that a model writes;.*--allow-code"):
+    with pytest.raises(
+        DataError, match=r"task local: runs the programs that a model writes;.*--allow-code"
+    ):
         load_tasks([str(path)])
 
 

@@ -63,7 +63,7 @@ def test_tiny_tasks_load_with_a_primary_metric_each(tiny: Path) -> None:
     assert found == {
         "tiny_next_line": "acc",
         "tiny_cloze": "acc",
-        "tiny_assign": "exact_match",
+        "tiny_finish": "exact_match",
         "tiny_rolling": "word_perplexity",
     }
     assert all(len(task.eval_docs) == 40 for task in loaded.tasks.values())
@@ -81,8 +81,8 @@ def test_tiny_questions_are_what_the_text_says(tiny: Path) -> None:
     for row in _rows(tiny, "tiny_cloze"):
         assert row["context"] + row["target"] in bare
         assert row["target"].strip() in row["context"]
-    for row in _rows(tiny, "tiny_assign"):
-        assert f"{row['prompt']} {row['answer']}\n" in bare
+    for row in _rows(tiny, "tiny_finish"):
+        assert any(f"{row['prompt']}{gap}{row['answer']}\n" in bare for gap in ("", " "))
     assert all(row["text"] in text for row in _rows(tiny, "tiny_rolling"))
     asked = {json.dumps(row) for row in _rows(tiny, "tiny_next_line")}
     assert asked.isdisjoint(map(json.dumps, _rows(tiny, "tiny_next_line.examples")))

@@ -128,17 +128,20 @@ def test_requests_are_the_same_before_each_arm(tmp_path: Path) -> None:
     assert first != _requests(load_tasks([str(tmp_path)], seed=4))
 
 
+def _shots(loaded: LoadedTasks) -> dict[str, int]:
+    return {name: task.config.num_fewshot for name, task in loaded.tasks.items()}
+
+
 def test_shots_follow_lm_evals_rule(tmp_path: Path) -> None:
     for name, own in (("none", None), ("zero", 0), ("two", 2)):
         write_task(tmp_path, name, num_fewshot=own)
-    shots = lambda loaded: {name: task.config.num_fewshot for name, task in loaded.tasks.items()}  # noqa: E731
     plain = load_tasks([str(tmp_path)])
-    assert shots(plain) == {"none": 0, "two": 2, "zero": 0}
+    assert _shots(plain) == {"none": 0, "two": 2, "zero": 0}
     asked = load_tasks([str(tmp_path)], num_fewshot=3)
-    assert shots(asked) == {"none": 3, "two": 3, "zero": 0}
+    assert _shots(asked) == {"none": 3, "two": 3, "zero": 0}
     assert asked.notes == ("task zero keeps 0 shots, which its file sets",)
     each = load_tasks(["none", "two"], include_path=tmp_path, num_fewshot={"two": 1})
-    assert shots(each) == {"none": 0, "two": 1}
+    assert _shots(each) == {"none": 0, "two": 1}
 
 
 def _refused(names: list[str], **options: Any) -> str:
@@ -194,7 +197,9 @@ def test_no_questions_are_told(tmp_path: Path) -> None:
     assert "holds no rows" in _refused([str(path)])
 
 
-@pytest.mark.parametrize("text", ["task: [", "task: x\n  y: z", "- 1\n", "include: no.yaml\n", "\0"])
+@pytest.mark.parametrize(
+    "text", ["task: [", "task: x\n  y: z", "- 1\n", "include: no.yaml\n", "\0"]
+)
 def test_a_broken_file_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     assert f"{tmp_path / 'broken.yaml'}: not a task file" in _refused([str(tmp_path)])
@@ -257,10 +262,12 @@ def test_silence_is_put_back() -> None:
 
     logger, bar = logging.getLogger("lm_eval"), lm_eval_task.tqdm
     level, bars = logger.level, datasets.are_progress_bars_disabled()
-    with pytest.raises(RuntimeError), quiet():
+    with quiet():
         assert logger.level == logging.ERROR
         assert datasets.are_progress_bars_disabled()
-        raise RuntimeError
+    assert (logger.level, datasets.are_progress_bars_disabled()) == (level, bars)
+    with pytest.raises(DataError), quiet():
+        raise DataError("a task's")
     assert (logger.level, datasets.are_progress_bars_disabled()) == (level, bars)
     assert lm_eval_task.tqdm is bar
 
@@ -277,9 +284,7 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> LoadedTasks:
     return load_tasks([str(directory)])
 
 
-_LIKELIHOODS = st.lists(
-    st.floats(-50, -1e-3, allow_nan=False), min_size=6, max_size=6, unique=True
-)
+_LIKELIHOODS = st.lists(st.floats(-50, -1e-3, allow_nan=False), min_size=6, max_size=6, unique=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -318,16 +323,33 @@ def test_chance_is_a_mean_over_questions(tmp_path: Path) -> None:
 
 def test_answers_of_the_other_kinds(tmp_path: Path) -> None:
     mean = {"aggregation": "mean", "higher_is_better": True}
-    common = {"doc_to_choice": None, "doc_to_target": "{{asked}}"}
-    write_task(tmp_path, "a", output_type="loglikelihood", metric_list=[{"metric": "acc", **mean}], **common)
-    words = [{"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]
+    common: dict[str, Any] = {"doc_to_choice": None, "doc_to_target": "{{asked}}"}
+    write_task(
+        tmp_path,
+        "a",
+        output_type="loglikelihood",
+        metric_list=[{"metric": "acc", **mean}],
+        **common,
+    )
+    words = [
+        {
+            "metric": "word_perplexity",
+            "aggregation": "weighted_perplexity",
+            "higher_is_better": False,
+        }
+    ]
     write_task(tmp_path, "b", output_type="loglikelihood_rolling", metric_list=words, **common)
     write_task(
         tmp_path,
         "c",
         output_type="generate_until",
         generation_kwargs={"until": ["\n"]},
-        filter_list=[{"name": "bare", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
+        filter_list=[
+            {
+                "name": "bare",
+                "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}],
+            }
+        ],
         metric_list=[{"metric": "exact_match", **mean}],
         **common,
     )
@@ -336,7 +358,11 @@ def test_answers_of_the_other_kinds(tmp_path: Path) -> None:
     def answer(*arguments: Any) -> Any:
         if len(arguments) == 1:
             return -7.0
-        return " Which is number 2? " if isinstance(arguments[1], dict) else (-1.0, "3" in arguments[1])
+        return (
+            " Which is number 2? "
+            if isinstance(arguments[1], dict)
+            else (-1.0, "3" in arguments[1])
+        )
 
     results = _answered(loaded, answer)
     answers = {

@@ -22,7 +22,7 @@ from common.documents import read_text
 from common.errors import DataError
 from common.files import write_bytes
 
-NAMES = ("tiny_next_line", "tiny_cloze", "tiny_assign", "tiny_rolling")
+NAMES = ("tiny_next_line", "tiny_cloze", "tiny_finish", "tiny_rolling")
 """The suite's tasks."""
 
 HELD_OUT_BYTES = 100_000
@@ -34,7 +34,7 @@ _EXAMPLES = 20
 _CHUNK = 600  # characters of a rolling question
 _SHORTEST, _LONGEST = 12, 72  # characters of a line that is asked for or shown
 _WORD = re.compile(r"[A-Za-z_]{3,}")
-_ASSIGNED = re.compile(r"(\s*[\w.]+ =) ([A-Za-z_]\w*)")
+_END = re.compile(r"(.*[ (.\[,=])(\w{3,}[):\]]{1,3})")
 
 Row = dict[str, Any]
 
@@ -152,13 +152,13 @@ def _cloze(text: str, rng: random.Random, count: int) -> list[Row]:
     return rows
 
 
-def _assigned(text: str, rng: random.Random, count: int) -> list[Row]:
-    """What a line assigns: a single word, which often is a parameter that was just shown."""
+def _ends(text: str, rng: random.Random, count: int) -> list[Row]:
+    """The end of a line: its last word and the brackets or colons after it."""
     lines, rows = _lines(text), list[Row]()
     for number in _places(lines, rng):
-        found = _ASSIGNED.fullmatch(lines[number])
-        if found:
-            shown = [*lines[number - _CONTEXT_LINES : number], found.group(1)]
+        found = _END.fullmatch(lines[number])
+        if found and found.group(1).strip():
+            shown = [*lines[number - _CONTEXT_LINES : number], found.group(1).rstrip()]
             rows.append({"prompt": "\n".join(shown), "answer": found.group(2)})
         if len(rows) == count:
             break
@@ -206,8 +206,8 @@ _TASKS: dict[str, tuple[Callable[[str, random.Random, int], list[Row]], dict[str
             "metric_list": [*_mean("acc"), _aggregated("perplexity", "perplexity")],
         },
     ),
-    "tiny_assign": (
-        _assigned,
+    "tiny_finish": (
+        _ends,
         {
             "output_type": "generate_until",
             "doc_to_text": "{{prompt}}",
