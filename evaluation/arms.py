@@ -146,7 +146,15 @@ def _read(artifact: PredictorArtifact) -> _Read:
 class Arms:
     """The arms of an evaluation; one model is in memory at a time."""
 
-    def __init__(self, arms: list[Arm], *, device: str, dtype: str, threads: int) -> None:
+    def __init__(
+        self,
+        arms: list[Arm],
+        *,
+        device: str,
+        dtype: str,
+        threads: int,
+        timeout: float = 3600.0,
+    ) -> None:
         """Check all of them.
 
         Args:
@@ -154,6 +162,7 @@ class Arms:
             device: torch device or `auto`, of checkpoints.
             dtype: name of a type, or `auto`, of checkpoints.
             threads: CPU threads of PowerInfer.
+            timeout: longest that PowerInfer may take for one answer or to load, seconds.
 
         Raises:
             PspError: one cannot be used, or two have the same name.
@@ -163,7 +172,7 @@ class Arms:
             if names.count(name) > 1:
                 raise SettingsError(f"two arms are named {name}", "rename a directory or a file")
         self.arms = arms
-        self._device, self._threads = device, threads
+        self._device, self._threads, self._timeout = device, threads, timeout
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
         self._models = {name: check_model(name) for name in {arm.model: None for arm in arms}}
         self._predictors: dict[Path, PredictorArtifact] = {}
@@ -240,7 +249,9 @@ class Arms:
         if arm.programs is None:
             backend = EmbeddedBackend(file)
         else:
-            backend = PowerInferBackend(file, arm.programs, threads=self._threads)
+            backend = PowerInferBackend(
+                file, arm.programs, threads=self._threads, timeout=self._timeout
+            )
         return backend, ArmFacts(
             model_hash=hash_file(file)[1],
             element_type=element_type(GGUFFile(file)),

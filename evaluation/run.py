@@ -64,7 +64,11 @@ def evaluate(config: EvaluateConfig, note: Note = lambda line: None) -> Evaluati
         )
     notes = _Notes(note)
     arms = Arms(
-        arms_of(config), device=config.device, dtype=config.dtype, threads=torch.get_num_threads()
+        arms_of(config),
+        device=config.device,
+        dtype=config.dtype,
+        threads=torch.get_num_threads(),
+        timeout=config.timeout,
     )
     for line in arms.notes:
         notes(line)

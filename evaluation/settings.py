@@ -101,6 +101,10 @@ class EvaluateConfig:
         Path | None,
         Option("Also let PowerInfer itself, of this directory, answer with each --gguf.", "DIR"),
     ] = None
+    timeout: Annotated[
+        float,
+        Option("Longest that PowerInfer may take for one answer or to load, seconds.", above=0),
+    ] = 3600.0
     limit: Annotated[
         float | None, Option("Ask so many questions a task; below 1, that share.", above=0)
     ] = None

@@ -51,17 +51,12 @@ def _row(
     if found is not None:
         growth, error = f"{100 * found.difference:+.2f}", _percent(found.standard_error)
         changed = _percent(found.changed)
-    if is_share(task):
+    if result.shares(task):
         own = [f"{100 * score.value:.2f}", _percent(score.standard_error)]
     else:
         own = [f"{score.value:.4f}", _plain(score.standard_error)]
         growth = growth and f"{growth} %"
     yield [*label, arm.name, *own, growth, error, changed, f"{score.questions}"]
-
-
-def is_share(task: EvaluationTask) -> bool:
-    """Whether a task's metric is a share of right answers, which per cent can tell."""
-    return not task.metric.endswith(("perplexity", "per_byte"))
 
 
 def _columns(result: Evaluation) -> str:

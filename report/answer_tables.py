@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from report.answers import (
     column_score,
     column_titles,
-    is_share,
     judged_columns,
     judged_task,
     judged_tasks,
@@ -75,7 +74,7 @@ def other_tables(evaluation: Evaluation) -> list[TaskTable]:
 
     Rows hold arm, score, difference, what it says, questions.
     """
-    others = [task for task in evaluation.tasks if not is_share(evaluation, task)]
+    others = [task for task in evaluation.tasks if not evaluation.shares(task)]
     return [_table(evaluation, task, _other_row) for task in others]
 
 

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from report.figures.evaluation import ChangedBar, ChangedGroup, ScoreBar, ScoreGroup
-from results.evaluation import ColumnScore, Difference, Evaluation, EvaluationTask, TaskScore
+from results.evaluation import (
+    ColumnScore,
+    Difference,
+    Evaluation,
+    EvaluationTask,
+    TaskScore,
+    is_relative,
+    is_share,
+)
 
 MOST = 20
 """So many tasks are drawn; of more, columns or groups are."""
@@ -19,12 +27,6 @@ CLEAR = 2.0
 
 BY_CHANCE = 0.0455
 """Share of differences beyond those errors where there is none, of normally distributed ones."""
-
-_RELATIVE = ("perplexity", "per_byte")
-"""Ends of the names of metrics whose differences are relative; see `Difference`."""
-
-_UNBOUNDED = ("bleu", "chrf", "ter", "brier_score")
-"""Names of other metrics that are no shares of questions, whatever their value."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +99,20 @@ def signed(value: float) -> str:
     return text[1:] if text[1:] == "0.00" else text
 
 
-def is_share(evaluation: Evaluation, task: EvaluationTask) -> bool:
-    """Whether a task's metric is a share, to be told in per cent."""
-    return _shares(task.metric, [score for score in _scores(evaluation, task) if score])
-
-
-def _shares(metric: str, scores: Sequence[TaskScore]) -> bool:
-    named = metric.endswith(_RELATIVE) or metric in _UNBOUNDED
-    return not named and all(0 <= score.value <= 1 for score in scores)
-
-
 def _scores(evaluation: Evaluation, task: EvaluationTask) -> list[TaskScore | None]:
     return [evaluation.score(task, arm.name) for arm in evaluation.arms]
 
 
 def share_tasks(evaluation: Evaluation) -> list[EvaluationTask]:
     """Return the tasks whose metric is a share."""
-    return [task for task in evaluation.tasks if is_share(evaluation, task)]
+    return [task for task in evaluation.tasks if evaluation.shares(task)]
 
 
 def judged_tasks(evaluation: Evaluation, arm: str) -> list[Judged]:
     """Judge an arm's difference in every task that both arms answered."""
     found = ((task, evaluation.difference(task.name, arm)) for task in evaluation.tasks)
     return [
-        judged_task(task, difference, share=is_share(evaluation, task))
+        judged_task(task, difference, share=evaluation.shares(task))
         for task, difference in found
         if difference is not None
     ]
@@ -128,7 +120,7 @@ def judged_tasks(evaluation: Evaluation, arm: str) -> list[Judged]:
 
 def judged_task(task: EvaluationTask, difference: Difference, *, share: bool) -> Judged:
     """Judge the difference in a task."""
-    unit = " points" if share else " %" if task.metric.endswith(_RELATIVE) else ""
+    unit = " points" if share else " %" if is_relative(task.metric) else ""
     factor, error = 100 if unit else 1, difference.standard_error
     return Judged(
         title=task.name,
@@ -301,7 +293,7 @@ def _aggregates(evaluation: Evaluation) -> list[ScoreGroup]:
         metrics = dict.fromkeys((score.metric, score.filter) for score in own)
         for metric, used in metrics:
             found = [score for score in own if (score.metric, score.filter) == (metric, used)]
-            if _shares(metric, found):
+            if is_share(metric, [score.value for score in found]):
                 by_arm = {score.arm: score for score in found}
                 groups.append(_group(title, [by_arm.get(a.name) for a in evaluation.arms], None))
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +12,26 @@ from results.parts import Amount, MachineFacts, ResultFile
 ArmKind = Literal["dense", "fatrelu", "predictors", "engine", "powerinfer"]
 """What an arm is: a checkpoint as it is, one with FATReLU's thresholds, one with predictors in
 place, an exported file in the embedded engine, or in PowerInfer."""
+
+
+_RELATIVE = ("perplexity", "per_byte")
+_UNBOUNDED = ("bleu", "chrf", "ter", "brier_score")
+
+
+def is_share(metric: str, values: Iterable[float]) -> bool:
+    """Whether a metric is a share of questions, to be told in per cent.
+
+    Args:
+        metric: lm-eval's name of it.
+        values: of it, of every arm.
+    """
+    named = metric.endswith(_RELATIVE) or metric in _UNBOUNDED
+    return not named and all(0 <= value <= 1 for value in values)
+
+
+def is_relative(metric: str) -> bool:
+    """Whether a metric's differences are relative; see `Difference`."""
+    return metric.endswith(_RELATIVE)
 
 
 SPARSITY = "Average Sparsity"
@@ -240,6 +261,11 @@ class Evaluation:
         wanted = (task.name, arm, task.metric, task.filter)
         found = (s for s in self.scores if (s.task, s.arm, s.metric, s.filter) == wanted)
         return next(found, None)
+
+    def shares(self, task: EvaluationTask) -> bool:
+        """Whether the metric that tables show of a task is a share of questions."""
+        found = (self.score(task, arm.name) for arm in self.arms)
+        return is_share(task.metric, [score.value for score in found if score is not None])
 
     def difference(self, task: str, arm: str) -> Difference | None:
         """Return how an arm's answers to a task differ, None for the first arm's."""
