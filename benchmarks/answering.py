@@ -24,11 +24,11 @@ from evaluation.answers import Answers
 from evaluation.arms import Arm, Arms
 from evaluation.asking import Asker
 from evaluation.backends.backend import RequestKind
-from evaluation.quiet import quiet
 from evaluation.scoring import Questions, questions_of
 from evaluation.settings import EvaluateConfig
 from evaluation.suites.suite import open_suite
-from evaluation.tasks import load_tasks
+from evaluation.tasks.loading import load_tasks
+from evaluation.tasks.quiet import quiet
 
 Round = Callable[[Questions], Any]
 

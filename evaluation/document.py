@@ -16,8 +16,9 @@ from evaluation.arms import Arm, ArmFacts, CheckedModel
 from evaluation.comparison import Growth, Part, average, column, compare, pooled
 from evaluation.scoring import Questions, Scored
 from evaluation.settings import EvaluateConfig
+from evaluation.suites.card import AVERAGE
 from evaluation.suites.suite import Suite
-from evaluation.tasks import LoadedTasks, chance_of, primary_metric
+from evaluation.tasks.loading import LoadedTasks, chance_of, primary_metric
 from powerinfer_bridge.benchmark.setup import this_machine
 from results.evaluation import (
     ColumnScore,
@@ -29,7 +30,6 @@ from results.evaluation import (
     TaskScore,
 )
 
-AVERAGE = "Average"
 _PROMPT_CHARACTERS = 20_000
 
 

@@ -22,7 +22,7 @@ from evaluation.requests import request_keys
 from evaluation.scoring import Questions, Scored, questions_of, score
 from evaluation.settings import EvaluateConfig
 from evaluation.suites.suite import Suite, open_suite
-from evaluation.tasks import LoadedTasks, load_tasks
+from evaluation.tasks.loading import LoadedTasks, load_tasks
 from results.evaluation import EVALUATION, Evaluation
 
 Note = Callable[[str], None]

@@ -15,9 +15,9 @@ from common.errors import DataError, reason
 from evaluation.arms import CheckedModel
 from evaluation.backends.backend import RequestKind
 from evaluation.comparison import Answered
-from evaluation.quiet import quiet
 from evaluation.settings import EvaluateConfig
-from evaluation.tasks import LoadedTasks, answer_of, primary_metric
+from evaluation.tasks.loading import LoadedTasks, answer_of, primary_metric
+from evaluation.tasks.quiet import quiet
 
 BOOTSTRAP = 1000
 """Resamples for standard errors without a formula; lm-eval's own 100,000 take minutes."""

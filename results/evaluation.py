@@ -96,7 +96,7 @@ class EvaluationTask:
         filter: lm-eval's name of how an answer is taken from a text.
         higher_is_better: whether more of the metric is better.
         requests_hash: SHA-256 over all requests; every arm answered these.
-        chance: of the metric by guessing, where all questions have as many choices; None otherwise.
+        chance: of the metric by guessing, mean over questions; None where nothing is chosen.
         first_prompt: what the model read of the first question, BOS aside.
     """
 

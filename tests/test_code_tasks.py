@@ -12,11 +12,11 @@ from local_tasks import made_up_model
 from processes import all_dead, started, wait_for
 
 from common.errors import DataError, EngineError
-from evaluation.code_tasks import Judged, _examples, own_config
-from evaluation.judge import Limits, judge
-from evaluation.quiet import quiet
-from evaluation.task_files import built_in
-from evaluation.tasks import answer_of, load_tasks, primary_metric
+from evaluation.tasks.code_tasks import Judged, _examples, own_config
+from evaluation.tasks.files import built_in
+from evaluation.tasks.judge import Limits, judge
+from evaluation.tasks.loading import answer_of, load_tasks, primary_metric
+from evaluation.tasks.quiet import quiet
 
 ADD = "def add(a, b):\n    return a {} b\n"
 TEST = "assert add(2, 3) == 5\n"

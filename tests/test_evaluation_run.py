@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from evaluation.backends.backend import Score, Scoring
 from evaluation.backends.transformers_model import TransformersBackend
 from evaluation.run import evaluate
 from evaluation.settings import EvaluateConfig
+from evaluation.suites.suite import Suite, SuiteColumn
 from evaluation.table import evaluation_table
-from results.evaluation import EVALUATION, Evaluation
+from results.evaluation import EVALUATION, SPARSITY, Evaluation, PublishedRow
 
 NAMES = ("choose", "cloze", "continue", "pages")
 
@@ -301,6 +303,44 @@ def test_the_command_prints_tables_documents_and_failures(
     failed = psp(*common)
     assert failed.exit_code == 1
     assert "unfinished: dense: continue" in failed.stdout
+
+
+def test_a_suite_s_table_has_columns_their_average_and_published_rows(
+    settings: Callable[..., EvaluateConfig],
+    tasks: Path,
+    exact_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose, cloze, words = (str(tasks / f"{name}.yaml") for name in ("choose", "cloze", "continue"))
+    suite = Suite(
+        names=(choose, cloze, words),
+        shots={choose: 0, cloze: 0, words: 2},
+        columns=(SuiteColumn("Reading", (choose, cloze)), SuiteColumn("Words", (words,))),
+        published=(PublishedRow(name="Paper-7B", percent={SPARSITY: 89.32, "Reading": 63.5}),),
+    )
+    monkeypatch.setattr("evaluation.run.open_suite", lambda config: suite)
+    config = settings(tasks=(), suite="card", reference=True, predictors=(exact_dir,))
+    result = evaluate(config)
+    shots = {task.name: task.shots for task in result.tasks}
+    assert shots == {"choose": 0, "cloze": 0, "continue": 2}
+    cells = {(each.column, each.arm): each for each in result.columns}
+    values = {(s.task, s.arm): s for s in result.scores if s.metric in ("acc", "exact_match")}
+    for arm in ("dense", "predictors"):
+        pair = [values[task, arm] for task in ("choose", "cloze")]
+        reading = cells["Reading", arm]
+        assert reading.percent == pytest.approx(50 * sum(each.value for each in pair))
+        errors = [each.standard_error or 0.0 for each in pair]
+        assert reading.standard_error == pytest.approx(50 * sum(e * e for e in errors) ** 0.5)
+        parts = [cells[title, arm].percent or 0.0 for title in ("Reading", "Words")]
+        assert cells["Average", arm].percent == pytest.approx(sum(parts) / 2)
+    assert cells["Reading", "dense"].difference is None
+    both = [result.difference(task, "predictors") for task in ("choose", "cloze")]
+    expected = 50 * sum(each.difference for each in both if each is not None)
+    assert cells["Reading", "predictors"].difference == pytest.approx(expected)
+    table = evaluation_table(result)
+    row = next(line for line in table.splitlines() if line.startswith("Paper-7B (card)"))
+    assert row.split()[2:] == ["89.32", "63.50", "–", "–"]
+    assert not evaluate(replace(config, reference=False)).published
 
 
 @pytest.mark.parametrize(

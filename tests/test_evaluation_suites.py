@@ -17,10 +17,9 @@ from evaluation.suites.card import (
     PUBLISHED,
     PUBLISHED_SPARSITY,
     card_tasks,
-    column_percent,
 )
 from evaluation.suites.tiny import HELD_OUT_BYTES, NAMES, library_text, write_tiny
-from evaluation.tasks import chance_of, load_tasks, primary_metric
+from evaluation.tasks.loading import chance_of, load_tasks, primary_metric
 from quickstart.model import library_files
 
 
@@ -48,12 +47,6 @@ def test_published_averages_are_means_of_their_columns() -> None:
         mean = sum(row.percent[column.title] for column in CARD) / len(CARD)
         assert mean == pytest.approx(row.percent[AVERAGE], abs=0.0051), row.name
     assert set(PUBLISHED_SPARSITY) <= {row.name for row in PUBLISHED}
-
-
-def test_a_column_is_the_mean_of_its_tasks_in_per_cent() -> None:
-    code = CARD[0]
-    assert column_percent(code, {"humaneval": 0.25, "mbpp": 0.5, "piqa": 1.0}) == 37.5
-    assert column_percent(code, {"humaneval": 0.25}) is None
 
 
 def test_tiny_tasks_load_with_a_primary_metric_each(tiny: Path) -> None:

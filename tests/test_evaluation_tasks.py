@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from local_tasks import ANIMALS, made_up_model, write_task
 
 from common.errors import DataError
-from evaluation.quiet import quiet
-from evaluation.tasks import (
+from evaluation.tasks.loading import (
     LoadedTasks,
     answer_of,
     chance_of,
     load_tasks,
     primary_metric,
 )
+from evaluation.tasks.quiet import quiet
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ docs/evaluate-tasks.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from results.evaluation import PublishedRow
@@ -75,22 +74,6 @@ def card_tasks(*, allow_code: bool) -> dict[str, int]:
         for task in column.tasks
         if allow_code or task.name not in CODE_TASKS
     }
-
-
-def column_percent(column: Column, values: Mapping[str, float]) -> float | None:
-    """Return a column's number.
-
-    Args:
-        column: which.
-        values: the primary metric of each task, or of each group as lm-eval aggregates it.
-
-    Returns:
-        The mean in per cent, None where a task is missing.
-    """
-    found = [values[task.name] for task in column.tasks if task.name in values]
-    if len(found) != len(column.tasks):
-        return None
-    return 100 * sum(found) / len(found)
 
 
 def _row(name: str, average: float, *percent: float) -> PublishedRow:

@@ -13,9 +13,9 @@ import numpy as np
 
 from common.errors import DataError, reason
 from common.scratch import Scratch
-from evaluation.quiet import quiet
-from evaluation.task_factory import make_factory
-from evaluation.task_files import read_raw, task_files
+from evaluation.tasks.factory import make_factory
+from evaluation.tasks.files import read_raw, task_files
+from evaluation.tasks.quiet import quiet
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

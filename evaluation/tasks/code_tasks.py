@@ -2,7 +2,7 @@
 
 lm-eval's files of these tasks load their metric from a hub when they are opened. Here the settings
 are those of the files of the installed lm-eval, only the functions that they name are others:
-`evaluation.judge` runs the programs.
+`evaluation.tasks.judge` runs the programs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import EngineError
-from evaluation.judge import Limits, Verdict, judge
-from evaluation.task_files import built_in, read_raw
+from evaluation.tasks.files import built_in, read_raw
+from evaluation.tasks.judge import Limits, Verdict, judge
 
 
 class Program(str):

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.errors import DataError, PspError, reason
 from common.hub import absence
-from evaluation.code_tasks import own_config
-from evaluation.task_files import is_local, located, read_raw, refuse_code, refuse_kind
+from evaluation.tasks.code_tasks import own_config
+from evaluation.tasks.files import is_local, located, read_raw, refuse_code, refuse_kind
 
 _TEMPLATES = "mend doc_to_text, doc_to_target or doc_to_choice, or name the column rightly"
 
