@@ -6,10 +6,12 @@ group `lm_eval.models` names it for versions of lm-eval that look there (0.4.13 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
@@ -91,7 +93,8 @@ class PspModel(_Chatting):
             fatrelu: threshold of FATReLU to put in place; 0 is ReLU.
             gguf: exported file that answers in the checkpoint's place, in the embedded engine.
             powerinfer_bin: directory of PowerInfer's programs that run the file.
-            device: torch device or `auto`.
+            device: torch device or `auto`, which `cuda:0` is too where there is no GPU: lm-eval's
+                command line passes it if nobody names another, as its own models take it.
             dtype: `auto`, `float32`, `float16` or `bfloat16`.
             batch_size: requests at once; `auto` is 8, halved where memory does not do.
             max_batch_size: lm-eval passes it; of no meaning here.
@@ -112,10 +115,19 @@ class PspModel(_Chatting):
             file=None if gguf is None else Path(gguf),
             programs=None if powerinfer_bin is None else Path(powerinfer_bin),
         )
-        arms = Arms([arm], device=device or "auto", dtype=dtype or "auto", threads=1)
+        if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
+            device = "auto"
+        arms = Arms([arm], device=device, dtype=dtype or "auto", threads=1)
         backend, _ = arms.open(arm)
         size = 8 if batch_size in (None, "auto") else int(str(batch_size))
-        self.asker = Asker(backend, arms.first.tokenizer, Answers(), size, seed)
+        self.asker = Asker(
+            backend,
+            arms.first.tokenizer,
+            Answers(),
+            size,
+            seed,
+            logging.getLogger(__name__).warning,
+        )
         self.chat = lambda: chat_of(arms.first)
         self.tokens = arms.first.checkpoint.fingerprint
 

@@ -111,7 +111,8 @@ def test_scores_are_lm_evals_own(
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     theirs = simple_evaluate(
         model="psp",
-        model_args=f"pretrained={model_dir},device=cpu",
+        model_args=f"pretrained={model_dir}",
+        device="cuda:0",  # what lm-eval's command line passes where nobody names one
         tasks=list(NAMES),
         task_manager=manager,
         bootstrap_iters=0,
