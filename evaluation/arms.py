@@ -190,6 +190,10 @@ class Arms:
             from evaluation.backends.fit import check_fit
 
             check_fit(arm.file, model.checkpoint)
+        if arm.programs is not None and arm.file is not None:
+            from evaluation.backends.powerinfer import check_programs
+
+            check_programs(arm.programs, arm.file)
 
     @property
     def first(self) -> CheckedModel:

@@ -14,7 +14,7 @@ from click.testing import Result
 from conftest import ModelMaker, refused
 
 from architectures.model import OutOfMemory
-from common.errors import OutputError, PspError, SettingsError
+from common.errors import EngineError, OutputError, PspError, SettingsError
 from evaluation.answers import DIRECTORY, Batch
 from evaluation.backends.backend import Score, Scoring
 from evaluation.backends.transformers_model import TransformersBackend
@@ -22,6 +22,7 @@ from evaluation.run import evaluate
 from evaluation.settings import EvaluateConfig
 from evaluation.suites.suite import Suite, SuiteColumn
 from evaluation.table import evaluation_table
+from gguf_export.bundle import Bundle
 from results.evaluation import EVALUATION, SPARSITY, Evaluation, PublishedRow
 
 NAMES = ("choose", "cloze", "continue", "pages")
@@ -381,6 +382,30 @@ def test_predictors_of_another_model_are_refused_before_anything_is_loaded(
         evaluate(settings(tasks=("nonsense",)))
     with refused(SettingsError, "has no chat template", "leave out --apply-chat-template"):
         evaluate(settings(apply_chat_template=True))
+
+
+def test_programs_that_are_missing_are_told_before_anything_is_loaded(
+    settings: Callable[..., EvaluateConfig],
+    exact_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("evaluation.arms.TransformersModel")
+    file = exact_bundle.model_file
+    with refused(EngineError, str(tmp_path), "no executable program"):
+        evaluate(settings(gguf=(file,), powerinfer_bin=tmp_path))
+
+
+def test_an_exported_file_answers_as_its_checkpoint(
+    settings: Callable[..., EvaluateConfig], exact_bundle: Bundle
+) -> None:
+    result = evaluate(settings(gguf=(exact_bundle.model_file,), limit=4))
+    assert [arm.name for arm in result.arms] == ["dense", "engine"]
+    assert result.arms[1].sparsity is None
+    for task in result.tasks:
+        found = result.difference(task.name, "engine")
+        assert found is not None
+        assert abs(found.difference) < 0.01
 
 
 def test_without_lm_eval_the_remedy_is_named(

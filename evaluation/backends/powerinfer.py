@@ -27,6 +27,20 @@ from powerinfer_bridge.programs.server import Server, server_program
 _SERVER = "build its server too: cmake --build DIR --target server"
 
 
+def check_programs(directory: Path, file: Path) -> None:
+    """Make sure that a build has a program that can be asked, before anything is loaded.
+
+    Args:
+        directory: holds the programs; `bin` or `build/bin` below it will do too.
+        file: `*.powerinfer.gguf` that `main` is started with where there is no server.
+
+    Raises:
+        EngineError: neither `server` nor a `main` that starts.
+    """
+    if server_program(directory) is None:
+        PowerInfer(directory).check(file)
+
+
 class PowerInferBackend:
     """PowerInfer's programs with an exported file."""
 
