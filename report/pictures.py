@@ -16,13 +16,16 @@ from report.answers import changed_groups, score_groups
 from report.figures import card, evaluation, predictors, speed
 from report.figures.style import (
     ACCENT,
+    COCOA,
     DARK,
     GREY,
     INK,
     LIGHT,
     MIDDLE,
+    OLIVE,
     PAPER,
     PLUM,
+    ROSE,
     RULE,
     SAND,
     TEAL,
@@ -53,6 +56,9 @@ COLOURS = {
     TEAL: ("teal", TEAL, "#4fbdae"),
     SAND: ("sand", SAND, "#e3b65c"),
     PLUM: ("plum", PLUM, "#b98bcd"),
+    OLIVE: ("olive", OLIVE, "#a9bd52"),
+    ROSE: ("rose", ROSE, "#e0abc8"),
+    COCOA: ("cocoa", COCOA, "#b58a6e"),
 }
 """What matplotlib draws in, and the page's variable for it: name, by day, by night."""
 

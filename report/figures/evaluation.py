@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 
 from report.figures.style import (
     ACCENT,
+    COCOA,
     DARK,
     GREY,
     INK,
     LIGHT,
     MIDDLE,
+    OLIVE,
     PLUM,
+    ROSE,
     SAND,
     TEAL,
     Look,
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ARM_COLOURS = (DARK, MIDDLE, SAND, PLUM, GREY)
+ARM_COLOURS = (DARK, MIDDLE, SAND, PLUM, GREY, OLIVE, ROSE, COCOA)
 """Of arms in their order; more arms begin again, their order still tells them apart."""
 
 RIGHT, WRONG, OTHER = TEAL, ACCENT, LIGHT

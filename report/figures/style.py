@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INK, PAPER, RULE = "#000000", "#ffffff", "#e3e3e3"
 DARK, MIDDLE, LIGHT, GREY, ACCENT = "#27476e", "#5b8fc7", "#bfd1e6", "#9a9a9a", "#c8442b"
 TEAL, SAND, PLUM = "#2f8f83", "#d9a441", "#8a5a9e"
+OLIVE, ROSE, COCOA = "#7d8f2e", "#c98bb0", "#7a5138"
 
 Look = dict[str, Any]
 """Keywords of matplotlib's artists."""
