@@ -177,7 +177,12 @@ def sha256(data: bytes) -> str:
 
 
 def refuse_existing(
-    path: Path, *, force: bool, marker: str | None = None, resumable: bool = False
+    path: Path,
+    *,
+    force: bool,
+    marker: str | None = None,
+    resumable: bool = False,
+    option: str = "--out",
 ) -> None:
     """Make sure that `path` may be written.
 
@@ -187,6 +192,7 @@ def refuse_existing(
         marker: for directories: a file that every one of the kind holds. One without it was made by
             somebody else and is never replaced.
         resumable: the command could also go on with what is there; the message says so.
+        option: by which a user chose the path, for remedies.
 
     Raises:
         OutputError: the output exists and may not be replaced.
@@ -195,9 +201,11 @@ def refuse_existing(
         return
     if not force:
         resume = "--resume to go on with it, " if resumable else ""
-        raise OutputError(f"{path} exists", f"pass {resume}--force to replace it or another --out")
+        raise OutputError(
+            f"{path} exists", f"pass {resume}--force to replace it or another {option}"
+        )
     if marker and path.is_dir() and not (path / marker).exists():
-        raise OutputError(f"{path} was not made by this command", "choose another --out")
+        raise OutputError(f"{path} was not made by this command", f"choose another {option}")
 
 
 def remove_output(path: Path) -> None:

@@ -8,7 +8,6 @@ absent, so that a kill at any instant leaves a step to do, to go on with, or don
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from typing import Literal
 
 from common.errors import OutputError
 from common.files import refuse_existing, remove_output, sha256, write_json
+from common.lock import locked
 from common.typed_json import plain, read_document
 from common.version import tool_version
 from pipeline.contents import Contents, Stamp
@@ -206,33 +206,3 @@ def claimed(out: Path, *, resume: bool, force: bool) -> Iterator[None]:
     remove_output(out)
     with locked(out):
         yield
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold a lock on a directory, which ends with the process; made if it is not there.
-
-    Raises:
-        OutputError: another process holds it, or the system refused.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has none
-        out.mkdir(parents=True, exist_ok=True)
-        yield
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"{out}: {error.strerror or error}", "choose another --out") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"{out}: another run is at work there", "wait for it, or choose another --out"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)

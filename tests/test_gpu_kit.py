@@ -24,7 +24,7 @@ from benchmarks.gpu.kit import Absent, Figure, Kit, Step
 from benchmarks.gpu.plan import LIMITS, MODULES, START_SECONDS, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import ResultError
-from pipeline.state import locked
+from common.lock import locked
 from results.card import CARD, StepEnd
 
 MACHINE: dict[str, object] = {"card": "a card", "driver": "1"}

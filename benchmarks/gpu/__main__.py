@@ -15,8 +15,8 @@ from benchmarks.gpu.machine import machine
 from benchmarks.gpu.plan import LIMITS, MODULES, plan, steps_of
 from benchmarks.gpu.stage import run_stage
 from common.errors import PspError, ResultError
+from common.lock import locked
 from common.table import table
-from pipeline.state import locked
 from report.figures.card import draw_budgets
 from report.words import quantity
 from results.card import Card, StepEnd
