@@ -14,6 +14,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import OwnTokenizer
 from common.errors import PredictorError, SettingsError
 from common.files import sha256
+from evaluation.answers import file_name
 from evaluation.backends.backend import Backend
 from evaluation.backends.transformers_model import Placed, TransformersBackend, TransformersModel
 from predictor.artifact import PredictorArtifact
@@ -169,7 +170,7 @@ class Arms:
         """
         names = [arm.name for arm in arms]
         for name in names:
-            if names.count(name) > 1:
+            if [file_name(each) for each in names].count(file_name(name)) > 1:
                 raise SettingsError(f"two arms are named {name}", "rename a directory or a file")
         self.arms = arms
         self._device, self._threads, self._timeout = device, threads, timeout
@@ -190,10 +191,10 @@ class Arms:
             from evaluation.backends.fit import check_fit
 
             check_fit(arm.file, model.checkpoint)
-        if arm.programs is not None and arm.file is not None:
-            from evaluation.backends.powerinfer import check_programs
+        if arm.programs is not None:
+            from evaluation.backends.powerinfer import find_programs
 
-            check_programs(arm.programs, arm.file)
+            find_programs(arm.programs)
 
     @property
     def first(self) -> CheckedModel:

@@ -159,6 +159,7 @@ class Asker:
         waiting = sorted(items, key=lambda item: item.order)
         while waiting:
             batch, start = waiting[: self.size], time.perf_counter()
+            self.backend.zeros()  # what a batch without answers left counted
             try:
                 answers = answer(batch)
             except OutOfMemory:

@@ -22,11 +22,12 @@ class Answered:
     """A question as an arm answered it.
 
     Attributes:
-        value: of the metric that tables show: a number, or `Weighted`.
+        value: of the metric that tables show: a number, or `Weighted`; None where a single question
+            has none (F1, BLEU).
         answer: what was answered; None where nothing is (perplexities).
     """
 
-    value: float | Weighted
+    value: float | Weighted | None
     answer: Hashable | None
 
 
@@ -53,18 +54,32 @@ def perplexity_growth(first: Sequence[Weighted], other: Sequence[Weighted]) -> G
 
     Its error is that of the growth's logarithm, from how texts differ.
     """
-    weight = math.fsum(each[1] for each in first)
+    growth = _fall(first, other, [each[1] for each in first])
+    return Growth(math.expm1(growth.mean), growth.error)
+
+
+def bits_growth(first: Sequence[Weighted], other: Sequence[Weighted]) -> Growth:
+    """Return the relative growth of -sum of log-likelihoods, and its standard error."""
+    return _fall(first, other, [-each[0] for each in first])
+
+
+def _fall(first: Sequence[Weighted], other: Sequence[Weighted], weights: Sequence[float]) -> Growth:
+    """Return how far log-likelihoods fall by weight, and the error of this ratio."""
+    weight = math.fsum(weights)
     falls = [a[0] - b[0] for a, b in zip(first, other, strict=True)]
-    growth = math.fsum(falls) / weight
-    scatter = math.fsum(
-        (fall - growth * each[1]) ** 2 for fall, each in zip(falls, first, strict=True)
-    )
-    error = math.sqrt(scatter) / weight if len(first) > 1 else None
-    return Growth(math.expm1(growth), error)
+    fall = math.fsum(falls) / weight
+    scatter = math.fsum((own - fall * each) ** 2 for own, each in zip(falls, weights, strict=True))
+    return Growth(fall, math.sqrt(scatter) / weight if len(first) > 1 else None)
 
 
 def compare(
-    task: str, arm: str, first: Mapping[int, Answered], other: Mapping[int, Answered]
+    task: str,
+    arm: str,
+    first: Mapping[int, Answered],
+    other: Mapping[int, Answered],
+    *,
+    bits: bool = False,
+    whole: float = 0.0,
 ) -> Difference:
     """Compare an arm's answers to a task with the first arm's.
 
@@ -73,11 +88,15 @@ def compare(
         arm: whose answers the others are.
         first: by number of the question.
         other: of the same questions.
+        bits: log-likelihoods with weights make bits, not a perplexity.
+        whole: difference of both scores, which counts where questions have no values.
     """
     pairs = [(first[number], other[number]) for number in sorted(first)]
     values: list[tuple[Any, Any]] = [(a.value, b.value) for a, b in pairs]
-    if isinstance(values[0][0], tuple):
-        growth = perplexity_growth(*zip(*values, strict=True))
+    if any(value is None for pair in values for value in pair):
+        growth = Growth(whole, None)
+    elif isinstance(values[0][0], tuple):
+        growth = (bits_growth if bits else perplexity_growth)(*zip(*values, strict=True))
     else:
         growth = mean_growth([b - a for a, b in values])
     answers = [(a.answer, b.answer) for a, b in pairs if a.answer is not None]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from common.files import sha256
 from common.version import package_version, tool_version
 from evaluation.answers import Answer, Answers
 from evaluation.arms import Arm, ArmFacts, CheckedModel
@@ -28,6 +29,7 @@ from results.evaluation import (
     EvaluationTask,
     EvaluationVersions,
     TaskScore,
+    is_relative,
 )
 
 _PROMPT_CHARACTERS = 20_000
@@ -83,7 +85,7 @@ def document(
     differences = [
         each
         for arm, found in zip(names[1:], scored[1:], strict=True)
-        for each in _differences(arm, scored[0], found)
+        for each in _differences(arm, tasks, scored[0], found)
     ]
     return Evaluation(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -150,10 +152,15 @@ def _tasks(
             metric=metric,
             filter=filtered,
             higher_is_better=better,
-            requests_hash="".join(each.digest for each in own)[:64],
+            requests_hash=_hash_of(own),
             chance=chance_of(task),
             first_prompt=str(own[0].arguments[0][0])[:_PROMPT_CHARACTERS],
         )
+
+
+def _hash_of(questions: Sequence[Questions]) -> str:
+    digests = [each.digest for each in questions]
+    return digests[0] if len(digests) == 1 else sha256("".join(digests).encode())
 
 
 def _scores(arm: str, scored: Scored) -> Iterator[TaskScore]:
@@ -174,10 +181,16 @@ def _scores(arm: str, scored: Scored) -> Iterator[TaskScore]:
             )
 
 
-def _differences(arm: str, first: Scored, found: Scored) -> Iterator[Difference]:
+def _differences(
+    arm: str, tasks: LoadedTasks, first: Scored, found: Scored
+) -> Iterator[Difference]:
     for task, answers in found.answered.items():
         if answers and first.answered.get(task):
-            yield compare(task, arm, first.answered[task], answers)
+            metric, filtered, _ = primary_metric(tasks.tasks[task])
+            before, after = (each.tasks[task][f"{metric},{filtered}"] for each in (first, found))
+            grown = after / before - 1 if is_relative(metric) else after - before
+            bits = metric == "bits_per_byte"
+            yield compare(task, arm, first.answered[task], answers, bits=bits, whole=grown)
 
 
 def _columns(

@@ -23,6 +23,10 @@ DEFAULT_NEW_TOKENS = 256
 
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _IGNORED = ("num_return_sequences",)
+_MEND = "mend generation_kwargs of the task"
+
+_COLDEST = 1e-3
+"""Least temperature above 0: by a smaller one logits leave the numbers that float32 has."""
 
 
 @dataclass
@@ -49,13 +53,19 @@ class Encoder:
         return self.tokenizer.encode(text.removeprefix(self.tokenizer.bos_text))
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the ids of a context without BOS, and those of what follows it."""
+        """Return the ids of a context without BOS, and those of what follows it.
+
+        Where all that follows goes into the context's last token, that token is what follows: as
+        nothing at all it would be certain.
+        """
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         if not stripped:
             return [], self.encode(continuation)
-        ids = self.encode(stripped)
-        return ids, self.encode(stripped + continuation)[len(ids) :]
+        ids, whole = self.encode(stripped), self.encode(stripped + continuation)
+        if ids != whole and len(ids) >= len(whole):  # one token holds the end of both
+            return whole[:-1], whole[-1:]
+        return ids, whole[len(ids) :]
 
     def scoring(self, context: str, continuation: str) -> Scoring:
         """Return what scores a continuation; a context that is too long loses its left end.
@@ -149,9 +159,10 @@ def decoding(wanted: Mapping[str, Any], seed: int) -> Decoding:
     Raises:
         SettingsError: a setting that psp does not know, or a value that is none.
     """
+    if not isinstance(wanted, Mapping):
+        raise SettingsError(f"generation settings {wanted!r} are none", _MEND)
     settings = {key: value for key, value in wanted.items() if key not in _IGNORED}
     until = settings.pop("until", None) or []
-    stop = [until] if isinstance(until, str) else list(until)
     counts = [settings.pop(name) for name in _NEW_TOKENS if name in settings]
     count = counts[0] if counts else DEFAULT_NEW_TOKENS
     temperature = settings.pop("temperature", None)
@@ -160,12 +171,15 @@ def decoding(wanted: Mapping[str, Any], seed: int) -> Decoding:
     if settings:
         raise SettingsError(
             f"generation setting {next(iter(settings))!r} is none that psp knows",
-            "take it out of the task, or pass other --gen-kwargs",
+            _MEND,
         )
     if sampled is None:
         sampled = bool(temperature)
     heat = (1.0 if temperature is None else temperature) if sampled else 0.0
     try:
+        stop = [until] if isinstance(until, str) else list(until)
+        if float(heat):
+            _at_least(float(heat), _COLDEST, "temperature")
         return Decoding(
             stop=tuple(str(text) for text in stop if text),
             max_new_tokens=_at_least(int(count), 1, "max_gen_toks"),
@@ -175,9 +189,7 @@ def decoding(wanted: Mapping[str, Any], seed: int) -> Decoding:
             seed=seed,
         )
     except (TypeError, ValueError) as error:
-        raise SettingsError(
-            f"generation settings {dict(wanted)!r}: {error}", "mend the task"
-        ) from error
+        raise SettingsError(f"generation settings {dict(wanted)!r}: {error}", _MEND) from error
 
 
 def _at_least(number: Any, least: float, name: str) -> Any:

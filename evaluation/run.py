@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from common.errors import EngineError, PspError, SettingsError
 from common.files import refuse_existing, remove_output, write_bytes
+from common.lock import locked
 from common.version import package_version, tool_version
 from evaluation.answers import DIRECTORY, Answer, Answers, file_name, open_answers
 from evaluation.arms import Arm, ArmFacts, Arms
@@ -27,6 +29,7 @@ from results.evaluation import EVALUATION, Evaluation
 
 Note = Callable[[str], None]
 SAMPLES = "samples"
+_OPTION = "--output-path"
 
 
 @dataclass
@@ -85,20 +88,28 @@ def evaluate(config: EvaluateConfig, note: Note = lambda line: None) -> Evaluati
     for line in tasks.notes:
         notes(line)
     questions = questions_of(tasks, arms.first, config)
-    _claim(config)
-    asked = [_ask(config, arms, arm, questions, notes) for arm in arms.arms]
-    arms.close()
-    return _finished(config, arms, suite, tasks, questions, asked, notes)
+    with _claimed(config):
+        asked = [_ask(config, arms, arm, questions, notes) for arm in arms.arms]
+        arms.close()
+        return _finished(config, arms, suite, tasks, questions, asked, notes)
 
 
-def _claim(config: EvaluateConfig) -> None:
-    """Begin the directory of the results, or go on with it."""
+@contextmanager
+def _claimed(config: EvaluateConfig) -> Iterator[None]:
+    """Begin the directory of the results, or go on with it, while no other process writes it."""
     out = config.output_path
-    if out is None or (config.resume and (out / DIRECTORY).is_dir()):
+    if out is None:
+        yield
         return
-    resumable = (out / DIRECTORY).is_dir()
-    refuse_existing(out, force=config.force, marker=DIRECTORY, resumable=resumable)
-    remove_output(out)
+    begun = (out / DIRECTORY).is_dir()
+    if not (config.resume and begun):
+        refuse_existing(out, force=config.force, marker=DIRECTORY, resumable=begun, option=_OPTION)
+        if out.is_dir():
+            with locked(out, _OPTION):
+                pass  # nobody is at work there
+        remove_output(out)
+    with locked(out, _OPTION):
+        yield
 
 
 def _ask(
@@ -157,6 +168,7 @@ def _finished(
 ) -> Evaluation:
     """Let lm-eval make its figures of the answers, and compare them."""
     scored = [score(tasks, each.known, each.failed, arms.first, config) for each in asked]
+    asked = [_failed(each, found, notes) for each, found in zip(asked, scored, strict=True)]
     if not scored[0].tasks:
         raise EngineError(
             f"arm {asked[0].arm.name} answered no task", "see the notes for what kept it from each"
@@ -167,6 +179,16 @@ def _finished(
             _write_samples(config.output_path, asked, scored)
         EVALUATION.write(config.output_path, result)
     return result
+
+
+def _failed(asked: Asked, scored: Scored, note: Note) -> Asked:
+    """Add the tasks of whose answers no figures can be made."""
+    for task, why in scored.failed.items():
+        note(
+            f"{asked.arm.name}: {task}: no figures can be made of its answers ({why}); mend its "
+            "metrics or its code"
+        )
+    return replace(asked, failed=(*asked.failed, *scored.failed))
 
 
 def _write_samples(out: Path, asked: Sequence[Asked], scored: Sequence[Scored]) -> None:

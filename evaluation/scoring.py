@@ -8,16 +8,17 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from common.errors import DataError, reason
+from common.errors import DataError, PspError, reason
 from evaluation.arms import CheckedModel
 from evaluation.backends.backend import RequestKind
 from evaluation.comparison import Answered
 from evaluation.settings import EvaluateConfig
 from evaluation.tasks.loading import LoadedTasks, answer_of, primary_metric
 from evaluation.tasks.quiet import quiet
+from results.evaluation import is_relative
 
 BOOTSTRAP = 1000
 """Resamples for standard errors without a formula; lm-eval's own 100,000 take minutes."""
@@ -57,12 +58,14 @@ class Scored:
         questions: of each, answered.
         answered: of each task, by number of the question.
         samples: of each task, as lm-eval logs them.
+        failed: what keeps lm-eval from figures, by task.
     """
 
     tasks: Mapping[str, Mapping[str, Any]]
     questions: Mapping[str, int]
     answered: Mapping[str, Mapping[int, Answered]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def questions_of(
@@ -134,7 +137,8 @@ def score(
 ) -> Scored:
     """Let lm-eval evaluate answers that are known.
 
-    Programs that a model wrote run here, where settings allow that.
+    Programs that a model wrote run here, where settings allow that. A task of whose answers no
+    figures can be made, as of a metric that does not fit them, leaves the others theirs.
 
     Args:
         tasks: that were asked.
@@ -143,9 +147,34 @@ def score(
         model: whose chat template prompts were put into, if any.
         config: settings.
     """
+    whole = [name for name in tasks.tasks if name not in failed]
+    try:
+        return _score(tasks, whole, known, model, config)
+    except PspError:
+        raise
+    except Exception:  # of lm-eval's metrics, or of code that a task brings
+        broken: dict[str, str] = {}
+        for name in whole:
+            try:
+                _score(tasks, [name], known, model, config)
+            except Exception as error:
+                broken[name] = f"{type(error).__name__}: {reason(error)}"
+        if not broken:
+            raise
+        good = [name for name in whole if name not in broken]
+        return replace(_score(tasks, good, known, model, config), failed=broken)
+
+
+def _score(
+    tasks: LoadedTasks,
+    names: Sequence[str],
+    known: Mapping[tuple[str, str], Any],
+    model: CheckedModel,
+    config: EvaluateConfig,
+) -> Scored:
     from lm_eval.evaluator import evaluate
 
-    whole = {name: task for name, task in tasks.tasks.items() if name not in failed}
+    whole = {name: tasks.tasks[name] for name in names}
     if not whole:
         return Scored(tasks={}, questions={}, answered={}, samples={})
     groups = {
@@ -193,14 +222,23 @@ def _alone() -> Iterator[None]:
 def _answered(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[int, Answered]:
     metric, filtered, _ = primary_metric(task)
     return {
-        sample["doc_id"]: Answered(_value(sample[metric]), answer_of(task, sample["doc"], sample))
+        sample["doc_id"]: Answered(
+            _value(metric, sample[metric]), answer_of(task, sample["doc"], sample)
+        )
         for sample in samples
         if sample["filter"] == filtered and metric in sample
     }
 
 
-def _value(found: Any) -> float | tuple[float, float]:
-    """Return a question's value as plain numbers; lm-eval's are numpy's here and there."""
-    if isinstance(found, list | tuple):
-        return float(found[0]), float(found[1])
-    return float(found)
+def _value(metric: str, found: Any) -> float | tuple[float, float] | None:
+    """Return a question's value as plain numbers; lm-eval's are numpy's here and there.
+
+    What F1, BLEU and the like are made of (labels, texts) is none.
+    """
+    try:
+        if is_relative(metric) and isinstance(found, list | tuple):
+            return float(found[0]), float(found[1])
+        value = float(found)
+    except (TypeError, ValueError):
+        return None
+    return (value, 1.0) if metric == "perplexity" else value

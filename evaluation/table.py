@@ -11,6 +11,7 @@ from results.evaluation import (
     Evaluation,
     EvaluationArm,
     EvaluationTask,
+    is_relative,
 )
 
 _NONE = "–"
@@ -55,7 +56,10 @@ def _row(
         own = [f"{100 * score.value:.2f}", _percent(score.standard_error)]
     else:
         own = [f"{score.value:.4f}", _plain(score.standard_error)]
-        growth = growth and f"{growth} %"
+        if found is not None and is_relative(task.metric):
+            growth = f"{growth} %"
+        elif found is not None:
+            growth, error = f"{found.difference:+.4f}", _plain(found.standard_error)
     yield [*label, arm.name, *own, growth, error, changed, f"{score.questions}"]
 
 

@@ -74,7 +74,8 @@ class Judged:
             what = "the same answers" if self.changed is False else "the same score"
             return f"{self.title} ({what}{_of(self.questions)})"
         if self.error is None:
-            return f"{self.title} (one question, error unknown)"
+            what = "one question, " if self.questions == 1 else ""
+            return f"{self.title} ({what}error unknown)"
         if self.differs:
             shown = f"{signed(self.difference)} ± {self.error:.2f}{self.unit}"
             return f"{self.title} ({shown}, {self.outcome})"

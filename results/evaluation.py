@@ -145,7 +145,8 @@ class Difference:
         task: which.
         arm: whose.
         difference: mean over questions of the metric's growth; of a perplexity its relative growth.
-        standard_error: of that mean, from how questions differ; None of a single one.
+        standard_error: of that mean, from how questions differ; None of a single one, and of a
+            metric that has no value for one (F1, BLEU), whose scores' difference this is.
         changed: share of questions whose answer is another, right or wrong; None for tasks without
             answers (perplexities).
         became_right: questions that only this arm answers rightly; None where the metric is not 0

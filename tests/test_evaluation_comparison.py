@@ -14,6 +14,7 @@ from evaluation.comparison import (
     Growth,
     Part,
     average,
+    bits_growth,
     column,
     compare,
     mean_growth,
@@ -83,6 +84,22 @@ def test_the_error_of_a_perplexity_is_that_of_psps_own_gaps() -> None:
     expected = growth_error(growths, words, growths.sum() / words.sum())
     assert found.error == pytest.approx(expected, rel=1e-6)
     assert perplexity_growth(first[:1], other[:1]).error is None
+
+
+def test_bits_grow_as_their_ratio() -> None:
+    first, other = [(-10.0, 4.0), (-7.0, 3.0)], [(-11.0, 4.0), (-7.5, 3.0)]
+    found = bits_growth(first, other)
+    assert found.mean == pytest.approx(18.5 / 17 - 1)
+    left = [11 - 10 * 18.5 / 17, 7.5 - 7 * 18.5 / 17]
+    assert found.error == pytest.approx(math.hypot(*left) / 17)
+
+
+def test_where_questions_have_no_values_scores_are_compared() -> None:
+    first, other = {0: Answered(None, "a"), 1: Answered(None, "b")}, {}
+    other = {0: Answered(None, "a"), 1: Answered(None, "c")}
+    found = compare("task", "arm", first, other, whole=-0.25)
+    assert (found.difference, found.standard_error, found.changed) == (-0.25, None, 0.5)
+    assert (found.became_right, found.became_wrong) == (None, None)
 
 
 def test_several_tasks_are_pooled_by_their_questions() -> None:

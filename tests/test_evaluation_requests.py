@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -212,6 +212,23 @@ def test_long_contexts_lose_their_left_end_and_keep_bos(pieces: PieceTokenizer) 
         encoder.prompt("x", 15)
 
 
+class Joining:
+    """A tokenizer whose last token holds the end of a context and what follows."""
+
+    bos_text = "<s>"
+
+    def encode(self, text: str) -> list[int]:
+        return {"": [], "ab": [5], "abc": [6], "xab": [4, 5], "xabc": [9], "abd": [5, 7]}[text]
+
+
+def test_what_goes_into_the_last_token_of_a_context_is_not_certain() -> None:
+    encoder = Encoder(cast(Any, Joining()), 16)
+    assert encoder.pair("ab", "c") == ([], [6])
+    assert encoder.pair("xab", "c") == ([], [9])
+    assert encoder.pair("ab", "d") == ([5], [7])
+    assert encoder.pair("ab", "") == ([5], [])
+
+
 def test_what_one_run_scores_is_put_together() -> None:
     one, two = Scoring(ids=(1, 5), targets=((7,),)), Scoring(ids=(1, 5), targets=((8,),))
     longer = Scoring(ids=(1, 5), targets=((5, 7),))
@@ -233,7 +250,10 @@ def test_generation_settings_leave_nothing_open() -> None:
     assert decoding({}, 0).max_new_tokens == 256
     with refused(SettingsError, "'num_beams' is none that psp knows"):
         decoding({"num_beams": 4}, 0)
-    with refused(SettingsError, "temperature is nan", "mend the task"):
+    for odd in ({"until": 5}, {"temperature": 1e-40}, {"top_k": "many"}, ["until"]):
+        with refused(SettingsError, "generation settings", "mend generation_kwargs"):
+            decoding(cast(Any, odd), 0)
+    with refused(SettingsError, "temperature is nan", "mend generation_kwargs of the task"):
         decoding({"do_sample": True, "temperature": float("nan")}, 0)
     with refused(SettingsError, "max_gen_toks is 0"):
         decoding({"max_gen_toks": 0}, 0)

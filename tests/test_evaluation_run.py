@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asked_tasks import write_tasks
+from asked_tasks import write_task, write_tasks
 from click.testing import Result
 from conftest import ModelMaker, refused
 
 from architectures.model import OutOfMemory
 from common.errors import EngineError, OutputError, PspError, SettingsError
+from common.lock import locked
 from evaluation.answers import DIRECTORY, Batch
 from evaluation.backends.backend import Score, Scoring
 from evaluation.backends.transformers_model import TransformersBackend
@@ -250,6 +251,151 @@ def test_a_shortage_of_memory_halves_batches_and_is_told_once(
     again = evaluate(settings(batch_size=8, output_path=out, resume=True), notes.append)
     assert comparable(again)["scores"] == comparable(result)["scores"]
     assert not [line for line in notes if "not enough memory" in line]
+
+
+def test_zeros_of_a_batch_without_answers_are_not_counted(
+    settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = evaluate(settings(batch_size=2))
+    own = TransformersBackend.score
+
+    def late(self: TransformersBackend, batch: Sequence[Scoring]) -> list[list[Score]]:
+        found = own(self, batch)
+        if len(batch) > 2:
+            raise OutOfMemory("cpu: out of memory")
+        return found
+
+    monkeypatch.setattr(TransformersBackend, "score", late)
+    result = evaluate(settings(batch_size=4))
+    assert result.arms[0].sparsity == plain.arms[0].sparsity
+
+
+def own_task(directory: Path, name: str, *metrics: str, **changes: Any) -> str:
+    """Write a task of choices, texts or pages with metrics of lm-eval's."""
+    rows = [
+        {
+            "text": f"The quick brown fox number {n} jumps over",
+            "choices": ["the dog", "the cat", "a token"][: changes.pop("choices", 2)],
+            "answer": n % 2,
+            "page": f"Number {n}. In the beginning there was a {'fox' * n}. ",
+        }
+        for n in range(8)
+    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "multiple_choice": {"doc_to_choice": "choices", "doc_to_target": "answer"},
+        "loglikelihood": {"doc_to_target": " dog"},
+        "loglikelihood_rolling": {"doc_to_text": "", "doc_to_target": "{{page}}"},
+        "generate_until": {
+            "doc_to_target": "dog",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        },
+    }
+    own = {"doc_to_text": "{{text}}", **kinds[changes["output_type"]], **changes}
+    write_task(directory, name, rows, metric_list=[{"metric": m} for m in metrics], **own)
+    return str(directory)
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "relative"),
+    [
+        ("loglikelihood", "perplexity", True),
+        ("loglikelihood_rolling", "bits_per_byte", True),
+        ("loglikelihood_rolling", "byte_perplexity", True),
+        ("multiple_choice", "mcc", False),
+        ("multiple_choice", "f1", False),
+        ("multiple_choice", "brier_score", False),
+        ("generate_until", "bleu", False),
+    ],
+)
+def test_a_difference_is_that_of_the_scores_whatever_the_metric(
+    kind: str,
+    metric: str,
+    relative: bool,
+    settings: Callable[..., EvaluateConfig],
+    tmp_path: Path,
+) -> None:
+    tasks = own_task(tmp_path / "own", "mine", metric, output_type=kind)
+    result = evaluate(settings(tasks=(tasks,), thresholds=(0.5,)))
+    (task,) = result.tasks
+    before, after = (result.score(task, arm.name) for arm in result.arms)
+    assert before is not None
+    assert after is not None
+    (found,) = result.differences
+    expected = after.value / before.value - 1 if relative else after.value - before.value
+    assert found.difference == pytest.approx(expected, rel=1e-6)
+    assert (found.standard_error is None) == (not relative)
+    assert (found.changed is None) == (kind == "loglikelihood_rolling")
+    assert f"{100 * expected:+.2f}"[:5] in evaluation_table(result) or not relative
+
+
+def test_a_plain_metric_s_difference_is_told_in_its_own_unit(
+    whole: tuple[Evaluation, Path],
+) -> None:
+    result, _ = whole
+    task = replace(result.tasks[0], name="mine", metric="bleu")
+    scores = [
+        replace(result.scores[0], task="mine", arm=arm.name, metric="bleu", filter=task.filter)
+        for arm in result.arms
+    ]
+    grown = replace(
+        result.differences[0], task="mine", arm="predictors", difference=-0.3, standard_error=None
+    )
+    shown = replace(result, tasks=(task,), scores=tuple(scores), differences=(grown,))
+    table = evaluation_table(shown)
+    assert "-0.3000" in table
+    assert "%" not in table.split("arm  ")[1].splitlines()[4]
+
+
+def test_a_task_without_figures_leaves_the_others_theirs(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    tasks = own_task(tmp_path / "own", "mine", "f1", output_type="multiple_choice", choices=3)
+    own_task(tmp_path / "own", "good", "acc", output_type="multiple_choice")
+    own_task(tmp_path / "own", "odd", "likelihood", output_type="multiple_choice")
+    notes: list[str] = []
+    result = evaluate(settings(tasks=(tasks,), thresholds=(0.5,)), notes.append)
+    assert {score.task for score in result.scores} >= {"good"}
+    assert "odd" not in {score.task for score in result.scores}
+    assert {"dense: odd", "fatrelu_0.5: odd"} <= set(result.unfinished)
+    assert any(line.startswith("dense: odd: no figures can be made of its ans") for line in notes)
+
+
+def test_one_process_at_a_time_writes_a_directory(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with locked(out):
+        for how in ({"resume": True}, {"force": True}, {}):
+            with refused(OutputError, "another run is at work there", "--output-path"):
+                evaluate(settings(output_path=out, limit=1, **how))
+    evaluate(settings(output_path=out, limit=1))
+    with locked(out), refused(OutputError, "another run is at work there"):
+        evaluate(settings(output_path=out, limit=1, force=True))
+    assert EVALUATION.read(out).limit == 1
+    with refused(OutputError, f"{out} exists", "another --output-path"):
+        evaluate(settings(output_path=out, limit=1))
+
+
+def test_arms_that_would_share_a_file_are_refused(
+    settings: Callable[..., EvaluateConfig], model_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("a b", "a_b"):
+        (tmp_path / name).symlink_to(model_dir)
+    models = (str(model_dir), str(tmp_path / "a b"), str(tmp_path / "a_b"))
+    with refused(SettingsError, "two arms are named a b", "rename"):
+        evaluate(settings(model=models))
+
+
+def test_programs_that_are_not_there_are_told_before_anything_is_loaded(
+    settings: Callable[..., EvaluateConfig],
+    exact_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("evaluation.arms.TransformersModel")
+    (tmp_path / "bin").mkdir()
+    with refused(EngineError, str(tmp_path / "bin"), "--powerinfer-bin"):
+        evaluate(settings(gguf=(exact_bundle.model_file,), powerinfer_bin=tmp_path / "bin"))
 
 
 def test_one_task_that_fails_leaves_the_others(

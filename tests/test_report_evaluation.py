@@ -52,7 +52,7 @@ def judged(difference: float, error: float | None, **other: Any) -> Judged:
         (0.0, 1.5, "not seen", "piqa (400 questions could have shown one of 3.00 points)"),
         (0.0, 0.0, "the same", "piqa (the same score to all 400 questions)"),
         (-100.0, 0.0, "worse", "piqa (−100.00 ± 0.00 points, worse)"),
-        (-100.0, None, "unknown", "piqa (one question, error unknown)"),
+        (-100.0, None, "unknown", "piqa (error unknown)"),
     ],
 )
 def test_a_difference_is_one_beyond_two_standard_errors(
@@ -61,6 +61,10 @@ def test_a_difference_is_one_beyond_two_standard_errors(
     found = judged(difference, error)
     assert found.outcome == outcome
     assert found.words == words
+
+
+def test_a_single_question_has_no_error() -> None:
+    assert judged(-100.0, None, questions=1).words == "piqa (one question, error unknown)"
 
 
 def test_the_same_answers_are_more_than_the_same_score() -> None:

@@ -27,18 +27,16 @@ from powerinfer_bridge.programs.server import Server, server_program
 _SERVER = "build its server too: cmake --build DIR --target server"
 
 
-def check_programs(directory: Path, file: Path) -> None:
-    """Make sure that a build has a program that can be asked, before anything is loaded.
-
-    Args:
-        directory: holds the programs; `bin` or `build/bin` below it will do too.
-        file: `*.powerinfer.gguf` that `main` is started with where there is no server.
+def find_programs(directory: Path) -> Path | None:
+    """Return a build's server; None where `main` alone is there to answer.
 
     Raises:
-        EngineError: neither `server` nor a `main` that starts.
+        EngineError: neither is.
     """
-    if server_program(directory) is None:
-        PowerInfer(directory).check(file)
+    program = server_program(directory)
+    if program is None:
+        PowerInfer(directory)
+    return program
 
 
 class PowerInferBackend:
@@ -72,7 +70,7 @@ class PowerInferBackend:
         self._path, self._hyper, self._vocabulary = path, opened.hyper, opened.vocabulary
         self._threads, self._threshold, self._budget = threads, threshold, vram_budget
         self._server: Server | None = None
-        program = server_program(directory)
+        program = find_programs(directory)
         if program is None:
             self._main = PowerInfer(directory, timeout=timeout)
             self._main.check(path)
