@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
@@ -18,7 +18,6 @@ from evaluation.requests import Encoder, answer_in, decoding, merged, request_ke
 
 Note = Callable[[str], None]
 What = TypeVar("What", Scoring, Prompt)
-_SEEDS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -132,15 +131,14 @@ class Asker:
 
     def _continue(self, texts: Mapping[str, str], settings: Mapping[str, Any], bar: Any) -> None:
         """Continue prompts, by key, by the same settings."""
-        count = decoding(settings, self.seed).max_new_tokens
+        own = decoding(settings, self.seed)
         items = [
-            _Item((key,), self.encoder.prompt(text, count))
+            _Item((key,), self._prompt(key, text, own.max_new_tokens))
             for key, text in texts.items()
             if key not in self.answers.known
         ]
 
         def continued(batch: Sequence[_Item[Prompt]]) -> list[Answer]:
-            own = decoding(settings, (self.seed + int(batch[0].keys[0], 16)) % _SEEDS)
             made = self.backend.generate([item.what for item in batch], own)
             return [
                 answer_in(text, item.what.text, own.stop)
@@ -148,6 +146,10 @@ class Asker:
             ]
 
         self._run(items, continued, bar)
+
+    def _prompt(self, key: str, text: str, count: int) -> Prompt:
+        """Return a prompt with a seed of its own, so that equal ones are not answered alike."""
+        return replace(self.encoder.prompt(text, count), seed=int(key, 16))
 
     def _run(
         self,

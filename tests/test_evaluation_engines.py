@@ -12,7 +12,8 @@ from conftest import TEXT, ModelMaker, refused
 from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, EngineError, FormatError
 from evaluation.backends.backend import Decoding, Prompt, Scoring
-from evaluation.backends.embedded import EmbeddedBackend, choose
+from evaluation.backends.drawing import choose
+from evaluation.backends.embedded import EmbeddedBackend
 from evaluation.backends.fit import check_fit, room_for
 from gguf_export.bundle import Bundle
 from gguf_export.contract import OpenedFile
@@ -188,6 +189,8 @@ def test_a_sampled_text_hangs_on_its_seed_alone(
     assert backend.generate(asked, replace(SAMPLED, seed=6)) != both
     greedy = backend.generate(asked, GREEDY)
     assert both != greedy
+    again = [asked[0], replace(asked[0], seed=1)]
+    assert len(set(backend.generate(again, SAMPLED))) == 2
     assert backend.generate(asked, replace(SAMPLED, top_k=1)) == greedy
     assert backend.generate(asked, replace(SAMPLED, top_p=0.0)) == greedy
 
@@ -211,6 +214,11 @@ def test_tokens_are_drawn_by_their_shares(how: dict[str, float], expected: list[
     for _ in range(4000):
         counts[choose(logits, replace(SAMPLED, **how), random)] += 1  # type: ignore[arg-type]
     assert (counts[order] / 4000).tolist() == pytest.approx(expected, abs=0.03)
+
+
+def test_logits_that_are_no_numbers_are_told() -> None:
+    with refused(EngineError, "logits are no numbers"):
+        choose(torch.tensor([0.0, float("nan")]), SAMPLED, torch.Generator())
 
 
 def test_a_file_fits_the_model_that_it_was_made_from(

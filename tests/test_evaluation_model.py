@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,15 @@ def test_what_is_drawn_depends_on_the_seed_alone(model: TransformersModel) -> No
     settings: dict[str, Any] = {"stop": (), "max_new_tokens": 10, "temperature": 1.0}
     drawn = [backend.generate(prompts, Decoding(**settings, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    asked = [prompts[0], replace(prompts[0], seed=7), prompts[1]]
+    mixed = backend.generate(asked, Decoding(**settings, seed=1))
+    assert [mixed[0], mixed[2]] == drawn[0]
+    assert mixed[0] != mixed[1]
+    few = Decoding(**settings, seed=1, top_k=1)
+    assert (
+        backend.generate(asked, few)[0]
+        == backend.generate(asked[:1], replace(few, temperature=0))[0]
+    )
     state = torch.get_rng_state()
     backend.generate(prompts, Decoding(**settings, seed=5, top_p=0.5, top_k=3))
     assert torch.equal(state, torch.get_rng_state())

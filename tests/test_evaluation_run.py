@@ -346,6 +346,26 @@ def test_a_plain_metric_s_difference_is_told_in_its_own_unit(
     assert "%" not in table.split("arm  ")[1].splitlines()[4]
 
 
+def test_what_is_drawn_hangs_on_no_batch(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    drawn = {"until": ["\n"], "max_gen_toks": 4, "do_sample": True, "temperature": 1.0}
+    how: dict[str, Any] = {"output_type": "generate_until", "generation_kwargs": drawn}
+    tasks = own_task(tmp_path / "own", "mine", "exact_match", repeats=2, **how)
+
+    def texts(out: str, **changes: Any) -> list[list[str]]:
+        common = {"tasks": (tasks,), "output_path": tmp_path / out, "log_samples": True}
+        evaluate(settings(**common, **changes))
+        lines = (tmp_path / out / "samples" / "dense_mine.jsonl").read_bytes().splitlines()
+        return [json.loads(line)["resps"][0] for line in lines]
+
+    whole = texts("whole", batch_size=5)
+    assert all(one != other for one, other in whole)
+    few = texts("broken", batch_size=5, limit=3)
+    assert few == whole[:3]
+    assert texts("broken", batch_size=5, resume=True) == whole
+
+
 def test_a_task_without_figures_leaves_the_others_theirs(
     settings: Callable[..., EvaluateConfig], tmp_path: Path
 ) -> None:

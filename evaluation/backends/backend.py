@@ -67,10 +67,12 @@ class Prompt:
     Attributes:
         text: as the task wrote it, cut at its left end where it was too long.
         ids: of the text, BOS first.
+        seed: of what is drawn for it, beside that of all.
     """
 
     text: str
     ids: tuple[int, ...]
+    seed: int = 0
 
 
 @dataclass

@@ -17,6 +17,7 @@ from evaluation.backends.backend import (
     Scoring,
     Zeros,
 )
+from evaluation.backends.drawing import choose, random_of
 from evaluation.backends.fit import room_for
 from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.engine.attention import KVCache
@@ -106,12 +107,13 @@ class EmbeddedBackend:
         Raises:
             EngineError: as for `score`.
         """
-        return [self._generate(prompt.ids, decoding) for prompt in batch]
+        return [self._generate(prompt, decoding) for prompt in batch]
 
-    def _generate(self, ids: tuple[int, ...], decoding: Decoding) -> str:
+    def _generate(self, prompt: Prompt, decoding: Decoding) -> str:
+        ids = prompt.ids
         logits, vocabulary = self._read(ids, 1), self.vocabulary
         cache, written = self._cache.prefix(len(ids)), bytearray()
-        random = torch.Generator().manual_seed(decoding.seed)
+        random = random_of(prompt, decoding)
         stops = [stop.encode("utf-8", "surrogatepass") for stop in decoding.stop]
         for left in reversed(range(room_for(len(ids), decoding.max_new_tokens, self.max_length))):
             token = choose(logits[0], decoding, random)
@@ -144,26 +146,3 @@ def _score_of(logs: torch.Tensor, target: tuple[int, ...]) -> Score:
     ids = torch.tensor(target)
     chosen = logs.gather(1, ids[:, None])
     return Score(float(chosen.sum()), bool((logs.argmax(-1) == ids).all()))
-
-
-def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) -> int:
-    """Return the next token's id.
-
-    Temperature, then the `top_k` most likely, then the fewest of these that hold `top_p` of the
-    probability, as transformers does.
-
-    Args:
-        logits: (vocab_size) float32.
-        decoding: how.
-        random: what is drawn from.
-    """
-    if decoding.temperature == 0:
-        return int(logits.argmax())
-    logs, ids = (logits.double() / decoding.temperature).sort(descending=True, stable=True)
-    if decoding.top_k:
-        logs, ids = logs[: decoding.top_k], ids[: decoding.top_k]
-    shares = logs.softmax(-1)
-    before = shares.cumsum(-1) - shares
-    shares = shares * (before < decoding.top_p)
-    shares[0] = shares[0].clamp(min=torch.finfo(shares.dtype).tiny)  # top_p 0 leaves the first
-    return int(ids[torch.multinomial(shares, 1, generator=random)])

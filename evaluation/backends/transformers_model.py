@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from evaluation.backends.backend import (
     Scoring,
     Zeros,
 )
+from evaluation.backends.drawing import choose, random_of
 from evaluation.backends.texts import continuation_of, ends_within
 from predictor.masking import PredictorMasks
 from predictor.module import Predictor
@@ -168,7 +170,7 @@ class TransformersBackend:
         prompts = [each.ids for each in batch]
         stopped = _Stopped(partial(ends_within, tokenizer, prompts, decoding.stop), longest)
         with model.arranged(self._setting, self._placed), model.counting(real):
-            made = _continue(model.loaded, ids, real, stopped, decoding, ends, pad)
+            made = _continue(model.loaded, ids, real, stopped, _Drawn(batch, decoding), ends, pad)
         return [
             continuation_of(tokenizer, prompt, _until(row, ends))
             for prompt, row in zip(prompts, made[:, longest:].tolist(), strict=True)
@@ -220,43 +222,49 @@ class _Stopped:
         return torch.tensor(ended, device=ids.device)
 
 
+class _Drawn:
+    """transformers' logits processor: leaves each row the one token that is drawn for it."""
+
+    def __init__(self, batch: Sequence[Prompt], decoding: Decoding) -> None:
+        self.decoding = decoding
+        self._random = [random_of(prompt, decoding) for prompt in batch]
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.decoding.temperature == 0:
+            return scores
+        rows = zip(scores.float().cpu(), self._random, strict=True)
+        drawn = torch.tensor([[choose(row, self.decoding, random)] for row, random in rows])
+        return torch.full_like(scores, -math.inf).scatter(1, drawn.to(scores.device), 0.0)
+
+
 def _continue(
     model: LoadedModel,
     ids: torch.Tensor,
     real: torch.Tensor,
     stopped: _Stopped,
-    decoding: Decoding,
+    drawn: _Drawn,
     ends: list[int],
     pad: int,
 ) -> torch.Tensor:
-    from transformers import StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    sampled = decoding.temperature > 0
-    drawn = (
-        {
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "top_k": decoding.top_k or None,
-        }
-        if sampled
-        else {"temperature": None, "top_p": None, "top_k": None}
-    )
-    devices = [model.device] if model.device.startswith("cuda") else []
     causal_lm: Any = model.causal_lm
-    with enough_memory(model.device), torch.random.fork_rng(devices):
-        torch.manual_seed(decoding.seed)
+    with enough_memory(model.device):
         made: torch.Tensor = causal_lm.generate(
             input_ids=ids.to(model.device),
             attention_mask=real.long().to(model.device),
-            max_new_tokens=decoding.max_new_tokens,
-            do_sample=sampled,
+            max_new_tokens=drawn.decoding.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
             num_beams=1,
             repetition_penalty=1.0,
             use_cache=True,
             eos_token_id=ends or None,
             pad_token_id=pad,
+            logits_processor=LogitsProcessorList([drawn]),
             stopping_criteria=StoppingCriteriaList([stopped]),
-            **drawn,
         )
     return made.cpu()
 
