@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.files import sha256
 from common.json_lines import JournalKind, append
 from common.typed_json import Count, parse, plain
 from evaluation.backends.backend import Zeros
@@ -16,6 +17,7 @@ Answer = str | tuple[float, bool]
 """What lm-eval takes: a text, or a log-likelihood and whether it is greedy."""
 
 DIRECTORY = "answers"
+_LONGEST = 96
 KIND = JournalKind(
     kind="psp.evaluation.answers",
     schema_version=1,
@@ -128,5 +130,12 @@ def open_answers(
 
 
 def file_name(name: str) -> str:
-    """Return a name of an arm or a task with nothing that a file's name may not hold."""
-    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    """Return a name of an arm or a task with nothing that a file's name may not hold.
+
+    Long ones are cut and numbered by their hash: files' names have at most 255 bytes.
+    """
+    text = "".join(c if c.isalnum() or c in "._-" else "_" for c in name)
+    if len(text.encode()) <= _LONGEST:
+        return text
+    cut = text.encode()[:_LONGEST].decode(errors="ignore")
+    return f"{cut}-{sha256(text.encode())[:16]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from architectures.model import OutOfMemory
 from architectures.tokenizer import OwnTokenizer
+from common.errors import EngineError
 from evaluation.answers import Answer, Answers, Batch
-from evaluation.backends.backend import Backend, Prompt, RequestKind, Scoring
+from evaluation.backends.backend import NOT_FINITE, Backend, Prompt, RequestKind, Scoring
 from evaluation.requests import Encoder, answer_in, decoding, merged, request_keys
 
 Note = Callable[[str], None]
@@ -109,7 +111,10 @@ class Asker:
 
         def scored(batch: Sequence[_Item[Scoring]]) -> list[Answer]:
             scores = self.backend.score([item.what for item in batch])
-            return [(each.loglikelihood, each.greedy) for row in scores for each in row]
+            found = [(each.loglikelihood, each.greedy) for row in scores for each in row]
+            if not all(math.isfinite(likely) for likely, _ in found):
+                raise EngineError("a log-likelihood is no finite number", NOT_FINITE)
+            return found
 
         with self._bar(title, len(every), len(every) - len(waiting)) as bar:
             self._run(items, scored, bar)

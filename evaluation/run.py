@@ -175,9 +175,9 @@ def _finished(
         )
     result = document(config, arms.first, suite, tasks, questions, asked, scored, notes.lines)
     if config.output_path is not None:
+        EVALUATION.write(config.output_path, result)
         if config.log_samples:
             _write_samples(config.output_path, asked, scored)
-        EVALUATION.write(config.output_path, result)
     return result
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,12 @@ import pytest
 from asked_tasks import write_task, write_tasks
 from click.testing import Result
 from conftest import ModelMaker, refused
+from safetensors.torch import load_file, save_file
 
 from architectures.model import OutOfMemory
 from common.errors import EngineError, OutputError, PspError, SettingsError
 from common.lock import locked
-from evaluation.answers import DIRECTORY, Batch
+from evaluation.answers import DIRECTORY, Batch, file_name
 from evaluation.backends.backend import Score, Scoring
 from evaluation.backends.transformers_model import TransformersBackend
 from evaluation.run import evaluate
@@ -344,6 +347,38 @@ def test_a_plain_metric_s_difference_is_told_in_its_own_unit(
     table = evaluation_table(shown)
     assert "-0.3000" in table
     assert "%" not in table.split("arm  ")[1].splitlines()[4]
+
+
+def test_numbers_that_are_none_are_told(
+    model_dir: Path, settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    own_task(tmp_path / "own", "write", "exact_match", output_type="generate_until")
+    tasks = own_task(tmp_path / "own", "choose", "acc", output_type="multiple_choice")
+    notes: list[str] = []
+    with refused(EngineError, "answered no task"):
+        evaluate(settings(model=(str(broken),), tasks=(tasks,)), notes.append)
+    assert any("choose: a log-likelihood is no finite number; look at" in line for line in notes)
+    assert any("write: the model's logits are no numbers; look at" in line for line in notes)
+
+
+def test_long_names_of_tasks_have_files(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path
+) -> None:
+    assert file_name("n" * 90) == "n" * 90
+    assert len(file_name("ü" * 300).encode()) < 120
+    assert file_name("n" * 300 + "a") != file_name("n" * 300 + "b")
+    directory = tmp_path / "own"
+    tasks = own_task(directory, "mine", "acc", output_type="multiple_choice")
+    file = directory / "mine.yaml"
+    file.write_text(file.read_text().replace("task: mine", f"task: {'n' * 300}"))
+    out = tmp_path / "out"
+    evaluate(settings(tasks=(tasks,), output_path=out, log_samples=True, limit=2))
+    assert len(list((out / "samples").iterdir())) == 1
 
 
 def test_what_is_drawn_hangs_on_no_batch(

@@ -205,6 +205,17 @@ def test_a_broken_file_is_told(tmp_path: Path, text: str) -> None:
     assert f"{tmp_path / 'broken.yaml'}: not a task file" in _refused([str(tmp_path)])
 
 
+def test_one_task_in_two_files_is_refused(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        write_task(tmp_path / place, "animals")
+    names = [str(tmp_path / place) for place in ("a", "b")]
+    told = _refused(names)
+    assert "task animals: is in" in told
+    assert "a/animals.yaml and in" in told
+    assert list(load_tasks(names[:1], include_path=tmp_path / "a").tasks) == ["animals"]
+
+
 def test_other_names_that_cannot_be(tmp_path: Path) -> None:
     assert "no task files" in _refused([str(tmp_path)])
     assert "no tasks" in _refused([])

@@ -9,6 +9,9 @@ from typing import Literal, Protocol
 RequestKind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 """lm-eval's names of what a task may ask for."""
 
+NOT_FINITE = "look at the model's weights, or try --dtype float32"
+"""What to do where numbers have left their type."""
+
 KINDS: tuple[RequestKind, ...] = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 

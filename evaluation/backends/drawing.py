@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from common.errors import EngineError
-from evaluation.backends.backend import Decoding, Prompt
+from evaluation.backends.backend import NOT_FINITE, Decoding, Prompt
 
 _SEEDS = 1 << 32
 
@@ -37,7 +37,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, random: torch.Generator) ->
         return int(logits.argmax())
     logs, ids = (logits.double() / decoding.temperature).sort(descending=True, stable=True)
     if logs[0].isnan():
-        raise EngineError("the model's logits are no numbers", "look at its weights")
+        raise EngineError("the model's logits are no numbers", NOT_FINITE)
     if decoding.top_k:
         logs, ids = logs[: decoding.top_k], ids[: decoding.top_k]
     shares = logs.softmax(-1)

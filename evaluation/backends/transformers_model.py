@@ -15,8 +15,10 @@ from torch.nn.functional import log_softmax
 from torch.nn.utils.rnn import pad_sequence
 
 from architectures.model import LoadedModel, choose_device, enough_memory, load_model
+from common.errors import EngineError
 from evaluation.backends.backend import (
     KINDS,
+    NOT_FINITE,
     Decoding,
     Prompt,
     RequestKind,
@@ -230,6 +232,8 @@ class _Drawn:
         self._random = [random_of(prompt, decoding) for prompt in batch]
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if bool(scores.isnan().any()):
+            raise EngineError("the model's logits are no numbers", NOT_FINITE)
         if self.decoding.temperature == 0:
             return scores
         rows = zip(scores.float().cpu(), self._random, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 from common.errors import DataError, reason
 from common.scratch import Scratch
 from evaluation.tasks.factory import make_factory
-from evaluation.tasks.files import read_raw, task_files
+from evaluation.tasks.files import built_in, read_raw, task_files
 from evaluation.tasks.quiet import quiet
 
 if TYPE_CHECKING:
@@ -118,8 +118,11 @@ def _manager(names: Sequence[str], extra: Sequence[Path]) -> Any:
     known: set[str] = set()
     members: set[str] = set()
     files = [Path(name) for name in names if Path(name).is_file()]
+    owner: dict[str, Path] = {}
     for path in [*files, *(file for each in [*extra, *directories] for file in task_files(each))]:
         raw = read_raw(path)
+        if isinstance(raw.get("task"), str):
+            _refuse_twin(raw["task"], path, owner)
         known |= {str(raw[key]) for key in ("task", "group") if isinstance(raw.get(key), str)}
         tags = raw.get("tag") or []
         known |= {tags} if isinstance(tags, str) else set(tags)
@@ -129,6 +132,14 @@ def _manager(names: Sequence[str], extra: Sequence[Path]) -> Any:
         include_path=[str(each) for each in [*extra, *directories]] or None,
         include_defaults=not (asked | members) <= known,
     )
+
+
+def _refuse_twin(name: str, path: Path, owner: dict[str, Path]) -> None:
+    """Refuse two files of one task, of which lm-eval would ask the last alone."""
+    path = path.resolve()
+    first = owner.setdefault(name, path)
+    if first != path and not path.is_relative_to(built_in()):
+        raise DataError(f"task {name}: is in {first} and in {path}", "rename one of them")
 
 
 def _members(raw: Mapping[str, Any]) -> Iterator[str]:
