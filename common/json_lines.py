@@ -97,16 +97,21 @@ class JournalKind:
 
 
 def append(file: Path, entry: Mapping[str, object]) -> None:
-    """Add an entry and sync it to disk.
+    """Add an entry and sync it to disk; of one that the system refused nothing stays.
 
     Raises:
         OutputError: the system refused it.
     """
     try:
-        with file.open("ab") as stream:
-            stream.write(line_of(entry))
-            stream.flush()
-            os.fsync(stream.fileno())
+        with file.open("ab", buffering=0) as stream:
+            start, rest = stream.seek(0, os.SEEK_END), line_of(entry)
+            try:
+                while rest:
+                    rest = rest[stream.write(rest) :]
+                os.fsync(stream.fileno())
+            except OSError:
+                stream.truncate(start)
+                raise
     except OSError as error:
         raise write_error(file, error) from error
 

@@ -19,6 +19,7 @@ from evaluation.backends.backend import NOT_FINITE, Backend, Prompt, RequestKind
 from evaluation.requests import Encoder, answer_in, decoding, merged, request_keys
 
 Note = Callable[[str], None]
+_SMALLER = "leave out the task, or pass --device cpu or a --dtype of fewer bytes"
 What = TypeVar("What", Scoring, Prompt)
 
 
@@ -111,10 +112,9 @@ class Asker:
 
         def scored(batch: Sequence[_Item[Scoring]]) -> list[Answer]:
             scores = self.backend.score([item.what for item in batch])
-            found = [(each.loglikelihood, each.greedy) for row in scores for each in row]
-            if not all(math.isfinite(likely) for likely, _ in found):
+            if not all(math.isfinite(each.loglikelihood) for row in scores for each in row):
                 raise EngineError("a log-likelihood is no finite number", NOT_FINITE)
-            return found
+            return [(each.loglikelihood, each.greedy) for row in scores for each in row]
 
         with self._bar(title, len(every), len(every) - len(waiting)) as bar:
             self._run(items, scored, bar)
@@ -169,9 +169,9 @@ class Asker:
             self.backend.zeros()  # what a batch without answers left counted
             try:
                 answers = answer(batch)
-            except OutOfMemory:
+            except OutOfMemory as error:
                 if len(batch) == 1:
-                    raise
+                    raise EngineError(f"{error.problem} for one request", _SMALLER) from error
                 self.size = len(batch) // 2
                 self.note(
                     f"not enough memory for {len(batch)} requests at once: {self.size} from here "

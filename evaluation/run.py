@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import EngineError, PspError, SettingsError
+from common.errors import EngineError, OutputError, PspError, SettingsError
 from common.files import refuse_existing, remove_output, write_bytes
 from common.lock import locked
 from common.version import package_version, tool_version
@@ -128,6 +128,8 @@ def _ask(
             try:
                 _require(backend, each)
                 found = asker.ask(each.kind, each.arguments, title)
+            except OutputError:  # what cannot be kept is asked in vain
+                raise
             except PspError as error:
                 note(f"{title}: {error}")
                 failed.append(each.task)

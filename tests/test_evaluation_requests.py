@@ -229,6 +229,28 @@ def test_what_goes_into_the_last_token_of_a_context_is_not_certain() -> None:
     assert encoder.pair("ab", "") == ([5], [])
 
 
+class Letters:
+    """A tokenizer of a token a letter."""
+
+    bos_text = "<s>"
+
+    def bos_id(self) -> int:
+        return 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+
+def test_a_context_is_used_to_its_last_token() -> None:
+    encoder = Encoder(cast(Any, Letters()), 4)
+    assert len(encoder.scoring("", "abcd").ids) == 4
+    with refused(SettingsError, "a continuation of 5 tokens is longer"):
+        encoder.scoring("", "abcde")
+    windows = encoder.rolling("abcdefghij")
+    assert [len(each.ids) for each in windows] == [4, 4, 4]
+    assert [len(each.targets[0]) for each in windows] == [4, 3, 3]
+
+
 def test_what_one_run_scores_is_put_together() -> None:
     one, two = Scoring(ids=(1, 5), targets=((7,),)), Scoring(ids=(1, 5), targets=((8,),))
     longer = Scoring(ids=(1, 5), targets=((5, 7),))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -349,6 +351,27 @@ def test_a_plain_metric_s_difference_is_told_in_its_own_unit(
     assert "%" not in table.split("arm  ")[1].splitlines()[4]
 
 
+def test_a_full_disk_ends_the_run_and_a_resume_goes_on(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, synced, sync = tmp_path / "out", [0], os.fsync
+
+    def full(descriptor: int) -> None:
+        synced[0] += 1
+        if synced[0] == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    config = {"output_path": out, "batch_size": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr("common.json_lines.os.fsync", full)
+        with refused(OutputError, "No space left on device"):
+            evaluate(settings(**config))
+    result = evaluate(settings(**config, resume=True))
+    plain = evaluate(settings(batch_size=3))
+    assert comparable(result) == comparable(plain)
+
+
 def test_numbers_that_are_none_are_told(
     model_dir: Path, settings: Callable[..., EvaluateConfig], tmp_path: Path
 ) -> None:
@@ -464,7 +487,8 @@ def test_one_task_that_fails_leaves_the_others(
     out = tmp_path / "out"
     result = evaluate(settings(output_path=out), notes.append)
     assert result.unfinished == ("dense: continue",)
-    assert "dense: continue: cpu: out of memory; pass less" in notes
+    told = next(line for line in notes if line.startswith("dense: continue"))
+    assert told.startswith("dense: continue: cpu: out of memory for one request; leave out the ta")
     assert {score.task for score in result.scores} == set(NAMES) - {"continue"}
     assert EVALUATION.read(out) == result
     assert "unfinished: dense: continue" in evaluation_table(result)
