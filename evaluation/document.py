@@ -152,13 +152,14 @@ def _tasks(
             metric=metric,
             filter=filtered,
             higher_is_better=better,
-            requests_hash=_hash_of(own),
+            requests_hash=requests_hash(own),
             chance=chance_of(task),
             first_prompt=str(own[0].arguments[0][0])[:_PROMPT_CHARACTERS],
         )
 
 
-def _hash_of(questions: Sequence[Questions]) -> str:
+def requests_hash(questions: Sequence[Questions]) -> str:
+    """Return a SHA-256 over all that a task asks, of every kind of request."""
     digests = [each.digest for each in questions]
     return digests[0] if len(digests) == 1 else sha256("".join(digests).encode())
 

@@ -24,7 +24,9 @@ from common.lock import locked
 from evaluation.answers import DIRECTORY, Batch, file_name
 from evaluation.backends.backend import Score, Scoring
 from evaluation.backends.transformers_model import TransformersBackend
+from evaluation.document import requests_hash
 from evaluation.run import evaluate
+from evaluation.scoring import Questions
 from evaluation.settings import EvaluateConfig
 from evaluation.suites.suite import Suite, SuiteColumn
 from evaluation.table import evaluation_table
@@ -656,3 +658,13 @@ def test_damaged_answers_are_refused(
         file.write_bytes(b"".join([*lines, wrong]))
         with refused(OutputError, f"line {len(lines) + 1} is damaged", "--force"):
             evaluate(settings(output_path=out, limit=2, resume=True))
+
+
+def test_a_task_s_hash_is_over_all_kinds_of_its_requests() -> None:
+    first = Questions(task="t", kind="loglikelihood", arguments=(("a", "b"),))
+    others = [
+        Questions(task="t", kind="generate_until", arguments=((text, {}),)) for text in ("x", "y")
+    ]
+    assert requests_hash([first]) == first.digest
+    hashes = {requests_hash([first]), *(requests_hash([first, other]) for other in others)}
+    assert len(hashes) == 3
