@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,28 @@ from evaluation.tasks.quiet import quiet
 @pytest.fixture(autouse=True)
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_index() -> Iterator[None]:
+    """Read lm-eval's own 14,000 task files once, not for each test."""
+    import lm_eval.tasks.manager as manager
+
+    own, known = manager.TaskIndex.build, dict[str, Any]()
+
+    def build(paths: Iterable[Path], **options: Any) -> dict[str, Any]:
+        index: dict[str, Any] = {}
+        for path in paths:
+            if Path(path) == Path(manager.__file__).parent:
+                known.update({} if known else own([path], **options))
+                index |= copy.deepcopy(known)
+            else:
+                index |= own([path], **options)
+        return index
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager.TaskIndex, "build", staticmethod(build))
+        yield
 
 
 def _answered(loaded: LoadedTasks, answer: Any) -> Any:
