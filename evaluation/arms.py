@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from architectures.checkpoint import Checkpoint
+from architectures.model import OutOfMemory
 from architectures.tokenizer import OwnTokenizer
 from common.errors import PredictorError, SettingsError
 from common.files import sha256
@@ -144,6 +145,14 @@ def _read(artifact: PredictorArtifact) -> _Read:
     return _Read(Placed(predictors, artifact.header.threshold), sha256(b"".join(parts)))
 
 
+def _loaded(opened: Opened, device: str, dtype: torch.dtype | None) -> TransformersModel:
+    try:
+        return TransformersModel(opened, device=device, dtype=dtype)
+    except OutOfMemory as error:
+        remedy = "free some memory, or pass another --device or --dtype"
+        raise OutOfMemory(error.problem, remedy) from error
+
+
 class Arms:
     """The arms of an evaluation; one model is in memory at a time."""
 
@@ -224,7 +233,7 @@ class Arms:
         if self._loaded is None or self._loaded[0] != arm.model:
             self.close()
             opened = self._models[arm.model].opened
-            loaded = TransformersModel(opened, device=self._device, dtype=self._dtype)
+            loaded = _loaded(opened, self._device, self._dtype)
             self._loaded = arm.model, loaded
         model = self._loaded[1]
         read = None if arm.predictors is None else _read(self._predictors[arm.predictors])

@@ -106,6 +106,7 @@ def evaluated(config: QuickstartConfig, paths: Paths, note: Callable[[str], None
         data=paths.corpus.valid,
         predictors=(paths.predictors,),
         gguf=(paths.bundle.model_file,),
+        limit=SIZES[config.size].questions,
         output_path=paths.evaluation,
         device="cpu",
         seed=config.seed,

@@ -31,6 +31,7 @@ class Size:
         rank: predictor rank.
         chunks: perplexity windows.
         generate: tokens a speed run.
+        questions: of each task of an evaluation.
     """
 
     characters: int
@@ -49,6 +50,7 @@ class Size:
     rank: int
     chunks: int
     generate: int
+    questions: int
 
 
 SIZES = {
@@ -69,6 +71,7 @@ SIZES = {
         rank=32,
         chunks=8,
         generate=16,
+        questions=10,
     ),
     "small": Size(
         characters=4_000_000,
@@ -87,6 +90,7 @@ SIZES = {
         rank=32,
         chunks=24,
         generate=64,
+        questions=60,
     ),
 }
 

@@ -18,6 +18,8 @@ from powerinfer_bridge.programs.powerinfer import PowerInfer
 from quickstart.model import write_corpus
 from quickstart.pipeline import Paths, quickstart
 from quickstart.settings import QuickstartConfig
+from report.runs import load_runs
+from results.evaluation import EVALUATION
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,23 @@ def test_second_run_reuses_every_step(finished: tuple[QuickstartConfig, str]) ->
     result, paths = quickstart(config)
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert plain(result) == json.loads(paths.result.read_text())
+
+
+def test_evaluate_asks_model_predictors_and_file(finished: tuple[QuickstartConfig, str]) -> None:
+    config, _ = finished
+    command = ["quickstart", "--size", "tiny", "--threads", "1", "--out", str(config.out)]
+    result = CliRunner().invoke(main, [*command, "--evaluate"])
+    assert result.exit_code == 0, result.output
+    assert "tiny_next_line" in result.stdout
+    found = EVALUATION.read(Paths(config.out).evaluation)
+    assert [arm.kind for arm in found.arms] == ["dense", "predictors", "engine"]
+    assert {task.questions for task in found.tasks} == {10}
+    for task in found.tasks:
+        ours, file = (found.difference(task.name, arm.name) for arm in found.arms[1:])
+        assert ours is not None
+        assert file is not None
+        assert abs(ours.difference - file.difference) <= 0.1
+    assert load_runs([config.out])[0].evaluation == found
 
 
 def test_other_settings_need_another_directory(

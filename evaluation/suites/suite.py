@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
+from common.scratch import Scratch
 from evaluation.settings import EvaluateConfig
 from evaluation.suites.card import CARD, CODE_TASKS, PUBLISHED, PUBLISHED_SPARSITY, card_tasks
 from evaluation.suites.tiny import write_tiny
@@ -36,7 +36,6 @@ class Suite:
         columns: of the suite's table; none without one.
         published: rows beside it.
         notes: what a reader must know, a line each.
-        files: directory of files that go with this object.
     """
 
     names: tuple[str, ...]
@@ -44,11 +43,10 @@ class Suite:
     columns: tuple[SuiteColumn, ...] = ()
     published: tuple[PublishedRow, ...] = ()
     notes: tuple[str, ...] = ()
-    files: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
 
 def open_suite(config: EvaluateConfig) -> Suite:
-    """Return what settings ask for; files of the suite `tiny` are made now.
+    """Return what settings ask for; files of the suite `tiny` are there as long as it is.
 
     Raises:
         DataError: its text cannot be used.
@@ -56,10 +54,20 @@ def open_suite(config: EvaluateConfig) -> Suite:
     if config.suite == "card":
         return _card(allow_code=config.allow_code)
     if config.suite == "tiny":
-        files = tempfile.TemporaryDirectory(prefix="psp-tiny-")
-        write_tiny(config.data, Path(files.name), seed=config.seed)
-        return Suite(names=(files.name,), files=files)
+        return _tiny(config)
     return Suite(names=config.tasks)
+
+
+def _tiny(config: EvaluateConfig) -> Suite:
+    scratch = Scratch(prefix="psp-tiny-")
+    try:
+        write_tiny(config.data, scratch.path, seed=config.seed)
+    except BaseException:
+        scratch.close()
+        raise
+    suite = Suite(names=(str(scratch.path),))
+    weakref.finalize(suite, scratch.close)
+    return suite
 
 
 def _card(*, allow_code: bool) -> Suite:

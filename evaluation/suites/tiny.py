@@ -25,6 +25,9 @@ from common.files import write_bytes
 NAMES = ("tiny_next_line", "tiny_cloze", "tiny_finish", "tiny_rolling")
 """The suite's tasks."""
 
+LEAST_QUESTIONS = 10
+"""With fewer a share tells nothing."""
+
 HELD_OUT_BYTES = 100_000
 """Library files above this size are in no quickstart's training text."""
 
@@ -62,7 +65,7 @@ def write_tiny(corpus_valid: Path | None, out: Path, *, seed: int, questions: in
         questions: of each task, at most.
 
     Raises:
-        DataError: the file cannot be read, or is too short for half of the questions.
+        DataError: the file cannot be read, or gives fewer than `LEAST_QUESTIONS`.
         OutputError: the directory cannot be written.
     """
     shown = "this Python's library" if corpus_valid is None else str(corpus_valid)
@@ -72,7 +75,7 @@ def write_tiny(corpus_valid: Path | None, out: Path, *, seed: int, questions: in
         rows = make(text, random.Random(f"{seed} {name}"), questions + (_EXAMPLES if shots else 0))
         examples = rows[:_EXAMPLES] if shots else []
         asked = rows[len(examples) :]
-        if len(asked) < questions / 2:
+        if len(asked) < LEAST_QUESTIONS:
             problem = f"{shown}: gives {len(asked)} questions for {name}, of {questions}"
             raise DataError(problem, "name a longer text with --data")
         _write_rows(out / f"{name}.jsonl", asked)
