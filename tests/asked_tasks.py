@@ -87,3 +87,28 @@ def write_tasks(directory: Path, *, count: int = 12) -> Path:
         metric_list=[{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     )
     return directory
+
+
+def own_task(directory: Path, name: str, *metrics: str, **changes: Any) -> str:
+    """Write a task of choices, texts or pages with metrics of lm-eval's."""
+    rows = [
+        {
+            "text": f"The quick brown fox number {n} jumps over",
+            "choices": ["the dog", "the cat", "a token"][: changes.pop("choices", 2)],
+            "answer": n % 2,
+            "page": f"Number {n}. In the beginning there was a {'fox' * n}. ",
+        }
+        for n in range(8)
+    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "multiple_choice": {"doc_to_choice": "choices", "doc_to_target": "answer"},
+        "loglikelihood": {"doc_to_target": " dog"},
+        "loglikelihood_rolling": {"doc_to_text": "", "doc_to_target": "{{page}}"},
+        "generate_until": {
+            "doc_to_target": "dog",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        },
+    }
+    own = {"doc_to_text": "{{text}}", **kinds[changes["output_type"]], **changes}
+    write_task(directory, name, rows, metric_list=[{"metric": m} for m in metrics], **own)
+    return str(directory)
