@@ -24,7 +24,7 @@ ROOMS = (
         "predictor",
     ),
     *("cost_model", "pipeline", "prosparse", "quickstart", "report", "results", "sparse_operators"),
-    "vllm_plugin",
+    *("evaluation", "vllm_plugin"),
 )
 DATA = (
     "cost_model/hardware.yaml",
@@ -41,7 +41,7 @@ COMMANDS = (
     ),
     *(("export-gguf",), ("gpu-split",), ("inspect",), ("verify",), ("bench-powerinfer",)),
     *(("generate",), ("bench-operators",), ("sparsify",), ("sparsity",)),
-    *(("estimate",), ("report",), ("doctor",), ("run",), ("serve-check",)),
+    *(("estimate",), ("evaluate",), ("report",), ("doctor",), ("run",), ("serve-check",)),
 )
 
 
