@@ -35,3 +35,6 @@ def quickstart(config: QuickstartConfig, as_json: bool) -> None:
     echo("\nFiles")
     for name, path in paths.all().items():
         echo(f"  {name:<22} {path}")
+    if answers is not None:
+        echo(f"  {'answers':<22} {paths.evaluation}")
+        echo(f"  {'page of all results':<22} {paths.page}")

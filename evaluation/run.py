@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, note: Note = lambda line: None) -> Evaluati
     if package_version("lm_eval") is None:
         raise SettingsError(
             "psp evaluate asks its questions with lm-eval, which is not installed",
-            "pip install 'psp[eval]'",
+            "pip install '.[eval]' in psp's directory",
         )
     notes = _Notes(note)
     arms = Arms(
@@ -113,7 +113,7 @@ def _claimed(config: EvaluateConfig) -> Iterator[None]:
 
 
 def _ask(
-    config: EvaluateConfig, arms: Arms, arm: Arm, questions: Sequence[Questions], note: Note
+    config: EvaluateConfig, arms: Arms, arm: Arm, questions: Sequence[Questions], note: _Notes
 ) -> Asked:
     """Ask an arm everything; what keeps one task from answers is told, and the others go on."""
     backend, facts = arms.open(arm)
@@ -121,6 +121,9 @@ def _ask(
         answers = _opened(config, arms, arm, facts)
         tokenizer = arms.model(arm).tokenizer
         asker = Asker(backend, tokenizer, answers, config.batch_size, config.seed, note)
+        asked = sum(len(each.arguments) for each in questions)
+        kept = f", {len(answers.known):,} answers are kept" if answers.known else ""
+        note.tell(f"{arm.name}: {asked:,} requests{kept}")
         known: dict[tuple[str, str], Answer] = {}
         failed: list[str] = []
         for each in questions:

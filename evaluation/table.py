@@ -55,7 +55,7 @@ def _row(
     if result.shares(task):
         own = [f"{100 * score.value:.2f}", _percent(score.standard_error)]
     else:
-        own = [f"{score.value:.4f}", _plain(score.standard_error)]
+        own = [f"{score.value:,.6g}", _plain(score.standard_error)]
         if found is not None and is_relative(task.metric):
             growth = f"{growth} %"
         elif found is not None:
@@ -127,4 +127,4 @@ def _percent(share: float | None) -> str:
 
 
 def _plain(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:,.4g}"

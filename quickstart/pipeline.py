@@ -15,6 +15,8 @@ from pipeline.settings import RunConfig
 from pipeline.state import STATE, RunState
 from quickstart.model import Corpus, train_model, write_corpus, write_untrained
 from quickstart.settings import SIZES, QuickstartConfig, Size
+from report.page import write_page
+from report.settings import ReportConfig
 from results.bench import Bench
 from results.evaluation import Evaluation
 
@@ -36,6 +38,7 @@ class Paths:
         bundle: export bundle.
         result: benchmark result, JSON.
         evaluation: directory of the evaluation, if there is one.
+        page: HTML page of all results, the evaluation's too.
     """
 
     def __init__(self, out: Path) -> None:
@@ -48,6 +51,7 @@ class Paths:
         self.traces, self.predictors = made.traces, made.predictors
         self.bundle, self.result = made.bundle, made.result
         self.evaluation = out / "evaluation"
+        self.page = self.evaluation / "report.html"
 
     def all(self) -> dict[str, Path]:
         """Return every path by what it holds."""
@@ -112,7 +116,9 @@ def evaluated(config: QuickstartConfig, paths: Paths, note: Callable[[str], None
         seed=config.seed,
         resume=True,
     )
-    return evaluate(settings, note)
+    result = evaluate(settings, note)
+    write_page(ReportConfig(directories=(config.out,), out=paths.page, force=True))
+    return result
 
 
 def _claim(config: QuickstartConfig) -> None:

@@ -121,7 +121,7 @@ def _difference(task: EvaluationTask, found: Difference | None, *, share: bool) 
 _SAYS = {
     "better": "differs: better",
     "worse": "differs: worse",
-    "the same": "the same",
+    "the same": "the same score",
     "not seen": "none seen",
     "unknown": "unknown",
 }

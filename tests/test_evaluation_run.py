@@ -387,7 +387,7 @@ def test_without_lm_eval_the_remedy_is_named(
     settings: Callable[..., EvaluateConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("evaluation.run.package_version", lambda name: None)
-    with refused(SettingsError, "not installed", "pip install 'psp[eval]'"):
+    with refused(SettingsError, "not installed", "pip install '.[eval]'"):
         evaluate(settings())
 
 

@@ -178,6 +178,8 @@ def _refused(names: list[str], **options: Any) -> str:
 def test_an_unknown_name_is_told_with_its_neighbours() -> None:
     assert "task hellaswga: neither known" in (line := _refused(["hellaswga"]))
     assert "did you mean hellaswag" in line
+    line = _refused(["hellaswga", "piqa", "boolqq"])
+    assert "neither known to lm-eval nor a file or directory, nor is boolqq; did you mean" in line
 
 
 def test_data_on_a_hub_that_is_not_there_is_told() -> None:
@@ -185,6 +187,7 @@ def test_data_on_a_hub_that_is_not_there_is_told() -> None:
     assert "task piqa: its data baber/piqa is not on this disk" in line
     assert "HF_DATASETS_OFFLINE is set" in line
     assert "datasets.load_dataset('baber/piqa')" in line
+    assert "; nor can be opened: boolq, gsm8k; run python" in _refused(["piqa", "boolq", "gsm8k"])
 
 
 @pytest.mark.parametrize(
@@ -193,6 +196,7 @@ def test_data_on_a_hub_that_is_not_there_is_told() -> None:
         ({"doc_to_text": "{{absent}}"}, "template cannot be filled ('absent' is undefined)"),
         ({"doc_to_text": "{{asked"}, "template cannot be filled"),
         ({"test_split": "absent"}, "no 'absent'"),
+        ({"doc_to_target": "rihgt"}, "first question is 'rihgt', none of its 3 choices"),
         ({"doc_to_image": "asked"}, "pictures or sounds"),
         ({"unsafe_code": True}, "--allow-code"),
         ({"num_fewshot": 6, "fewshot_split": "test"}, "6 shots of 5 examples"),

@@ -80,6 +80,8 @@ def test_evaluate_asks_model_predictors_and_file(finished: tuple[QuickstartConfi
         assert file is not None
         assert abs(ours.difference - file.difference) <= 0.1
     assert load_runs([config.out])[0].evaluation == found
+    assert "tiny_next_line" in Paths(config.out).page.read_text(encoding="utf-8")
+    assert str(Paths(config.out).page) in result.stdout
 
 
 def test_other_settings_need_another_directory(

@@ -97,6 +97,7 @@ def load_tasks(
             notes = _set_shots(loaded, num_fewshot)
             for name, task in loaded.tasks.items():
                 _check_metrics(name, task)
+                _check_target(name, task)
                 _check_shots(name, task)
             loaded.reseed()
     except BaseException:
@@ -161,6 +162,7 @@ def _wanted(names: Sequence[str], manager: Any) -> dict[str, list[str]]:
         DataError: an unknown name, or a directory without tasks.
     """
     wanted: dict[str, list[str]] = {}
+    unknown: list[DataError] = []
     for name in dict.fromkeys(names):
         path = Path(name)
         if path.is_dir():
@@ -172,10 +174,22 @@ def _wanted(names: Sequence[str], manager: Any) -> dict[str, list[str]]:
         else:
             wanted[name] = [name] if name in manager.task_index else []
         if not wanted[name]:
-            raise _unknown(name, manager)
+            unknown.append(_unknown(name, manager))
+    _raise_first(unknown, ", nor is")
     if not wanted:
         raise DataError("no tasks", "name some with --tasks, or a suite with --suite")
     return wanted
+
+
+def _raise_first(errors: Sequence[DataError], so_are: str) -> None:
+    """Raise the first of some errors, with the names that the others are about."""
+    if not errors:
+        return
+    first, *others = errors
+    if not others:
+        raise first
+    also = ", ".join(each.problem.partition(":")[0].removeprefix("task ") for each in others)
+    raise DataError(f"{first.problem}{so_are} {also}", first.remedy)
 
 
 def _in_directory(directory: Path, manager: Any) -> list[str]:
@@ -201,12 +215,17 @@ def _unknown(name: str, manager: Any) -> DataError:
 def _merged(manager: Any, wanted: Mapping[str, Sequence[str]], seed: int) -> LoadedTasks:
     loaded = LoadedTasks({}, {}, {}, {}, seed)
     owner: dict[str, str] = {}
+    errors: list[DataError] = []
     for name, specs in wanted.items():
         leaves: list[str] = []
         for spec in specs:
             if spec in owner.values():
                 continue
-            found = _loaded(manager, spec)
+            try:
+                found = _loaded(manager, spec)
+            except DataError as error:
+                errors.append(error)
+                continue
             for leaf, task in found["tasks"].items():
                 if owner.setdefault(leaf, spec) != spec:
                     problem = f"task {leaf}: named twice, by {owner[leaf]} and by {spec}"
@@ -216,6 +235,7 @@ def _merged(manager: Any, wanted: Mapping[str, Sequence[str]], seed: int) -> Loa
             loaded.groups.update(found["groups"])
             loaded.group_map.update(found["group_map"])
         loaded.requested[name] = tuple(leaves)
+    _raise_first(errors, "; nor can be opened:")
     return loaded
 
 
@@ -252,6 +272,22 @@ def _check_metrics(name: str, task: Task) -> None:
     if missing:
         problem = f"task {name}: unknown metric {missing[0]}"
         raise DataError(problem, "name one of lm-eval's, or fetch it with a network first")
+
+
+def _check_target(name: str, task: Task) -> None:
+    """Refuse a right answer that is no choice: lm-eval would call every answer wrong."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.get_config("process_results") is not None:
+        return
+    doc = task.eval_docs[0]
+    choices = list(task.doc_to_choice(doc))
+    found = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    for each in found if isinstance(found, list) else [found]:
+        if each not in choices and not (isinstance(each, int) and each < len(choices)):
+            raise DataError(
+                f"task {name}: the right answer to its first question is {each!r}, none of its "
+                f"{len(choices)} choices",
+                "mend doc_to_target: a column, the number of a choice, or its text",
+            )
 
 
 def _check_shots(name: str, task: Task) -> None:
