@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from evaluation.settings import EvaluateConfig
 
 WORDS = ("fox", "dog", "token", "class", "range", "import")
 
@@ -112,3 +115,13 @@ def own_task(directory: Path, name: str, *metrics: str, **changes: Any) -> str:
     own = {"doc_to_text": "{{text}}", **kinds[changes["output_type"]], **changes}
     write_task(directory, name, rows, metric_list=[{"metric": m} for m in metrics], **own)
     return str(directory)
+
+
+def settings_maker(model: Path, tasks: Path) -> Callable[..., EvaluateConfig]:
+    """Return what makes settings of an evaluation on the CPU."""
+
+    def make(**changes: Any) -> EvaluateConfig:
+        chosen = {"model": (str(model),), "tasks": (str(tasks),), "device": "cpu"}
+        return EvaluateConfig(**(chosen | changes))
+
+    return make

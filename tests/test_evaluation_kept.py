@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asked_tasks import own_task, write_tasks
+from asked_tasks import own_task, settings_maker, write_tasks
 from conftest import ModelMaker, refused
 
 from architectures.model import OutOfMemory
@@ -39,11 +39,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(model_dir: Path, tasks: Path) -> Callable[..., EvaluateConfig]:
-    def make(**changes: Any) -> EvaluateConfig:
-        chosen = {"model": (str(model_dir),), "tasks": (str(tasks),), "device": "cpu"}
-        return EvaluateConfig(**(chosen | changes))
-
-    return make
+    return settings_maker(model_dir, tasks)
 
 
 def comparable(result: Evaluation) -> dict[str, Any]:
