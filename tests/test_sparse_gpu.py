@@ -151,6 +151,7 @@ def test_ops_are_registered_rightly() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # inductor's advice on a card
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # its imports
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile(mode: str) -> None:
     given = parts(1, *SIZES["odd"], torch.float16)
