@@ -69,6 +69,13 @@ class RustTokenizer(OpenedTokenizer):
             document: dict[str, Any] = json.loads(self.rust.to_str())
             return document
 
+    def split(self, text: str) -> list[str]:
+        """Return the words that merges do not reach across, as the tokenizer spells them."""
+        splitter = self.rust.pre_tokenizer
+        with damage_refused(self.file):
+            words = [] if splitter is None else splitter.pre_tokenize_str(text)
+        return [word for word, _ in words]
+
     def merge(self, words: Iterable[str]) -> list[list[int]]:
         """Return the ids of byte-level words by merges alone, whatever splits texts into words."""
         import tokenizers

@@ -9,13 +9,13 @@ import click
 
 from commands.options import json_option, settings_options
 from commands.printing import echo, note, print_json, warn
-from gguf_export.settings import ExportConfig
+from gguf_export.settings import POWERINFER, ExportConfig
 
 
 def _choose(values: dict[str, Any]) -> None:
     """Take the predictors that were passed, by one name or the other."""
     imported = values.pop("import_predictors_from")
-    if values["predictors"] is None and imported is None:
+    if values["engine"] == POWERINFER and values["predictors"] is None and imported is None:
         hint = "'--predictors' or '--import-predictors-from'"
         raise click.MissingParameter(param_type="option", param_hint=hint)
     if values["predictors"] is not None and imported is not None:
@@ -24,7 +24,7 @@ def _choose(values: dict[str, Any]) -> None:
 
 
 @click.command("export-gguf")
-@settings_options(ExportConfig, before=_choose, optional=("predictors",))
+@settings_options(ExportConfig, before=_choose)
 @click.option(
     "--import-predictors-from",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -40,11 +40,12 @@ def export_gguf(config: ExportConfig, as_json: bool, no_verify: bool) -> None:
     """
     from common.typed_json import plain
     from gguf_export.bundle import export
+    from gguf_export.dense import export_single
     from gguf_export.gpu_split import split, split_table
     from powerinfer_bridge.verify.verification import ExportCheck
 
     check = None if no_verify else ExportCheck(config.model, config.out)
-    bundle = export(config, check)
+    bundle = (export if config.engine == POWERINFER else export_single)(config, check)
     warn(bundle.warnings)
     if check is not None and check.hint:
         note(check.hint)

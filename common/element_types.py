@@ -57,3 +57,6 @@ ELEMENT_TYPES = {
     ),
 }
 ELEMENT_NAMES = tuple(ELEMENT_TYPES)
+
+DENSE_NAMES = ("f16", "bf16", "q8_0", "q4_0")
+"""Element types in which psp writes files for llama.cpp."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from architectures.checkpoint import Checkpoint
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
+from gguf_export.dense import dense_model, dense_types
 from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
 from gguf_export.predictor_kinds import open_predictors
 from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
@@ -25,7 +26,7 @@ from gguf_export.requirements import check_model, check_types
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter
-from gguf_files.names import NOTE_KEY, PREDICTOR_TYPE_KEY, RECIPE_KEY
+from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY
 
 
 @dataclass(frozen=True)
@@ -121,17 +122,20 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
             PowerInfer cannot run, existing outputs, or a refused write.
     """
     checkpoint = Checkpoint.open(config.model)
+    assert config.predictors is not None  # of another engine if it is
     predictors = open_predictors(config.predictors, checkpoint.shape)
     ranks = _check_requirements(config, checkpoint, predictors)
-    shape, dense_note = checkpoint.shape, checkpoint.architecture.dense_note or ""
+    shape = checkpoint.shape
     vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
+    dense = dense_model(config, checkpoint, vocabulary)
+    converted = conversion_note(list(plan_model(checkpoint, sparse=True, types=config.types)))
     warnings = (
         *checkpoint.notes,
         *vocabulary.notes,
         *vocabulary.warnings,
-        *_conversions(config, checkpoint),
+        *(() if converted is None else (converted,)),
+        *(() if dense is None else dense.warnings),
     )
-    warnings += (dense_note,) if config.dense else ()
     bundle = replace(Bundle.beside(config.out), warnings=warnings)
     bundle = bundle.beside_others(counted=predictors.counted)
     bundle.refuse_existing(force=config.force)
@@ -144,18 +148,9 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
         writer.write(unnamed.model_file, bundle.model_file, sparse_keys, planned, sparse=True)
         if check is not None:
             check(unnamed.model_file)
-        if config.dense:
-            note = {NOTE_KEY: dense_note}
-            writer.write(unnamed.dense_file, bundle.dense_file, note, sparse=False)
+        if dense is not None:
+            dense.write(unnamed.dense_file, bundle.dense_file)
     return bundle
-
-
-def _conversions(config: ExportConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    """Yield which tensors of a GGUF model are not copied, for each file that is written of it."""
-    for sparse in (True, *([False] if config.dense else [])):
-        note = conversion_note(list(plan_model(checkpoint, sparse=sparse, types=config.types)))
-        if note is not None:
-            yield note if sparse else f"dense file: {note}"
 
 
 def _predictor_keys(predictors: PredictorSource, types: FileTypes) -> dict[str, float | str]:
@@ -208,7 +203,9 @@ def _check_requirements(
             statistics to split neurons by.
     """
     check_model(checkpoint)
-    check_types(checkpoint, config.types, dense=config.dense)
+    check_types(checkpoint, config.types, dense=False)
+    if config.dense:
+        dense_types(config, checkpoint)
     ranks = _check_fit(checkpoint, predictors)
     if not keeps_types(predictors, config.types):
         _check_precision(predictors, config.types)

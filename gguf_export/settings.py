@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from common.element_types import ELEMENT_NAMES
+from common.element_types import DENSE_NAMES, ELEMENT_NAMES
 from common.errors import ExportError
 from common.settings import Force, ModelFile, ModelName, Option, check_settings
 from common.units import MIB, parse_size
+from gguf_files.names import SMALLTHINKER
 
 if TYPE_CHECKING:
     from gguf_export.pwri.element_types import FileTypes
+    from gguf_export.smallthinker.types import ExpertTypes
 
-SUFFIX = ".powerinfer.gguf"
+SUFFIX, PLAIN_SUFFIX = ".powerinfer.gguf", ".gguf"
+
+POWERINFER, LLAMA_CPP = "powerinfer", "llama.cpp"
+"""What `--engine` may be."""
+
+AUTO = "auto"
 
 _DEFAULT = "f16"
 _TYPES = f"[{'|'.join(ELEMENT_NAMES)}]"
@@ -31,35 +39,50 @@ KvType = Annotated[
 ]
 
 
+def _expert_types(name: str | None, option: str) -> ExpertTypes:
+    from gguf_export.smallthinker.types import ExpertTypes
+
+    if name is not None and name not in DENSE_NAMES:
+        raise ExportError(f"--{option} {name}: unknown", f"choose of {', '.join(DENSE_NAMES)}")
+    return ExpertTypes(weights=_DEFAULT if name is None else name, chosen=name is not None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Settings of an export.
 
     Attributes:
-        predictors: see `predictor_kinds.open_predictors`.
+        predictors: see `predictor_kinds.open_predictors`; None of an engine that takes none.
         vram_budget: with one a GPU split will follow, which needs activation statistics; so do
             `context` and `kv_type`.
     """
 
     model: ModelName
-    predictors: Annotated[
+    out: Annotated[
         Path,
+        Option("Model file; the rest of the bundle is written beside it.", "NAME.powerinfer.gguf"),
+    ]
+    engine: Annotated[
+        str,
+        Option(
+            "What will run it; llama.cpp (and what is built on it) takes no predictors.",
+            choices=(POWERINFER, LLAMA_CPP),
+        ),
+    ] = POWERINFER
+    predictors: Annotated[
+        Path | None,
         Option(
             "From psp train-predictor; or PowerInfer's model_N.pt; or a GGUF file that has some; "
             "or none, which computes every neuron.",
             "PREDICTORS|none",
         ),
-    ]
-    out: Annotated[
-        Path,
-        Option("Model file; the rest of the bundle is written beside it.", "NAME.powerinfer.gguf"),
-    ]
+    ] = None
     outtype: Annotated[
         str | None,
         Option(
-            "Element type of the matrices of the model.",
+            "Element type of the matrices of the model; for llama.cpp also bf16 and q8_0.",
             _TYPES,
-            unset="f16; a GGUF model keeps what PowerInfer runs",
+            unset="f16; a GGUF model keeps what the engine runs",
         ),
     ] = None
     predictor_type: Annotated[
@@ -71,9 +94,24 @@ class ExportConfig:
         ),
     ] = None
     dense: Annotated[
-        bool,
-        Option("Also write NAME.dense.gguf, to time against; for arch llama its text is wrong."),
+        bool, Option("Also write NAME.dense.gguf, which llama.cpp runs with the right text.")
     ] = False
+    dense_arch: Annotated[
+        str,
+        Option(
+            "Graph of the dense file: llama is what PowerInfer's dense mode can time, with "
+            "wrong text.",
+            choices=(AUTO, SMALLTHINKER, "llama"),
+        ),
+    ] = AUTO
+    dense_type: Annotated[
+        str | None,
+        Option(
+            "Element type of the dense file's matrices.",
+            choices=DENSE_NAMES,
+            unset="--outtype",
+        ),
+    ] = None
     vram_budget: Annotated[str | None, _BUDGET] = None
     context: Context = 512
     kv_type: KvType = "f16"
@@ -82,9 +120,35 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Refuse element types that do not run, and names that make no other names."""
         check_settings(self, ExportError)
-        if not self.out.name.endswith(SUFFIX) or self.out.name == SUFFIX:
-            raise ExportError(f"--out {self.out}: expected a name that ends in {SUFFIX}")
-        _ = self.types, self.split  # refuse others
+        suffix = SUFFIX if self.engine == POWERINFER else PLAIN_SUFFIX
+        if not self.out.name.endswith(suffix) or self.out.name == suffix:
+            raise ExportError(f"--out {self.out}: expected a name that ends in {suffix}")
+        for option, given in () if self.engine == POWERINFER else self._for_powerinfer():
+            if given:
+                raise ExportError(f"{option} is for PowerInfer", f"leave --engine or {option} out")
+        if not self.dense and (self.dense_arch != AUTO or self.dense_type is not None):
+            raise ExportError("--dense-arch and --dense-type are for --dense", "pass --dense")
+        _ = (self.types if self.engine == POWERINFER else self.plain_types), self.split
+
+    def _for_powerinfer(self) -> Iterator[tuple[str, bool]]:
+        """Yield options that make no sense of a single file, and whether they are given."""
+        yield "--predictors", self.predictors is not None
+        yield "--predictor-type", self.predictor_type is not None
+        yield "--dense", self.dense
+        yield "--vram-budget", self.vram_budget is not None
+        sparse = self.out.name.endswith(SUFFIX)
+        yield f"the name *{SUFFIX}", sparse
+
+    @property
+    def plain_types(self) -> ExpertTypes:
+        """Element types of a file for llama.cpp alone."""
+        return _expert_types(self.outtype, "outtype")
+
+    @property
+    def dense_types(self) -> ExpertTypes:
+        """Element types of the dense file, where its arch has experts."""
+        given = self.outtype if self.dense_type is None else self.dense_type
+        return _expert_types(given, "dense-type")
 
     @property
     def types(self) -> FileTypes:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,18 @@ from common.overlap import flushed_meanwhile, made_ahead
 from gguf_export.model_keys import add_keys, provenance
 from gguf_export.plan import PlannedTensor, plan_model
 from gguf_export.pwri.element_types import FileTypes, encode
+from gguf_export.pwri.schema import parse_name
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_files.elements import PLAIN
 from gguf_files.reader import SPARSE_MAGIC
 
 _PIECE = 1 << 20
 """Numbers that are converted at once."""
+
+_UP = re.compile(r"\.ffn_up(_exps)?\.")
+
+_WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
+"""Types that are made of float32; the others of float16, in which PowerInfer computes."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +64,72 @@ class ModelWriter:
         Args:
             path: where to write it, a temporary name.
             target: its final name, for messages.
-            keys: further keys, written as float32 or string; where the file comes from follows.
+            keys: further keys, see `ModelFile.write`.
             predictors: tensors that follow the model's, see `plan.plan_predictors`.
             sparse: which of the two.
+
+        Raises:
+            PspError: see `ModelFile.write`.
+        """
+        model = list(plan_model(self.checkpoint, sparse=sparse, types=self.types))
+        name = self.checkpoint.architecture.gguf_name
+        file = ModelFile(self.checkpoint, self.vocabulary, name)
+        file.write(path, target, keys, [*model, *predictors], sparse=sparse)
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model's file of any architecture.
+
+    Attributes:
+        checkpoint: the model.
+        vocabulary: its tokenizer.
+        architecture: `general.architecture`.
+        sizes: further keys of the architecture's sizes, named without it, written as uint32.
+    """
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    architecture: str
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def write(
+        self,
+        path: Path,
+        target: Path,
+        keys: Mapping[str, float | str],
+        tensors: Sequence[PlannedTensor],
+        *,
+        sparse: bool = False,
+    ) -> None:
+        """Write it.
+
+        Args:
+            path: where to write it, a temporary name.
+            target: its final name, for messages.
+            keys: further keys, written as float32 or string; where the file comes from follows.
+            tensors: all of it, in order.
+            sparse: whether PowerInfer runs it sparsely.
 
         Raises:
             OutputError: the system refused a write.
             CheckpointError: a weight is NaN or infinite, told where it is met.
             ExportError: a weight does not fit float16.
         """
-        model = list(plan_model(self.checkpoint, sparse=sparse, types=self.types))
         try:
-            writer = GGUFWriter(path, self.checkpoint.architecture.gguf_name)
+            writer = GGUFWriter(path, self.architecture)
             with closing(writer):
                 add_keys(writer, self.checkpoint, self.vocabulary)
+                for name, size in self.sizes.items():
+                    key = f"{self.architecture}.{name}"
+                    writer.kv_data[0].pop(key, None)  # a GGUF model's own
+                    writer.add_uint32(key, size)
+                model = [each for each in tensors if parse_name(each.name).role != "predictor"]
                 _add_types(writer, model)
                 for key, value in {**keys, **provenance(self.checkpoint)}.items():
                     add = writer.add_string if isinstance(value, str) else writer.add_float32
                     add(key, value)
-                _write_tensors(writer, [*model, *predictors])
+                _write_tensors(writer, tensors)
                 if sparse:
                     writer.fout[0].seek(0)
                     writer.fout[0].write(SPARSE_MAGIC)
@@ -92,7 +146,7 @@ def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
     PowerInfer only prints it.
     """
     keys = writer.kv_data[0]
-    kinds = [tensor.kind.name for tensor in tensors if ".ffn_up." in tensor.name]
+    kinds = [tensor.kind.name for tensor in tensors if _UP.search(tensor.name)]
     if "general.file_type" not in keys or any(tensor.stored is None for tensor in tensors):
         keys.pop("general.file_type", None)
         writer.add_file_type(int(LlamaFileType[f"MOSTLY_{kinds[0]}"]))
@@ -133,7 +187,7 @@ def _pieces(tensor: PlannedTensor) -> Iterator[npt.NDArray[np.generic]]:
 
 
 def _encode(tensor: PlannedTensor, piece: torch.Tensor) -> npt.NDArray[np.generic]:
-    if tensor.kind is GGMLQuantizationType.F32:
+    if tensor.kind in _WIDE:
         return encode(piece.float().numpy(), tensor.kind)
     half = piece.half()
     if piece.dtype != torch.float16 and not torch.isfinite(torch.stack(half.aminmax())).all():

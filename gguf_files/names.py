@@ -24,3 +24,19 @@ NOTE_KEY = "psp.note"
 
 DOWN, DENSE_DOWN = "ffn_down_t", "ffn_down"
 """The down matrix in a sparse file, transposed, and in a dense one."""
+
+SMALLTHINKER = "smallthinker"
+"""`general.architecture` of models whose FFNs are experts with a ReLU gate. With one expert it is
+the right graph of a ReLU-gated LLaMA (llama.cpp@0c1e570 src/models/smallthinker.cpp): softmax over
+one router logit is 1, and keys and queries are turned by halves, so their rows are not permuted."""
+
+ROUTER = "ffn_gate_inp"
+"""Of such a layer: the matrix that weighs experts, (experts, d_model)."""
+
+
+def expert_name(name: str) -> str:
+    """Return what an FFN matrix of a sparse or dense file is called where it is one of experts."""
+    name = name.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
+    for stem in ("ffn_gate", "ffn_up", DENSE_DOWN):
+        name = name.replace(f".{stem}.", f".{stem}_exps.")
+    return name

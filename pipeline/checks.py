@@ -11,6 +11,7 @@ from architectures.gguf_model.source import local_path
 from architectures.model import choose_device
 from common.errors import CheckpointError, OutputError
 from common.text_sources.names import names_of, shown
+from gguf_export.dense import dense_types
 from gguf_export.requirements import check_model, check_types, vocabulary_notes
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.vocabulary import Vocabulary
@@ -61,7 +62,9 @@ def check(config: RunConfig) -> Checked:
     context = min(config.context, checkpoint.shape.context_length)
     asked = StepSettings.of(config, config.tokens, context)  # refuses what the commands refuse
     check_model(checkpoint)
-    check_types(checkpoint, asked.export.types, dense=config.dense)
+    check_types(checkpoint, asked.export.types, dense=False)
+    if config.dense:
+        dense_types(asked.export, checkpoint)
     notes, tokenizer = [*checkpoint.notes], checkpoint.tokenizer()
     rows = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)

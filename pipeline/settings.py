@@ -95,9 +95,12 @@ class RunConfig:
     dense: Annotated[
         bool,
         option_of(
-            ExportConfig, "dense", help="Also write NAME.dense.gguf, and time PowerInfer with it."
+            ExportConfig,
+            "dense",
+            help="Also write NAME.dense.gguf; with --dense-arch llama time PowerInfer with it.",
         ),
     ] = ExportConfig.dense
+    dense_arch: Annotated[str, option_of(ExportConfig, "dense_arch")] = ExportConfig.dense_arch
     vram_budget: Annotated[str | None, option_of(ExportConfig, "vram_budget")] = (
         ExportConfig.vram_budget
     )

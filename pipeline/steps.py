@@ -110,6 +110,7 @@ class StepSettings:
                 outtype=config.outtype,
                 predictor_type=config.predictor_type,
                 dense=config.dense,
+                dense_arch=config.dense_arch,
                 vram_budget=config.vram_budget,
                 force=True,
             ),

@@ -28,7 +28,11 @@ SMALL = ("--ctx", 32, "--chunks", 1, "-n", 4, "--threads", 2)
 @pytest.fixture(scope="module")
 def dense(model_dir: Path, exact_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dense") / "m.powerinfer.gguf"
-    export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out, dense=True))
+    export(
+        ExportConfig(
+            model=str(model_dir), predictors=exact_dir, out=out, dense=True, dense_arch="llama"
+        )
+    )
     return out.with_name("m.dense.gguf")
 
 

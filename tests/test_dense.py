@@ -1,4 +1,4 @@
-"""The dense file: the same weights in the layout that is run densely, for timing."""
+"""The dense file of PowerInfer's dense mode: the same weights in its layout, for timing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ TRANSPOSED = "blk.{layer}.ffn_down_t.weight"
 @pytest.fixture(scope="module")
 def dense(model_dir: Path, exact_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     out = tmp_path_factory.mktemp("dense") / "m.powerinfer.gguf"
-    return export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out, dense=True))
+    return export(
+        ExportConfig(
+            model=str(model_dir), predictors=exact_dir, out=out, dense=True, dense_arch="llama"
+        )
+    )
 
 
 def test_it_holds_the_same_weights_in_the_dense_layout(dense: Bundle) -> None:
@@ -94,9 +98,12 @@ def test_the_command_names_it(
     assert str(tmp_path / "m.dense.gguf") in result.stdout
 
 
-@pytest.mark.parametrize(("name", "word"), [("bamboo", "dReLU"), ("prosparse", "SiLU")])
+@pytest.mark.parametrize(
+    ("name", "arch", "word"),
+    [("bamboo", "auto", "dReLU"), ("prosparse", "llama", "SiLU"), ("prosparse", "auto", "FATReLU")],
+)
 def test_the_warning_fits_the_family(
-    tokenizer_bytes: bytes, tmp_path: Path, name: str, word: str
+    tokenizer_bytes: bytes, tmp_path: Path, name: str, arch: str, word: str
 ) -> None:
     from conftest import write_predictors
 
@@ -104,7 +111,11 @@ def test_the_warning_fits_the_family(
     model = write(variant, tmp_path / name, tokenizer_bytes).path
     write_predictors(model, tmp_path / "p")
     out = tmp_path / "out" / "m.powerinfer.gguf"
-    made = export(ExportConfig(model=str(model), predictors=tmp_path / "p", out=out, dense=True))
+    made = export(
+        ExportConfig(
+            model=str(model), predictors=tmp_path / "p", out=out, dense=True, dense_arch=arch
+        )
+    )
     note = GGUFFile(made.dense_file).value("psp.note", GGUFValueType.STRING)
     assert word in note
 

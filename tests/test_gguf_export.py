@@ -50,7 +50,7 @@ def predictors(model: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(model: Path, predictors: Path) -> Bundle:
     """Return an export in F16, with its dense file."""
-    return exported(model, predictors, model.with_name("plain"), dense=True)
+    return exported(model, predictors, model.with_name("plain"), dense=True, dense_arch="llama")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ which is what their programs, PowerInfer among them, meant to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,28 @@ _WORDS: dict[str, Callable[[], list[Any]]] = {
 _NEWER = (*_LLAMA_3_NAMES, "tekken")
 """Those that take a word that is a token whole, whatever the merges say, and that put BOS before a
 text unless the file says otherwise."""
+
+
+_TOLD = ("gpt-2", "smollm", "falcon", "llama-bpe", "qwen2", "tekken")
+"""One name of each way."""
+
+
+def splits_like(split: Callable[[str], list[str]], texts: Sequence[str]) -> str | None:
+    """Return the name of the way in which texts are split into words; None if it has none.
+
+    Args:
+        split: gives the words of a text, spelt in GPT-2's bytes.
+        texts: of many kinds.
+    """
+    from tokenizers import pre_tokenizers
+
+    expected = [split(text) for text in texts]
+    for name in _TOLD:
+        splitter = pre_tokenizers.Sequence(_WORDS[name]())
+        found = ([word for word, _ in splitter.pre_tokenize_str(text)] for text in texts)
+        if all(a == b for a, b in zip(found, expected, strict=True)):
+            return name
+    return None
 
 
 def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:

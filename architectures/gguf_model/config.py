@@ -19,6 +19,7 @@ from architectures.gguf_model.keys import FETCH_FILE, Keys, text_of
 from architectures.gguf_model.tokenizer_files import special_ids
 from architectures.spec import POSITION_OFFSET
 from common.errors import CheckpointError
+from gguf_files.names import ACTIVATION_KEY, SMALLTHINKER
 from gguf_files.reader import GGUFFile
 
 _EMBEDDING, _HEAD, _POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
@@ -36,6 +37,12 @@ _NEUTRAL = {
     "expert_count": 0,
 }
 """Keys that change what a graph computes, and the value with which they do not."""
+
+_OWN_KEYS = {
+    "minicpm": ("embedding_scale", "residual_scale", "logit_scale"),
+    SMALLTHINKER: ("expert_count",),
+}
+"""Those of them that an architecture has a place for."""
 
 _KEYS = {
     "hidden_size": ("embedding_length",),
@@ -81,7 +88,7 @@ def config_of(file: GGUFFile, activation: str | None) -> dict[str, Any]:
         raise keys.error("is an adapter, not a model", "merge it into its model first")
     if keys.size("block_count") > len(file.tensors):
         raise keys.error(f"block_count is {keys.size('block_count')}, more than there are tensors")
-    own = () if name != "minicpm" else ("embedding_scale", "residual_scale", "logit_scale")
+    own = _OWN_KEYS.get(name, ())
     for key, value in _NEUTRAL.items():
         if key not in own and keys.has(key) and keys.real(key) != value:
             remedy = "psp knows no such model of this architecture"
@@ -168,6 +175,26 @@ def _bamboo(keys: Keys, activation: str | None) -> dict[str, Any]:
     return _llama(keys, None) | activation_of(keys, activation, always="drelu")
 
 
+def _one_expert(keys: Keys, activation: str | None) -> dict[str, Any]:
+    """Return the ReLU-gated LLaMA that a model of one expert is; see `SMALLTHINKER`."""
+    remedy = "pass the model's Hugging Face directory"
+    if (count := keys.size("expert_count")) != 1:
+        raise keys.error(f"has {count} experts in a layer, expected one", remedy)
+    if keys.size("attention.sliding_window", 0):
+        key = keys.full("attention.sliding_window")
+        raise keys.error(f"key {key} is there, with which layers lose their positions", remedy)
+    d_ff = keys.size("expert_feed_forward_length", keys.size("feed_forward_length"))
+    said = ACTIVATION_KEY in keys.file.values
+    found = activation_of(keys, activation, always=None if said else "relu", dense="relu")
+    return _llama(keys, None) | {"intermediate_size": d_ff} | found
+
+
+def one_expert(file: GGUFFile) -> bool:
+    """Whether a file stores every FFN as an expert."""
+    value = file.values.get("general.architecture")
+    return value is not None and text_of(value.data) == SMALLTHINKER
+
+
 def _minicpm(keys: Keys, activation: str | None) -> dict[str, Any]:
     """Return MiniCPM's constants too; files from before they had keys have 12, 1.4 and 256.
 
@@ -241,6 +268,7 @@ _FAMILIES: dict[str, Callable[[Keys, str | None], dict[str, Any]]] = {
     "minicpm": _minicpm,
     "falcon": _falcon,
     "opt": _opt,
+    SMALLTHINKER: _one_expert,
 }
 
 

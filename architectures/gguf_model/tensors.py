@@ -18,7 +18,7 @@ from architectures.layouts import from_file
 from architectures.spec import Architecture, ModelShape, Transform
 from common.errors import CheckpointError
 from gguf_files.elements import decode, readable
-from gguf_files.names import DENSE_DOWN, DOWN
+from gguf_files.names import DENSE_DOWN, DOWN, ROUTER, expert_name
 from gguf_files.reader import GGUFFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -36,21 +36,38 @@ _QUANTISED = torch.float16
 _NOT_THE_MODEL = re.compile(r"blk\.\d+\.(fc[12]\.weight|attn_rot_embd\..*)|rope_freqs\.weight")
 """Predictors, and what only repeats the keys; `config` looks at the frequencies."""
 
+_ROUTER = re.compile(rf"blk\.\d+\.{ROUTER}\.weight")
+"""What weighs experts, of which there is one here: whatever it says, the weight is 1."""
+
 
 class GGUFTensors:
     """Lazy access to a file's tensors; see `architectures.source.Tensors`."""
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, file: GGUFFile, architecture: Architecture, shape: ModelShape) -> None:
+    def __init__(
+        self,
+        file: GGUFFile,
+        architecture: Architecture,
+        shape: ModelShape,
+        *,
+        experts: bool = False,
+    ) -> None:
         """Match the file's tensors with a family's rules.
+
+        Args:
+            file: the file.
+            architecture: the family.
+            shape: its sizes.
+            experts: every FFN is stored as one expert, see `gguf_files.names.SMALLTHINKER`.
 
         Raises:
             CheckpointError: a tensor that the family does not have, or of a type that cannot be
                 read. What is missing is for the caller to tell.
         """
         self.file, self._architecture, self._shape = file, architecture, shape
-        self._stored = dict(_stored(file, architecture, shape))
+        self._experts = experts
+        self._stored = dict(_stored(file, architecture, shape, experts=experts))
         self.shards: dict[str, Path] = {
             name: file.holder(info.name) for name, (info, _) in self._stored.items()
         }
@@ -61,7 +78,8 @@ class GGUFTensors:
                     f"{file.path}: tensor {name} has type {info.kind.name}, which cannot be read",
                     "pass the model in another type, such as F16 or Q8_0",
                 )
-            if name not in used and not _NOT_THE_MODEL.fullmatch(name):
+            passed_over = _NOT_THE_MODEL.fullmatch(name) or (experts and _ROUTER.fullmatch(name))
+            if name not in used and not passed_over:
                 raise CheckpointError(
                     f"{file.path}: tensor {name} belongs to no {architecture.name} model",
                     "psp would leave it out and compute another model; pass another file",
@@ -77,7 +95,7 @@ class GGUFTensors:
 
     def missing(self, name: str, *, head: bool, bare: bool) -> tuple[str, str]:
         """Return problem and remedy for a tensor that is not there, by its name in such a file."""
-        places = _places(self._architecture, self._shape)
+        places = _places(self._architecture, self._shape, experts=self._experts)
         sparse, dense = next(names for source, _, *names in places if source == name)
         wanted = sparse if self.file.sparse else dense
         return f"{self.file.path}: tensor {wanted} is missing", FETCH_FILE
@@ -85,7 +103,8 @@ class GGUFTensors:
     def describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Return a tensor's shape, and its dtype: float16 for what is quantised."""
         info, transform = self._stored[name]
-        shape = info.shape[::-1] if transform == "transpose" else info.shape
+        shape = _matrix(info)
+        shape = shape[::-1] if transform == "transpose" else shape
         return shape, _PLAIN.get(info.kind, _QUANTISED)
 
     def read(self, name: str, count: int | None = None) -> torch.Tensor:
@@ -104,7 +123,7 @@ class GGUFTensors:
     def _numbers(self, info: TensorInfo, rows: int | None, columns: int | None) -> torch.Tensor:
         """Return a stored matrix's first rows and columns, in whole blocks; None for all."""
         block, block_bytes = GGML_QUANT_SIZES[info.kind]
-        *outer, length = info.shape
+        *outer, length = _matrix(info)
         blocks = length // block if columns is None else min(-(-columns // block), length // block)
         table: npt.NDArray[np.uint8] = self.file.mapped(info.name)
         if outer:
@@ -118,11 +137,16 @@ class GGUFTensors:
         return torch.from_numpy(numbers)
 
 
+def _matrix(info: TensorInfo) -> tuple[int, ...]:
+    """Return a tensor's shape, of a single expert without the dimension of experts."""
+    return info.shape[1:] if len(info.shape) == 3 and info.shape[0] == 1 else info.shape
+
+
 def _stored(
-    file: GGUFFile, architecture: Architecture, shape: ModelShape
+    file: GGUFFile, architecture: Architecture, shape: ModelShape, *, experts: bool
 ) -> Iterator[tuple[str, tuple[TensorInfo, Transform]]]:
     """Yield the Hugging Face name of each tensor that is there, its place and its layout."""
-    for name, transform, sparse, dense in _places(architecture, shape):
+    for name, transform, sparse, dense in _places(architecture, shape, experts=experts):
         if sparse in file.tensors:
             yield name, (file.tensors[sparse], transform)
         elif dense in file.tensors:
@@ -130,11 +154,15 @@ def _stored(
 
 
 def _places(
-    architecture: Architecture, shape: ModelShape
+    architecture: Architecture, shape: ModelShape, *, experts: bool
 ) -> Iterator[tuple[str, Transform, str, str]]:
     """Yield each tensor's Hugging Face name, its transform, its names in sparse and dense files."""
     for rule, target in architecture.exported:
         for layer in range(shape.n_layers if rule.per_layer else 1):
             sparse = target.format(layer=layer)
+            if experts:
+                name = expert_name(sparse)
+                yield rule.source.format(layer=layer), "none", name, name
+                continue
             dense = sparse.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
             yield rule.source.format(layer=layer), rule.transform, sparse, dense

@@ -141,13 +141,13 @@ def encode(numbers: npt.NDArray[np.generic], kind: GGMLQuantizationType) -> npt.
     """Return numbers as the file stores them.
 
     Args:
-        numbers: float16 or float32, any shape; they fit float16 unless `kind` is F32.
-        kind: F32, F16 or Q4_0. Q4_0 is gguf's own quantiser, with the arithmetic of
+        numbers: float16 or float32, any shape; they fit float16 unless `kind` is F32, BF16 or Q8_0.
+        kind: F32, F16, BF16, Q8_0 or Q4_0. Q4_0 is gguf's own quantiser, with the arithmetic of
             PowerInfer's `quantize` (ggml-quants.c:quantize_row_q4_0_reference); a compiler that
             fuses product and sum there moves about one number in 100,000 by a step.
 
     Returns:
-        An array of that type, or bytes (..., row bytes) uint8 for Q4_0.
+        An array of that type, or bytes (..., row bytes) uint8 for others than F32 and F16.
     """
     if kind not in PLAIN:
         with np.errstate(over="ignore", invalid="ignore"):  # NaN stays what it is

@@ -1,0 +1,165 @@
+"""Dense files: of the arch that computes what the model does, or one that PowerInfer can time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from architectures.checkpoint import Checkpoint
+from common.element_types import ELEMENT_NAMES
+from common.errors import ExportError
+from common.files import atomic_path, refuse_existing
+from gguf_export.plan import conversion_note, plan_model
+from gguf_export.pwri.element_types import FileTypes
+from gguf_export.requirements import check_types
+from gguf_export.settings import AUTO, ExportConfig
+from gguf_export.smallthinker.file import write_one_expert
+from gguf_export.smallthinker.plan import plan_expert
+from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
+from gguf_export.smallthinker.types import ExpertTypes
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.splitting import splitting_note
+from gguf_export.tokens.vocabulary import Vocabulary
+from gguf_export.writer import ModelWriter
+from gguf_files.names import NOTE_KEY, SMALLTHINKER
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseModel:
+    """A dense file before it is written.
+
+    Attributes:
+        checkpoint: the model.
+        vocabulary: its tokenizer.
+        types: of its elements; `ExpertTypes` of arch `smallthinker`.
+    """
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    types: FileTypes | ExpertTypes
+
+    @cached_property
+    def architecture(self) -> str:
+        """Its `general.architecture`."""
+        expert = isinstance(self.types, ExpertTypes)
+        return SMALLTHINKER if expert else self.checkpoint.architecture.gguf_name
+
+    @property
+    def warnings(self) -> Iterator[str]:
+        """What a user should know of it, a line each."""
+        if isinstance(self.types, ExpertTypes):
+            tensors = list(plan_expert(self.checkpoint, self.types))
+            notes = (shift_note, lambda model: splitting_note(model, self.vocabulary))
+            said = [note(self.checkpoint) for note in notes]
+        else:
+            tensors = list(plan_model(self.checkpoint, sparse=False, types=self.types))
+            said = [self.checkpoint.architecture.dense_note]
+        for line in (conversion_note(tensors), *said):
+            if line is not None:
+                yield line if line.startswith("dense file") else f"dense file: {line}"
+
+    def write(self, path: Path, target: Path) -> None:
+        """Write it; see `ModelFile.write`.
+
+        Args:
+            path: a temporary name.
+            target: its final name, for messages.
+        """
+        if isinstance(self.types, ExpertTypes):
+            write_one_expert(self.checkpoint, self.vocabulary, self.types, path, target)
+            return
+        writer = ModelWriter(self.checkpoint, self.vocabulary, self.types)
+        note = {NOTE_KEY: self.checkpoint.architecture.dense_note or ""}
+        writer.write(path, target, note, sparse=False)
+
+
+def dense_model(
+    config: ExportConfig, checkpoint: Checkpoint, vocabulary: Vocabulary
+) -> DenseModel | None:
+    """Return the dense file that goes with a sparse one, None if none is asked for.
+
+    Raises:
+        ExportError: an arch or type that the model cannot have.
+    """
+    if not config.dense:
+        return None
+    types = dense_types(config, checkpoint)
+    return DenseModel(checkpoint=checkpoint, vocabulary=vocabulary, types=types)
+
+
+def dense_types(config: ExportConfig, checkpoint: Checkpoint) -> FileTypes | ExpertTypes:
+    """Return the element types of a dense file, which tell its arch too.
+
+    Raises:
+        ExportError: an arch or type that the model cannot have.
+    """
+    family, asked = checkpoint.architecture.gguf_name, config.dense_arch
+    if asked == SMALLTHINKER:
+        check_one_expert(checkpoint, f"--dense-arch {asked}")
+    if asked == SMALLTHINKER or (asked == AUTO and is_one_expert(checkpoint)):
+        config.dense_types.check(checkpoint.shape)
+        return config.dense_types
+    if asked not in (AUTO, family):
+        raise ExportError(f"--dense-arch {asked}: the model is a {family}", "leave it out")
+    given = config.dense_type
+    if given is not None and given not in ELEMENT_NAMES:
+        raise ExportError(
+            f"--dense-type {given}: psp writes arch {family} in the types of its sparse files",
+            f"choose {' or '.join(ELEMENT_NAMES)}",
+        )
+    types = config.types if given is None else replace(config.types, weights=given)
+    check_types(checkpoint, types, dense=True)
+    return types
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file that is all of an export.
+
+    Attributes:
+        model_file: its path.
+        warnings: what a user should know of it, a line each.
+    """
+
+    model_file: Path
+    warnings: tuple[str, ...]
+
+    @property
+    def outputs(self) -> dict[str, str]:
+        """The paths that are there, by name."""
+        return {"model_file": str(self.model_file)}
+
+    def table(self, checks: int | None) -> str:
+        """Return it as text, and how many checks of it hold (None: not verified)."""
+        verified = "no" if checks is None else f"{checks} checks hold"
+        return f"model file             {self.model_file}\nverified               {verified}"
+
+
+def export_single(config: ExportConfig, check: Callable[[Path], None] | None = None) -> SingleFile:
+    """Write the file that llama.cpp runs.
+
+    Args:
+        config: what to write.
+        check: looks at it before it gets its name; if it raises, what was there stays.
+
+    Raises:
+        PspError: an unusable checkpoint, one that the graph cannot compute, an existing output, or
+            a refused write.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    check_one_expert(checkpoint, f"--engine {config.engine}")
+    config.plain_types.check(checkpoint.shape)
+    rows = checkpoint.shape.vocab_size
+    vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    made = DenseModel(checkpoint=checkpoint, vocabulary=vocabulary, types=config.plain_types)
+    told = (line.removeprefix("dense file: ") for line in made.warnings)
+    refuse_existing(config.out, force=config.force)
+    with ExitStack() as stack:
+        path = stack.enter_context(atomic_path(config.out))
+        made.write(path, config.out)
+        if check is not None:
+            check(path)
+    return SingleFile(config.out, (*checkpoint.notes, *vocabulary.notes, *told))

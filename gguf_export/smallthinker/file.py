@@ -1,0 +1,60 @@
+"""Writing such a file of a ReLU-gated LLaMA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gguf import ExpertGatingFuncType
+
+from architectures.checkpoint import Checkpoint
+from gguf_export.smallthinker.plan import plan_expert
+from gguf_export.smallthinker.requirements import shift_note
+from gguf_export.smallthinker.types import ExpertTypes
+from gguf_export.tokens.splitting import splitting_keys
+from gguf_export.tokens.vocabulary import Vocabulary
+from gguf_export.writer import ModelFile
+from gguf_files.names import NOTE_KEY, SMALLTHINKER
+
+
+def write_one_expert(
+    checkpoint: Checkpoint,
+    vocabulary: Vocabulary,
+    types: ExpertTypes,
+    path: Path,
+    target: Path,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Write it; see `ModelFile.write` and `plan_expert`.
+
+    Args:
+        checkpoint: the model.
+        vocabulary: its tokenizer.
+        types: of its elements.
+        path: where to write it, a temporary name.
+        target: its final name, for messages.
+        transposed: see `plan_expert`.
+
+    Raises:
+        PspError: see `ModelFile.write`.
+    """
+    note = shift_note(checkpoint)
+    keys = splitting_keys(checkpoint, vocabulary) | ({} if note is None else {NOTE_KEY: note})
+    tensors = list(plan_expert(checkpoint, types, transposed=transposed))
+    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(checkpoint))
+    file.write(path, target, keys, tensors)
+
+
+def expert_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the keys that make one expert of a model's FFNs.
+
+    The weights of the experts that are used are divided by their sum, whatever the gating function
+    (llama.cpp@0c1e570 src/models/smallthinker.cpp); softmax makes it 1 before already. A key of a
+    sliding window would take the positions of some layers away, so there is none.
+    """
+    return {
+        "expert_count": 1,
+        "expert_used_count": 1,
+        "expert_gating_func": int(ExpertGatingFuncType.SOFTMAX),
+        "expert_feed_forward_length": checkpoint.shape.d_ff,
+    }
