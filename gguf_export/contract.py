@@ -124,22 +124,43 @@ def check_structure(report: Report, opened: OpenedFile, *, header_only: bool = F
         opened: the file.
         header_only: read neither the tensors' numbers nor the GPU index beside the file.
     """
-    report.check("file", lambda: _file(opened.file))
-    report.check("layout", lambda: _layout(opened.file), "file")
+    check_container(report, opened)
     report.check("magic", lambda: _magic(opened.file), "file")
-    report.check("keys", lambda: _keys(opened), "magic")
+    report.check("keys", lambda: sizes_line(opened), "magic")
     report.check("threshold", lambda: _threshold(opened.file), "file")
-    report.check("tokenizer", lambda: _tokenizer(opened), "file")
-    report.check("tensor set", lambda: _tensor_set(opened), "keys")
-    report.check("shapes", lambda: _shapes(opened), "keys")
+    check_tensors(report, opened, "PowerInfer's")
     report.check("types", lambda: _types(opened.file), "file")
     report.check("predictor ranks", lambda: _ranks(opened), "keys")
     report.check("predictor types", lambda: check_predictor_types(opened.file), "file")
     if header_only:
         return
-    for kind in ("predictors", "norms", "weights"):
-        report.check(f"{kind} finite", partial(_finite, opened, kind), "layout")
+    check_finite(report, opened, "predictors", "norms", "weights")
     report.check("gpu index", lambda: _gpu_index(opened), "keys")
+
+
+def check_container(report: Report, opened: OpenedFile) -> None:
+    """Check what holds of every file of the format."""
+    report.check("file", lambda: _file(opened.file))
+    report.check("layout", lambda: _layout(opened.file), "file")
+
+
+def check_finite(report: Report, opened: OpenedFile, *kinds: str) -> None:
+    """Look at every number of tensors of some kinds: `predictors`, `norms`, `weights`."""
+    for kind in kinds:
+        report.check(f"{kind} finite", partial(_finite, opened, kind), "layout")
+
+
+def check_tensors(report: Report, opened: OpenedFile, whose: str) -> None:
+    """Check that a file has exactly the tensors that its keys imply, in their shapes.
+
+    Args:
+        report: takes the results.
+        opened: the file.
+        whose: tensors these are, for messages.
+    """
+    report.check("tokenizer", lambda: _tokenizer(opened), "file")
+    report.check("tensor set", lambda: _tensor_set(opened, whose), "keys")
+    report.check("shapes", lambda: _shapes(opened), "keys")
 
 
 def require_layout(opened: OpenedFile) -> None:
@@ -148,7 +169,7 @@ def require_layout(opened: OpenedFile) -> None:
     Raises:
         FormatError: a tensor too many, too few, of a wrong shape or type; unequal ranks.
     """
-    _tensor_set(opened)
+    _tensor_set(opened, "PowerInfer's")
     _shapes(opened)
     _types(opened.file)
     _ranks(opened)
@@ -178,7 +199,12 @@ def _magic(file: GGUFFile) -> str:
     return "PWRI, run sparsely"
 
 
-def _keys(opened: OpenedFile) -> str:
+def sizes_line(opened: OpenedFile) -> str:
+    """Return a file's sizes.
+
+    Raises:
+        FormatError: keys are missing or impossible, or a rotary key is not the head's size.
+    """
     file, hyper = opened.file, opened.hyper
     architecture = file.value("general.architecture", GGUFValueType.STRING)
     key = f"{architecture}.rope.dimension_count"
@@ -220,13 +246,13 @@ def _tokenizer(opened: OpenedFile) -> str:
     return f"{kind}, {len(types)} {'pieces' if pieces else 'tokens'}, BOS {vocabulary.bos_id}"
 
 
-def _tensor_set(opened: OpenedFile) -> str:
+def _tensor_set(opened: OpenedFile, whose: str) -> str:
     found, expected = opened.file.tensors.keys(), opened.shapes.keys()
-    for kind, names in (("missing", expected - found), ("not PowerInfer's", found - expected)):
+    for kind, names in (("missing", expected - found), (f"not {whose}", found - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise opened.file.error(f"tensor {min(names)}{more}: {kind}")
-    return f"exactly PowerInfer's {len(expected)}"
+    return f"exactly {whose} {len(expected)}"
 
 
 def _shapes(opened: OpenedFile) -> str:

@@ -167,7 +167,17 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
     if kind not in GRAPHS:
         expected = " or ".join(map(repr, GRAPHS))
         raise file.error(f"architecture {kind!r} is not supported, expected {expected}")
-    graph = GRAPHS[kind]
+    found = read_sizes(file, kind, GRAPHS[kind])
+    check_sizes(file, found, least_d_ff=SMALLEST_D_FF)
+    return found
+
+
+def read_sizes(file: GGUFFile, kind: str, graph: Graph) -> Hyperparameters:
+    """Read the keys of an architecture whose graph is known; what they say is not checked.
+
+    Raises:
+        FormatError: a missing key, or one of another type.
+    """
 
     def size(key: str, default: int | None = None) -> int:
         read = file.value if default is None else partial(file.optional, default=default)
@@ -180,7 +190,7 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         return value
 
     n_heads = size("attention.head_count")
-    found = Hyperparameters(
+    return Hyperparameters(
         name=file.optional("general.name", GGUFValueType.STRING, ""),
         graph=graph,
         d_model=size("embedding_length"),
@@ -196,8 +206,6 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         threshold=real(THRESHOLD_KEY, 0.0),
         activation_threshold=real(ACTIVATION_THRESHOLD_KEY, 0.0),
     )
-    _check(file, found)
-    return found
 
 
 def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
@@ -224,7 +232,12 @@ def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
     return RopeScaling(kind="yarn", factor=factor, original_context=context)
 
 
-def _check(file: GGUFFile, found: Hyperparameters) -> None:
+def check_sizes(file: GGUFFile, found: Hyperparameters, *, least_d_ff: int = 1) -> None:
+    """Do nothing if sizes and constants can be those of a model.
+
+    Raises:
+        FormatError: they cannot.
+    """
     heads_fit = (
         found.n_heads > 0
         and found.n_kv_heads > 0
@@ -232,7 +245,7 @@ def _check(file: GGUFFile, found: Hyperparameters) -> None:
         and found.n_heads % found.n_kv_heads == 0
     )
     sizes_fit = found.d_model and found.n_layers and found.context_length
-    if not (heads_fit and sizes_fit) or found.d_model % BLOCK or found.d_ff < SMALLEST_D_FF:
+    if not (heads_fit and sizes_fit) or found.d_model % BLOCK or found.d_ff < least_d_ff:
         raise file.error(f"sizes do not fit together ({found})")
     if found.n_layers > len(file.tensors):
         raise file.error(f"block_count is {found.n_layers}, more than there are tensors")

@@ -108,6 +108,8 @@ def rounded(x: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
         return x
     if name == "F16":
         return to_f16(x)
+    if name == "BF16":
+        return x.bfloat16().float()
     if name.endswith("_K"):
         return to_q8_k(x)
     return to_q8_0(x) if name.endswith("_0") else to_q8_1(x)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common.errors import DataError
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.engine.expert import ExpertEngine
 from powerinfer_bridge.score import Score
 
 
@@ -82,14 +83,14 @@ def score(
 
 
 def engine_perplexity(
-    engine: Engine, text: str, context: int, chunks: int | None, description: str
+    engine: Engine | ExpertEngine, text: str, context: int, chunks: int | None, description: str
 ) -> float:
     """Return the perplexity of `engine_score`."""
     return engine_score(engine, text, context, chunks, description).perplexity
 
 
 def engine_score(
-    engine: Engine, text: str, context: int, chunks: int | None, description: str
+    engine: Engine | ExpertEngine, text: str, context: int, chunks: int | None, description: str
 ) -> Score:
     """Score a text with the embedded engine as `perplexity -f FILE -c CONTEXT` would."""
     # PowerInfer drops one final newline when it reads the file (common.cpp, option -f).

@@ -39,19 +39,21 @@ _FOREIGN_ERRORS = {"2": 0.5, "3": 0.25, "4": 0.15, "5": 0.08, "6": 0.03, "8": 0.
 """Largest relative error of a matrix in a type that psp does not write, by its bits: at least 1.3
 times what PowerInfer's `quantize` makes of the testbed's."""
 
-_EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 """Types that keep the logits within the tolerance; others are compared tensor by tensor only."""
 
 _CHARACTERS = 20_000
-_LEAST_CONTEXT = 8
+LEAST_CONTEXT = 8
 
 
 def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> None:
     """Compare sizes, tensors and tokens of a file with those of its checkpoint."""
-    report.check("model fingerprint", lambda: _fingerprint(opened.file, checkpoint), "file")
+    report.check("model fingerprint", lambda: check_fingerprint(opened.file, checkpoint), "file")
     report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
     report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint), "layout")
-    report.check("model tokenizer", lambda: same_ids(opened, checkpoint, _text()), "tokenizer")
+    report.check(
+        "model tokenizer", lambda: same_ids(opened, checkpoint, compared_text()), "tokenizer"
+    )
 
 
 def check_numbers(
@@ -70,11 +72,13 @@ def check_numbers(
     report.check("perplexity gap", lambda: numbers.gap(chunks, max_ppl_gap), *ready)
 
 
-def _text() -> str:
+def compared_text() -> str:
+    """Return what both models read."""
     return sample_text()[:_CHARACTERS]
 
 
-def _fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
+def check_fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
+    """Demand that a file names a checkpoint as its model."""
     if file.value(FINGERPRINT_KEY, GGUFValueType.STRING) != checkpoint.fingerprint:
         raise FormatError(
             f"{FINGERPRINT_KEY} is another model's", "pass the --model it was made from"
@@ -83,10 +87,24 @@ def _fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
 
 
 def _sizes(opened: OpenedFile, checkpoint: Checkpoint) -> str:
-    hyper, shape = opened.hyper, checkpoint.shape
     architecture = opened.file.value("general.architecture", GGUFValueType.STRING)
+    if architecture != checkpoint.architecture.gguf_name:
+        expected = checkpoint.architecture.gguf_name
+        raise FormatError(
+            f"architecture is {architecture}, the model has {expected}", "export it again"
+        )
+    require_sizes(opened, checkpoint)
+    return f"sizes and constants of {checkpoint.architecture.name}"
+
+
+def require_sizes(opened: OpenedFile, checkpoint: Checkpoint) -> None:
+    """Do nothing if a file has its model's sizes and constants.
+
+    Raises:
+        FormatError: naming the first that differs.
+    """
+    hyper, shape = opened.hyper, checkpoint.shape
     pairs: list[tuple[str, Any, Any]] = [
-        ("architecture", architecture, checkpoint.architecture.gguf_name),
         ("vocabulary", len(opened.vocabulary.tokens), shape.vocab_size),
         ("matrices of an FFN", 3 if hyper.graph.gated else 2, checkpoint.architecture.ffn_matrices),
         ("scaling of positions", _scaling(hyper.rope_scaling), _scaling(shape.rope_scaling)),
@@ -101,7 +119,6 @@ def _sizes(opened: OpenedFile, checkpoint: Checkpoint) -> str:
         found, expected = getattr(hyper, name), getattr(shape, name)
         if not math.isclose(found, expected, rel_tol=1e-6):  # float32 in the file
             raise FormatError(f"{name} is {found:g}, the model has {expected:g}", "export it again")
-    return f"sizes and constants of {checkpoint.architecture.name}"
 
 
 def _scaling(scaling: RopeScaling | None) -> tuple[str, str, int] | None:
@@ -117,13 +134,15 @@ def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
     for rule, layer, name in targets:
         found = file.tensor(name)
         expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape)
-        if not _stored(expected.contiguous(), found, file.tensors[name].kind):
+        if not keeps_numbers(expected.contiguous(), found, file.tensors[name].kind):
             raise FormatError(f"tensor {name} differs from the model's", "export it again")
         file.forget()
     return f"{len(targets)} are the model's, to the bit or rounded to their types"
 
 
-def _stored(expected: torch.Tensor, found: npt.NDArray[Any], kind: GGMLQuantizationType) -> bool:
+def keeps_numbers(
+    expected: torch.Tensor, found: npt.NDArray[Any], kind: GGMLQuantizationType
+) -> bool:
     """Tell whether numbers read from a file are those of the model, or these in the file's type."""
     plain = expected.float() if expected.dtype == torch.bfloat16 else expected
     if np.array_equal(found, plain.numpy()):
@@ -180,7 +199,7 @@ class _Numbers:
     def context(self) -> int:
         """Tokens of a window."""
         context = min(self.longest, self.opened.hyper.context_length)
-        if context < _LEAST_CONTEXT:
+        if context < LEAST_CONTEXT:
             raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
         return context
 
@@ -190,7 +209,7 @@ class _Numbers:
 
     @cached_property
     def ids(self) -> list[int]:
-        return self.opened.vocabulary.text_ids(_text())[: self.context]
+        return self.opened.vocabulary.text_ids(compared_text())[: self.context]
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -209,8 +228,8 @@ class _Numbers:
         """Return the largest difference from the reference and the reference's spread."""
         largest = float((logits - self.reference).abs().max())
         spread = float(self.reference.std())
-        self.figures["logit_spread"] = _json_number(spread)
-        self.figures[f"logit_difference_{name}"] = _json_number(largest)
+        self.figures["logit_spread"] = json_number(spread)
+        self.figures[f"logit_difference_{name}"] = json_number(largest)
         if not math.isfinite(largest + spread):
             raise EngineError(f"{name} logits are not all finite", "the weights are unusable")
         return largest, spread
@@ -220,7 +239,7 @@ class _Numbers:
         _ = self.reference  # first: its weights are dropped before the engine's fill memory
         largest, spread = self._difference("dense", self._logits(DENSE_THRESHOLD))
         line = f"largest difference {largest:.4g}, spread {spread:.4g}"
-        if any(info.kind not in _EXACT for info in self.opened.file.tensors.values()):
+        if any(info.kind not in EXACT for info in self.opened.file.tensors.values()):
             return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
         if not largest <= LOGIT_TOLERANCE * spread:
             raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", EXPORT_AGAIN)
@@ -242,10 +261,10 @@ class _Numbers:
         ppl: dict[str, float] = {}
         for name, threshold in thresholds.items():
             engine = self.engine.with_threshold(threshold)
-            ppl[name] = engine_perplexity(engine, _text(), self.context, chunks, name)
-        self.figures.update({f"ppl_{name}": _json_number(ppl[name]) for name in ppl})
+            ppl[name] = engine_perplexity(engine, compared_text(), self.context, chunks, name)
+        self.figures.update({f"ppl_{name}": json_number(ppl[name]) for name in ppl})
         gap = ppl["sparse"] / ppl["dense"] - 1
-        self.figures["ppl_gap"] = _json_number(gap)
+        self.figures["ppl_gap"] = json_number(gap)
         line = f"{gap:+.3%} ({ppl['dense']:.4f} dense, {ppl['sparse']:.4f} sparse)"
         if not math.isfinite(gap):
             raise EngineError(f"{line}: no finite number", "the weights are unusable")
@@ -254,5 +273,6 @@ class _Numbers:
         return line + (", not judged" if bound is None else f", at most {bound:.3%}")
 
 
-def _json_number(number: float) -> float | None:
+def json_number(number: float) -> float | None:
+    """Return a number as JSON has it, None for what it has not."""
     return number if math.isfinite(number) else None

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os.path import isfile
 from pathlib import Path
 from shlex import quote
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError, printable
+from common.errors import ExportError, FormatError, printable
 from common.table import fact_table
 from common.units import MIB
 from gguf_export.contract import OpenedFile, Report, check_structure
+from gguf_export.smallthinker.contract import (
+    ExpertFile,
+    check_expert_structure,
+    open_model_file,
+)
 from powerinfer_bridge.verify.comparison import check_model, check_numbers
+from powerinfer_bridge.verify.experts import check_expert_model, check_expert_numbers
 
 
 def verify(
@@ -29,7 +36,7 @@ def verify(
     """Check a file, and compare it with its model if one is named.
 
     Args:
-        path: `*.powerinfer.gguf`.
+        path: `*.powerinfer.gguf`, or a file of arch `smallthinker` with one expert.
         model: checkpoint directory or hub id that the file was made from.
         max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
         context: window of logits and perplexity, tokens; at most the model's context.
@@ -39,7 +46,8 @@ def verify(
 
     Returns:
         The checks; with a model its figures are `logit_spread`, `logit_difference_dense` and
-        `logit_difference_sparse` (largest), `ppl_dense`, `ppl_sparse` and `ppl_gap`, absent where
+        `logit_difference_sparse` (largest), `ppl_dense`, `ppl_sparse` and `ppl_gap`, of an expert
+        `ppl_transformers` beside `ppl_dense`, absent where
         not measured and None where no finite number.
 
     Raises:
@@ -49,11 +57,20 @@ def verify(
     report, opened = Report(path), OpenedFile(path)
     if not isfile(path):
         _ = opened.file  # says what is there instead
+    with suppress(FormatError):  # which is a finding
+        opened = open_model_file(path)
     checkpoint = None if model is None else Checkpoint.open(model)
+    for line in () if checkpoint is None else checkpoint.notes:
+        note(line)
+    if isinstance(opened, ExpertFile):
+        check_expert_structure(report, opened)
+        if checkpoint is not None:
+            check_expert_model(report, opened, checkpoint)
+            if run:
+                check_expert_numbers(report, opened, checkpoint, context, chunks)
+        return report
     check_structure(report, opened)
     if checkpoint is not None:
-        for line in checkpoint.notes:
-            note(line)
         check_model(report, opened, checkpoint)
         if run:
             check_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)
@@ -97,7 +114,7 @@ class ExportCheck:
     @property
     def hint(self) -> str:
         """What was left out, and how to do it; empty if nothing was."""
-        if self.report is None or "ppl_gap" in self.report.figures:
+        if self.report is None or "ppl_dense" in self.report.figures:
             return ""
         return (
             "logits and perplexity were not compared, which takes a while; run "

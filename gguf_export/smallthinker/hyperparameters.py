@@ -1,0 +1,93 @@
+"""What model a file of arch `smallthinker` with one expert holds, and the tensors that follow."""
+
+from __future__ import annotations
+
+from gguf import GGUFValueType
+
+from common.errors import FormatError
+from gguf_export.pwri.hyperparameters import Graph, Hyperparameters, check_sizes, read_sizes
+from gguf_export.pwri.schema import EMBEDDING, HEAD
+from gguf_files.names import ROUTER, SMALLTHINKER
+from gguf_files.reader import GGUFFile
+
+GRAPH = Graph(
+    norm_key="attention.layer_norm_rms_epsilon",
+    centred=False,
+    positions="halves",
+    gated=True,
+    up_activated=False,
+)
+"""Of llama.cpp@0c1e570 src/models/smallthinker.cpp, without a sliding window; its rotary kernel is
+llama.cpp's of today, which scales halves as it scales pairs."""
+
+_WINDOW_KEY = f"{SMALLTHINKER}.attention.sliding_window"
+_ONE = ("expert_count", "expert_used_count")
+
+
+def is_expert_file(file: GGUFFile) -> bool:
+    """Whether a file is of arch `smallthinker`."""
+    if file.sparse:
+        return False
+    return bool(file.optional("general.architecture", GGUFValueType.STRING, "") == SMALLTHINKER)
+
+
+def read_expert_hyperparameters(file: GGUFFile) -> Hyperparameters:
+    """Read and check the keys of a file of one expert.
+
+    Raises:
+        FormatError: several experts, a window, a missing key or impossible sizes.
+    """
+    for name in _ONE:
+        count = file.value(f"{SMALLTHINKER}.{name}", GGUFValueType.UINT32)
+        if count != 1:
+            raise file.error(f"{SMALLTHINKER}.{name} is {count}, expected 1")
+    if file.optional(_WINDOW_KEY, GGUFValueType.UINT32, 0):
+        raise file.error(
+            f"{_WINDOW_KEY} is there, with which llama.cpp takes the positions of some layers away"
+        )
+    found = read_sizes(file, SMALLTHINKER, GRAPH)
+    key = f"{SMALLTHINKER}.expert_feed_forward_length"
+    if (d_ff := file.value(key, GGUFValueType.UINT32)) != found.d_ff:
+        raise FormatError(f"{file.path}: {key} is {d_ff}, feed_forward_length is {found.d_ff}")
+    check_sizes(file, found)
+    return found
+
+
+def expert_shapes(
+    hyper: Hyperparameters, vocab_size: int, *, transposed: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the numpy shape of every tensor; -1 is any size.
+
+    Args:
+        hyper: sizes.
+        vocab_size: rows of the embedding.
+        transposed: whether the down matrix is stored so, see `plan.plan_expert`.
+    """
+    d_model, d_ff, kv = hyper.d_model, hyper.d_ff, hyper.n_kv_heads * hyper.head_dim
+    block: dict[str, tuple[int, ...]] = {
+        "attn_norm": (d_model,),
+        "attn_q": (d_model, d_model),
+        "attn_k": (kv, d_model),
+        "attn_v": (kv, d_model),
+        "attn_output": (d_model, d_model),
+        "ffn_norm": (d_model,),
+        ROUTER: (1, d_model),
+        "ffn_gate_exps": (1, d_ff, d_model),
+        "ffn_up_exps": (1, d_ff, d_model),
+        "ffn_down_exps": (1, d_ff, d_model) if transposed else (1, d_model, d_ff),
+    }
+    shapes = {EMBEDDING: (vocab_size, d_model), "output_norm.weight": (d_model,)}
+    shapes[HEAD] = (vocab_size, d_model)
+    for layer in range(hyper.n_layers):
+        shapes |= {f"blk.{layer}.{stem}.weight": shape for stem, shape in block.items()}
+    return shapes
+
+
+def is_transposed(file: GGUFFile) -> bool:
+    """Whether the down matrices are stored as PowerInfer's second engine needs them.
+
+    A square FFN does not tell, and counts as llama.cpp's.
+    """
+    up, down = (file.tensors.get(f"blk.0.ffn_{part}_exps.weight") for part in ("up", "down"))
+    same = up is not None and down is not None and up.shape == down.shape
+    return same and up is not None and up.shape[-1] != up.shape[-2]
