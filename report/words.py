@@ -20,11 +20,13 @@ ARM_TITLES = {
     "all_neurons": "all neurons, same engine",
     "dense_powerinfer": "dense, in PowerInfer",
     "dense_llama_cpp": "dense, in llama.cpp",
+    "dense_llama_cpp_silu": "dense, in llama.cpp as arch llama (SiLU)",
 }
 _AGAINST = {
     "all_neurons": "computing all neurons in the same engine",
     "dense_powerinfer": "the dense model in PowerInfer",
     "dense_llama_cpp": "the dense model in llama.cpp",
+    "dense_llama_cpp_silu": "the dense model in llama.cpp as arch llama (SiLU)",
 }
 
 _ALIKE = {

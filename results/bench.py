@@ -20,11 +20,15 @@ from results.parts import (
     Speeds,
 )
 
-ArmName = Literal["predicted", "all_neurons", "dense_powerinfer", "dense_llama_cpp"]
+ArmName = Literal[
+    "predicted", "all_neurons", "dense_powerinfer", "dense_llama_cpp", "dense_llama_cpp_silu"
+]
 PREDICTED: Final = "predicted"
 ALL_NEURONS: Final = "all_neurons"
 DENSE_POWERINFER: Final = "dense_powerinfer"
 DENSE_LLAMA_CPP: Final = "dense_llama_cpp"
+DENSE_LLAMA_CPP_SILU: Final = "dense_llama_cpp_silu"
+"""The same weights in llama.cpp as arch `llama`: for what the experts' graph costs."""
 
 POWERINFER, LLAMA_CPP, EMBEDDED = "PowerInfer", "llama.cpp", "embedded engine"
 """Engines."""
@@ -82,6 +86,8 @@ class Arm(ArmFacts):
 
     Attributes:
         decode: speed of decoding.
+        perplexity: of a dense file in its own program, None where that was not measured; of the
+            sparse file the benchmark has it.
         prompt: speed of reading the prompt, None where it was not measured.
         speedup: over all neurons; None of that arm itself.
         load_seconds: reading the file, median; None if not told.
@@ -92,6 +98,7 @@ class Arm(ArmFacts):
     """
 
     decode: RoundSpeeds
+    perplexity: Positive | None = None
     prompt: RoundSpeeds | None = None
     speedup: RatioOver | None = None
     load_seconds: float | None = None
@@ -271,6 +278,14 @@ class Bench:
         """Return the dense arm that decodes fastest, None if none was measured."""
         dense = [arm for arm in self.arms if arm.dense]
         return max(dense, key=lambda arm: arm.decode.tokens_per_second, default=None)
+
+    @property
+    def experts_cost(self) -> float | None:
+        """Speed of llama.cpp's graph of experts over its arch llama's; None if not measured."""
+        ours, theirs = self.arm(DENSE_LLAMA_CPP), self.arm(DENSE_LLAMA_CPP_SILU)
+        if ours is None or theirs is None:
+            return None
+        return ours.decode.tokens_per_second / theirs.decode.tokens_per_second
 
     def over(self, name: str) -> Ratio | None:
         """Return how many times as fast predicted neurons are as another arm."""

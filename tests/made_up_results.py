@@ -123,6 +123,7 @@ def _arm(name: str, rounds: int, rates: list[float]) -> Document:
         "vram_budget_bytes": None,
         "threshold": -1e30 if name == "all_neurons" else None,
         "decode": decode,
+        "perplexity": None,
         "prompt": _speed(60.0, (59.0, 61.5), (58.0, 62.0), rounds),
         "speedup": None,
         "load_seconds": 3.2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from common.decisions import DecisionCounts, mean_metrics
 from common.errors import EngineError
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.benchmark.journal import Journal
-from powerinfer_bridge.benchmark.setup import Setup
+from powerinfer_bridge.benchmark.setup import DenseFile, Setup
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_score, perplexity, perplexity_windows
 from powerinfer_bridge.score import Score, gap_error
@@ -31,6 +31,7 @@ class Quality:
         ppl_sparse: with predicted ones.
         standard_error: of the logarithm of the second over the first, None where unknown.
         ppl_transformers: transformers' own of the checkpoint; None without one.
+        ppl_arms: of dense files in llama.cpp, by arm.
     """
 
     layers: tuple[Layer, ...]
@@ -38,6 +39,7 @@ class Quality:
     ppl_sparse: float
     standard_error: float | None
     ppl_transformers: float | None
+    ppl_arms: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,7 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
     if setup.programs.powerinfer is not None:
         sparse = journal.remember("predicted", Score, partial(_powerinfer, setup, "predicted"))
     dense = journal.remember("all", Score, partial(_all, setup))
+    arms = dict(_dense(setup, journal))
     own = None
     if setup.config.model is not None:
         own = journal.remember("transformers", float, partial(_transformers, setup))
@@ -75,6 +78,7 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
         ppl_sparse=sparse.perplexity,
         standard_error=gap_error(dense, sparse),
         ppl_transformers=own,
+        ppl_arms=arms,
     )
 
 
@@ -118,6 +122,37 @@ def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> Scor
             vram_budget=config.vram_budget_bytes,
         )
     return _finite(setup, found, kind)
+
+
+def _dense(setup: Setup, journal: Journal) -> Iterator[tuple[str, float]]:
+    """Yield the perplexity of each dense file in llama.cpp by its arm; none a build cannot tell."""
+    for name, file in setup.programs.llama_cpp_files.items():
+        kept = journal.remember(name, Scores, partial(_llama_cpp, setup, file))
+        for found in kept.scores:
+            yield name, _finite(setup, found, "dense").perplexity
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One score, or none of a program that cannot tell."""
+
+    scores: tuple[Score, ...]
+
+
+def _llama_cpp(setup: Setup, file: DenseFile) -> Scores:
+    config, program = setup.config, setup.programs.llama_cpp
+    assert program is not None
+    heartbeat = setup.programs.heartbeat
+    with tqdm(bar_format="perplexity, llama.cpp: {elapsed}", disable=None) as heartbeat.bar:
+        found = program.score(
+            file.path,
+            setup.text,
+            setup.context,
+            config.chunks,
+            threads=config.threads,
+            n_gpu_layers=config.n_gpu_layers,
+        )
+    return Scores(scores=() if found is None else (found,))
 
 
 def _transformers(setup: Setup) -> float:

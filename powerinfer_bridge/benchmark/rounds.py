@@ -20,7 +20,7 @@ from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.programs.sample import Phase, RunSample
 from results.bench import (
     ALL_NEURONS,
-    DENSE_LLAMA_CPP,
+    DENSE_LLAMA_CPP_SILU,
     DENSE_POWERINFER,
     EMBEDDED,
     LLAMA_CPP,
@@ -92,15 +92,15 @@ def _dense_arms(setup: Setup) -> Iterator[TimedArm]:
         facts = _dense_facts(setup, DENSE_POWERINFER, POWERINFER, programs.powerinfer_dense)
         run = partial(_powerinfer(setup, programs.powerinfer_dense.path), n_gpu_layers=layers)
         yield TimedArm(facts=facts, run=run)
-    if programs.llama_cpp_dense is not None:
-        facts = _dense_facts(setup, DENSE_LLAMA_CPP, LLAMA_CPP, programs.llama_cpp_dense)
-        yield TimedArm(facts=facts, run=_llama_cpp(setup, programs.llama_cpp_dense))
+    for name, file in programs.llama_cpp_files.items():
+        facts = _dense_facts(setup, name, LLAMA_CPP, file)
+        yield TimedArm(facts=facts, run=_llama_cpp(setup, file))
 
 
 def _dense_facts(setup: Setup, name: ArmName, engine: str, file: DenseFile) -> ArmFacts:
     return ArmFacts(
         name=name,
-        title=f"{engine}, dense file",
+        title=f"{engine}, dense file" + (", SiLU" if name == DENSE_LLAMA_CPP_SILU else ""),
         engine=engine,
         file=str(file.path),
         element_type=file.element_type,

@@ -84,7 +84,10 @@ def _document(
     over_all, *_ = speedups = [
         speedup(rows, PREDICTED, arm.name) for arm in arms if arm.name != PREDICTED
     ]
-    summaries = tuple(summarise(arm, samples, rows) for arm in arms)
+    summaries = tuple(
+        replace(summarise(arm, samples, rows), perplexity=quality.ppl_arms.get(arm.name))
+        for arm in arms
+    )
     all_neurons, predicted, *_ = (arm.decode.tokens_per_second for arm in summaries)
     continuations, same = compare_texts(samples)
     return Bench(

@@ -47,7 +47,8 @@ class BenchConfig:
     dense_gguf: Annotated[
         Path | None,
         Option(
-            "The dense model: measured in PowerInfer's dense mode and in llama.cpp, where given.",
+            "The dense model: measured in PowerInfer's dense mode and in llama.cpp, where given; "
+            "of arch smallthinker in llama.cpp alone.",
             "FILE",
         ),
     ] = None

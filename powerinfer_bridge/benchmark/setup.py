@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
 from gguf_export.origin import require_made_from
 from gguf_export.pwri.gpu_index import index_path
+from gguf_files.names import SMALLTHINKER
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.benchmark.inputs import (
     describe_files,
@@ -34,7 +35,13 @@ from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import ProgramFacts
-from results.bench import Input, Versions
+from results.bench import (
+    DENSE_LLAMA_CPP,
+    DENSE_LLAMA_CPP_SILU,
+    ArmName,
+    Input,
+    Versions,
+)
 from results.parts import GpuFacts, MachineFacts
 
 
@@ -110,6 +117,8 @@ class Programs:
         llama_cpp_facts: what they are.
         powerinfer_dense: the dense file for PowerInfer, or None.
         llama_cpp_dense: the dense file for llama.cpp, or None.
+        silu_dense: one of arch `llama` for llama.cpp beside one of experts, or None.
+        unused_dense: a dense file that PowerInfer has no graph for, or None.
         heartbeat: told while one runs.
     """
 
@@ -119,7 +128,16 @@ class Programs:
     llama_cpp_facts: ProgramFacts | None = None
     powerinfer_dense: DenseFile | None = None
     llama_cpp_dense: DenseFile | None = None
+    silu_dense: DenseFile | None = None
+    unused_dense: DenseFile | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+
+    @property
+    def llama_cpp_files(self) -> Mapping[ArmName, DenseFile]:
+        """Dense files for llama.cpp by arm."""
+        files: dict[ArmName, DenseFile | None]
+        files = {DENSE_LLAMA_CPP: self.llama_cpp_dense, DENSE_LLAMA_CPP_SILU: self.silu_dense}
+        return {name: file for name, file in files.items() if file is not None}
 
     @property
     def cuda(self) -> bool | None:
@@ -244,13 +262,20 @@ def open_programs(config: BenchConfig) -> Programs:
     facts = None if real is None else real.check(config.file)
     if facts is not None:
         check_threads(facts, config.threads)
+    told = None if llama_cpp is None else llama_cpp.check()
+    dense = _open_dense(config.dense_gguf)
+    experts = dense is not None and dense.architecture == SMALLTHINKER
+    own = None if llama_cpp is None else _open_dense(config.llama_cpp_file)
+    twins = own is not None and dense is not None and own.architecture == SMALLTHINKER
     return Programs(
         powerinfer=real,
         powerinfer_facts=facts,
         llama_cpp=llama_cpp,
-        llama_cpp_facts=None if llama_cpp is None else llama_cpp.check(),
-        powerinfer_dense=None if real is None else _open_dense(config.dense_gguf),
-        llama_cpp_dense=None if llama_cpp is None else _open_dense(config.llama_cpp_file),
+        llama_cpp_facts=told,
+        powerinfer_dense=None if real is None or experts else dense,
+        llama_cpp_dense=own,
+        silu_dense=dense if twins and dense is not None and not experts else None,
+        unused_dense=dense if real is not None and experts else None,
         heartbeat=heartbeat,
     )
 

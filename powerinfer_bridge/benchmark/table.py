@@ -44,7 +44,8 @@ def _cells(result: Bench, arm: Arm) -> list[str]:
         sparsity = metric_cell(_COLUMNS[0], result.activation_sparsity)
         name = f"{result.model}, all neurons"
         return [name, sparsity, "–", "–", "–", f"{result.ppl_dense:.4f}"]
-    return [arm.title, "–", "–", "–", "–", "–"]
+    perplexity = "–" if arm.perplexity is None else f"{arm.perplexity:.4f}"
+    return [arm.title, "–", "–", "–", "–", perplexity]
 
 
 def _ratios(result: Bench, arm: Arm, base: Arm | None) -> list[str]:
@@ -67,12 +68,23 @@ def _baseline_lines(result: Bench, base: Arm | None) -> list[str]:
     if base is None or ratio is None:
         return []
     low, high = ratio.quartiles
+    experts = result.experts_cost
+    cost = [] if experts is None else [_experts_line(experts)]
     return [
+        *cost,
         f"vs dense: {base.title}, {base.element_type}, {base.threads} threads, "
         f"-ngl {base.n_gpu_layers or 0}",
         f"predicted against it: {ratio.ratio:.2f} times; round by round "
         f"{low:.2f} to {high:.2f} (quartiles of {base.decode.rounds})",
     ]
+
+
+def _experts_line(ratio: float) -> str:
+    """Say what the graph costs in which llama.cpp computes ReLU."""
+    return (
+        f"llama.cpp computes ReLU in its graph of experts, at {ratio:.2f} times the speed of arch "
+        "llama (SiLU, wrong text) here"
+    )
 
 
 def _engine_lines(result: Bench) -> list[str]:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from common.units import size
+from gguf_files.names import SMALLTHINKER
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 from results.bench import (
-    DENSE_LLAMA_CPP,
     DENSE_POWERINFER,
     EMBEDDED,
     LLAMA_CPP,
@@ -123,12 +123,24 @@ def _baselines(result: Bench, setup: Setup) -> Warnings:
         stated = ", ".join(f"{arm.title}: {arm.threads}" for arm in arms)
         yield "different-threads", f"threads differ: {stated}"
     programs = setup.programs
-    files = {
-        DENSE_POWERINFER: programs.powerinfer_dense,
-        DENSE_LLAMA_CPP: programs.llama_cpp_dense,
-    }
+    files = {DENSE_POWERINFER: programs.powerinfer_dense, **programs.llama_cpp_files}
+    if programs.unused_dense is not None:
+        yield (
+            "dense-arch",
+            f"{programs.unused_dense.path}: of arch {SMALLTHINKER}, for which PowerInfer's dense "
+            "mode has no graph, and not measured there; export with --dense-arch llama to time it",
+        )
+    experts = [
+        file for file in programs.llama_cpp_files.values() if file.architecture == SMALLTHINKER
+    ]
+    if experts and result.experts_cost is None:
+        yield (
+            "experts-cost",
+            "llama.cpp computes ReLU in its graph of experts; what that costs against arch llama "
+            "is not measured here (pass a file of --dense-arch llama as --dense-gguf too)",
+        )
     for arm in dense:
-        file = files[arm.name]
+        file = files.get(arm.name)
         if file is not None and file.architecture == "llama":
             yield (
                 "dense-silu",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import EngineError
+from common.errors import EXPORT_AGAIN, EngineError
 from common.settings import LLAMA_CPP_VARIABLE
 from common.typed_json import parse
 from powerinfer_bridge.programs import llama_cpp_worker
@@ -18,11 +20,15 @@ from powerinfer_bridge.programs.output import (
     has_cuda,
     parse_bench,
     parse_generation,
+    parse_perplexity,
     parse_version,
+    parse_windows,
 )
 from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
 from powerinfer_bridge.programs.sample import Measured, Phase, ProgramFacts, RunSample
+from powerinfer_bridge.score import Score
 
+_PERPLEXITY = "llama-perplexity"
 _PROGRAMS = ("llama-bench", "llama-completion", "llama-cli")
 """Best first: llama-bench times exact numbers of tokens, warmed up; the others a text."""
 
@@ -108,6 +114,39 @@ class LlamaCpp:
         require_success(run)
         return RunSample.of(run, parse_generation(f"{run.stdout}\n{run.stderr}", count))
 
+    def score(
+        self,
+        model: Path,
+        text: str,
+        context: int,
+        chunks: int | None,
+        *,
+        threads: int,
+        n_gpu_layers: int = 0,
+    ) -> Score | None:
+        """Score a text in PowerInfer's windows; None if the build has no `llama-perplexity`.
+
+        Raises:
+            EngineError: the program failed, hung or printed no estimate.
+        """
+        program = self._program.with_name(_PERPLEXITY)
+        if not program.exists():
+            return None
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "text.txt"
+            file.write_bytes(text.encode("utf-8", "surrogateescape"))
+            options = ["-m", str(model.resolve()), "-f", str(file), "-c", str(context)]
+            options += ["-b", str(context), "--chunks", str(-1 if chunks is None else chunks)]
+            options += ["-t", str(threads), "-ngl", str(n_gpu_layers)]
+            run = run_program(
+                [str(program), *options], timeout=self._timeout, heartbeat=self._heartbeat
+            )
+        require_success(run)
+        said = f"{run.stdout}\n{run.stderr}"
+        return Score(
+            perplexity=parse_perplexity(said, "llama.cpp"), windows=parse_windows(run.stdout)
+        )
+
     def _generation(self, prompt_tokens: int, count: int) -> list[str]:
         """Options for a greedy continuation of a prompt of about as many tokens."""
         single = "-no-cnv" if self._program.name == "llama-completion" else "--single-turn"
@@ -138,6 +177,8 @@ class _Told:
     load_seconds: float | None = None
     prompt_seconds: float | None = None
     decode_seconds: float | None = None
+    windows: tuple[float, ...] = ()
+    perplexity: float | None = None
 
     @property
     def cuda(self) -> bool:
@@ -196,6 +237,33 @@ class LlamaCppPython:
             device={"cuda": told.cuda, "build": told.version},
         )
         return RunSample.of(run, measured)
+
+    def score(
+        self,
+        model: Path,
+        text: str,
+        context: int,
+        chunks: int | None,
+        *,
+        threads: int,
+        n_gpu_layers: int = 0,
+    ) -> Score:
+        """Score a text; see `LlamaCpp.score`.
+
+        Raises:
+            EngineError: the package failed, hung or gave no perplexity.
+        """
+        settings = {"context": context, "chunks": chunks, "threads": threads}
+        settings |= {"n_gpu_layers": n_gpu_layers}
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "text.txt"
+            file.write_bytes(text.encode("utf-8", "surrogateescape"))
+            _, told = self._run(str(model.resolve()), json.dumps(settings), str(file))
+        if told.perplexity is None or not 0 < told.perplexity < math.inf:
+            raise EngineError(
+                f"{model}: its perplexity in llama.cpp is {told.perplexity}", EXPORT_AGAIN
+            )
+        return Score(perplexity=told.perplexity, windows=told.windows)
 
     def _run(self, *arguments: str) -> tuple[Finished, _Told]:
         run = run_program(

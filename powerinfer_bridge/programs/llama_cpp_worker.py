@@ -1,4 +1,4 @@
-"""Times a model in the package llama-cpp-python and prints JSON; a program of its own.
+"""Times a model in the package llama-cpp-python, or scores a text, and prints JSON; a program.
 
 Native code that crashes or hangs then takes no psp with it. Like llama-bench it decodes tokens
 whatever the model says, after a warm-up: llama.cpp@0c1e570 tools/llama-bench/llama-bench.cpp:
@@ -45,6 +45,50 @@ def measure(
     return {"load_seconds": load, "prompt_seconds": prompt, "decode_seconds": decode}
 
 
+def score(
+    package: Any,
+    path: str,
+    file: str,
+    *,
+    context: int,
+    chunks: int | None,
+    threads: int,
+    n_gpu_layers: int,
+) -> dict[str, object]:
+    """Score a text in the windows of llama.cpp's llama-perplexity, which are PowerInfer's."""
+    import numpy
+
+    model = package.Llama(
+        model_path=path,
+        n_ctx=context,
+        n_batch=context,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_gpu_layers=n_gpu_layers,
+        logits_all=True,
+        verbose=False,
+    )
+    vocabulary = package.llama_model_get_vocab(model.model)
+    begun = bool(package.llama_vocab_get_add_bos(vocabulary))
+    with open(file, "rb") as text:
+        ids = model.tokenize(text.read().removesuffix(b"\n"), add_bos=begun, special=False)
+    first, means, total = context // 2, [], 0.0
+    count = len(ids) // context
+    for number in range(count if chunks is None else min(count, chunks)):
+        window = ids[number * context : (number + 1) * context]
+        model.reset()
+        model.eval([model.token_bos(), *window[1:]] if begun else window)
+        logits = numpy.array(model.scores[first : context - 1], dtype=numpy.float64)
+        logits -= logits.max(-1, keepdims=True)
+        likely = logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
+        targets = window[first + 1 :]
+        chosen = likely[numpy.arange(len(targets)), targets]
+        means.append(-float(chosen.mean()))
+        total -= float(chosen.sum())
+    scored = len(means) * (context - 1 - first)
+    return {"windows": means, "perplexity": float(numpy.exp(total / scored)) if scored else None}
+
+
 def _seconds(package: Any, model: Any, batches: list[list[int]]) -> float:
     start = time.perf_counter()
     for batch in batches:
@@ -54,12 +98,13 @@ def _seconds(package: Any, model: Any, batches: list[list[int]]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Print facts; with a model file and settings as JSON also a measurement."""
+    """Print facts; with a model file and settings as JSON also a measurement, of a text a score."""
     package = importlib.import_module("llama_cpp")
     found = facts(package)
     if arguments:
-        path, settings = arguments
-        found |= measure(package, path, **json.loads(settings))
+        path, settings, *text = arguments
+        run = score if text else measure
+        found |= run(package, path, *text, **json.loads(settings))
     print(json.dumps(found))
 
 

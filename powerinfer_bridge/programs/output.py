@@ -108,19 +108,23 @@ def parse_main(stderr: str) -> Measured:
     return measured
 
 
-def parse_perplexity(output: str) -> float:
+def parse_perplexity(output: str, program: str = "PowerInfer") -> float:
     """Return the final estimate of a `perplexity` run.
+
+    Args:
+        output: what was printed.
+        program: whose it is, for messages.
 
     Raises:
         EngineError: none was printed, or it is not a number.
     """
     match = _PERPLEXITY.search(output)
     if match is None:
-        raise EngineError("PowerInfer's perplexity printed no final estimate", "give it more text")
+        raise EngineError(f"{program}'s perplexity printed no final estimate", "give it more text")
     value = float(match[1])
     if not 0 < value < math.inf:
         raise EngineError(
-            f"PowerInfer's perplexity is {match[1]}: it computed wrongly", EXPORT_AGAIN
+            f"{program}'s perplexity is {match[1]}: it computed wrongly", EXPORT_AGAIN
         )
     return value
 
