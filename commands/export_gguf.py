@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from commands.options import json_option, settings_options
 from commands.printing import echo, note, print_json, warn
 from gguf_export.settings import POWERINFER, ExportConfig
+
+if TYPE_CHECKING:
+    from gguf_export.contract import Report
+    from powerinfer_bridge.verify.verification import ExportCheck
 
 
 def _choose(values: dict[str, Any]) -> None:
@@ -21,6 +25,11 @@ def _choose(values: dict[str, Any]) -> None:
     if values["predictors"] is not None and imported is not None:
         raise click.UsageError("Pass --predictors or --import-predictors-from, not both.")
     values["predictors"] = values["predictors"] or imported
+
+
+def _report(check: ExportCheck | None) -> Report | None:
+    """Return what was found of a file, None of one that was not looked at."""
+    return None if check is None else check.report
 
 
 @click.command("export-gguf")
@@ -39,26 +48,33 @@ def export_gguf(config: ExportConfig, as_json: bool, no_verify: bool) -> None:
     The file is verified before it gets its name; one that fails is not kept.
     """
     from common.typed_json import plain
-    from gguf_export.bundle import export
-    from gguf_export.dense import export_single
+    from gguf_export.bundle import Bundle, dense_beside, export
+    from gguf_export.dense import SingleFile, export_single
     from gguf_export.gpu_split import split, split_table
     from powerinfer_bridge.verify.verification import ExportCheck
 
     check = None if no_verify else ExportCheck(config.model, config.out)
-    bundle = (export if config.engine == POWERINFER else export_single)(config, check)
+    dense_check = None if no_verify else ExportCheck(config.model, dense_beside(config.out))
+    if config.engine == POWERINFER:
+        bundle: Bundle | SingleFile = export(config, check, dense_check)
+    else:
+        bundle = export_single(config, check)
     warn(bundle.warnings)
-    if check is not None and check.hint:
-        note(check.hint)
-    report = None if check is None else check.report
+    for each in (check, dense_check):
+        if each is not None and each.hint:
+            note(each.hint)
+    report, dense_report = _report(check), _report(dense_check)
     chosen = None if config.split is None else split(config.split)
     if as_json:
         document = {
             **bundle.outputs,
             "warnings": bundle.warnings,
             "verified": None if report is None else report.document(),
+            **({} if dense_report is None else {"dense_verified": dense_report.document()}),
             **({} if chosen is None else plain(chosen)),
         }
         return print_json(document)
-    echo(bundle.table(None if report is None else len(report.checks)))
+    counts = (None if found is None else len(found.checks) for found in (report, dense_report))
+    echo(bundle.table(*counts))
     if chosen is not None:
         echo(f"\n{split_table(chosen)}")

@@ -26,7 +26,7 @@ from gguf_export.requirements import check_model, check_types
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.writer import ModelWriter
-from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY
+from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY, SMALLTHINKER
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Bundle:
             model_file,
             model_file.with_name(f"{stem}.predictors"),
             model_file.with_name(ACTIVATION_DIRECTORY),
-            model_file.with_name(f"{stem}.dense.gguf"),
+            dense_beside(model_file),
         )
 
     def beside_others(self, *, counted: bool) -> Bundle:
@@ -102,20 +102,37 @@ class Bundle:
         paths = {name: getattr(self, name) for name in names}
         return {name: str(path) for name, path in paths.items() if path.exists()}
 
-    def table(self, checks: int | None) -> str:
-        """Return them as text, and how many checks of the model file hold (None: not verified)."""
+    def table(self, checks: int | None, dense_checks: int | None = None) -> str:
+        """Return them as text, and how many checks hold (None: not verified).
+
+        Args:
+            checks: of the model file.
+            dense_checks: of the dense file.
+        """
         verified = "no" if checks is None else f"{checks} checks hold"
         facts = {**self.outputs, "verified": verified}
+        if dense_checks is not None:
+            facts["dense_verified"] = f"{dense_checks} checks hold"
         return "\n".join(f"{name.replace('_', ' '):<22} {text}" for name, text in facts.items())
 
 
-def export(config: ExportConfig, check: Callable[[Path], None] | None = None) -> Bundle:
+def dense_beside(model_file: Path) -> Path:
+    """Return the name of the dense file that goes with a model file."""
+    return model_file.with_name(f"{model_file.name.removesuffix(SUFFIX)}.dense.gguf")
+
+
+def export(
+    config: ExportConfig,
+    check: Callable[[Path], None] | None = None,
+    dense_check: Callable[[Path], None] | None = None,
+) -> Bundle:
     """Write the bundle under temporary names; the model file gets its name last.
 
     Args:
         config: what to write.
         check: looks at the model file before anything gets its name. If it raises, nothing does,
             and existing outputs stay as they are.
+        dense_check: looks at the dense file likewise, where it has a graph that can be checked.
 
     Raises:
         PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
@@ -150,6 +167,8 @@ def export(config: ExportConfig, check: Callable[[Path], None] | None = None) ->
             check(unnamed.model_file)
         if dense is not None:
             dense.write(unnamed.dense_file, bundle.dense_file)
+            if dense_check is not None and dense.architecture == SMALLTHINKER:
+                dense_check(unnamed.dense_file)
     return bundle
 
 

@@ -132,7 +132,7 @@ class SingleFile:
         """The paths that are there, by name."""
         return {"model_file": str(self.model_file)}
 
-    def table(self, checks: int | None) -> str:
+    def table(self, checks: int | None, dense_checks: int | None = None) -> str:
         """Return it as text, and how many checks of it hold (None: not verified)."""
         verified = "no" if checks is None else f"{checks} checks hold"
         return f"model file             {self.model_file}\nverified               {verified}"

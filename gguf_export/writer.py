@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from common.files import write_error
 from common.overlap import flushed_meanwhile, made_ahead
 from gguf_export.model_keys import add_keys, provenance
 from gguf_export.plan import PlannedTensor, plan_model
-from gguf_export.pwri.element_types import FileTypes, encode
+from gguf_export.pwri.element_types import WIDE, FileTypes, encode
 from gguf_export.pwri.schema import parse_name
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_files.elements import PLAIN
@@ -31,9 +31,6 @@ _PIECE = 1 << 20
 """Numbers that are converted at once."""
 
 _UP = re.compile(r"\.ffn_up(_exps)?\.")
-
-_WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
-"""Types that are made of float32; the others of float16, in which PowerInfer computes."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +184,7 @@ def _pieces(tensor: PlannedTensor) -> Iterator[npt.NDArray[np.generic]]:
 
 
 def _encode(tensor: PlannedTensor, piece: torch.Tensor) -> npt.NDArray[np.generic]:
-    if tensor.kind in _WIDE:
+    if tensor.kind in WIDE:
         return encode(piece.float().numpy(), tensor.kind)
     half = piece.half()
     if piece.dtype != torch.float16 and not torch.isfinite(torch.stack(half.aminmax())).all():

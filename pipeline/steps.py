@@ -13,7 +13,7 @@ from common.files import write_json
 from common.text_sources.names import DATASET, Sources, names_of
 from common.typed_json import plain
 from common.version import package_version, tool_version
-from gguf_export.bundle import export
+from gguf_export.bundle import dense_beside, export
 from gguf_export.gpu_split import split
 from gguf_export.settings import ExportConfig
 from pipeline.contents import files_in, model_files, source_files
@@ -302,7 +302,8 @@ def _report_step(
 
 def _export(config: ExportConfig) -> None:
     # `verify` runs the model as the next step.
-    export(config, ExportCheck(config.model, config.out, most_bytes=0))
+    targets = (config.out, dense_beside(config.out))
+    export(config, *(ExportCheck(config.model, target, most_bytes=0) for target in targets))
     if config.split is not None:
         split(config.split)
 

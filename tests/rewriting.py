@@ -45,6 +45,7 @@ def rewritten(
     *,
     tensors: Mapping[str, Tensor | None] | None = None,
     keys: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
     magic: bytes | None = None,
     version: int = 3,
     alignment: int | None = None,
@@ -56,6 +57,7 @@ def rewritten(
         out: the new one.
         tensors: those that differ or are new; None leaves one out.
         keys: values that differ; None leaves one out.
+        sizes: further keys, of uint32.
         magic: another.
         version: another, which changes no byte but its own.
         alignment: another.
@@ -71,6 +73,8 @@ def rewritten(
             data = (keys or {}).get(name, _plain(value.data))
             if data is not None and name not in _AGAIN:
                 writer.add_key_value(name, data, value.kind, value.element)
+        for name, size in (sizes or {}).items():
+            writer.add_uint32(name, size)
         kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
         for name, (shape, kind, content) in kept.items():
             writer.add_tensor_info(name, shape, np.dtype(np.float32), len(content), kind)

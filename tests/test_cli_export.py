@@ -242,7 +242,8 @@ def test_a_dense_file_comes_with_its_note(
 ) -> None:
     out = tmp_path / "m.powerinfer.gguf"
     options = ("--model", model_dir, "--predictors", exact_dir, "--out", out, "--no-verify")
-    result = psp("export-gguf", *options, "--dense")
+    result = psp("export-gguf", *options, "--dense", "--dense-arch", "llama")
     assert "warning: dense file for timing only" in result.stderr
     assert "SiLU" in result.stderr
     assert "warning" not in psp("export-gguf", *options, "--force").stderr
+    assert "warning" not in psp("export-gguf", *options, "--force", "--dense").stderr

@@ -28,7 +28,10 @@ _OTHERS = tuple(GGMLQuantizationType[name] for name in _OTHER_NAMES)
 """What matrices outside the sparse FFN may have besides: all other types that PowerInfer's ggml
 multiplies with (ggml.c:type_traits), each of them run. It has no BF16 and none of the IQ types."""
 
-WRITABLE = {*PLAIN, *OUTTYPES.values()}
+WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
+"""Types that are made of float32; the others of float16, in which PowerInfer computes."""
+
+WRITABLE = {*PLAIN, *WIDE, *OUTTYPES.values()}
 """Types that numbers can be written in."""
 
 

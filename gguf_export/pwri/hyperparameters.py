@@ -54,6 +54,8 @@ class Graph:
         parallel: attention and FFN both read the block's input, and so does the predictor; else FFN
             and predictor read the residual after attention.
         own_head: the output head is a tensor of its own, else the embedding.
+        scalable: angles may be scaled. PowerInfer's kernel for halves scales them twice and takes
+            every pair for the first of YaRN's (ggml.c:ggml_compute_forward_rope_f32).
     """
 
     norm_key: str | None
@@ -65,20 +67,12 @@ class Graph:
     up_activated: bool
     parallel: bool = False
     own_head: bool = True
+    scalable: bool = True
 
     @property
     def rotary(self) -> bool:
         """Whether positions are angles."""
         return self.positions != "learned"
-
-    @property
-    def scalable(self) -> bool:
-        """Whether angles may be scaled.
-
-        ggml's kernel for halves scales them twice and takes every pair for the first of YaRN's
-        (ggml.c:ggml_compute_forward_rope_f32).
-        """
-        return self.positions == "pairs"
 
 
 GRAPHS = {
@@ -113,6 +107,7 @@ GRAPHS = {
         gated=False,
         up_activated=True,
         parallel=True,
+        scalable=False,
     ),
 }
 

@@ -13,6 +13,7 @@ from gguf import GGUFValueType
 from common.errors import printable
 from gguf_export.pwri.gpu_index import BUCKET, INDEX_SUFFIX, IndexFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD, FC1, THRESHOLD_KEY, Role, parse_name
+from gguf_files.names import SMALLTHINKER
 from gguf_files.reader import DENSE_MAGIC, SPARSE_MAGIC, GGUFFile, Value
 from gguf_files.split_set import open_gguf
 
@@ -44,6 +45,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         offsets, which count from the beginning of the file that holds the tensor.
         `predictor_ranks` names the layers that have a predictor, `gpu_neurons` those of an index.
         `skips_neurons` is whether a sparse file has a threshold that any logit can be below.
+        `experts` is how many a layer of arch `smallthinker` has, None of another arch.
         `bytes_by_kind` adds up to `tensor_bytes`.
 
     Raises:
@@ -77,6 +79,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         "predictor_ranks": _first_sizes(file, FC1, 2, "rank"),
         "gpu_neurons": _first_sizes(file, BUCKET, 1, "neurons"),
         "skips_neurons": _skips(file),
+        "experts": _experts(file),
         "bytes_by_kind": kinds,
         "tensor_bytes": sum(info.size for info in file.tensors.values()),
     }
@@ -128,6 +131,8 @@ def inspection_table(document: Mapping[str, Any]) -> str:
     }
     if document["kind"] == "sparse" and not document["skips_neurons"]:
         facts["ranks"] += "; no neuron is skipped, whatever they say"
+    if document["experts"] is not None:
+        facts["experts"] = f"{document['experts']} a layer, ReLU after the gate"
     if document["kind"] == "gpu index":
         facts["on the GPU"] = _sizes_line(document["gpu_neurons"], "neurons", "no layers")
     keys = {name: _value_line(value) for name, value in document["keys"].items()}
@@ -154,6 +159,11 @@ def _sizes_line(sizes: list[dict[str, int]], name: str, none: str) -> str:
     if len(set(found)) > 1:
         return ", ".join(f"{row['layer']}: {row[name]}" for row in sizes)
     return f"{found[0]} in each of {len(found)} layers" if found else none
+
+
+def _experts(file: GGUFFile) -> int | None:
+    value = file.values.get(f"{SMALLTHINKER}.expert_count")
+    return value.data if value is not None and value.kind is GGUFValueType.UINT32 else None
 
 
 def _skips(file: GGUFFile) -> bool:

@@ -18,6 +18,11 @@ from common.units import size
 from gguf_export.contract import OpenedFile, Report, check_structure
 from gguf_export.origin import made_from
 from gguf_export.pwri.schema import SMALLEST_D_FF
+from gguf_export.smallthinker.contract import (
+    ExpertFile,
+    check_expert_structure,
+    open_model_file,
+)
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
 
@@ -27,7 +32,14 @@ _SMALLEST_RANK = 32
 
 def check_file(path: Path, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Judge a file; what lies beside it only if the file itself is sound."""
-    opened = OpenedFile(path)
+    try:
+        opened = open_model_file(path)
+    except PspError as error:
+        yield from_error("file", error)
+        return
+    if isinstance(opened, ExpertFile):
+        yield from _expert_findings(opened)
+        return
     findings = list(file_findings(opened))
     yield from findings
     if all(finding.status is not Status.PROBLEM for finding in findings):
@@ -59,6 +71,22 @@ def file_findings(opened: OpenedFile) -> Iterator[Finding]:
             "file",
             f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "
             f"d_model {hyper.d_model}, d_ff {hyper.d_ff}, {types}; "
+            f"all {len(report.checks)} checks of its header hold",
+        )
+
+
+def _expert_findings(opened: ExpertFile) -> Iterator[Finding]:
+    """Judge a file of arch `smallthinker` by its graph's contract; nothing lies beside it."""
+    report = Report(opened.path)
+    check_expert_structure(report, opened, header_only=True)
+    bad = list(_broken(report))
+    yield from bad
+    if not bad:
+        path, hyper = opened.path, opened.hyper
+        yield ok(
+            "file",
+            f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "
+            f"d_model {hyper.d_model}, d_ff {hyper.d_ff}, {report.checks['engine'].detail}; "
             f"all {len(report.checks)} checks of its header hold",
         )
 

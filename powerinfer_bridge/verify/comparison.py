@@ -21,7 +21,7 @@ from architectures.spec import ModelShape, TensorRule
 from common.documents import sample_text
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
-from gguf_export.pwri.element_types import WRITABLE, encode
+from gguf_export.pwri.element_types import WIDE, WRITABLE, encode
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_files.elements import decode
 from gguf_files.names import FINGERPRINT_KEY
@@ -147,7 +147,8 @@ def keeps_numbers(
     plain = expected.float() if expected.dtype == torch.bfloat16 else expected
     if np.array_equal(found, plain.numpy()):
         return True
-    rounded = expected.float() if expected.dim() == 1 else expected.half()
+    wide = expected.dim() == 1 or kind in WIDE
+    rounded = expected.float() if wide else expected.half()
     if kind in WRITABLE:
         data = encode(rounded.numpy(), kind).reshape(-1).view(np.uint8)
         return np.array_equal(found, decode(data, tuple(expected.shape), kind))
