@@ -41,8 +41,9 @@ from powerinfer_bridge.verify.tokens import require_vocabulary, same_ids
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_PPL_TOLERANCE = 1e-3
-"""Largest relative difference from transformers' perplexity where weights are not rounded."""
+_PPL_TOLERANCE = 5e-3
+"""Largest relative difference from transformers' perplexity where weights are not rounded further:
+float16 alone took 0.14 % of a SmolLM2 over four windows."""
 
 
 def check_expert_model(report: Report, opened: ExpertFile, checkpoint: Checkpoint) -> None:
