@@ -117,6 +117,7 @@ class Around:
                 llama_cpp_facts=program("llama.cpp", self.llama_cpp_cuda),
                 powerinfer_dense=dense.get(DENSE_POWERINFER),
                 llama_cpp_dense=dense.get(DENSE_LLAMA_CPP),
+                unused_dense=dense.get("unused"),
             ),
             neurons=NeuronFacts(problem=self.index_problem),
             text="",
@@ -192,6 +193,16 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
         document(everything(), predicted(), llama_cpp()),
         Around(architectures={"dense_llama_cpp": "llama"}),
         "computes SiLU, not this model's ReLU",
+    ),
+    "experts-cost": (
+        document(everything(), predicted(), llama_cpp()),
+        Around(architectures={"dense_llama_cpp": "smallthinker"}),
+        "is not measured here (pass a file of --dense-arch llama as --dense-gguf too)",
+    ),
+    "dense-arch": (
+        document(),
+        Around(architectures={"unused": "smallthinker"}),
+        "for which PowerInfer's dense mode has no graph",
     ),
     "fatrelu": (document(), Around(activation_threshold=0.01), "FATReLU at 0.01, PowerInfer"),
     "threshold-variable": (

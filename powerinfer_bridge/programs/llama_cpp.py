@@ -20,7 +20,7 @@ from powerinfer_bridge.programs.output import (
     has_cuda,
     parse_bench,
     parse_generation,
-    parse_perplexity,
+    parse_llama_perplexity,
     parse_version,
     parse_windows,
 )
@@ -29,6 +29,10 @@ from powerinfer_bridge.programs.sample import Measured, Phase, ProgramFacts, Run
 from powerinfer_bridge.score import Score
 
 _PERPLEXITY = "llama-perplexity"
+_TRIES = 5
+"""Runs until all of an output is there. llama.cpp@0c1e570 common/log.cpp: programs leave without
+waiting for the thread that writes, so that one run in twelve ended well and lost its last lines."""
+
 _PROGRAMS = ("llama-bench", "llama-completion", "llama-cli")
 """Best first: llama-bench times exact numbers of tokens, warmed up; the others a text."""
 
@@ -110,9 +114,15 @@ class LlamaCpp:
             if run.code:
                 self._explain(run)
             return RunSample.of(run, parse_bench(run.stdout, n_gpu_layers))
-        run = self._run(*options, *self._generation(prompt_tokens, count))
-        require_success(run)
-        return RunSample.of(run, parse_generation(f"{run.stdout}\n{run.stderr}", count))
+        for left in reversed(range(_TRIES)):
+            run = self._run(*options, *self._generation(prompt_tokens, count))
+            require_success(run)
+            try:
+                return RunSample.of(run, parse_generation(f"{run.stdout}\n{run.stderr}", count))
+            except EngineError:
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def score(
         self,
@@ -127,7 +137,7 @@ class LlamaCpp:
         """Score a text in PowerInfer's windows; None if the build has no `llama-perplexity`.
 
         Raises:
-            EngineError: the program failed, hung or printed no estimate.
+            EngineError: the program failed, hung or printed no estimate, nor when run again.
         """
         program = self._program.with_name(_PERPLEXITY)
         if not program.exists():
@@ -138,13 +148,17 @@ class LlamaCpp:
             options = ["-m", str(model.resolve()), "-f", str(file), "-c", str(context)]
             options += ["-b", str(context), "--chunks", str(-1 if chunks is None else chunks)]
             options += ["-t", str(threads), "-ngl", str(n_gpu_layers)]
-            run = run_program(
-                [str(program), *options], timeout=self._timeout, heartbeat=self._heartbeat
-            )
-        require_success(run)
-        said = f"{run.stdout}\n{run.stderr}"
-        return Score(
-            perplexity=parse_perplexity(said, "llama.cpp"), windows=parse_windows(run.stdout)
+            for _ in range(_TRIES):
+                run = run_program(
+                    [str(program), *options], timeout=self._timeout, heartbeat=self._heartbeat
+                )
+                require_success(run)
+                perplexity = parse_llama_perplexity(run.stdout, run.stderr)
+                if perplexity is not None:
+                    return Score(perplexity=perplexity, windows=parse_windows(run.stdout))
+        raise EngineError(
+            f"{program.name} did not print its estimate in {_TRIES} runs",
+            "run it by hand to see why",
         )
 
     def _generation(self, prompt_tokens: int, count: int) -> list[str]:

@@ -28,6 +28,8 @@ _PHASE = re.compile(
     rf"{_PRINT}(?P<phase>prompt eval|eval) time =\s+(?P<ms>{_NUMBER}) ms /"
     r"\s+(?P<count>\d+) (?:runs|tokens)"
 )
+_CHUNKS = re.compile(r"calculating perplexity over (\d+) chunks")
+_RUNNING = re.compile(r"\[\d+\]([\d.]+|-?nan|-?inf),")
 _PERPLEXITY = re.compile(r"Final estimate: PPL = ([\d.]+|-?nan|-?inf)")
 _WINDOW = re.compile(r"\[(\d+)\]([\d.]+),")
 _DEVICES = re.compile(r"ggml_init_cublas: found (\d+) \S+ devices:")
@@ -108,24 +110,38 @@ def parse_main(stderr: str) -> Measured:
     return measured
 
 
-def parse_perplexity(output: str, program: str = "PowerInfer") -> float:
-    """Return the final estimate of a `perplexity` run.
-
-    Args:
-        output: what was printed.
-        program: whose it is, for messages.
+def parse_perplexity(output: str) -> float:
+    """Return the final estimate of a `perplexity` run of PowerInfer's.
 
     Raises:
         EngineError: none was printed, or it is not a number.
     """
     match = _PERPLEXITY.search(output)
     if match is None:
-        raise EngineError(f"{program}'s perplexity printed no final estimate", "give it more text")
-    value = float(match[1])
+        raise EngineError("PowerInfer's perplexity printed no final estimate", "give it more text")
+    return _number(match[1], "PowerInfer")
+
+
+def parse_llama_perplexity(output: str, errors: str) -> float | None:
+    """Return the estimate of all windows of a `llama-perplexity` run; None if its end is lost.
+
+    Args:
+        output: what it printed after each window.
+        errors: what it printed besides: over how many windows it goes.
+
+    Raises:
+        EngineError: it is not a number.
+    """
+    planned, told = _CHUNKS.search(errors), _RUNNING.findall(output)
+    if planned is None or len(told) < int(planned[1]):
+        return None
+    return _number(told[-1], "llama.cpp")
+
+
+def _number(text: str, program: str) -> float:
+    value = float(text)
     if not 0 < value < math.inf:
-        raise EngineError(
-            f"{program}'s perplexity is {match[1]}: it computed wrongly", EXPORT_AGAIN
-        )
+        raise EngineError(f"{program}'s perplexity is {text}: it computed wrongly", EXPORT_AGAIN)
     return value
 
 
