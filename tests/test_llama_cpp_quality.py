@@ -210,8 +210,8 @@ def test_a_report_names_every_arm(
     psp: Callable[..., Result], settings: dict[str, Any], files: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "results"
-    both = {"dense_gguf": files["llama"], "llama_cpp_gguf": files["smallthinker"]}
-    bench(BenchConfig(**settings, **both, out=out))
+    settings |= {"dense_gguf": files["llama"], "llama_cpp_gguf": files["smallthinker"]}
+    bench(BenchConfig(**settings, out=out))
     page = tmp_path / "page.html"
     assert psp("report", out, "--out", page).exit_code == 0
     text = page.read_text(encoding="utf-8")
