@@ -16,8 +16,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 pip=("$work/venv/bin/pip" --quiet --disable-pip-version-check)
-"${pip[@]}" download --no-deps --no-build-isolation --no-binary :all: -d "$work" "llama-cpp-python==$LLAMA_CPP" ||
-    "${pip[@]}" download --no-deps --no-binary :all: -d "$work" "llama-cpp-python==$LLAMA_CPP"
+"${pip[@]}" download --no-deps --no-binary :all: -d "$work" "llama-cpp-python==$LLAMA_CPP"
 "${pip[@]}" install "transformers==$TRANSFORMERS" "torch==$TORCH" "sentencepiece==$SENTENCEPIECE" protobuf pyyaml requests
 "${pip[@]}" install "$work"/llama_cpp_python-*.tar.gz
 tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"

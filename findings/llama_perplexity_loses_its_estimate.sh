@@ -17,12 +17,14 @@ trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 pip=("$work/venv/bin/pip" --quiet --disable-pip-version-check)
 "${pip[@]}" install "gguf==$GGUF" "numpy==$NUMPY" cmake ninja
-"${pip[@]}" download --no-deps --no-binary :all: -d "$work" "llama-cpp-python==$LLAMA_CPP"
-tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
-export PATH="$work/venv/bin:$PATH"
-cmake -G Ninja -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \
-    -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > /dev/null
-ninja -C "$work/build" llama-perplexity > /dev/null
+if [ -z "$QUIET" ]; then
+    "${pip[@]}" download --no-deps --no-binary :all: -d "$work" "llama-cpp-python==$LLAMA_CPP"
+    tar -xzf "$work"/llama_cpp_python-*.tar.gz -C "$work"
+    export PATH="$work/venv/bin:$PATH"
+    cmake -G Ninja -S "$work"/llama_cpp_python-*/vendor/llama.cpp -B "$work/build" -DCMAKE_BUILD_TYPE=Release \
+        -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF > /dev/null
+    ninja -C "$work/build" llama-perplexity > /dev/null
+fi
 
 cat > "$work/make.py" <<'PYTHON'
 import sys
