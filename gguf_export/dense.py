@@ -57,7 +57,8 @@ class DenseModel:
         else:
             tensors = list(plan_model(self.checkpoint, sparse=False, types=self.types))
             said = [self.checkpoint.architecture.dense_note]
-        for line in (conversion_note(tensors), *said):
+        engine = "llama.cpp" if isinstance(self.types, ExpertTypes) else "PowerInfer"
+        for line in (conversion_note(tensors, engine), *said):
             if line is not None:
                 yield line if line.startswith("dense file") else f"dense file: {line}"
 

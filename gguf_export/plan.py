@@ -160,10 +160,14 @@ def _read_predictor(
     return pad(found, (0, columns, 0, rows)) if rows or columns else found
 
 
-def conversion_note(tensors: Sequence[PlannedTensor]) -> str | None:
+def conversion_note(tensors: Sequence[PlannedTensor], engine: str = "PowerInfer") -> str | None:
     """Return what an export of a GGUF model did not copy, None if it copied all or is of another.
 
     A type that stays itself is told where rows became columns: blocks are rounded anew.
+
+    Args:
+        tensors: all of a file.
+        engine: that runs it.
     """
     changes: dict[str, list[str]] = {}
     copied = 0
@@ -180,6 +184,6 @@ def conversion_note(tensors: Sequence[PlannedTensor]) -> str | None:
         return None
     told = "; ".join(f"{', '.join(stems)} from {change}" for change, stems in changes.items())
     return (
-        f"converted {told} (--outtype chooses the type of what PowerInfer does not run as it was "
+        f"converted {told} (--outtype chooses the type of what {engine} does not run as it was "
         f"stored); the other {copied} tensors are copied bit for bit"
     )
