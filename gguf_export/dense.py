@@ -15,10 +15,11 @@ from common.files import atomic_path, refuse_existing
 from gguf_export.plan import conversion_note, plan_model
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.requirements import check_types
-from gguf_export.settings import AUTO, ExportConfig
+from gguf_export.settings import AUTO, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
+from gguf_export.smallthinker.second_engine import check_second_engine
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import splitting_note
@@ -35,11 +36,13 @@ class DenseModel:
         checkpoint: the model.
         vocabulary: its tokenizer.
         types: of its elements; `ExpertTypes` of arch `smallthinker`.
+        transposed: of that arch, whether for PowerInfer's second engine; see `plan_expert`.
     """
 
     checkpoint: Checkpoint
     vocabulary: Vocabulary
     types: FileTypes | ExpertTypes
+    transposed: bool = False
 
     @cached_property
     def architecture(self) -> str:
@@ -51,7 +54,7 @@ class DenseModel:
     def warnings(self) -> Iterator[str]:
         """What a user should know of it, a line each."""
         if isinstance(self.types, ExpertTypes):
-            tensors = list(plan_expert(self.checkpoint, self.types))
+            tensors = list(plan_expert(self.checkpoint, self.types, transposed=self.transposed))
             notes = (shift_note, lambda model: splitting_note(model, self.vocabulary))
             said = [note(self.checkpoint) for note in notes]
         else:
@@ -70,7 +73,14 @@ class DenseModel:
             target: its final name, for messages.
         """
         if isinstance(self.types, ExpertTypes):
-            write_one_expert(self.checkpoint, self.vocabulary, self.types, path, target)
+            write_one_expert(
+                self.checkpoint,
+                self.vocabulary,
+                self.types,
+                path,
+                target,
+                transposed=self.transposed,
+            )
             return
         writer = ModelWriter(self.checkpoint, self.vocabulary, self.types)
         note = {NOTE_KEY: self.checkpoint.architecture.dense_note or ""}
@@ -139,28 +149,35 @@ class SingleFile:
         return f"model file             {self.model_file}\nverified               {verified}"
 
 
-def export_single(config: ExportConfig, check: Callable[[Path], None] | None = None) -> SingleFile:
-    """Write the file that llama.cpp runs.
+def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = None) -> SingleFile:
+    """Write the file that llama.cpp or PowerInfer's second engine runs.
 
     Args:
         config: what to write.
-        check: looks at it before it gets its name; if it raises, what was there stays.
+        verify: looks at it before it gets its name; if it raises, what was there stays.
 
     Raises:
         PspError: an unusable checkpoint, one that the graph cannot compute, an existing output, or
             a refused write.
     """
     checkpoint = Checkpoint.open(config.model)
-    check_one_expert(checkpoint, f"--engine {config.engine}")
+    second = config.engine == SECOND_ENGINE
+    check = check_second_engine if second else check_one_expert
+    check(checkpoint, f"--engine {config.engine}")
     config.plain_types.check(checkpoint.shape)
     rows = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
-    made = DenseModel(checkpoint=checkpoint, vocabulary=vocabulary, types=config.plain_types)
+    made = DenseModel(
+        checkpoint=checkpoint,
+        vocabulary=vocabulary,
+        types=config.plain_types,
+        transposed=second,
+    )
     told = (line.removeprefix("dense file: ") for line in made.warnings)
     refuse_existing(config.out, force=config.force)
     with ExitStack() as stack:
         path = stack.enter_context(atomic_path(config.out))
         made.write(path, config.out)
-        if check is not None:
-            check(path)
+        if verify is not None:
+            verify(path)
     return SingleFile(config.out, (*checkpoint.notes, *vocabulary.notes, *told))

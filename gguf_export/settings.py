@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from gguf_export.pwri.element_types import FileTypes
     from gguf_export.smallthinker.types import ExpertTypes
 
-SUFFIX, PLAIN_SUFFIX = ".powerinfer.gguf", ".gguf"
+SUFFIX, SECOND_SUFFIX, PLAIN_SUFFIX = ".powerinfer.gguf", ".smallthinker.gguf", ".gguf"
 
-POWERINFER, LLAMA_CPP = "powerinfer", "llama.cpp"
-"""What `--engine` may be."""
+POWERINFER, SECOND_ENGINE, LLAMA_CPP = "powerinfer", "smallthinker", "llama.cpp"
+"""What `--engine` may be; the second is PowerInfer's other engine, in its folder smallthinker/."""
+
+_SUFFIXES = {POWERINFER: SUFFIX, SECOND_ENGINE: SECOND_SUFFIX, LLAMA_CPP: PLAIN_SUFFIX}
 
 AUTO = "auto"
 
-_DEFAULT = "f16"
+_DEFAULT, _NEURONS = "f16", "q4_0"
 _TYPES = f"[{'|'.join(ELEMENT_NAMES)}]"
 _BUDGET = Option("VRAM for PowerInfer, such as 24GiB: write which neurons live there.", "SIZE")
 Context = Annotated[
@@ -47,6 +49,18 @@ def _expert_types(name: str | None, option: str) -> ExpertTypes:
     return ExpertTypes(weights=_DEFAULT if name is None else name, chosen=name is not None)
 
 
+def _second_engine_types(name: str | None) -> ExpertTypes:
+    from gguf_export.smallthinker.types import ExpertTypes
+
+    if name not in (None, _NEURONS):
+        raise ExportError(
+            f"--outtype {name}: PowerInfer's second engine computes neurons in Q4_0 alone and "
+            "stops with an assertion at others",
+            f"leave it out or choose {_NEURONS}",
+        )
+    return ExpertTypes(weights=_NEURONS, pure=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
     """Settings of an export.
@@ -65,8 +79,9 @@ class ExportConfig:
     engine: Annotated[
         str,
         Option(
-            "What will run it; llama.cpp (and what is built on it) takes no predictors.",
-            choices=(POWERINFER, LLAMA_CPP),
+            "What will run it; smallthinker is PowerInfer's second engine. That one and llama.cpp "
+            "(and what is built on it) take no predictors.",
+            choices=(POWERINFER, SECOND_ENGINE, LLAMA_CPP),
         ),
     ] = POWERINFER
     predictors: Annotated[
@@ -80,9 +95,10 @@ class ExportConfig:
     outtype: Annotated[
         str | None,
         Option(
-            "Element type of the matrices of the model; for llama.cpp also bf16 and q8_0.",
+            "Element type of the matrices of the model; for llama.cpp also bf16 and q8_0, for "
+            "smallthinker q4_0 alone.",
             _TYPES,
-            unset="f16; a GGUF model keeps what the engine runs",
+            unset="f16; a GGUF model keeps what the engine runs; smallthinker: q4_0",
         ),
     ] = None
     predictor_type: Annotated[
@@ -120,12 +136,15 @@ class ExportConfig:
     def __post_init__(self) -> None:
         """Refuse element types that do not run, and names that make no other names."""
         check_settings(self, ExportError)
-        suffix = SUFFIX if self.engine == POWERINFER else PLAIN_SUFFIX
+        suffix = _SUFFIXES[self.engine]
         if not self.out.name.endswith(suffix) or self.out.name == suffix:
             raise ExportError(f"--out {self.out}: expected a name that ends in {suffix}")
         for option, given in () if self.engine == POWERINFER else self._for_powerinfer():
             if given:
-                raise ExportError(f"{option} is for PowerInfer", f"leave --engine or {option} out")
+                raise ExportError(
+                    f"{option} is for PowerInfer's first engine, not for --engine {self.engine}",
+                    f"leave --engine or {option} out",
+                )
         if not self.dense and (self.dense_arch != AUTO or self.dense_type is not None):
             raise ExportError("--dense-arch and --dense-type are for --dense", "pass --dense")
         _ = (self.types if self.engine == POWERINFER else self.plain_types), self.split
@@ -141,7 +160,9 @@ class ExportConfig:
 
     @property
     def plain_types(self) -> ExpertTypes:
-        """Element types of a file for llama.cpp alone."""
+        """Element types of a file that is all of an export."""
+        if self.engine == SECOND_ENGINE:
+            return _second_engine_types(self.outtype)
         return _expert_types(self.outtype, "outtype")
 
     @property

@@ -23,6 +23,7 @@ from gguf_export.smallthinker.hyperparameters import (
     is_transposed,
     read_expert_hyperparameters,
 )
+from gguf_export.smallthinker.second_engine import check_neuron_types, size_problem
 from gguf_files.elements import readable
 from gguf_files.reader import GGUFFile
 
@@ -73,7 +74,7 @@ def check_expert_structure(
     report.check("keys", lambda: sizes_line(opened), "file")
     check_tensors(report, opened, "the graph's")
     report.check("types", lambda: _types(opened.file), "file")
-    report.check("engine", lambda: _engine(opened.file), "keys")
+    report.check("engine", lambda: _engine(opened), "keys")
     if not header_only:
         check_finite(report, opened, "norms", "weights")
 
@@ -89,7 +90,11 @@ def _types(file: GGUFFile) -> str:
     return f"matrices {', '.join(kinds)}"
 
 
-def _engine(file: GGUFFile) -> str:
-    if is_transposed(file):
+def _engine(opened: ExpertFile) -> str:
+    if is_transposed(opened.file):
+        check_neuron_types(opened.file)
+        problem = size_problem(opened.hyper.d_model, opened.hyper.d_ff)
+        if problem is not None:
+            raise opened.file.error(f"{problem}, in PowerInfer's second engine")
         return "PowerInfer's second engine: down matrices are transposed"
     return "llama.cpp's arch smallthinker: one expert, ReLU after its gate"
