@@ -119,6 +119,7 @@ ModelFile = Annotated[Path, Option(metavar="NAME.powerinfer.gguf", argument=True
 Device = Annotated[str, Option("Torch device; auto: a GPU if there is one.")]
 Threads = Annotated[int, Option("CPU threads.", least=1, unset="all cores")]
 POWERINFER_VARIABLE, LLAMA_CPP_VARIABLE = "PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"
+SECOND_ENGINE_VARIABLE = "PSP_SECOND_ENGINE_BIN"
 """Environment variables that name the directories of programs."""
 
 PowerInferBin = Annotated[
