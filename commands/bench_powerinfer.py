@@ -15,16 +15,20 @@ from commands.printing import echo, note, print_json
 from powerinfer_bridge.benchmark.settings import BenchConfig
 
 
-def _forget_unused_llama_cpp(values: dict[str, Any]) -> None:
-    """Leave out a llama.cpp that only the environment names, where there is no model for it."""
-    source = click.get_current_context().get_parameter_source("llama_cpp_bin")
-    model = values["dense_gguf"] or values["llama_cpp_gguf"]
-    if source is ParameterSource.ENVIRONMENT and not model:
-        values["llama_cpp_bin"] = None
+def _forget_unused(values: dict[str, Any]) -> None:
+    """Leave out programs that only the environment names, where there is no model for them."""
+    models = {
+        "llama_cpp_bin": values["dense_gguf"] or values["llama_cpp_gguf"],
+        "second_engine_bin": values["second_engine_gguf"],
+    }
+    for name, model in models.items():
+        source = click.get_current_context().get_parameter_source(name)
+        if source is ParameterSource.ENVIRONMENT and not model:
+            values[name] = None
 
 
 @click.command("bench-powerinfer")
-@settings_options(BenchConfig, before=_forget_unused_llama_cpp)
+@settings_options(BenchConfig, before=_forget_unused)
 @json_option
 def bench_powerinfer(config: BenchConfig, as_json: bool) -> None:
     """Measure speed, sparsity and perplexity with predictors against all neurons.

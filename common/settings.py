@@ -131,6 +131,15 @@ PowerInferBin = Annotated[
     ),
 ]
 
+SecondEngineBin = Annotated[
+    Path | None,
+    Option(
+        "Directory of the programs of PowerInfer's second engine (its folder smallthinker/).",
+        "DIR",
+        envvar=SECOND_ENGINE_VARIABLE,
+    ),
+]
+
 
 def text_option(help: str, *, unset: str | None = None, piped: bool = True) -> Option:
     """Return the option of text sources; see `common.documents.read_documents`.

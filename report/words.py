@@ -18,12 +18,14 @@ _LONGEST = 4000
 ARM_TITLES = {
     "predicted": "predicted neurons",
     "all_neurons": "all neurons, same engine",
+    "second_engine": "exact sparsity, in PowerInfer's second engine",
     "dense_powerinfer": "dense, in PowerInfer",
     "dense_llama_cpp": "dense, in llama.cpp",
     "dense_llama_cpp_silu": "dense, in llama.cpp as arch llama (SiLU)",
 }
 _AGAINST = {
     "all_neurons": "computing all neurons in the same engine",
+    "second_engine": "exact sparsity in PowerInfer's second engine",
     "dense_powerinfer": "the dense model in PowerInfer",
     "dense_llama_cpp": "the dense model in llama.cpp",
     "dense_llama_cpp_silu": "the dense model in llama.cpp as arch llama (SiLU)",

@@ -21,16 +21,24 @@ from results.parts import (
 )
 
 ArmName = Literal[
-    "predicted", "all_neurons", "dense_powerinfer", "dense_llama_cpp", "dense_llama_cpp_silu"
+    "predicted",
+    "all_neurons",
+    "second_engine",
+    "dense_powerinfer",
+    "dense_llama_cpp",
+    "dense_llama_cpp_silu",
 ]
 PREDICTED: Final = "predicted"
 ALL_NEURONS: Final = "all_neurons"
+SECOND: Final = "second_engine"
+"""The model in PowerInfer's second engine, which skips neurons whose gate is not above 0."""
 DENSE_POWERINFER: Final = "dense_powerinfer"
 DENSE_LLAMA_CPP: Final = "dense_llama_cpp"
 DENSE_LLAMA_CPP_SILU: Final = "dense_llama_cpp_silu"
 """The same weights in llama.cpp as arch `llama`: for what the experts' graph costs."""
 
 POWERINFER, LLAMA_CPP, EMBEDDED = "PowerInfer", "llama.cpp", "embedded engine"
+SECOND_ENGINE = "PowerInfer's second engine"
 """Engines."""
 
 SAMPLES = "bench.csv"
@@ -55,7 +63,7 @@ class ArmFacts:
 
     Attributes:
         title: for readers.
-        engine: `POWERINFER`, `LLAMA_CPP` or `EMBEDDED`.
+        engine: `POWERINFER`, `SECOND_ENGINE`, `LLAMA_CPP` or `EMBEDDED`.
         file: what it ran.
         element_type: type of most of the file's bytes.
         threads: CPU threads.
@@ -86,8 +94,9 @@ class Arm(ArmFacts):
 
     Attributes:
         decode: speed of decoding.
-        perplexity: of a dense file in its own program, None where that was not measured; of the
+        perplexity: of another file in its own program, None where that was not measured; of the
             sparse file the benchmark has it.
+        ffn_bytes_ratio: FFN bytes that the second engine reads, over all; None of others.
         prompt: speed of reading the prompt, None where it was not measured.
         speedup: over all neurons; None of that arm itself.
         load_seconds: reading the file, median; None if not told.
@@ -99,6 +108,7 @@ class Arm(ArmFacts):
 
     decode: RoundSpeeds
     perplexity: Positive | None = None
+    ffn_bytes_ratio: Amount | None = None
     prompt: RoundSpeeds | None = None
     speedup: RatioOver | None = None
     load_seconds: float | None = None
@@ -161,6 +171,7 @@ class Versions:
     python: str
     torch: str
     powerinfer: str | None = None
+    second_engine: str | None = None
     llama_cpp: str | None = None
 
 

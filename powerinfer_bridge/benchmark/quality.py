@@ -18,6 +18,7 @@ from powerinfer_bridge.benchmark.setup import DenseFile, Setup
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_score, perplexity, perplexity_windows
 from powerinfer_bridge.score import Score, gap_error
+from results.bench import SECOND
 from results.parts import METRICS, Layer, Metrics
 
 
@@ -31,7 +32,7 @@ class Quality:
         ppl_sparse: with predicted ones.
         standard_error: of the logarithm of the second over the first, None where unknown.
         ppl_transformers: transformers' own of the checkpoint; None without one.
-        ppl_arms: of dense files in llama.cpp, by arm.
+        ppl_arms: of other files in their own programs, by arm.
     """
 
     layers: tuple[Layer, ...]
@@ -68,7 +69,7 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
     if setup.programs.powerinfer is not None:
         sparse = journal.remember("predicted", Score, partial(_powerinfer, setup, "predicted"))
     dense = journal.remember("all", Score, partial(_all, setup))
-    arms = dict(_dense(setup, journal))
+    arms = dict(_dense(setup, journal)) | dict(_second(setup, journal))
     own = None
     if setup.config.model is not None:
         own = journal.remember("transformers", float, partial(_transformers, setup))
@@ -130,6 +131,27 @@ def _dense(setup: Setup, journal: Journal) -> Iterator[tuple[str, float]]:
         kept = journal.remember(name, Scores, partial(_llama_cpp, setup, file))
         for found in kept.scores:
             yield name, _finite(setup, found, "dense").perplexity
+
+
+def _second(setup: Setup, journal: Journal) -> Iterator[tuple[str, float]]:
+    """Yield the perplexity of the model in PowerInfer's second engine, if it is given."""
+    if setup.programs.second is not None:
+        found = journal.remember(SECOND, Score, partial(_second_score, setup))
+        yield SECOND, _finite(setup, found, "exactly sparse").perplexity
+
+
+def _second_score(setup: Setup) -> Score:
+    config, second = setup.config, setup.programs.second
+    assert second is not None
+    heartbeat = setup.programs.heartbeat
+    with tqdm(bar_format="perplexity, second engine: {elapsed}", disable=None) as heartbeat.bar:
+        return second.engine.score(
+            second.file.path,
+            setup.text,
+            setup.context,
+            config.chunks,
+            threads=1,  # its sums depend on which thread took which neurons
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ from results.bench import (
     LLAMA_CPP,
     POWERINFER,
     PREDICTED,
+    SECOND,
+    SECOND_ENGINE,
     Arm,
     ArmFacts,
     ArmName,
@@ -60,7 +62,7 @@ class TimedArm:
 def make_arms(setup: Setup) -> list[TimedArm]:
     """Return the arms in the tables' order."""
     sparse = [_sparse_arm(setup, threshold) for threshold in (DENSE_THRESHOLD, None)]
-    return [*sparse, *_dense_arms(setup)]
+    return [*sparse, *_second_arms(setup), *_dense_arms(setup)]
 
 
 def _sparse_arm(setup: Setup, threshold: float | None) -> TimedArm:
@@ -82,6 +84,30 @@ def _sparse_arm(setup: Setup, threshold: float | None) -> TimedArm:
         return TimedArm(facts=facts, run=_embedded(setup.engine, config.generate, threshold))
     run = partial(_powerinfer(setup, config.file), threshold=threshold, vram_budget=budget)
     return TimedArm(facts=facts, run=run)
+
+
+def _second_arms(setup: Setup) -> Iterator[TimedArm]:
+    """Yield the model in PowerInfer's second engine, if it is given."""
+    second, config = setup.programs.second, setup.config
+    if second is None:
+        return
+    facts = ArmFacts(
+        name=SECOND,
+        title=SECOND_ENGINE,
+        engine=SECOND_ENGINE,
+        file=str(second.file.path),
+        element_type=second.file.element_type,
+        threads=config.threads,
+    )
+    run = partial(
+        second.engine.generate,
+        second.file.path,
+        count=config.generate,
+        threads=config.threads,
+        context=setup.room,
+        seed=config.seed,
+    )
+    yield TimedArm(facts=facts, run=run)
 
 
 def _dense_arms(setup: Setup) -> Iterator[TimedArm]:

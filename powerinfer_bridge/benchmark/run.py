@@ -26,10 +26,11 @@ from powerinfer_bridge.benchmark.rounds import (
     speedup,
     summarise,
 )
+from powerinfer_bridge.benchmark.second_engine import exact_bytes_ratio
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.benchmark.setup import Setup, open_setup
 from powerinfer_bridge.benchmark.warnings import find_warnings
-from results.bench import BENCH, PREDICTED, SAMPLES, Bench, Expectation, SampleRow
+from results.bench import BENCH, PREDICTED, SAMPLES, SECOND, Bench, Expectation, SampleRow
 
 
 def bench(config: BenchConfig, note: Callable[[str], None] = lambda line: None) -> Bench:
@@ -85,7 +86,11 @@ def _document(
         speedup(rows, PREDICTED, arm.name) for arm in arms if arm.name != PREDICTED
     ]
     summaries = tuple(
-        replace(summarise(arm, samples, rows), perplexity=quality.ppl_arms.get(arm.name))
+        replace(
+            summarise(arm, samples, rows),
+            perplexity=quality.ppl_arms.get(arm.name),
+            ffn_bytes_ratio=exact_bytes_ratio(quality.layers) if arm.name == SECOND else None,
+        )
         for arm in arms
     )
     all_neurons, predicted, *_ = (arm.decode.tokens_per_second for arm in summaries)

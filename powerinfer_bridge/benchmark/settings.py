@@ -17,6 +17,7 @@ from common.settings import (
     Option,
     PowerInferBin,
     Resume,
+    SecondEngineBin,
     Seed,
     Threads,
     check_settings,
@@ -62,6 +63,14 @@ class BenchConfig:
     ] = None
     llama_cpp_gguf: Annotated[
         Path | None, Option("The dense model for llama.cpp.", "FILE", unset="that of --dense-gguf")
+    ] = None
+    second_engine_bin: SecondEngineBin = None
+    second_engine_gguf: Annotated[
+        Path | None,
+        Option(
+            "The model for PowerInfer's second engine, from export-gguf --engine smallthinker.",
+            "NAME.smallthinker.gguf",
+        ),
     ] = None
     n_gpu_layers: Annotated[
         int, Option("Layers of dense models on the GPU.", names=("-ngl", "--n-gpu-layers"), least=0)
@@ -127,6 +136,11 @@ class BenchConfig:
         yield llama_cpp and self.llama_cpp_file is None, problem, remedy
         problem = f"{self.llama_cpp_gguf}: no program for --llama-cpp-gguf"
         yield self.llama_cpp_gguf is not None and not llama_cpp, problem, "pass --llama-cpp-bin"
+        second, file = self.second_engine_bin is not None, self.second_engine_gguf
+        problem = f"{file}: no program for --second-engine-gguf"
+        yield file is not None and not second, problem, "pass --second-engine-bin"
+        problem = f"{self.second_engine_bin}: no model for PowerInfer's second engine"
+        yield second and file is None, problem, "pass --second-engine-gguf"
         problem = f"--n-gpu-layers {self.n_gpu_layers} is for dense models"
         yield self.n_gpu_layers > 0 and not (dense or llama_cpp), problem, "pass --dense-gguf"
         budget = self.vram_budget is not None

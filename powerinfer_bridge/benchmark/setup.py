@@ -29,12 +29,14 @@ from powerinfer_bridge.benchmark.inputs import (
     text_source,
 )
 from powerinfer_bridge.benchmark.placement import NeuronFacts, read_neuron_facts, vram_budget
+from powerinfer_bridge.benchmark.second_engine import open_second_file
 from powerinfer_bridge.benchmark.settings import PYTHON, BenchConfig
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE
 from powerinfer_bridge.programs.llama_cpp import LlamaCpp, LlamaCppPython
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.programs.sample import ProgramFacts
+from powerinfer_bridge.programs.second_engine import SecondEngine, check_second_threads
 from results.bench import (
     DENSE_LLAMA_CPP,
     DENSE_LLAMA_CPP_SILU,
@@ -107,6 +109,21 @@ class DenseFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecondProgram:
+    """PowerInfer's second engine with a model.
+
+    Attributes:
+        engine: its programs.
+        facts: what they are.
+        file: the model.
+    """
+
+    engine: SecondEngine
+    facts: ProgramFacts
+    file: DenseFile
+
+
+@dataclass(frozen=True, kw_only=True)
 class Programs:
     """Programs of others that run files, and the dense files for them.
 
@@ -119,6 +136,7 @@ class Programs:
         llama_cpp_dense: the dense file for llama.cpp, or None.
         silu_dense: one of arch `llama` for llama.cpp beside one of experts, or None.
         unused_dense: a dense file that PowerInfer has no graph for, or None.
+        second: PowerInfer's second engine, or None.
         heartbeat: told while one runs.
     """
 
@@ -130,6 +148,7 @@ class Programs:
     llama_cpp_dense: DenseFile | None = None
     silu_dense: DenseFile | None = None
     unused_dense: DenseFile | None = None
+    second: SecondProgram | None = None
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
@@ -192,11 +211,13 @@ class Setup:
     def versions(self) -> Versions:
         """Versions of what measures."""
         real, llama_cpp = self.programs.powerinfer_facts, self.programs.llama_cpp_facts
+        second = self.programs.second
         return Versions(
             psp=tool_version(),
             python=platform.python_version(),
             torch=str(torch.__version__),
             powerinfer=None if real is None else real.version,
+            second_engine=None if second is None else second.facts.version,
             llama_cpp=None if llama_cpp is None else llama_cpp.version,
         )
 
@@ -244,6 +265,7 @@ def _files(config: BenchConfig, programs: Programs) -> dict[str, Path | None]:
         "model": config.file,
         "dense_model": None if dense is None else dense.path,
         "llama_cpp_model": None if llama_cpp is None else llama_cpp.path,
+        "second_engine_model": config.second_engine_gguf,
         "gpu_index": index if index.is_file() else None,
     }
 
@@ -276,6 +298,7 @@ def open_programs(config: BenchConfig) -> Programs:
         llama_cpp_dense=own,
         silu_dense=dense if twins and dense is not None and not experts else None,
         unused_dense=dense if real is not None and experts else None,
+        second=_second(config, GGUFFile(config.file), heartbeat),
         heartbeat=heartbeat,
     )
 
@@ -300,6 +323,18 @@ def _llama_cpp(config: BenchConfig, heartbeat: Heartbeat) -> LlamaCpp | LlamaCpp
     if config.llama_cpp_bin == PYTHON:
         return LlamaCppPython(timeout=config.timeout, heartbeat=heartbeat)
     return LlamaCpp(Path(config.llama_cpp_bin), timeout=config.timeout, heartbeat=heartbeat)
+
+
+def _second(config: BenchConfig, file: GGUFFile, heartbeat: Heartbeat) -> SecondProgram | None:
+    """Return PowerInfer's second engine and the model for it, if both are given."""
+    path = config.second_engine_gguf
+    if config.second_engine_bin is None or path is None:
+        return None
+    check_second_threads(config.threads)
+    kind = element_type(open_second_file(path, file))
+    engine = SecondEngine(config.second_engine_bin, timeout=config.timeout, heartbeat=heartbeat)
+    held = DenseFile(path=path, element_type=kind, architecture=SMALLTHINKER)
+    return SecondProgram(engine=engine, facts=engine.check(path), file=held)
 
 
 def _open_dense(path: Path | None) -> DenseFile | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.table import metric_cell, table
 from powerinfer_bridge.benchmark.journal import JOURNAL
-from results.bench import ALL_NEURONS, BENCH, POWERINFER, PREDICTED, SAMPLES, Arm, Bench
+from results.bench import ALL_NEURONS, BENCH, POWERINFER, PREDICTED, SAMPLES, SECOND, Arm, Bench
 
 _COLUMNS = ("activation_sparsity", "activation_recall", "predicted_sparsity", "ffn_bytes_ratio")
 _HEADER = ("model", "sparsity %", "recall %", "pred. sparsity %", "FFN bytes", "perplexity")
@@ -45,7 +45,13 @@ def _cells(result: Bench, arm: Arm) -> list[str]:
         name = f"{result.model}, all neurons"
         return [name, sparsity, "–", "–", "–", f"{result.ppl_dense:.4f}"]
     perplexity = "–" if arm.perplexity is None else f"{arm.perplexity:.4f}"
-    return [arm.title, "–", "–", "–", "–", perplexity]
+    if arm.ffn_bytes_ratio is None:
+        return [arm.title, "–", "–", "–", "–", perplexity]
+    figures = (
+        metric_cell(_COLUMNS[0], result.activation_sparsity),
+        metric_cell(_COLUMNS[3], arm.ffn_bytes_ratio),
+    )
+    return [arm.title, figures[0], "–", "–", figures[1], perplexity]
 
 
 def _ratios(result: Bench, arm: Arm, base: Arm | None) -> list[str]:
@@ -94,8 +100,13 @@ def _engine_lines(result: Bench) -> list[str]:
         engine = (
             "engine: embedded engine; its tokens/s are not PowerInfer's (pass --powerinfer-bin)"
         )
+    second = result.arm(SECOND)
+    exact = (
+        "second engine: skips neurons by the sign of their gate, without predictors; its FFN bytes "
+        "are those of the activity that psp counted"
+    )
     threshold = "all neurons: threshold -1e30 in the same engine, predictors still evaluated"
-    lines = [engine, f"{threshold}; text: {result.text}"]
+    lines = [engine, *([exact] if second else []), f"{threshold}; text: {result.text}"]
     if result.estimate is not None:
         speeds = result.estimate.tokens_per_second
         stated = ", ".join(f"{name.replace('_', ' ')} {speeds[name]:.2f}" for name in speeds)

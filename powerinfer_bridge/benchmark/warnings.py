@@ -14,6 +14,7 @@ from results.bench import (
     EMBEDDED,
     LLAMA_CPP,
     POWERINFER,
+    SECOND,
     Arm,
     Bench,
     Warned,
@@ -119,6 +120,14 @@ def _baselines(result: Bench, setup: Setup) -> Warnings:
     if len(kinds) > 1:
         stated = ", ".join(f"{arm.title}: {arm.element_type}" for arm in arms)
         yield "different-types", f"element types differ, and so do bytes to read: {stated}"
+    second = result.arm(SECOND)
+    if second is not None and second.threads >= result.hardware.cpus > 1:
+        yield (
+            "second-engine-spins",
+            f"{second.title}: its threads wait for each other at full speed, so what else runs on "
+            "this machine slows it down more than others; leave a core free, or take fewer "
+            "--threads",
+        )
     if len({arm.threads for arm in arms}) > 1:
         stated = ", ".join(f"{arm.title}: {arm.threads}" for arm in arms)
         yield "different-threads", f"threads differ: {stated}"

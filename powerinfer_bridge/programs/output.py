@@ -122,12 +122,13 @@ def parse_perplexity(output: str) -> float:
     return _number(match[1], "PowerInfer")
 
 
-def parse_llama_perplexity(output: str, errors: str) -> float | None:
+def parse_llama_perplexity(output: str, errors: str, program: str = "llama.cpp") -> float | None:
     """Return the estimate of all windows of a `llama-perplexity` run; None if its end is lost.
 
     Args:
         output: what it printed after each window.
         errors: what it printed besides: over how many windows it goes.
+        program: whose it is, for messages.
 
     Raises:
         EngineError: it is not a number.
@@ -135,7 +136,7 @@ def parse_llama_perplexity(output: str, errors: str) -> float | None:
     planned, told = _CHUNKS.search(errors), _RUNNING.findall(output)
     if planned is None or len(told) < int(planned[1]):
         return None
-    return _number(told[-1], "llama.cpp")
+    return _number(told[-1], program)
 
 
 def _number(text: str, program: str) -> float:

@@ -40,8 +40,8 @@ class Measured:
         device: what it said about devices, a key missing if it said nothing. Of all: `cuda` (bool);
             `gpus` (names). Of PowerInfer: `vram_budget_bytes`, `vram_used_bytes`, `kv_vram_bytes`,
             `layers_offloaded` (`3/32`), `ffn_offloaded_bytes`. Of llama-bench: `backends`,
-            `cpu_info`, `n_gpu_layers`, `model_type`, `build_commit`, `build_number`. Of PowerInfer's
-            second engine: `active_share` of the neurons, prompt and warm-up included.
+            `cpu_info`, `n_gpu_layers`, `model_type`, `build_commit`, `build_number`. Of the second
+            engine: `active_share` of the neurons, prompt and warm-up included.
     """
 
     text: str | None = None

@@ -1,6 +1,6 @@
-"""A build of PowerInfer's second engine (its folder smallthinker/): `llama-cli`, `llama-perplexity`.
+"""A build of PowerInfer's second engine: called with its options, read back as figures.
 
-It is a fork of llama.cpp, whose programs have the same names and options and cannot read its files.
+It is a fork of llama.cpp in the folder smallthinker/, whose programs keep their names and options.
 Source: PowerInfer@d3ebd7c smallthinker/tools/main/main.cpp, common/arg.cpp,
 tools/perplexity/perplexity.cpp, powerinfer/fused_sparse_moe/fused_sparse_moe.cpp.
 
@@ -18,8 +18,12 @@ from pathlib import Path
 from common.errors import EngineError
 from common.settings import SECOND_ENGINE_VARIABLE
 from powerinfer_bridge.programs.build import build_directory, require_executable, require_success
-from powerinfer_bridge.programs.output import parse_generation, parse_perplexity, parse_windows
-from powerinfer_bridge.programs.process import Finished, Heartbeat, run_program
+from powerinfer_bridge.programs.output import (
+    parse_generation,
+    parse_llama_perplexity,
+    parse_windows,
+)
+from powerinfer_bridge.programs.process import Finished, Heartbeat, last_words, run_program
 from powerinfer_bridge.programs.sample import ProgramFacts, RunSample
 from powerinfer_bridge.score import Score
 
@@ -143,11 +147,13 @@ class SecondEngine:
             options += ["-b", str(context), "--chunks", str(-1 if chunks is None else chunks)]
             run = self._run(self._perplexity, *options, "-t", str(threads), *self._batch())
         require_success(run)
-        said = f"{run.stdout}\n{run.stderr}"
-        return Score(
-            perplexity=parse_perplexity(said, "PowerInfer's second engine"),
-            windows=parse_windows(run.stdout),
-        )
+        perplexity = parse_llama_perplexity(run.stdout, run.stderr, "PowerInfer's second engine")
+        if perplexity is None:
+            raise EngineError(
+                f"{self._perplexity}: printed no estimate{last_words(run.stderr)}",
+                "give it more text",
+            )
+        return Score(perplexity=perplexity, windows=parse_windows(run.stdout))
 
     def _batch(self) -> list[str]:
         return ["-ub", str(_RIGHT_BATCH)] if self._amx else []
