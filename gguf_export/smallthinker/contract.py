@@ -42,12 +42,20 @@ class ExpertFile(OpenedFile):
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes that the keys imply; a head that is the embedding may be left out."""
+        """Shapes that the keys imply.
+
+        A head that is the embedding may be left out, and so may the dimension of the one expert,
+        which llama.cpp's and PowerInfer's `llama-quantize` drop.
+        """
         rows = len(self.vocabulary.tokens)
         shapes = expert_shapes(self.hyper, rows, transposed=is_transposed(self.file))
         if HEAD not in self.file.tensors:
             del shapes[HEAD]
-        return shapes
+        held = {name: info.shape for name, info in self.file.tensors.items()}
+        return {
+            name: shape[1:] if shape[0] == 1 and held.get(name) == shape[1:] else shape
+            for name, shape in shapes.items()
+        }
 
 
 def open_model_file(path: Path) -> OpenedFile:

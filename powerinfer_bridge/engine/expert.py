@@ -57,9 +57,13 @@ class ExpertEngine:
         gate, up = (self._product(f"{block}.ffn_{part}_exps", normed) for part in ("gate", "up"))
         neurons, down = torch.relu(gate) * up, f"{block}.ffn_down_exps"
         if self._transposed:
-            return rounded(neurons, self.weights.kind(down)) @ self.weights(down)[0]
+            return rounded(neurons, self.weights.kind(down)) @ self._matrix(down)
         return self._product(down, neurons)
 
     def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Multiply (tokens, n) by the one expert's matrix (1, m, n)."""
-        return rounded(x, self.weights.kind(name)) @ self.weights(name)[0].T
+        """Multiply (tokens, n) by the one expert's matrix (m, n)."""
+        return rounded(x, self.weights.kind(name)) @ self._matrix(name).T
+
+    def _matrix(self, name: str) -> torch.Tensor:
+        """Return the one expert's matrix, stored with or without a dimension of experts."""
+        return self.weights(name).flatten(0, -2)
