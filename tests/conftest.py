@@ -29,6 +29,7 @@ from predictor.traces.store import TraceStore
 
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
+SECOND_ENGINE_BIN = os.environ.get("PSP_SECOND_ENGINE_BIN")
 TRANSFORMERS_4 = os.environ.get("PSP_TRANSFORMERS_4")
 PUBLISHED = os.environ.get("PSP_PUBLISHED")
 VLLM_PYTHON = os.environ.get("PSP_VLLM_PYTHON")
@@ -70,7 +71,7 @@ def _no_programs() -> None:
 
     Not on import: xdist's workers inherit the environment of a process that imported this too.
     """
-    for name in ("PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN"):
+    for name in ("PSP_POWERINFER_BIN", "PSP_LLAMA_CPP_BIN", "PSP_SECOND_ENGINE_BIN"):
         os.environ.pop(name, None)
 
 
@@ -356,6 +357,17 @@ def llama_cpp_bin() -> Path:
     if not LLAMA_CPP_BIN:
         pytest.skip("set PSP_LLAMA_CPP_BIN to a llama.cpp build's bin directory to run this")
     return Path(LLAMA_CPP_BIN)
+
+
+@pytest.fixture(scope="session")
+def second_engine_bin() -> Path:
+    """Directory of real programs of PowerInfer's second engine, or a visible skip."""
+    if not SECOND_ENGINE_BIN:
+        pytest.skip(
+            "set PSP_SECOND_ENGINE_BIN to the bin directory of a build of PowerInfer's folder "
+            "smallthinker/ to run this"
+        )
+    return Path(SECOND_ENGINE_BIN)
 
 
 @pytest.fixture(scope="session")

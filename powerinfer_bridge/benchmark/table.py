@@ -47,11 +47,9 @@ def _cells(result: Bench, arm: Arm) -> list[str]:
     perplexity = "–" if arm.perplexity is None else f"{arm.perplexity:.4f}"
     if arm.ffn_bytes_ratio is None:
         return [arm.title, "–", "–", "–", "–", perplexity]
-    figures = (
-        metric_cell(_COLUMNS[0], result.activation_sparsity),
-        metric_cell(_COLUMNS[3], arm.ffn_bytes_ratio),
-    )
-    return [arm.title, figures[0], "–", "–", figures[1], perplexity]
+    sparsity = metric_cell("activation_sparsity", result.activation_sparsity)
+    ratio = metric_cell("ffn_bytes_ratio", arm.ffn_bytes_ratio)
+    return [arm.title, sparsity, "–", "–", ratio, perplexity]
 
 
 def _ratios(result: Bench, arm: Arm, base: Arm | None) -> list[str]:
