@@ -128,27 +128,28 @@ class Checkpoint:
     shape: ModelShape
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
+    def open(cls, model: str | Path, *, experts: bool = False) -> Checkpoint:
         """Open and check a checkpoint; no tensor data is read.
 
         Args:
             model: see `open_source`.
+            experts: mixtures of experts are taken too, see `registry.resolve`.
 
         Raises:
             CheckpointError: unsupported family or activation, a missing or truncated shard, a
                 missing tensor or one of the wrong shape.
         """
         origin = open_source(model)
-        return cls.of(origin, origin.config)
+        return cls.of(origin, origin.config, experts=experts)
 
     @classmethod
-    def of(cls, origin: Source, config: Config) -> Checkpoint:
+    def of(cls, origin: Source, config: Config, *, experts: bool = False) -> Checkpoint:
         """Open a source with its own or a changed config; see `open`.
 
         A stored output head counts where it is not the embedding, whatever the config says.
         """
         try:
-            architecture = resolve(config)
+            architecture = resolve(config, experts=experts)
             checkpoint = cls(origin, config, architecture, architecture.read_shape(config))
         except CheckpointError as error:
             raise origin.refusal(error) from error
@@ -191,13 +192,13 @@ class Checkpoint:
             lines.append(f"{self.path}: the LoRA adapter beside the model is passed over")
         return tuple(lines)
 
-    def source(self, rule: TensorRule, layer: int = 0) -> str:
+    def source(self, rule: TensorRule, layer: int = 0, expert: int = 0) -> str:
         """Return the stored name of the tensor that a rule stands for.
 
         Raises:
             CheckpointError: neither it nor its tied stand-in is stored.
         """
-        names = [name.format(layer=layer) for name in self._names(rule)]
+        names = [name.format(layer=layer, expert=expert) for name in self._names(rule)]
         for stored in map(self._stored, names):
             if stored is not None:
                 return stored
@@ -286,16 +287,16 @@ class Checkpoint:
     def _tensors(self) -> Iterator[tuple[TensorRule, str]]:
         """Yield every tensor's rule and stored name."""
         for rule in self.architecture.tensors:
-            for layer in range(self.shape.n_layers if rule.per_layer else 1):
-                yield rule, self.source(rule, layer)
+            for layer, expert in rule.places(self.shape):
+                yield rule, self.source(rule, layer, expert)
 
-    def read(self, rule: TensorRule, layer: int = 0) -> torch.Tensor:
+    def read(self, rule: TensorRule, layer: int = 0, expert: int = 0) -> torch.Tensor:
         """Read the tensor that a rule stands for, its factor folded in.
 
         Returns:
             The tensor in its stored dtype, or in float32 where there is a factor other than 1.
         """
-        tensor = self.files.read(self.source(rule, layer))
+        tensor = self.files.read(self.source(rule, layer, expert))
         factor = rule.factor(self.shape)
         return tensor if factor == 1 else tensor.float() * factor
 

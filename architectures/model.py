@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from architectures.checkpoint import Checkpoint
+from architectures.spec import TensorRule
 from common import machine
 from common.errors import CheckpointError, reason
 
@@ -126,13 +127,19 @@ def load_model(
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Return the size of one block's weights in `dtype`."""
-    elements = sum(
+    """Return the size of one block's weights in `dtype`, its experts' in the stored type."""
+    return sum(
         torch.Size(rule.shape(checkpoint.shape)).numel()
-        for rule in checkpoint.architecture.tensors
-        if rule.per_layer
+        * (checkpoint.dtype if rule.per_expert else dtype).itemsize
+        for rule, _ in _block_tensors(checkpoint)
     )
-    return elements * dtype.itemsize
+
+
+def _block_tensors(checkpoint: Checkpoint) -> Iterator[tuple[TensorRule, int]]:
+    """Yield rule and expert of a block's tensors."""
+    for rule in checkpoint.architecture.tensors:
+        if rule.per_layer:
+            yield from ((rule, e) for layer, e in rule.places(checkpoint.shape) if layer == 0)
 
 
 def _fill_rest(
@@ -151,12 +158,13 @@ def _fill_rest(
 def _block_state(
     checkpoint: Checkpoint, layer: int, dtype: torch.dtype, device: str
 ) -> dict[str, torch.Tensor]:
-    prefix = f"{checkpoint.architecture.layers}.{{layer}}."
-    return {
-        rule.source.removeprefix(prefix): checkpoint.read(rule, layer).to(device, dtype)
-        for rule in checkpoint.architecture.tensors
-        if rule.per_layer
-    }
+    """Read a block's weights; those of experts stay in their stored type, mapped on the CPU."""
+    prefix, state = f"{checkpoint.architecture.layers}.{{layer}}.", {}
+    for rule, expert in _block_tensors(checkpoint):
+        tensor = checkpoint.read(rule, layer, expert)
+        name = rule.source.removeprefix(prefix).format(expert=expert)
+        state[name] = tensor.to(device, tensor.dtype if rule.per_expert else dtype)
+    return state
 
 
 def _stream(block: nn.Module, read: Any) -> None:

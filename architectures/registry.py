@@ -11,11 +11,14 @@ from architectures.directory import ORIGINAL
 from architectures.falcon import FALCON
 from architectures.gated import GATED
 from architectures.opt import OPT
+from architectures.smallthinker import SMALLTHINKER
 from architectures.spec import Architecture
 from common.errors import CheckpointError
 
 ARCHITECTURES: tuple[Architecture, ...] = (*GATED, OPT, *FALCON)
 
+MIXTURES: tuple[Architecture, ...] = (SMALLTHINKER,)
+"""Mixtures of experts: only what asks for them gets them, as nothing is predicted for them."""
 
 _MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -25,6 +28,7 @@ _MODEL_TYPES = {
     "bamboo": "BambooForCausalLM",
     "opt": "OPTForCausalLM",
     "falcon": "FalconForCausalLM",
+    "smallthinker": "SmallThinkerForCausalLM",
 }
 """Class of a `model_type`: transformers' AutoModelForCausalLM, or the model's own code."""
 
@@ -49,11 +53,16 @@ def model_type_of(config: Config) -> str | None:
     return next((kind for kind, name in _MODEL_TYPES.items() if name in classes), None)
 
 
-def resolve(config: Config) -> Architecture:
+def resolve(config: Config, *, experts: bool = False) -> Architecture:
     """Return the family of a config.json.
 
+    Args:
+        config: config.json.
+        experts: the caller takes mixtures of experts too.
+
     Raises:
-        CheckpointError: no family claims the config's class; the line lists what is supported.
+        CheckpointError: no family claims the config's class; the line lists what is supported. Or
+            a mixture of experts that the caller does not take.
     """
     declared = config.get("architectures")
     classes = declared if isinstance(declared, list) else []
@@ -65,6 +74,15 @@ def resolve(config: Config) -> Architecture:
         known = any(name in architecture.hf_classes for name in classes)
         if known and architecture.claims(config):
             return architecture
+    for mixture in MIXTURES:
+        if any(name in mixture.hf_classes for name in classes):
+            if experts:
+                return mixture
+            raise CheckpointError(
+                f"config.json: architectures is {declared!r}, a mixture of experts, whose neurons "
+                "are skipped by their exact gates, without predictors",
+                "use psp sparsity to measure it, and psp export-gguf --engine smallthinker",
+            )
     if isinstance(config.get("text_config"), dict):
         raise CheckpointError(
             f"config.json: architectures is {declared!r}, a model around a language model, which "

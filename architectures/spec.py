@@ -24,13 +24,47 @@ SUBSTITUTABLE = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu
 Transform = Literal["none", "permute_q", "permute_k", "group_qkv", "transpose"]
 
 
+Gating = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The FFNs of a layer of which a router chooses some for each token.
+
+    Attributes:
+        count: experts of a layer.
+        chosen: experts that a token gets.
+        gating: what makes weights of the chosen experts' logits, which are then divided by their
+            sum.
+    """
+
+    count: int
+    chosen: int
+    gating: Gating
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAttention:
+    """How attention differs from layer to layer.
+
+    Attributes:
+        rotary: of each layer, whether queries and keys are turned by their position.
+        windowed: of each layer, whether a token sees the last `window` tokens only, itself counted.
+        window: tokens; 0 where no layer has a window.
+    """
+
+    rotary: tuple[bool, ...]
+    windowed: tuple[bool, ...]
+    window: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and constants of one model, in the field's words.
 
     Attributes:
         d_model: hidden size.
-        d_ff: FFN intermediate size, the number of neurons of a layer.
+        d_ff: FFN intermediate size, the number of neurons of a layer, or of one of its experts.
         n_layers: number of blocks.
         n_heads: attention heads.
         n_kv_heads: key/value heads (fewer than `n_heads` under grouped-query attention).
@@ -46,6 +80,8 @@ class ModelShape:
         residual_scale: factor folded into what each half of a block adds to the residual stream.
         output_scale: factor folded into the output head.
         rope_scaling: what scales rotary positions, None for most models.
+        experts: of a mixture of experts, None for most models.
+        attention: where layers attend differently, None for most models.
     """
 
     d_model: int
@@ -65,15 +101,18 @@ class ModelShape:
     residual_scale: float = 1.0
     output_scale: float = 1.0
     rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
+    attention: LayerAttention | None = None
 
     def facts(self) -> dict[str, Any]:
-        """Return all of it, ready for JSON; the scaling only where there is one.
+        """Return all of it, ready for JSON; what most models lack only where it is there.
 
         Fingerprints made before there were scalings so remain valid.
         """
         facts = asdict(self)
-        if self.rope_scaling is None:
-            del facts["rope_scaling"]
+        for key in ("rope_scaling", "experts", "attention"):
+            if facts[key] is None:
+                del facts[key]
         return facts
 
 
@@ -83,12 +122,12 @@ class TensorRule:
 
     Attributes:
         source: name in the checkpoint and in the runnable model; `{layer}` stands for the block's
-            number.
+            number, `{expert}` for the expert's.
         target: name in the GGUF file, `{layer}` likewise; None where PowerInfer has no such tensor
-            and takes the one of `tied_to` instead.
+            and takes the one of `tied_to` instead. A layer's experts share one tensor there.
         dims: names of the `ModelShape` sizes, in the checkpoint's order. `q_rows` and `kv_rows`
             stand for heads times head size, `qkv_rows` for both together, `positions` for the rows
-            of a table of learned positions.
+            of a table of learned positions, `n_experts` for the experts of a layer.
         transform: change of layout between the two.
         tied_to: tensor that stands in where embeddings are tied.
         scale: name of the `ModelShape` factor that is folded into the tensor.
@@ -106,6 +145,18 @@ class TensorRule:
         """Whether the rule stands for one tensor in every block."""
         return "{layer}" in self.source
 
+    @property
+    def per_expert(self) -> bool:
+        """Whether the rule stands for one tensor in every expert of every block."""
+        return "{expert}" in self.source
+
+    def places(self, model: ModelShape) -> Iterator[tuple[int, int]]:
+        """Yield layer and expert of every tensor that the rule stands for; 0 where it has none."""
+        experts = model.experts.count if self.per_expert and model.experts is not None else 1
+        for layer in range(model.n_layers if self.per_layer else 1):
+            for expert in range(experts):
+                yield layer, expert
+
     def shape(self, model: ModelShape) -> tuple[int, ...]:
         """Return the tensor's shape in the checkpoint."""
         q_rows, kv_rows = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
@@ -114,6 +165,7 @@ class TensorRule:
             "kv_rows": kv_rows,
             "qkv_rows": q_rows + 2 * kv_rows,
             "positions": model.context_length + POSITION_OFFSET,
+            "n_experts": 0 if model.experts is None else model.experts.count,
         }
         return tuple(rows[dim] if dim in rows else int(getattr(model, dim)) for dim in self.dims)
 
@@ -179,9 +231,10 @@ class Architecture:
         layers: path of the block list in the runnable model.
         predictor_input: path in a block of the module whose input is the predictor's input.
         activation_taps: paths in a block of the modules whose outputs must all pass the activation
-            for a neuron to be active.
-        ffn_output: path in a block of the module whose input is the FFN's sparse intermediate.
-        gate: tensor of a block that decides activity, (d_ff, d_model).
+            for a neuron to be active; `{expert}` stands for the expert's number.
+        ffn_output: path in a block of the module whose input is the FFN's sparse intermediate;
+            `{expert}` likewise.
+        gate: tensor of a block that decides activity, (d_ff, d_model); of one of its experts.
         ffn_norm: tensor of a block, the weight of the norm between predictor's input and `gate`.
         ffn_down: tensor of a block, the down projection, (d_model, d_ff).
         centred: that norm subtracts the mean (LayerNorm) instead of only scaling (RMSNorm).
