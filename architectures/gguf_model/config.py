@@ -16,6 +16,7 @@ from gguf import GGUFValueType
 from architectures.config_json import MEND, ConfigError
 from architectures.gguf_model.activation import activation_of, other_activation
 from architectures.gguf_model.keys import FETCH_FILE, Keys, text_of
+from architectures.gguf_model.mixture import mixture_config
 from architectures.gguf_model.tokenizer_files import special_ids
 from architectures.spec import POSITION_OFFSET
 from common.errors import CheckpointError
@@ -175,11 +176,14 @@ def _bamboo(keys: Keys, activation: str | None) -> dict[str, Any]:
     return _llama(keys, None) | activation_of(keys, activation, always="drelu")
 
 
-def _one_expert(keys: Keys, activation: str | None) -> dict[str, Any]:
-    """Return the ReLU-gated LLaMA that a model of one expert is; see `SMALLTHINKER`."""
+def _experts(keys: Keys, activation: str | None) -> dict[str, Any]:
+    """Return the ReLU-gated LLaMA that a model of one expert is; else the mixture.
+
+    See `gguf_files.names.SMALLTHINKER`.
+    """
+    if keys.size("expert_count") > 1:
+        return mixture_config(keys)
     remedy = "pass the model's Hugging Face directory"
-    if (count := keys.size("expert_count")) != 1:
-        raise keys.error(f"has {count} experts in a layer, expected one", remedy)
     if keys.size("attention.sliding_window", 0):
         key = keys.full("attention.sliding_window")
         raise keys.error(f"key {key} is there, with which layers lose their positions", remedy)
@@ -189,8 +193,8 @@ def _one_expert(keys: Keys, activation: str | None) -> dict[str, Any]:
     return _llama(keys, None) | {"intermediate_size": d_ff} | found
 
 
-def one_expert(file: GGUFFile) -> bool:
-    """Whether a file stores every FFN as an expert."""
+def has_experts(file: GGUFFile) -> bool:
+    """Whether a file stores FFNs as experts."""
     value = file.values.get("general.architecture")
     return value is not None and text_of(value.data) == SMALLTHINKER
 
@@ -268,7 +272,7 @@ _FAMILIES: dict[str, Callable[[Keys, str | None], dict[str, Any]]] = {
     "minicpm": _minicpm,
     "falcon": _falcon,
     "opt": _opt,
-    SMALLTHINKER: _one_expert,
+    SMALLTHINKER: _experts,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from gguf import GGUFValueType
 
 from architectures.config_json import ConfigError
-from architectures.gguf_model.config import config_of, in_keys, one_expert
+from architectures.gguf_model.config import config_of, has_experts, in_keys
 from architectures.gguf_model.keys import FETCH_FILE, text_of
 from architectures.gguf_model.tensors import GGUFTensors
 from architectures.gguf_model.tokenizer_files import write_tokenizer_files
@@ -137,7 +137,7 @@ class GGUFSource:
 
     def tensors(self, architecture: Architecture, shape: ModelShape) -> GGUFTensors:
         """Return its tensors in Hugging Face's layout."""
-        return GGUFTensors(self.file, architecture, shape, experts=one_expert(self.file))
+        return GGUFTensors(self.file, architecture, shape, experts=has_experts(self.file))
 
     def refusal(self, error: CheckpointError) -> CheckpointError:
         """Name the file and its keys instead of the config.json that it does not have."""

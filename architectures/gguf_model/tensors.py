@@ -36,6 +36,9 @@ _QUANTISED = torch.float16
 _NOT_THE_MODEL = re.compile(r"blk\.\d+\.(fc[12]\.weight|attn_rot_embd\..*)|rope_freqs\.weight")
 """Predictors, and what only repeats the keys; `config` looks at the frequencies."""
 
+_OF_EXPERTS = 3
+"""Dimensions of a tensor that holds a matrix of each expert."""
+
 _ROUTER = re.compile(rf"blk\.\d+\.{ROUTER}\.weight")
 """What weighs experts, of which there is one here: whatever it says, the weight is 1."""
 
@@ -59,7 +62,7 @@ class GGUFTensors:
             file: the file.
             architecture: the family.
             shape: its sizes.
-            experts: every FFN is stored as one expert, see `gguf_files.names.SMALLTHINKER`.
+            experts: FFNs are stored as experts, see `gguf_files.names.SMALLTHINKER`.
 
         Raises:
             CheckpointError: a tensor that the family does not have, or of a type that cannot be
@@ -68,6 +71,7 @@ class GGUFTensors:
         self.file, self._architecture, self._shape = file, architecture, shape
         self._experts = experts
         self._stored = dict(_stored(file, architecture, shape, experts=experts))
+        self._numbers_of_experts = _numbers_of_experts(architecture, shape)
         self.shards: dict[str, Path] = {
             name: file.holder(info.name) for name, (info, _) in self._stored.items()
         }
@@ -95,7 +99,7 @@ class GGUFTensors:
 
     def missing(self, name: str, *, head: bool, bare: bool) -> tuple[str, str]:
         """Return problem and remedy for a tensor that is not there, by its name in such a file."""
-        places = _places(self._architecture, self._shape, experts=self._experts)
+        places = _places(self.file, self._architecture, self._shape, experts=self._experts)
         sparse, dense = next(names for source, _, *names in places if source == name)
         wanted = sparse if self.file.sparse else dense
         return f"{self.file.path}: tensor {wanted} is missing", FETCH_FILE
@@ -116,16 +120,20 @@ class GGUFTensors:
         info, transform = self._stored[name]
         rows = count if transform == "none" else None
         columns = count if transform == "transpose" else None
-        numbers = self._numbers(info, rows, columns)
+        numbers = self._numbers(info, rows, columns, self._numbers_of_experts.get(name, 0))
         # Laid out as in a directory, so that sums come out the same to the last bit.
         return from_file(numbers, transform, self._shape)[:count].contiguous()
 
-    def _numbers(self, info: TensorInfo, rows: int | None, columns: int | None) -> torch.Tensor:
+    def _numbers(
+        self, info: TensorInfo, rows: int | None, columns: int | None, expert: int
+    ) -> torch.Tensor:
         """Return a stored matrix's first rows and columns, in whole blocks; None for all."""
         block, block_bytes = GGML_QUANT_SIZES[info.kind]
         *outer, length = _matrix(info)
         blocks = length // block if columns is None else min(-(-columns // block), length // block)
         table: npt.NDArray[np.uint8] = self.file.mapped(info.name)
+        if len(info.shape) == _OF_EXPERTS:
+            table = table.reshape(info.shape[0], -1)[expert]
         if outer:
             table = table.reshape(*outer, -1)[:rows]
         table = table[..., : blocks * block_bytes]
@@ -138,15 +146,44 @@ class GGUFTensors:
 
 
 def _matrix(info: TensorInfo) -> tuple[int, ...]:
-    """Return a tensor's shape, of a single expert without the dimension of experts."""
-    return info.shape[1:] if len(info.shape) == 3 and info.shape[0] == 1 else info.shape
+    """Return a tensor's shape without the dimension of experts."""
+    return info.shape[1:] if len(info.shape) == _OF_EXPERTS else info.shape
+
+
+def _numbers_of_experts(architecture: Architecture, shape: ModelShape) -> dict[str, int]:
+    """Return the number of the expert to which a tensor belongs, by its Hugging Face name."""
+    return {
+        rule.source.format(layer=layer, expert=expert): expert
+        for rule in architecture.tensors
+        if rule.per_expert
+        for layer, expert in rule.places(shape)
+    }
+
+
+def _turned(file: GGUFFile, name: str, shape: ModelShape) -> Transform:
+    """Return how an expert's down matrix lies: PowerInfer's second engine wants it transposed.
+
+    That engine goes by the shape too, and takes square ones for transposed; llama.cpp does not.
+
+    Raises:
+        CheckpointError: square ones, which may be either.
+    """
+    if shape.d_model == shape.d_ff:
+        raise CheckpointError(
+            f"{file.path}: experts have as many neurons as d_model, so nothing tells whether "
+            f"{name} is transposed",
+            "pass the model's Hugging Face directory",
+        )
+    info = file.tensors.get(name)
+    turned = info is not None and info.shape[1:] == (shape.d_ff, shape.d_model)
+    return "transpose" if turned else "none"
 
 
 def _stored(
     file: GGUFFile, architecture: Architecture, shape: ModelShape, *, experts: bool
 ) -> Iterator[tuple[str, tuple[TensorInfo, Transform]]]:
     """Yield the Hugging Face name of each tensor that is there, its place and its layout."""
-    for name, transform, sparse, dense in _places(architecture, shape, experts=experts):
+    for name, transform, sparse, dense in _places(file, architecture, shape, experts=experts):
         if sparse in file.tensors:
             yield name, (file.tensors[sparse], transform)
         elif dense in file.tensors:
@@ -154,15 +191,17 @@ def _stored(
 
 
 def _places(
-    architecture: Architecture, shape: ModelShape, *, experts: bool
+    file: GGUFFile, architecture: Architecture, shape: ModelShape, *, experts: bool
 ) -> Iterator[tuple[str, Transform, str, str]]:
     """Yield each tensor's Hugging Face name, its transform, its names in sparse and dense files."""
     for rule, target in architecture.exported:
-        for layer in range(shape.n_layers if rule.per_layer else 1):
+        for layer, expert in rule.places(shape):
             sparse = target.format(layer=layer)
+            source = rule.source.format(layer=layer, expert=expert)
             if experts:
                 name = expert_name(sparse)
-                yield rule.source.format(layer=layer), "none", name, name
+                turned = rule.per_expert and rule.transform == "transpose"
+                yield source, _turned(file, name, shape) if turned else "none", name, name
                 continue
             dense = sparse.replace(f".{DOWN}.", f".{DENSE_DOWN}.")
-            yield rule.source.format(layer=layer), rule.transform, sparse, dense
+            yield source, rule.transform, sparse, dense

@@ -1,0 +1,157 @@
+"""A file of a mixture of experts: its tensors, its keys, and what the programs have no graph for.
+
+Tensors and keys are those of PowerInfer@d3ebd7c smallthinker/convert_hf_to_gguf.py and of llama.cpp's
+conversion/smallthinker.py, to the byte, with one key more than the first writes: how chosen
+experts are weighed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from gguf import ExpertGatingFuncType
+
+from architectures.checkpoint import Checkpoint
+from architectures.gguf_model.mixture import STEP, WINDOW, program_layouts
+from architectures.spec import Experts, LayerAttention, TensorRule
+from common.errors import ExportError
+from gguf_export.plan import PlannedTensor
+from gguf_export.smallthinker.types import ExpertTypes
+from gguf_export.tokens.splitting import splitting_keys
+from gguf_export.tokens.vocabulary import Vocabulary
+from gguf_export.writer import ModelFile
+from gguf_files.names import SMALLTHINKER
+
+_GATINGS = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
+
+
+def plan_mixture(
+    checkpoint: Checkpoint, types: ExpertTypes, *, transposed: bool
+) -> Iterator[PlannedTensor]:
+    """Yield the tensors of a mixture of experts, a layer's experts together in one.
+
+    Args:
+        checkpoint: a mixture of experts.
+        types: of its elements.
+        transposed: the down matrices are stored (experts, d_ff, d_model), as PowerInfer's second
+            engine needs them; else (experts, d_model, d_ff), llama.cpp's.
+    """
+    model = checkpoint.shape
+    for rule, target in checkpoint.architecture.exported:
+        if rule.tied_to is not None and model.tied_embeddings:
+            continue
+        turned = transposed and rule.transform == "transpose"
+        for layer in range(model.n_layers if rule.per_layer else 1):
+            name, shape = target.format(layer=layer), rule.shape(model)
+            shape = shape[::-1] if turned else shape
+            if rule.per_expert:
+                shape = (_experts(checkpoint).count, *shape)
+            read = partial(_read, checkpoint, rule, layer, turned)
+            yield PlannedTensor(name, shape, types.of(name, shape), read)
+
+
+def _read(checkpoint: Checkpoint, rule: TensorRule, layer: int, turned: bool) -> torch.Tensor:
+    """Return a tensor, (rows, columns) or a vector; the experts' rows follow one another."""
+    if not rule.per_expert:
+        return checkpoint.read(rule, layer)
+    parts = (
+        checkpoint.read(rule, layer, expert) for expert in range(_experts(checkpoint).count)
+    )
+    return torch.cat([part.T if turned else part for part in parts])
+
+
+def _experts(checkpoint: Checkpoint) -> Experts:
+    assert checkpoint.shape.experts is not None
+    return checkpoint.shape.experts
+
+
+def mixture_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the keys of a mixture's sizes, besides those that every model has."""
+    experts, attention, model = _experts(checkpoint), _attention(checkpoint), checkpoint.shape
+    window = {"attention.sliding_window": attention.window} if any(attention.windowed) else {}
+    return {
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
+        "expert_count": experts.count,
+        "expert_used_count": experts.chosen,
+        "expert_feed_forward_length": model.d_ff,
+        "expert_gating_func": int(_GATINGS[experts.gating]),
+        **window,
+    }
+
+
+def _attention(checkpoint: Checkpoint) -> LayerAttention:
+    assert checkpoint.shape.attention is not None
+    return checkpoint.shape.attention
+
+
+def check_mixture(checkpoint: Checkpoint) -> None:
+    """Refuse a sound model that the programs would compute otherwise.
+
+    Source: as `architectures.gguf_model.mixture`.
+
+    Raises:
+        ExportError: naming the layers.
+    """
+    attention, model = _attention(checkpoint), checkpoint.shape
+    has_window = any(attention.windowed)
+    rotary, windowed = program_layouts(model.n_layers, window=has_window)
+    for key, found, computed in (
+        ("rope_layout", attention.rotary, rotary),
+        ("sliding_window_layout", attention.windowed, windowed),
+    ):
+        layers = [n for n in range(model.n_layers) if found[n] != bool(computed[n])]
+        if layers:
+            raise ExportError(
+                f"{checkpoint.path}: {key} is {int(found[layers[0]])} in layer {layers[0]}, for "
+                f"which llama.cpp and PowerInfer's second engine compute {computed[layers[0]]}",
+                f"they know two layouts: rotary positions and no window in all layers, or neither "
+                f"in every {STEP}th from the first on and both in the others (not of {STEP} layers)",
+            )
+    within = model.context_length <= min(attention.window, WINDOW)
+    if has_window and attention.window != WINDOW and not within:
+        raise ExportError(
+            f"{checkpoint.path}: sliding_window_size is {attention.window}, and llama.cpp and "
+            f"PowerInfer's second engine take {WINDOW} whatever a file says",
+            f"only a window of {WINDOW} can be exported, or a context that no window limits",
+        )
+
+
+def square_note(checkpoint: Checkpoint) -> str | None:
+    """Return a warning where nothing in a file tells how its down matrices lie; None elsewhere."""
+    if checkpoint.shape.d_model != checkpoint.shape.d_ff:
+        return None
+    return (
+        "experts have as many neurons as d_model: PowerInfer's second engine takes down matrices "
+        "for transposed, llama.cpp for not, and neither can tell a file of the other"
+    )
+
+
+def write_mixture(
+    checkpoint: Checkpoint,
+    vocabulary: Vocabulary,
+    types: ExpertTypes,
+    path: Path,
+    target: Path,
+    *,
+    transposed: bool,
+) -> None:
+    """Write the file; see `ModelFile.write` and `plan_mixture`.
+
+    Args:
+        checkpoint: the model.
+        vocabulary: its tokenizer.
+        types: of its elements.
+        path: where to write it, a temporary name.
+        target: its final name, for messages.
+        transposed: see `plan_mixture`.
+
+    Raises:
+        PspError: see `ModelFile.write`.
+    """
+    tensors = list(plan_mixture(checkpoint, types, transposed=transposed))
+    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, mixture_sizes(checkpoint))
+    file.write(path, target, splitting_keys(checkpoint, vocabulary), tensors)
