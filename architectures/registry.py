@@ -53,6 +53,14 @@ def model_type_of(config: Config) -> str | None:
     return next((kind for kind, name in _MODEL_TYPES.items() if name in classes), None)
 
 
+def mixture_of(config: Config) -> Architecture | None:
+    """Return the mixture of experts that a config.json is of; None for other models."""
+    declared = config.get("architectures")
+    classes = declared if isinstance(declared, list) else []
+    found = (family for family in MIXTURES if any(name in family.hf_classes for name in classes))
+    return next(found, None)
+
+
 def resolve(config: Config, *, experts: bool = False) -> Architecture:
     """Return the family of a config.json.
 
@@ -74,15 +82,14 @@ def resolve(config: Config, *, experts: bool = False) -> Architecture:
         known = any(name in architecture.hf_classes for name in classes)
         if known and architecture.claims(config):
             return architecture
-    for mixture in MIXTURES:
-        if any(name in mixture.hf_classes for name in classes):
-            if experts:
-                return mixture
-            raise CheckpointError(
-                f"config.json: architectures is {declared!r}, a mixture of experts, whose neurons "
-                "are skipped by their exact gates, without predictors",
-                "use psp sparsity to measure it, and psp export-gguf --engine smallthinker",
-            )
+    if (mixture := mixture_of(config)) is not None:
+        if experts:
+            return mixture
+        raise CheckpointError(
+            f"config.json: architectures is {declared!r}, a mixture of experts, whose neurons are "
+            "skipped by their exact gates, without predictors",
+            "use psp sparsity to measure it, and psp export-gguf --engine smallthinker",
+        )
     if isinstance(config.get("text_config"), dict):
         raise CheckpointError(
             f"config.json: architectures is {declared!r}, a model around a language model, which "

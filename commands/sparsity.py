@@ -15,10 +15,14 @@ from prosparse.settings import SparsityConfig
 @json_option
 def sparsity(config: SparsityConfig, as_json: bool, threads: int) -> None:
     """Measure sparsity and perplexity with ReLU and FATReLU; search a threshold on request."""
+    from prosparse.expert_activity import activity_table, expert_activity, is_mixture
     from prosparse.sparsity import sparsity as measure
     from prosparse.sparsity import sparsity_table
     from prosparse.threshold_shift import shift
 
+    if is_mixture(config.model):
+        found = expert_activity(config, note)
+        return print_json(found.document()) if as_json else echo(activity_table(found))
     if config.max_ppl_gap is not None:
         result = shift(config, note)
     elif config.per_layer or config.out is not None:

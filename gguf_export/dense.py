@@ -17,9 +17,10 @@ from gguf_export.pwri.element_types import FileTypes
 from gguf_export.requirements import check_types
 from gguf_export.settings import AUTO, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
+from gguf_export.smallthinker.mixture import check_mixture, mixture_notes, write_mixture
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
-from gguf_export.smallthinker.second_engine import check_second_engine
+from gguf_export.smallthinker.second_engine import check_second_engine, check_sizes
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import splitting_note
@@ -160,7 +161,9 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         PspError: an unusable checkpoint, one that the graph cannot compute, an existing output, or
             a refused write.
     """
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(config.model, experts=True)
+    if checkpoint.shape.experts is not None:
+        return _export_mixture(config, checkpoint, verify)
     second = config.engine == SECOND_ENGINE
     check = check_second_engine if second else check_one_expert
     check(checkpoint, f"--engine {config.engine}")
@@ -181,3 +184,24 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         if verify is not None:
             verify(path)
     return SingleFile(config.out, (*checkpoint.notes, *vocabulary.notes, *told))
+
+
+def _export_mixture(
+    config: ExportConfig, checkpoint: Checkpoint, verify: Callable[[Path], None] | None
+) -> SingleFile:
+    """Write a mixture of experts, transposed if it is for PowerInfer's second engine."""
+    second = config.engine == SECOND_ENGINE
+    check_mixture(checkpoint)
+    if second:
+        check_sizes(checkpoint.shape, f"--engine {config.engine}")
+    config.plain_types.check(checkpoint.shape)
+    rows = checkpoint.shape.vocab_size
+    vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    refuse_existing(config.out, force=config.force)
+    types = config.plain_types
+    with atomic_path(config.out) as path:
+        write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second)
+        if verify is not None:
+            verify(path)
+    told = (*checkpoint.notes, *vocabulary.notes, *mixture_notes(checkpoint, vocabulary))
+    return SingleFile(config.out, told)

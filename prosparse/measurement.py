@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import choose_device, load_model
+from architectures.model import LoadedModel, choose_device, load_model
 from architectures.windows import growth_error
 from common.errors import CheckpointError
 from prosparse.activation import Setting, exchange, has_one_gate
@@ -42,11 +42,7 @@ class Measurement:
     @property
     def ppl(self) -> float:
         """Perplexity: exp of the mean negative log-likelihood of all tokens but first ones."""
-        total, count = self.losses.sum(0).tolist()
-        try:
-            return math.exp(total / count)
-        except OverflowError:
-            return math.inf
+        return perplexity(self.losses)
 
     def gap(self, base: Measurement) -> float:
         """Growth of the perplexity over that of `base`, a fraction."""
@@ -56,6 +52,47 @@ class Measurement:
         """Standard error of the logarithm of that growth, told by how windows differ."""
         growths, tokens = self.losses[:, 0] - base.losses[:, 0], self.losses[:, 1]
         return growth_error(growths, tokens, growths.sum() / tokens.sum())
+
+
+def perplexity(losses: torch.Tensor) -> float:
+    """Return exp of the mean negative log-likelihood of `window_losses`."""
+    total, count = losses.sum(0).tolist()
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
+
+
+def window_losses(
+    checkpoint: Checkpoint, model: LoadedModel, windows: Sequence[Sequence[int]], name: str
+) -> torch.Tensor:
+    """Run windows and return (windows, 2) float64, as `Measurement.losses`.
+
+    Args:
+        checkpoint: what the model was loaded from.
+        model: it.
+        windows: token ids, each window by itself.
+        name: what is measured, for the progress bar and messages.
+
+    Raises:
+        CheckpointError: the model's numbers overflow.
+    """
+    bar = tqdm(windows, unit="window", desc=name, disable=None)
+    losses = torch.tensor([_loss(model, window) for window in bar], dtype=torch.float64)
+    if not torch.isfinite(losses).all():
+        checkpoint.check_numbers()  # the cause, if it is there
+        raise CheckpointError(
+            f"{checkpoint.path}: with {name} the loss is no finite number",
+            "check the weights, or pass --device cpu, which computes in float32",
+        )
+    return losses
+
+
+def _loss(model: LoadedModel, window: Sequence[int]) -> tuple[float, float]:
+    tokens = torch.tensor([window])
+    logits = model.logits(tokens)[0, :-1].float()
+    loss = cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="none")
+    return float(loss.double().sum()), float(len(loss))
 
 
 class ExchangeableModel:
@@ -96,14 +133,7 @@ class ExchangeableModel:
         """
         self._exchange(setting)
         self._active.zero_()
-        bar = tqdm(self._windows, unit="window", desc=setting.name, disable=None)
-        losses = torch.tensor([self._loss(window) for window in bar], dtype=torch.float64)
-        if not torch.isfinite(losses).all():
-            self.checkpoint.check_numbers()  # the cause, if it is there
-            raise CheckpointError(
-                f"{self.checkpoint.path}: with {setting.name} the loss is no finite number",
-                "check the weights, or pass --device cpu, which computes in float32",
-            )
+        losses = window_losses(self.checkpoint, self.model, self._windows, setting.name)
         share = self._active / (sum(map(len, self._windows)) * self.checkpoint.shape.d_ff)
         return Measurement(setting=setting, sparsity=tuple((1 - share).tolist()), losses=losses)
 
@@ -113,12 +143,6 @@ class ExchangeableModel:
             exchange(self.model.blocks, setting.activation, setting.thresholds)
         else:
             assert setting.activation == self.checkpoint.shape.activation
-
-    def _loss(self, window: Sequence[int]) -> tuple[float, float]:
-        tokens = torch.tensor([window])
-        logits = self.model.logits(tokens)[0, :-1].float()
-        loss = cross_entropy(logits, tokens[0, 1:].to(logits.device), reduction="none")
-        return float(loss.double().sum()), float(len(loss))
 
     def _tap(self, layer: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         passing = self._passes(layer, output)

@@ -20,9 +20,11 @@ from gguf_export.pwri.schema import HEAD
 from gguf_export.smallthinker.hyperparameters import (
     expert_shapes,
     is_expert_file,
+    is_mixture_file,
     is_transposed,
     read_expert_hyperparameters,
 )
+from gguf_export.smallthinker.mixture_contract import MixtureFile
 from gguf_export.smallthinker.second_engine import check_neuron_types, size_problem
 from gguf_files.elements import readable
 from gguf_files.reader import GGUFFile
@@ -65,6 +67,8 @@ def open_model_file(path: Path) -> OpenedFile:
         FormatError: no such file.
     """
     file = GGUFFile(path)
+    if is_mixture_file(file):
+        return MixtureFile(path)
     return ExpertFile(path) if is_expert_file(file) else OpenedFile(path)
 
 

@@ -31,6 +31,12 @@ def is_expert_file(file: GGUFFile) -> bool:
     return bool(file.optional("general.architecture", GGUFValueType.STRING, "") == SMALLTHINKER)
 
 
+def is_mixture_file(file: GGUFFile) -> bool:
+    """Whether a file is of arch `smallthinker` and has several experts."""
+    key = f"{SMALLTHINKER}.expert_count"
+    return is_expert_file(file) and file.optional(key, GGUFValueType.UINT32, 1) > 1
+
+
 def read_expert_hyperparameters(file: GGUFFile) -> Hyperparameters:
     """Read and check the keys of a file of one expert.
 

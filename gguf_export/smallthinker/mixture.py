@@ -1,6 +1,6 @@
-"""A file of a mixture of experts: its tensors, its keys, and what the programs have no graph for.
+"""A file of a mixture of experts: tensors, keys, and what the programs have no graph for.
 
-Tensors and keys are those of PowerInfer@d3ebd7c smallthinker/convert_hf_to_gguf.py and of llama.cpp's
+Tensors and keys are those of PowerInfer@d3ebd7c smallthinker/convert_hf_to_gguf.py and llama.cpp's
 conversion/smallthinker.py, to the byte, with one key more than the first writes: how chosen
 experts are weighed.
 """
@@ -20,7 +20,7 @@ from architectures.spec import Experts, LayerAttention, TensorRule
 from common.errors import ExportError
 from gguf_export.plan import PlannedTensor
 from gguf_export.smallthinker.types import ExpertTypes
-from gguf_export.tokens.splitting import splitting_keys
+from gguf_export.tokens.splitting import splitting_keys, splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import SMALLTHINKER
@@ -53,13 +53,17 @@ def plan_mixture(
             yield PlannedTensor(name, shape, types.of(name, shape), read)
 
 
+def mixture_shapes(checkpoint: Checkpoint, *, transposed: bool) -> dict[str, tuple[int, ...]]:
+    """Return the numpy shape of every tensor of a file; see `plan_mixture`."""
+    tensors = plan_mixture(checkpoint, ExpertTypes(), transposed=transposed)
+    return {tensor.name: tensor.shape for tensor in tensors}
+
+
 def _read(checkpoint: Checkpoint, rule: TensorRule, layer: int, turned: bool) -> torch.Tensor:
     """Return a tensor, (rows, columns) or a vector; the experts' rows follow one another."""
     if not rule.per_expert:
         return checkpoint.read(rule, layer)
-    parts = (
-        checkpoint.read(rule, layer, expert) for expert in range(_experts(checkpoint).count)
-    )
+    parts = (checkpoint.read(rule, layer, expert) for expert in range(_experts(checkpoint).count))
     return torch.cat([part.T if turned else part for part in parts])
 
 
@@ -108,8 +112,8 @@ def check_mixture(checkpoint: Checkpoint) -> None:
             raise ExportError(
                 f"{checkpoint.path}: {key} is {int(found[layers[0]])} in layer {layers[0]}, for "
                 f"which llama.cpp and PowerInfer's second engine compute {computed[layers[0]]}",
-                f"they know two layouts: rotary positions and no window in all layers, or neither "
-                f"in every {STEP}th from the first on and both in the others (not of {STEP} layers)",
+                "they know two layouts: rotary positions and no window everywhere, or neither in "
+                f"each {STEP}th layer from the first on, both in the others, not of {STEP} layers",
             )
     within = model.context_length <= min(attention.window, WINDOW)
     if has_window and attention.window != WINDOW and not within:
@@ -120,14 +124,16 @@ def check_mixture(checkpoint: Checkpoint) -> None:
         )
 
 
-def square_note(checkpoint: Checkpoint) -> str | None:
-    """Return a warning where nothing in a file tells how its down matrices lie; None elsewhere."""
-    if checkpoint.shape.d_model != checkpoint.shape.d_ff:
-        return None
-    return (
-        "experts have as many neurons as d_model: PowerInfer's second engine takes down matrices "
-        "for transposed, llama.cpp for not, and neither can tell a file of the other"
-    )
+def mixture_notes(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Iterator[str]:
+    """Yield what a user should know of such a file, a line each."""
+    note = splitting_note(checkpoint, vocabulary)
+    if note is not None:
+        yield note
+    if checkpoint.shape.d_model == checkpoint.shape.d_ff:
+        yield (
+            "experts have as many neurons as d_model: PowerInfer's second engine takes down "
+            "matrices for transposed, llama.cpp for not, and neither knows a file of the other"
+        )
 
 
 def write_mixture(

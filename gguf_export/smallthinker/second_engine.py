@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from architectures.checkpoint import Checkpoint
+from architectures.spec import ModelShape
 from common.errors import ExportError, FormatError
 from gguf_export.smallthinker.requirements import check_one_expert, shift_note
 from gguf_files.names import DENSE_DOWN
@@ -56,7 +57,15 @@ def check_second_engine(checkpoint: Checkpoint, option: str) -> None:
         raise ExportError(
             f"{option}: {shift}", "export with --engine powerinfer, or make the model ReLU"
         )
-    shape = checkpoint.shape
+    check_sizes(checkpoint.shape, option)
+
+
+def check_sizes(shape: ModelShape, option: str) -> None:
+    """Refuse sizes that are none of the engine's.
+
+    Raises:
+        ExportError: naming the option that asked for it.
+    """
     problem = size_problem(shape.d_model, shape.d_ff)
     if problem is not None:
         raise ExportError(f"{option}: {problem}", "its kernels cannot take the model")

@@ -23,6 +23,7 @@ from gguf_export.smallthinker.contract import (
     check_expert_structure,
     open_model_file,
 )
+from gguf_export.smallthinker.mixture_contract import MixtureFile, check_mixture_structure
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.doctor.companions import check_companions
 
@@ -37,7 +38,7 @@ def check_file(path: Path, gpus: Sequence[Gpu]) -> Iterator[Finding]:
     except PspError as error:
         yield from_error("file", error)
         return
-    if isinstance(opened, ExpertFile):
+    if isinstance(opened, ExpertFile | MixtureFile):
         yield from _expert_findings(opened)
         return
     findings = list(file_findings(opened))
@@ -75,18 +76,21 @@ def file_findings(opened: OpenedFile) -> Iterator[Finding]:
         )
 
 
-def _expert_findings(opened: ExpertFile) -> Iterator[Finding]:
+def _expert_findings(opened: ExpertFile | MixtureFile) -> Iterator[Finding]:
     """Judge a file of arch `smallthinker` by its graph's contract; nothing lies beside it."""
     report = Report(opened.path)
-    check_expert_structure(report, opened, header_only=True)
+    if isinstance(opened, MixtureFile):
+        check_mixture_structure(report, opened, header_only=True)
+    else:
+        check_expert_structure(report, opened, header_only=True)
     bad = list(_broken(report))
     yield from bad
     if not bad:
-        path, hyper = opened.path, opened.hyper
+        path = opened.path
         yield ok(
             "file",
-            f"{printable(str(path))}: {size(path.stat().st_size)}, {hyper.n_layers} layers, "
-            f"d_model {hyper.d_model}, d_ff {hyper.d_ff}, {report.checks['engine'].detail}; "
+            f"{printable(str(path))}: {size(path.stat().st_size)}, "
+            f"{report.checks['keys'].detail}, {report.checks['engine'].detail}; "
             f"all {len(report.checks)} checks of its header hold",
         )
 

@@ -15,7 +15,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.source import GGUFSource
 from architectures.model import LoadedModel, load_model
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
-from gguf_export.contract import Report
+from gguf_export.contract import OpenedFile, Report
 from gguf_export.smallthinker.contract import RUNNABLE, ExpertFile
 from gguf_export.smallthinker.hyperparameters import is_transposed
 from gguf_export.smallthinker.requirements import check_one_expert
@@ -51,7 +51,7 @@ def check_expert_model(report: Report, opened: ExpertFile, checkpoint: Checkpoin
     report.check("model fingerprint", lambda: check_fingerprint(opened.file, checkpoint), "file")
     report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
     report.check("model tensors", lambda: _same_tensors(opened, checkpoint), "shapes")
-    report.check("model tokenizer", lambda: _same_tokens(opened, checkpoint), "tokenizer")
+    report.check("model tokenizer", lambda: same_tokens(opened, checkpoint), "tokenizer")
 
 
 def check_expert_numbers(
@@ -90,7 +90,7 @@ def _same_tensors(opened: ExpertFile, checkpoint: Checkpoint) -> str:
     return f"{count} are the model's, to the bit or rounded to their types"
 
 
-def _same_tokens(opened: ExpertFile, checkpoint: Checkpoint) -> str:
+def same_tokens(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     """Demand the model's vocabulary, and the name of how it splits texts into words."""
     if opened.vocabulary.kind != BYTE_LEVEL:
         return same_ids(opened, checkpoint, compared_text())

@@ -19,8 +19,10 @@ from gguf_export.smallthinker.contract import (
     check_expert_structure,
     open_model_file,
 )
+from gguf_export.smallthinker.mixture_contract import MixtureFile, check_mixture_structure
 from powerinfer_bridge.verify.comparison import check_model, check_numbers
 from powerinfer_bridge.verify.experts import check_expert_model, check_expert_numbers
+from powerinfer_bridge.verify.mixture import check_mixture_model, check_mixture_numbers
 
 
 def verify(
@@ -36,7 +38,7 @@ def verify(
     """Check a file, and compare it with its model if one is named.
 
     Args:
-        path: `*.powerinfer.gguf`, or a file of arch `smallthinker` with one expert.
+        path: `*.powerinfer.gguf`, or a file of arch `smallthinker`.
         model: checkpoint directory or hub id that the file was made from.
         max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
         context: window of logits and perplexity, tokens; at most the model's context.
@@ -59,9 +61,17 @@ def verify(
         _ = opened.file  # says what is there instead
     with suppress(FormatError):  # which is a finding
         opened = open_model_file(path)
-    checkpoint = None if model is None else Checkpoint.open(model)
+    mixture = isinstance(opened, MixtureFile)
+    checkpoint = None if model is None else Checkpoint.open(model, experts=mixture)
     for line in () if checkpoint is None else checkpoint.notes:
         note(line)
+    if isinstance(opened, MixtureFile):
+        check_mixture_structure(report, opened)
+        if checkpoint is not None:
+            check_mixture_model(report, opened, checkpoint)
+            if run:
+                check_mixture_numbers(report, opened, checkpoint, context, chunks)
+        return report
     if isinstance(opened, ExpertFile):
         check_expert_structure(report, opened)
         if checkpoint is not None:
@@ -103,7 +113,9 @@ class ExportCheck:
         found = verify(path, self.model, run=path.stat().st_size <= self.most_bytes)
         for name, outcome in found.checks.items():
             if not outcome.ok:
-                Checkpoint.open(self.model).check_numbers()  # the cause, if it is there
+                Checkpoint.open(
+                    self.model, experts=True
+                ).check_numbers()  # the cause, if it is there
                 raise ExportError(
                     f"{self.target}: the written file failed verification at '{name}' "
                     f"({outcome.line}) and was not kept",
