@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from commands.options import json_option, settings_options, threads_option
 from commands.printing import echo, note, print_json
+from predictor.head.settings import HeadConfig
 from predictor.training.settings import AUTO, TrainConfig
 
+HEAD = "--head"
 
-@click.command("train-predictor")
+
+@click.command("train-predictor --head")
+@settings_options(HeadConfig)
+@threads_option
+@json_option
+def head(config: HeadConfig, as_json: bool, threads: int) -> None:
+    """Train a predictor of the output head, for PowerInfer's second engine.
+
+    It names the rows of the head that a token needs; measured on documents that training never saw.
+    """
+    from common.typed_json import plain
+    from predictor.head.run import train_head
+    from predictor.head.table import head_table
+
+    artifact = train_head(config, note)
+    if as_json:
+        chosen = {**plain(artifact.chosen), "bytes_ratio": artifact.chosen.bytes_ratio}
+        return print_json({"head": artifact.path, **chosen, "points": artifact.points})
+    echo(head_table(artifact))
+
+
+class _WithHead(click.Command):
+    """Is another command, with options of its own, once `--head` is among the arguments."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        """Read the arguments as one command or the other."""
+        if HEAD in args:
+            left = [each for each in args if each != HEAD]
+            return head.make_context(f"{info_name} {HEAD}", left, parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
+
+
+@click.command("train-predictor", cls=_WithHead)
 @settings_options(TrainConfig)
+@click.option(
+    HEAD,
+    is_flag=True,
+    expose_value=False,
+    help="Train a predictor of the output head instead; it has options of its own: --head --help.",
+)
 @threads_option
 @json_option
 def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:

@@ -1,0 +1,123 @@
+"""Training of a head's predictor at a price of a row.
+
+What a decision costs is known exactly: a row that is read costs the price, one that is left out
+what it is worth (`price.worth`). So each row of each token weighs by the difference, and its label
+is the difference's sign. Weights are rounded to Q4_0 in every step, as the engine will read them;
+gradients pass through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from predictor.head.measure import Text
+from predictor.head.output_head import batch_rows
+from predictor.head.price import worth
+from predictor.head.rounding import through_q4_0, to_q8_0
+from predictor.head.rule import HeadPredictor
+from predictor.head.start import Moments, Wanted
+
+_RATES = (3e-3, 2e-2)
+"""Peak rates of Adam: of fc1 in whitened inputs, whose start has rows of norm 1, and of fc2."""
+
+_BATCH = 256
+_BETAS = (0.9, 0.99)
+_BEST = 100.0
+"""What the most probable row is worth besides, in prices: without it text changes."""
+
+OnStep = Callable[[float], None]
+
+
+class HeadTrainer:
+    """Trains predictors on the same rows."""
+
+    def __init__(self, text: Text, moments: Moments, seed: int) -> None:
+        """Name what to train on.
+
+        Args:
+            text: the rows.
+            moments: of their inputs.
+            seed: of their order.
+        """
+        self._text, self._moments = text, moments
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batch = min(_BATCH, batch_rows(len(text.head)))
+
+    def steps(self, epochs: float) -> int:
+        """Return the steps of so many passes over the rows."""
+        return max(1, round(epochs * len(self._text.rows) / self._batch))
+
+    def train(
+        self,
+        predictor: HeadPredictor,
+        wanted: Wanted,
+        epochs: float,
+        rate: float = 1.0,
+        on_step: OnStep = lambda loss: None,
+    ) -> HeadPredictor:
+        """Return a predictor trained from another one.
+
+        Args:
+            predictor: where to begin.
+            wanted: price and level.
+            epochs: passes over the rows.
+            rate: factor of the peak learning rates.
+            on_step: takes every step's loss, prices a row.
+        """
+        head = self._text.head.float() + wanted.level
+        fc1 = (predictor.fc1 @ self._moments.root).requires_grad_()
+        fc2 = predictor.fc2.clone().requires_grad_()
+        groups = [{"params": [p], "lr": rate * r} for p, r in zip((fc1, fc2), _RATES, strict=True)]
+        optimiser, steps = torch.optim.Adam(groups, betas=_BETAS), self.steps(epochs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+        )
+        for chosen in self._order(steps):
+            x = to_q8_0(self._text.rows.inputs[chosen].to(head.device).float())
+            weights = weights_of(x @ head.T, wanted.price)
+            units = x @ through_q4_0(fc1 @ self._moments.inverse).T
+            scores = units @ through_q4_0(fc2).T
+            loss, gradient = _loss(scores.detach(), weights)
+            optimiser.zero_grad()
+            torch.autograd.backward(scores, gradient)
+            optimiser.step()
+            schedule.step()
+            on_step(loss)
+        return HeadPredictor((fc1 @ self._moments.inverse).detach(), fc2.detach())
+
+    def _order(self, steps: int) -> list[torch.Tensor]:
+        """Return the rows of each step, every row as often as every other."""
+        batch, rows = self._batch, len(self._text.rows)
+        passes = -(-steps * batch // rows)
+        orders = [torch.randperm(rows, generator=self._generator) for _ in range(passes)]
+        return list(torch.split(torch.cat(orders)[: steps * batch], batch))
+
+
+def weights_of(logits: torch.Tensor, price: float) -> torch.Tensor:
+    """Return what reading each row gains, in prices; negative where it does not pay.
+
+    Args:
+        logits: (rows, vocab_size) float32, the level in them.
+        price: of a row, nats.
+    """
+    gains = worth(logits).div_(price).sub_(1)
+    best = logits.argmax(1, keepdim=True)
+    return gains.scatter_add_(1, best, torch.full_like(best, _BEST, dtype=gains.dtype))
+
+
+def _loss(scores: torch.Tensor, weights: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return the mean logistic loss of a decision, and its gradient by the scores.
+
+    Args:
+        scores: (rows, vocab_size) float32.
+        weights: the same shape; the sign is the label, the size the weight.
+    """
+    signs = weights.sign()
+    margins = scores.mul_(signs)
+    loss = -float((logsigmoid(margins) * weights.abs()).mean())
+    gradient = torch.sigmoid(margins.neg_()).mul_(weights).mul_(-1 / weights.numel())
+    return loss, gradient
