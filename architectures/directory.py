@@ -98,7 +98,7 @@ _KINDS = (
         _say("save them from transformers 4 for PyTorch (from_tf or from_flax) and pass that"),
     ),
     Kind(
-        ("predictors.json", "layer-*/weights.safetensors"),
+        ("predictors.json", "head.json", "layer-*/weights.safetensors"),
         "traces or predictors of psp's",
         _say("pass the model that they were made of"),
     ),

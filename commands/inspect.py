@@ -11,10 +11,17 @@ from commands.printing import show
 
 
 @click.command()
-@click.argument("file", type=PATH, metavar="FILE.gguf")
+@click.argument("file", type=PATH, metavar="FILE.gguf|HEAD")
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
-    """Print keys, tensors, types, predictor ranks and bytes by kind."""
-    from gguf_export.pwri.inspection import inspect_file, inspection_table
+    """Print keys, tensors, types, predictor ranks and bytes by kind.
 
+    Of a directory from train-predictor --head: what was measured.
+    """
+    from gguf_export.pwri.inspection import inspect_file, inspection_table
+    from predictor.head.artifact import HeadArtifact
+    from predictor.head.table import head_table
+
+    if file.is_dir():
+        return show(HeadArtifact.open(file), head_table, as_json=as_json)
     show(inspect_file(file), inspection_table, as_json=as_json)

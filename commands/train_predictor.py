@@ -37,6 +37,8 @@ def head(config: HeadConfig, as_json: bool, threads: int) -> None:
 class _WithHead(click.Command):
     """Is another command, with options of its own, once `--head` is among the arguments."""
 
+    variants = {HEAD: head}
+
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
     ) -> click.Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -31,8 +32,7 @@ def reference() -> str:
 def _sections(parent: click.Context, group: click.Group) -> list[str]:
     """Return a section for every command, those of a group after it."""
     parts = []
-    for name in sorted(group.commands):
-        command = group.commands[name]
+    for name, command in _commands(group):
         context = click.Context(
             command,
             info_name=name,
@@ -44,6 +44,15 @@ def _sections(parent: click.Context, group: click.Group) -> list[str]:
         if isinstance(command, click.Group):
             parts += _sections(context, command)
     return parts
+
+
+def _commands(group: click.Group) -> Iterator[tuple[str, click.Command]]:
+    """Yield names and commands, those that an argument makes another command after it."""
+    for name in sorted(group.commands):
+        command = group.commands[name]
+        yield name, command
+        for argument, variant in getattr(command, "variants", {}).items():
+            yield f"{name} {argument}", variant
 
 
 if __name__ == "__main__":

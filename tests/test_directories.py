@@ -88,6 +88,7 @@ FILES: dict[str, tuple[dict[str, str], list[str]]] = {
     "TensorFlow": ({"tf_model.h5": ""}, ["TensorFlow"]),
     "JAX": ({"flax_model.msgpack": ""}, ["JAX"]),
     "predictors": ({"predictors.json": "{}"}, ["traces or predictors of psp's"]),
+    "head": ({"head.json": "{}"}, ["traces or predictors of psp's"]),
     "traces": (
         {"manifest.json": "{}", "layer-00/weights.safetensors": ""},
         ["traces or predictors of psp's"],

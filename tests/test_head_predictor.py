@@ -385,7 +385,8 @@ def test_the_file_holds_both_matrices_and_the_head_with_its_level(
     def as_stored(name: str) -> torch.Tensor:
         tensor = tensors[name]
         assert tensor.kind is GGMLQuantizationType.Q4_0
-        data = encode(tensor.read().numpy(), tensor.kind).reshape(-1).view(np.uint8)
+        numbers = tensor.read().half().numpy()  # as `gguf_export.writer` hands them on
+        data = encode(numbers, tensor.kind).reshape(-1).view(np.uint8)
         assert len(data) == tensor.size
         return torch.from_numpy(decode(data, tensor.shape, tensor.kind))
 
@@ -503,5 +504,8 @@ def test_the_command(model: Path, long_data: Path, tmp_path: Path, psp: Psp) -> 
     assert table[0].split()[:2] == ["method", "hidden"]
     assert any(line.startswith("svd") and line.endswith("written") for line in table)
     assert any(line.startswith("frequency") for line in table)
+    shown = psp("inspect", out)
+    assert shown.stdout.splitlines() == table
+    assert json.loads(psp("inspect", out, "--json").stdout)["header"]["rank"] == 32
     assert "--max-changed" in psp("train-predictor", "--head", "--help").stdout
     assert "--max-changed" not in psp("train-predictor", "--help").stdout

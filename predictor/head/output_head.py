@@ -56,7 +56,7 @@ def head_digest(checkpoint: Checkpoint) -> str:
 
 
 def exported_head(head: torch.Tensor, level: torch.Tensor | None) -> torch.Tensor:
-    """Return a head as a Q4_0 file holds it, (vocab_size, d_model) float32.
+    """Return a head as a Q4_0 file holds it, through float16: (vocab_size, d_model) float32.
 
     Args:
         head: (vocab_size, d_model), any floating type.
@@ -65,7 +65,8 @@ def exported_head(head: torch.Tensor, level: torch.Tensor | None) -> torch.Tenso
     made = torch.empty(head.shape, dtype=torch.float32, device=head.device)
     for start in range(0, len(head), _PART):
         rows = head[start : start + _PART].float()
-        made[start : start + _PART] = to_q4_0(rows if level is None else rows + level)
+        rows = rows if level is None else rows + level
+        made[start : start + _PART] = to_q4_0(rows.half().float())
     return made
 
 
