@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
@@ -37,7 +37,7 @@ def head(config: HeadConfig, as_json: bool, threads: int) -> None:
 class _WithHead(click.Command):
     """Is another command, with options of its own, once `--head` is among the arguments."""
 
-    variants = {HEAD: head}
+    variants: ClassVar[dict[str, click.Command]] = {HEAD: head}
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any

@@ -17,6 +17,7 @@ from gguf_export.pwri.element_types import FileTypes
 from gguf_export.requirements import check_types
 from gguf_export.settings import AUTO, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
+from gguf_export.smallthinker.head_predictor import open_head_predictor
 from gguf_export.smallthinker.mixture import check_mixture, mixture_notes, write_mixture
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
@@ -27,6 +28,7 @@ from gguf_export.tokens.splitting import splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelWriter
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
+from predictor.head.artifact import HeadArtifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,14 @@ class DenseModel:
         vocabulary: its tokenizer.
         types: of its elements; `ExpertTypes` of arch `smallthinker`.
         transposed: of that arch, whether for PowerInfer's second engine; see `plan_expert`.
+        head: of that engine, the output head's predictor if there is one.
     """
 
     checkpoint: Checkpoint
     vocabulary: Vocabulary
     types: FileTypes | ExpertTypes
     transposed: bool = False
+    head: HeadArtifact | None = None
 
     @cached_property
     def architecture(self) -> str:
@@ -81,6 +85,7 @@ class DenseModel:
                 path,
                 target,
                 transposed=self.transposed,
+                head=self.head,
             )
             return
         writer = ModelWriter(self.checkpoint, self.vocabulary, self.types)
@@ -170,11 +175,13 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
     config.plain_types.check(checkpoint.shape)
     rows = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    given = config.head_predictor
     made = DenseModel(
         checkpoint=checkpoint,
         vocabulary=vocabulary,
         types=config.plain_types,
         transposed=second,
+        head=None if given is None else open_head_predictor(given, checkpoint),
     )
     told = (line.removeprefix("dense file: ") for line in made.warnings)
     refuse_existing(config.out, force=config.force)

@@ -109,6 +109,14 @@ class ExportConfig:
             unset="f16; those in a GGUF file keep theirs",
         ),
     ] = None
+    head_predictor: Annotated[
+        Path | None,
+        Option(
+            "From psp train-predictor --head; for --engine smallthinker, which then reads those "
+            "rows of the output head that a token needs.",
+            "HEAD",
+        ),
+    ] = None
     dense: Annotated[
         bool, Option("Also write NAME.dense.gguf, which llama.cpp runs with the right text.")
     ] = False
@@ -145,6 +153,11 @@ class ExportConfig:
                     f"{option} is for PowerInfer's first engine, not for --engine {self.engine}",
                     f"leave --engine or {option} out",
                 )
+        if self.head_predictor is not None and self.engine != SECOND_ENGINE:
+            raise ExportError(
+                "--head-predictor is for PowerInfer's second engine",
+                f"pass --engine {SECOND_ENGINE} or leave it out",
+            )
         if not self.dense and (self.dense_arch != AUTO or self.dense_type is not None):
             raise ExportError("--dense-arch and --dense-type are for --dense", "pass --dense")
         _ = (self.types if self.engine == POWERINFER else self.plain_types), self.split

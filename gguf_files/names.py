@@ -33,6 +33,10 @@ one router logit is 1, and keys and queries are turned by halves, so their rows 
 ROUTER = "ffn_gate_inp"
 """Of such a layer: the matrix that weighs experts, (experts, d_model)."""
 
+PROFILER = "lm_head_profiler.weight"
+"""Of such a file for PowerInfer's second engine: the output head's predictor, both matrices one
+after the other, fc1 first (PowerInfer@d3ebd7c smallthinker/src/llama-model.cpp)."""
+
 
 def expert_name(name: str) -> str:
     """Return what an FFN matrix of a sparse or dense file is called where it is one of experts."""

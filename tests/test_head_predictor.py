@@ -19,25 +19,28 @@ from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
-from common.errors import PredictorError
+from common.errors import FormatError, PredictorError
+from common.head_sizes import misfit
 from gguf_export.plan import PlannedTensor
 from gguf_export.pwri.element_types import encode
 from gguf_export.pwri.schema import HEAD
-from gguf_export.smallthinker.head_predictor import (
-    PROFILER,
-    open_head_predictor,
-    with_head_predictor,
-)
+from gguf_export.smallthinker.file import expert_sizes
+from gguf_export.smallthinker.head_predictor import open_head_predictor, with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
+from gguf_export.smallthinker.second_engine import check_profiler
 from gguf_export.smallthinker.types import ExpertTypes
+from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.writer import ModelFile
 from gguf_files.elements import decode
+from gguf_files.names import PROFILER
+from gguf_files.reader import GGUFFile
 from predictor.head.artifact import HeadArtifact
 from predictor.head.inputs import HeadInputs, InputsHeader, read_inputs, record_inputs
 from predictor.head.measure import Text, always, fit_level, measure, perplexity
 from predictor.head.output_head import exported_head
 from predictor.head.price import LinearFit, best_level, levelled, worth
 from predictor.head.rounding import through_q4_0, to_q4_0, to_q8_0
-from predictor.head.rule import HeadPredictor, misfit, predictor_share
+from predictor.head.rule import HeadPredictor, predictor_share
 from predictor.head.run import train_head
 from predictor.head.settings import HeadConfig, candidate_ranks
 from predictor.head.start import moments_of, start_at, wanted_at
@@ -277,9 +280,8 @@ def test_ranks_and_shares() -> None:
 
 @pytest.fixture(scope="module")
 def model(make_model: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(
-        tmp_path_factory.mktemp("head") / "wide", hidden_size=128, num_attention_heads=4
-    )
+    path = tmp_path_factory.mktemp("head") / "wide"
+    return make_model(path, hidden_size=128, intermediate_size=1024, num_attention_heads=4)
 
 
 def settings(model: Path, data: Path, out: Path, **changes: Any) -> HeadConfig:
@@ -398,6 +400,79 @@ def test_the_file_holds_both_matrices_and_the_head_with_its_level(
     weight = load_file(model / "model.safetensors")["lm_head.weight"]
     assert torch.equal(as_stored(HEAD), exported_head(weight, level))
     assert list(tensors)[-1] == PROFILER
+
+
+def test_an_exported_file_is_the_engines_and_is_verified(
+    artifact: HeadArtifact, model: Path, tmp_path: Path, psp: Psp
+) -> None:
+    out = tmp_path / "wide.smallthinker.gguf"
+    told = ("export-gguf", "--model", model, "--engine", "smallthinker", "--out", out)
+    done = psp(*told, "--head-predictor", artifact.path)
+    assert done.exit_code == 0, done.output
+    tensors = GGUFFile(out).tensors
+    assert tensors[PROFILER].kind is tensors[HEAD].kind is GGMLQuantizationType.Q4_0
+    checked = psp("verify", out, "--model", model)
+    assert checked.exit_code == 0, checked.output
+    assert "the head has a predictor" in checked.output
+    refusal = psp(
+        "export-gguf",
+        "--model",
+        model,
+        "--engine",
+        "llama.cpp",
+        "--out",
+        tmp_path / "a.gguf",
+        "--head-predictor",
+        artifact.path,
+    )
+    assert refusal.exit_code == 1
+    assert "--head-predictor is for PowerInfer's second engine" in refusal.output
+    plain = psp(*told, "--force")
+    assert plain.exit_code == 0, plain.output
+    assert PROFILER not in GGUFFile(out).tensors
+
+
+def test_verification_finds_another_head_behind_a_predictor() -> None:
+    from powerinfer_bridge.verify.experts import _common, _near
+
+    head, level = draw(64, 128), 0.5 * draw(128, seed=1)
+    found = exported_head(head, level)
+    assert _near(head + _common(head, found), found)
+    other = head.clone()
+    other[7, 3] += 2
+    assert not _near(other + _common(other, found), found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "said"),
+    [
+        (
+            "Q8_0",
+            (1, 32 * 448),
+            "is Q8_0",
+        ),
+        ("Q4_0", (1, 32 * 448 + 32), "multiple of 448"),
+        ("Q4_0", (32, 448), "one row"),
+        ("Q4_0", (1, 16 * 448), "rank 16 is no multiple of 32"),
+    ],
+)
+def test_a_file_with_a_predictor_that_cannot_run_is_refused(
+    artifact: HeadArtifact,
+    model: Path,
+    tmp_path: Path,
+    kind: str,
+    shape: tuple[int, ...],
+    said: str,
+) -> None:
+    checkpoint, path = Checkpoint.open(str(model)), tmp_path / "a.gguf"
+    tensors = list(planned(artifact, checkpoint).values())[:-1]
+    wrong = GGMLQuantizationType[kind]
+    tensors.append(PlannedTensor(PROFILER, shape, wrong, lambda: torch.ones(shape)))
+    vocabulary = read_vocabulary(checkpoint.directory, VOCABULARY, checkpoint.config)
+    file = ModelFile(checkpoint, vocabulary, "smallthinker", expert_sizes(checkpoint))
+    file.write(path, path, {}, tensors)
+    with refused(FormatError, said):
+        check_profiler(GGUFFile(path), 128, VOCABULARY)
 
 
 def test_a_predictor_of_another_model_or_head_is_not_exported(

@@ -25,8 +25,9 @@ from gguf_export.smallthinker.hyperparameters import (
     read_expert_hyperparameters,
 )
 from gguf_export.smallthinker.mixture_contract import MixtureFile
-from gguf_export.smallthinker.second_engine import check_neuron_types, size_problem
+from gguf_export.smallthinker.second_engine import check_neuron_types, check_profiler, size_problem
 from gguf_files.elements import readable
+from gguf_files.names import PROFILER
 from gguf_files.reader import GGUFFile
 
 RUNNABLE = ("keys", "tokenizer", "tensor set", "shapes", "types")
@@ -54,6 +55,8 @@ class ExpertFile(OpenedFile):
         if HEAD not in self.file.tensors:
             del shapes[HEAD]
         held = {name: info.shape for name, info in self.file.tensors.items()}
+        if PROFILER in held:
+            shapes[PROFILER] = held[PROFILER]
         return {
             name: shape[1:] if shape[0] == 1 and held.get(name) == shape[1:] else shape
             for name, shape in shapes.items()
@@ -105,8 +108,12 @@ def _types(file: GGUFFile) -> str:
 def _engine(opened: ExpertFile) -> str:
     if is_transposed(opened.file):
         check_neuron_types(opened.file)
+        check_profiler(opened.file, opened.hyper.d_model, len(opened.vocabulary.tokens))
         problem = size_problem(opened.hyper.d_model, opened.hyper.d_ff)
         if problem is not None:
             raise opened.file.error(f"{problem}, in PowerInfer's second engine")
-        return "PowerInfer's second engine: down matrices are transposed"
+        said = "PowerInfer's second engine: down matrices are transposed"
+        return f"{said}, the head has a predictor" if PROFILER in opened.file.tensors else said
+    if PROFILER in opened.file.tensors:
+        raise opened.file.error(f"{PROFILER} is there, which llama.cpp does not know")
     return "llama.cpp's arch smallthinker: one expert, ReLU after its gate"

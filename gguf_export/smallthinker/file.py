@@ -7,6 +7,7 @@ from pathlib import Path
 from gguf import ExpertGatingFuncType
 
 from architectures.checkpoint import Checkpoint
+from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import shift_note
 from gguf_export.smallthinker.types import ExpertTypes
@@ -14,6 +15,7 @@ from gguf_export.tokens.splitting import splitting_keys
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
+from predictor.head.artifact import HeadArtifact
 
 
 def write_one_expert(
@@ -24,6 +26,7 @@ def write_one_expert(
     target: Path,
     *,
     transposed: bool = False,
+    head: HeadArtifact | None = None,
 ) -> None:
     """Write it; see `ModelFile.write` and `plan_expert`.
 
@@ -34,6 +37,7 @@ def write_one_expert(
         path: where to write it, a temporary name.
         target: its final name, for messages.
         transposed: see `plan_expert`.
+        head: the output head's predictor, which goes into the file.
 
     Raises:
         PspError: see `ModelFile.write`.
@@ -41,6 +45,8 @@ def write_one_expert(
     note = shift_note(checkpoint)
     keys = splitting_keys(checkpoint, vocabulary) | ({} if note is None else {NOTE_KEY: note})
     tensors = list(plan_expert(checkpoint, types, transposed=transposed))
+    if head is not None:
+        tensors = list(with_head_predictor(tensors, head, checkpoint))
     file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(checkpoint))
     file.write(path, target, keys, tensors)
 

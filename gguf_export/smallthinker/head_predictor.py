@@ -11,14 +11,12 @@ from gguf import GGMLQuantizationType
 
 from architectures.checkpoint import Checkpoint
 from common.errors import PredictorError
+from common.head_sizes import misfit
 from gguf_export.plan import PlannedTensor
 from gguf_export.pwri.schema import HEAD
+from gguf_files.names import PROFILER
 from predictor.head.artifact import HeadArtifact
 from predictor.head.output_head import head_digest, read_head
-from predictor.head.rule import misfit
-
-PROFILER = "lm_head_profiler.weight"
-"""Both matrices one after the other (PowerInfer@d3ebd7c smallthinker/src/llama-model.cpp)."""
 
 
 def open_head_predictor(path: Path, checkpoint: Checkpoint) -> HeadArtifact:

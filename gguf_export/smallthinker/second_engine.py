@@ -11,8 +11,10 @@ import math
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape
 from common.errors import ExportError, FormatError
+from common.head_sizes import misfit
+from gguf_export.pwri.schema import EMBEDDING, HEAD
 from gguf_export.smallthinker.requirements import check_one_expert, shift_note
-from gguf_files.names import DENSE_DOWN
+from gguf_files.names import DENSE_DOWN, PROFILER
 from gguf_files.reader import GGUFFile
 
 NEURON_TYPE = "Q4_0"
@@ -96,3 +98,28 @@ def check_neuron_types(file: GGUFFile) -> None:
                 f"with an assertion at neurons that are not {NEURON_TYPE}",
                 "export it again with --engine smallthinker",
             )
+
+
+def check_profiler(file: GGUFFile, d_model: int, vocab_size: int) -> None:
+    """Do nothing if a file has no predictor of its output head, or one that the engine can run.
+
+    Raises:
+        FormatError: naming what it would stop at, or read as something else.
+    """
+    if (info := file.tensors.get(PROFILER)) is None:
+        return
+    head = file.tensors.get(HEAD) or file.tensors[EMBEDDING]
+    for each, then in ((info, "reads it as Q4_0 all the same"), (head, "stops at an assertion")):
+        if each.kind.name != "Q4_0":
+            raise file.error(
+                f"tensor {each.name} is {each.kind.name}; with {PROFILER} PowerInfer's second "
+                f"engine {then}"
+            )
+    rank, rest = divmod(math.prod(info.shape), d_model + vocab_size)
+    if rest or rank < 1 or info.shape[-1] != math.prod(info.shape):
+        raise file.error(
+            f"tensor {PROFILER} has shape {info.shape}, expected one row of a multiple of "
+            f"{d_model + vocab_size} numbers"
+        )
+    if (problem := misfit(d_model, vocab_size, rank)) is not None:
+        raise file.error(f"tensor {PROFILER}: {problem}, at which PowerInfer's second engine stops")

@@ -12,16 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.head.rounding import BLOCK, to_q4_0, to_q8_0
-
-D_MODEL_MULTIPLE = 128
-"""Inputs are rounded in groups of four blocks (powerinfer_host_lmhead_q4_0_f32_impl)."""
-
-VOCABULARY_MULTIPLE = 32
-"""Rows are decided upon in groups of 32 (lmhead_profile)."""
-
-MOST_NUMBERS = 2**31 - 1
-"""They are counted in an int (powerinfer_forward_lmhead)."""
+from predictor.head.rounding import to_q4_0, to_q8_0
 
 
 @dataclass(frozen=True)
@@ -52,19 +43,6 @@ class HeadPredictor:
             x: (rows, d_model), inputs as `to_q8_0` gives them; `self` is `stored`.
         """
         return (to_q8_0(x @ self.fc1.T) @ self.fc2.T) > 0
-
-
-def misfit(d_model: int, vocab_size: int, rank: int) -> str | None:
-    """Return what of a predictor's sizes the engine cannot take, None if it takes them."""
-    for name, size, multiple in (
-        ("d_model", d_model, D_MODEL_MULTIPLE),
-        ("the vocabulary", vocab_size, VOCABULARY_MULTIPLE),
-        ("rank", rank, BLOCK),
-    ):
-        if size % multiple:
-            return f"{name} {size} is no multiple of {multiple}"
-    numbers = rank * (d_model + vocab_size)
-    return None if numbers <= MOST_NUMBERS else f"{numbers} numbers are more than an int counts"
 
 
 def predictor_share(rank: int, d_model: int, vocab_size: int) -> float:

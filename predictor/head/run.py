@@ -17,6 +17,7 @@ from common import chat
 from common.documents import look_at_documents
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
+from common.head_sizes import RANK_MULTIPLE, misfit
 from common.text_sources.names import recorded as named
 from predictor.head.artifact import INDEX, HeadArtifact, HeadHeader, write_head
 from predictor.head.inputs import (
@@ -28,7 +29,7 @@ from predictor.head.inputs import (
 )
 from predictor.head.measure import Text, perplexity
 from predictor.head.output_head import check_family, head_digest, read_head
-from predictor.head.rule import misfit, predictor_share
+from predictor.head.rule import predictor_share
 from predictor.head.search import Found, Search
 from predictor.head.settings import SVD, HeadConfig, candidate_ranks
 from predictor.head.start import moments_of
@@ -118,7 +119,7 @@ def _source(config: HeadConfig, note: Note) -> _Source:
 def _unrunnable(checkpoint: Checkpoint) -> str | None:
     """Return a line about a head that the engine cannot take."""
     shape = checkpoint.shape
-    problem = misfit(shape.d_model, shape.vocab_size, rank=32)
+    problem = misfit(shape.d_model, shape.vocab_size, rank=RANK_MULTIPLE)
     return problem and f"{problem}, so PowerInfer's second engine cannot run this predictor"
 
 

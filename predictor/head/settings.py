@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from common.errors import PredictorError
+from common.head_sizes import RANK_MULTIPLE
 from common.settings import (
     MODEL_FORMS,
     Device,
@@ -21,7 +22,7 @@ from common.settings import (
 )
 from common.text_sources.names import Sources
 from predictor.collection.settings import CollectConfig
-from predictor.training.settings import AUTO, RANK_MULTIPLE, TrainConfig, rank_of
+from predictor.training.settings import AUTO, TrainConfig, rank_of
 
 PSP, SVD = "psp", "svd"
 _MEASURED = 1024

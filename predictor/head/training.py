@@ -26,8 +26,9 @@ _RATES = (3e-3, 2e-2)
 
 _BATCH = 256
 _BETAS = (0.9, 0.99)
-_BEST = 100.0
-"""What the most probable row is worth besides, in prices: without it text changes."""
+_SURE = 100.0
+"""What the most probable row and the one that the text goes on with are worth besides, in prices:
+greedy text hangs on the first, and of the second the model's own probabilities tell too little."""
 
 OnStep = Callable[[float], None]
 
@@ -78,7 +79,8 @@ class HeadTrainer:
         )
         for chosen in self._order(steps):
             x = to_q8_0(self._text.rows.inputs[chosen].to(head.device).float())
-            weights = weights_of(x @ head.T, wanted.price)
+            following = self._text.rows.following[chosen].to(head.device)
+            weights = weights_of(x @ head.T, wanted.price, following)
             units = x @ through_q4_0(fc1 @ self._moments.inverse).T
             scores = units @ through_q4_0(fc2).T
             loss, gradient = _loss(scores.detach(), weights)
@@ -97,16 +99,21 @@ class HeadTrainer:
         return list(torch.split(torch.cat(orders)[: steps * batch], batch))
 
 
-def weights_of(logits: torch.Tensor, price: float) -> torch.Tensor:
+def weights_of(
+    logits: torch.Tensor, price: float, following: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return what reading each row gains, in prices; negative where it does not pay.
 
     Args:
         logits: (rows, vocab_size) float32, the level in them.
         price: of a row, nats.
+        following: (rows,) int64, the text's next tokens; None of text that is not known yet.
     """
     gains = worth(logits).div_(price).sub_(1)
-    best = logits.argmax(1, keepdim=True)
-    return gains.scatter_add_(1, best, torch.full_like(best, _BEST, dtype=gains.dtype))
+    sure = [logits.argmax(1)] if following is None else [logits.argmax(1), following]
+    for row in sure:
+        gains[torch.arange(len(gains), device=gains.device), row] += _SURE
+    return gains
 
 
 def _loss(scores: torch.Tensor, weights: torch.Tensor) -> tuple[float, torch.Tensor]:
