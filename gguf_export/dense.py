@@ -18,7 +18,8 @@ from gguf_export.requirements import check_types
 from gguf_export.settings import AUTO, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
 from gguf_export.smallthinker.head_predictor import open_head_predictor
-from gguf_export.smallthinker.mixture import check_mixture, mixture_notes, write_mixture
+from gguf_export.smallthinker.mixture import check_mixture
+from gguf_export.smallthinker.mixture_file import mixture_notes, write_mixture
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
 from gguf_export.smallthinker.second_engine import check_second_engine, check_sizes

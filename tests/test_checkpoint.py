@@ -87,6 +87,8 @@ def test_open_reads_the_sizes_of_the_model(model_dir: Path) -> None:
         "residual_scale": 1.0,
         "output_scale": 1.0,
         "rope_scaling": None,
+        "experts": None,
+        "attention": None,
     }
 
 

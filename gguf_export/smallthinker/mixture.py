@@ -1,4 +1,4 @@
-"""A file of a mixture of experts: tensors, keys, and what the programs have no graph for.
+"""A mixture of experts as a file: tensors, keys, and what the programs have no graph for.
 
 Tensors and keys are those of PowerInfer@d3ebd7c smallthinker/convert_hf_to_gguf.py and llama.cpp's
 conversion/smallthinker.py, to the byte, with one key more than the first writes: how chosen
@@ -7,9 +7,9 @@ experts are weighed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from gguf import ExpertGatingFuncType
@@ -18,24 +18,31 @@ from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.mixture import STEP, WINDOW, program_layouts
 from architectures.spec import Experts, LayerAttention, TensorRule
 from common.errors import ExportError
-from gguf_export.plan import PlannedTensor
-from gguf_export.smallthinker.types import ExpertTypes
-from gguf_export.tokens.splitting import splitting_keys, splitting_note
-from gguf_export.tokens.vocabulary import Vocabulary
-from gguf_export.writer import ModelFile
-from gguf_files.names import SMALLTHINKER
 
 _GATINGS = {"softmax": ExpertGatingFuncType.SOFTMAX, "sigmoid": ExpertGatingFuncType.SIGMOID}
 
 
-def plan_mixture(
-    checkpoint: Checkpoint, types: ExpertTypes, *, transposed: bool
-) -> Iterator[PlannedTensor]:
+@dataclass(frozen=True)
+class MixtureTensor:
+    """A tensor of such a file.
+
+    Attributes:
+        name: its name in the file.
+        shape: numpy order.
+        read: returns its numbers, (rows, columns) or a vector; the rows of experts follow one
+            another.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def mixture_tensors(checkpoint: Checkpoint, *, transposed: bool) -> Iterator[MixtureTensor]:
     """Yield the tensors of a mixture of experts, a layer's experts together in one.
 
     Args:
         checkpoint: a mixture of experts.
-        types: of its elements.
         transposed: the down matrices are stored (experts, d_ff, d_model), as PowerInfer's second
             engine needs them; else (experts, d_model, d_ff), llama.cpp's.
     """
@@ -50,13 +57,7 @@ def plan_mixture(
             if rule.per_expert:
                 shape = (_experts(checkpoint).count, *shape)
             read = partial(_read, checkpoint, rule, layer, turned)
-            yield PlannedTensor(name, shape, types.of(name, shape), read)
-
-
-def mixture_shapes(checkpoint: Checkpoint, *, transposed: bool) -> dict[str, tuple[int, ...]]:
-    """Return the numpy shape of every tensor of a file; see `plan_mixture`."""
-    tensors = plan_mixture(checkpoint, ExpertTypes(), transposed=transposed)
-    return {tensor.name: tensor.shape for tensor in tensors}
+            yield MixtureTensor(name, shape, read)
 
 
 def _read(checkpoint: Checkpoint, rule: TensorRule, layer: int, turned: bool) -> torch.Tensor:
@@ -122,42 +123,3 @@ def check_mixture(checkpoint: Checkpoint) -> None:
             f"PowerInfer's second engine take {WINDOW} whatever a file says",
             f"only a window of {WINDOW} can be exported, or a context that no window limits",
         )
-
-
-def mixture_notes(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield what a user should know of such a file, a line each."""
-    note = splitting_note(checkpoint, vocabulary)
-    if note is not None:
-        yield note
-    if checkpoint.shape.d_model == checkpoint.shape.d_ff:
-        yield (
-            "experts have as many neurons as d_model: PowerInfer's second engine takes down "
-            "matrices for transposed, llama.cpp for not, and neither knows a file of the other"
-        )
-
-
-def write_mixture(
-    checkpoint: Checkpoint,
-    vocabulary: Vocabulary,
-    types: ExpertTypes,
-    path: Path,
-    target: Path,
-    *,
-    transposed: bool,
-) -> None:
-    """Write the file; see `ModelFile.write` and `plan_mixture`.
-
-    Args:
-        checkpoint: the model.
-        vocabulary: its tokenizer.
-        types: of its elements.
-        path: where to write it, a temporary name.
-        target: its final name, for messages.
-        transposed: see `plan_mixture`.
-
-    Raises:
-        PspError: see `ModelFile.write`.
-    """
-    tensors = list(plan_mixture(checkpoint, types, transposed=transposed))
-    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, mixture_sizes(checkpoint))
-    file.write(path, target, splitting_keys(checkpoint, vocabulary), tensors)

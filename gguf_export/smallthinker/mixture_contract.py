@@ -9,7 +9,7 @@ from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, FormatError
 from gguf_export.contract import OpenedFile, Report, check_container, check_finite, check_tensors
 from gguf_export.smallthinker.hyperparameters import is_transposed
-from gguf_export.smallthinker.mixture import mixture_shapes
+from gguf_export.smallthinker.mixture import mixture_tensors
 from gguf_export.smallthinker.second_engine import check_neuron_types, size_problem
 from gguf_files.elements import readable
 
@@ -33,7 +33,8 @@ class MixtureFile(OpenedFile):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the keys imply."""
-        return mixture_shapes(self.model, transposed=is_transposed(self.file))
+        tensors = mixture_tensors(self.model, transposed=is_transposed(self.file))
+        return {tensor.name: tensor.shape for tensor in tensors}
 
 
 def check_mixture_structure(

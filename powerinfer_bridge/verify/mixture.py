@@ -14,9 +14,8 @@ from architectures.model import LoadedModel, load_model
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import Report
 from gguf_export.smallthinker.hyperparameters import is_transposed
-from gguf_export.smallthinker.mixture import check_mixture, plan_mixture
+from gguf_export.smallthinker.mixture import check_mixture, mixture_tensors
 from gguf_export.smallthinker.mixture_contract import MixtureFile
-from gguf_export.smallthinker.types import ExpertTypes
 from powerinfer_bridge.engine.perplexity import perplexity, perplexity_windows
 from powerinfer_bridge.verify.comparison import (
     EXACT,
@@ -72,7 +71,7 @@ def _sizes(opened: MixtureFile, checkpoint: Checkpoint) -> str:
 def _same_tensors(opened: MixtureFile, checkpoint: Checkpoint) -> str:
     """Compare all tensors bit by bit, one in memory at a time."""
     turned, file = is_transposed(opened.file), opened.file
-    planned = list(plan_mixture(checkpoint, ExpertTypes(), transposed=turned))
+    planned = list(mixture_tensors(checkpoint, transposed=turned))
     for tensor in tqdm(planned, desc="compare", disable=None):
         expected, found = tensor.read(), file.tensor(tensor.name)
         found = found.reshape(tuple(expected.shape))
