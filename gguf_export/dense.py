@@ -199,6 +199,12 @@ def _export_mixture(
 ) -> SingleFile:
     """Write a mixture of experts, transposed if it is for PowerInfer's second engine."""
     second = config.engine == SECOND_ENGINE
+    if config.head_predictor is not None:
+        raise ExportError(
+            f"--head-predictor: {checkpoint.path} is a mixture of experts, for whose head psp "
+            "trains no predictor",
+            "leave it out",
+        )
     check_mixture(checkpoint)
     if second:
         check_sizes(checkpoint.shape, f"--engine {config.engine}")

@@ -209,6 +209,14 @@ def test_sizes_that_the_second_engine_cannot_take_are_refused(
         export(written, tmp_path / "out.smallthinker.gguf", "smallthinker")
 
 
+def test_a_heads_predictor_is_refused(tmp_path: Path, tokenizer_bytes: bytes) -> None:
+    written = made(tmp_path / "model", tokenizer_bytes, "smallthinker-21b", **WIDE)
+    out = tmp_path / "out.smallthinker.gguf"
+    with refused(ExportError, "--head-predictor", "mixture of experts"):
+        export(written, out, "smallthinker", head_predictor=tmp_path)
+    assert not out.exists()
+
+
 def test_a_file_that_does_not_say_how_experts_are_weighed_is_refused(
     tmp_path: Path, tokenizer_bytes: bytes
 ) -> None:
