@@ -234,6 +234,7 @@ def draw(documents: Sequence[Mapping[str, Any]], out: Path) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for plot, (key, found) in zip(axes, sorted(panels.items(), reverse=True), strict=True):
             _panel(plot, key, sorted(found, key=lambda each: -each["density"]))
+        axes[0].set_ylim(bottom=0)
         axes[0].set_ylabel("tokens/s, over llama.cpp's")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         save(figure, out, "second-engine")
@@ -251,7 +252,6 @@ def _panel(plot: Any, key: tuple[int, int, int, int], found: Sequence[Mapping[st
     plot.set_title(f"{layers} layers, {d_model} × {d_ff}, {named}", loc="left")
     plot.set_xlabel("sparsity, %")
     plot.set_xticks(sparsity)
-    plot.set_ylim(bottom=0)
 
 
 @click.command()
