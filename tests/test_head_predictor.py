@@ -318,10 +318,10 @@ def test_inputs_are_what_the_head_reads(model: Path, long_data: Path, tmp_path: 
     ids = [1, *checkpoint.tokenizer().encode(tokens)][:64]
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     with torch.inference_mode():
-        wanted = reference.model(torch.tensor([ids])).last_hidden_state[0, :-1]
-    assert torch.equal(rows.following[:63], torch.tensor(ids[1:]))
-    assert torch.allclose(rows.inputs[:63].float(), wanted, atol=2e-3, rtol=2e-3)
-    assert rows.document[:63].eq(0).all()
+        wanted = reference.model(torch.tensor([ids])).last_hidden_state[0, 1:-1]
+    assert torch.equal(rows.following[:62], torch.tensor(ids[2:]))
+    assert torch.allclose(rows.inputs[:62].float(), wanted, atol=2e-3, rtol=2e-3)
+    assert rows.document[:62].eq(0).all()
     held = rows.held_out(0.3, seed=0)
     assert 0 < held.sum() < len(rows)
 

@@ -153,16 +153,23 @@ def record_inputs(
 
 
 def _rows_of(model: LoadedModel, batch: Sequence[Window]) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield a batch's windows as rows; a window's last token has none that follows."""
+    """Yield a batch's windows as rows.
+
+    A window's last token has none that follows. Its first one the engine decodes with others, as a
+    prompt, and of a prompt it asks for the last token alone; what the head reads there is like
+    nothing else (attention has nowhere else to look), and would be learnt in vain.
+    """
     longest = len(batch[0].tokens)
     ids = torch.tensor([[*w.tokens, *[0] * (longest - len(w.tokens))] for w in batch])
     hidden = model.hidden(ids)
     for window, states in zip(batch, hidden, strict=True):
-        rows = len(window.tokens) - 1
+        length = len(window.tokens)
+        if length < 3:
+            continue
         yield {
-            "inputs": states[:rows].half().cpu(),
-            "following": torch.tensor(window.tokens[1:], dtype=torch.int32),
-            "document": torch.full((rows,), window.document, dtype=torch.int32),
+            "inputs": states[1 : length - 1].half().cpu(),
+            "following": torch.tensor(window.tokens[2:], dtype=torch.int32),
+            "document": torch.full((length - 2,), window.document, dtype=torch.int32),
         }
 
 
