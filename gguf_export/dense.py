@@ -206,12 +206,6 @@ def _export_mixture(
             "leave it out",
         )
     check_mixture(checkpoint)
-    if config.head_predictor is not None:
-        raise ExportError(
-            "--head-predictor: psp trains and writes it for models of one expert alone, and "
-            f"{config.model} is a mixture of them",
-            "leave it out",
-        )
     if second:
         check_sizes(checkpoint.shape, f"--engine {config.engine}")
     config.plain_types.check(checkpoint.shape)

@@ -19,13 +19,11 @@ from gguf import GGMLQuantizationType, quants
 from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError, FormatError, PredictorError
+from common.errors import FormatError, PredictorError
 from common.head_sizes import misfit
-from gguf_export.dense import _export_mixture
 from gguf_export.plan import PlannedTensor
 from gguf_export.pwri.element_types import encode
 from gguf_export.pwri.schema import HEAD
-from gguf_export.settings import ExportConfig
 from gguf_export.smallthinker.file import expert_sizes
 from gguf_export.smallthinker.head_predictor import open_head_predictor, with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
@@ -432,20 +430,6 @@ def test_an_exported_file_is_the_engines_and_is_verified(
     plain = psp(*told, "--force")
     assert plain.exit_code == 0, plain.output
     assert PROFILER not in GGUFFile(out).tensors
-
-
-def test_a_mixture_takes_no_predictor_in_silence(
-    artifact: HeadArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = ExportConfig(
-        model="somewhere",
-        engine="smallthinker",
-        out=tmp_path / "a.smallthinker.gguf",
-        head_predictor=artifact.path,
-    )
-    monkeypatch.setattr("gguf_export.dense.check_mixture", lambda checkpoint: None)
-    with refused(ExportError, "--head-predictor", "somewhere is a mixture"):
-        _export_mixture(config, Checkpoint.open(artifact.header.model), None)
 
 
 def test_verification_finds_another_head_behind_a_predictor() -> None:
