@@ -199,22 +199,17 @@ def _export_mixture(
 ) -> SingleFile:
     """Write a mixture of experts, transposed if it is for PowerInfer's second engine."""
     second = config.engine == SECOND_ENGINE
-    if config.head_predictor is not None:
-        raise ExportError(
-            f"--head-predictor: {checkpoint.path} is a mixture of experts, for whose head psp "
-            "trains no predictor",
-            "leave it out",
-        )
     check_mixture(checkpoint)
     if second:
         check_sizes(checkpoint.shape, f"--engine {config.engine}")
     config.plain_types.check(checkpoint.shape)
     rows = checkpoint.shape.vocab_size
     vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    given, types = config.head_predictor, config.plain_types
+    head = None if given is None else open_head_predictor(given, checkpoint)
     refuse_existing(config.out, force=config.force)
-    types = config.plain_types
     with atomic_path(config.out) as path:
-        write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second)
+        write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second, head=head)
         if verify is not None:
             verify(path)
     told = (*checkpoint.notes, *vocabulary.notes, *mixture_notes(checkpoint, vocabulary))

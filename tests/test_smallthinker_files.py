@@ -13,15 +13,20 @@ import torch
 from click.testing import Result
 from conftest import refused
 from families import Written, write
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from mixtures import MIXTURES
+from rewriting import rewritten, stored
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
-from common.errors import CheckpointError, ExportError
+from common.errors import CheckpointError, ExportError, PredictorError
 from gguf_export.dense import export_single
 from gguf_export.settings import ExportConfig
+from gguf_files.names import PROFILER
+from gguf_files.reader import GGUFFile
 from powerinfer_bridge.verify.verification import verify
+from predictor.head.run import train_head
+from predictor.head.settings import HeadConfig
 
 BY_NAME = {variant.name: variant for variant in MIXTURES}
 WIDE: dict[str, Any] = {"hidden_size": 256, "moe_ffn_hidden_size": 512}
@@ -209,12 +214,42 @@ def test_sizes_that_the_second_engine_cannot_take_are_refused(
         export(written, tmp_path / "out.smallthinker.gguf", "smallthinker")
 
 
-def test_a_heads_predictor_is_refused(tmp_path: Path, tokenizer_bytes: bytes) -> None:
-    written = made(tmp_path / "model", tokenizer_bytes, "smallthinker-21b", **WIDE)
+@pytest.mark.parametrize("name", ["smallthinker-4b", "smallthinker-21b"])
+def test_a_heads_predictor_goes_into_the_second_engines_file(
+    tmp_path: Path, tokenizer_bytes: bytes, long_data: Path, name: str
+) -> None:
+    """Tied or not: with a predictor the head is one of its own, in whose rows its level is."""
+    written = made(tmp_path / "model", tokenizer_bytes, name, **WIDE)
+    head = HeadConfig(
+        model=str(written.path),
+        data=(str(long_data),),
+        field="body",
+        out=tmp_path / "head",
+        tokens=2000,
+        context=64,
+        rank=32,
+        recipe="svd",
+        max_ppl_gap=9.0,
+        max_changed=1.0,
+    )
+    train_head(head)
     out = tmp_path / "out.smallthinker.gguf"
-    with refused(ExportError, "--head-predictor", "mixture of experts"):
-        export(written, out, "smallthinker", head_predictor=tmp_path)
-    assert not out.exists()
+    file = GGUFFile(export(written, out, "smallthinker", head_predictor=head.out))
+    assert file.tensors[PROFILER].shape == (1, 32 * (256 + 320))
+    assert file.tensors["output.weight"].kind is GGMLQuantizationType.Q4_0
+    report = verify(out, str(written.path), context=16, chunks=2)
+    assert {n: c.line for n, c in report.checks.items() if not c.ok} == {}
+    assert "the head has a predictor" in report.checks["engine"].line
+    numbers = np.roll(file.tensor("output.weight"), 1, axis=0)
+    other = rewritten(
+        out,
+        tmp_path / "o.gguf",
+        tensors={"output.weight": stored(numbers, GGMLQuantizationType.Q4_0)},
+    )
+    assert not verify(other, str(written.path), run=False).checks["model tensors"].ok
+    with refused(PredictorError, "was made for another model"):
+        third = made(tmp_path / "third", tokenizer_bytes, "smallthinker-softmax", **WIDE)
+        export(third, tmp_path / "t.smallthinker.gguf", "smallthinker", head_predictor=head.out)
 
 
 def test_a_file_that_does_not_say_how_experts_are_weighed_is_refused(

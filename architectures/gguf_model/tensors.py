@@ -18,7 +18,7 @@ from architectures.layouts import from_file
 from architectures.spec import Architecture, ModelShape, Transform
 from common.errors import CheckpointError
 from gguf_files.elements import decode, readable
-from gguf_files.names import DENSE_DOWN, DOWN, ROUTER, expert_name
+from gguf_files.names import DENSE_DOWN, DOWN, PROFILER, ROUTER, expert_name
 from gguf_files.reader import GGUFFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -82,7 +82,11 @@ class GGUFTensors:
                     f"{file.path}: tensor {name} has type {info.kind.name}, which cannot be read",
                     "pass the model in another type, such as F16 or Q8_0",
                 )
-            passed_over = _NOT_THE_MODEL.fullmatch(name) or (experts and _ROUTER.fullmatch(name))
+            passed_over = (
+                _NOT_THE_MODEL.fullmatch(name)
+                or (experts and _ROUTER.fullmatch(name))
+                or (name == PROFILER and shape.experts is not None)
+            )
             if name not in used and not passed_over:
                 raise CheckpointError(
                     f"{file.path}: tensor {name} belongs to no {architecture.name} model",

@@ -58,18 +58,14 @@ def with_head_predictor(
     it. What a GGUF model stores is not copied.
 
     Args:
-        tensors: of `plan_expert`.
+        tensors: of `plan_expert` or `plan_mixture`.
         artifact: from `open_head_predictor`.
         checkpoint: the model.
     """
-    kind = GGMLQuantizationType.Q4_0
-    for tensor in tensors:
-        if tensor.name == HEAD:
-            read = partial(_levelled, checkpoint, artifact)
-            yield PlannedTensor(HEAD, tensor.shape, kind, read)
-        else:
-            yield tensor
-    header = artifact.header
+    kind, header = GGMLQuantizationType.Q4_0, artifact.header
+    yield from (tensor for tensor in tensors if tensor.name != HEAD)
+    read = partial(_levelled, checkpoint, artifact)
+    yield PlannedTensor(HEAD, (header.vocab_size, header.d_model), kind, read)
     numbers = header.rank * (header.d_model + header.vocab_size)
     yield PlannedTensor(PROFILER, (1, numbers), kind, partial(_profiler, artifact))
 

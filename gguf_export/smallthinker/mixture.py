@@ -38,17 +38,20 @@ class MixtureTensor:
     read: Callable[[], torch.Tensor]
 
 
-def mixture_tensors(checkpoint: Checkpoint, *, transposed: bool) -> Iterator[MixtureTensor]:
+def mixture_tensors(
+    checkpoint: Checkpoint, *, transposed: bool, own_head: bool = False
+) -> Iterator[MixtureTensor]:
     """Yield the tensors of a mixture of experts, a layer's experts together in one.
 
     Args:
         checkpoint: a mixture of experts.
         transposed: the down matrices are stored (experts, d_ff, d_model), as PowerInfer's second
             engine needs them; else (experts, d_model, d_ff), llama.cpp's.
+        own_head: there is a head also where it is the embedding.
     """
     model = checkpoint.shape
     for rule, target in checkpoint.architecture.exported:
-        if rule.tied_to is not None and model.tied_embeddings:
+        if rule.tied_to is not None and model.tied_embeddings and not own_head:
             continue
         turned = transposed and rule.transform == "transpose"
         for layer in range(model.n_layers if rule.per_layer else 1):

@@ -10,8 +10,13 @@ from common.errors import CheckpointError, FormatError
 from gguf_export.contract import OpenedFile, Report, check_container, check_finite, check_tensors
 from gguf_export.smallthinker.hyperparameters import is_transposed
 from gguf_export.smallthinker.mixture import mixture_tensors
-from gguf_export.smallthinker.second_engine import check_neuron_types, size_problem
+from gguf_export.smallthinker.second_engine import (
+    check_neuron_types,
+    check_profiler,
+    size_problem,
+)
 from gguf_files.elements import readable
+from gguf_files.names import PROFILER
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,9 @@ class MixtureFile(OpenedFile):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes that the keys imply."""
         tensors = mixture_tensors(self.model, transposed=is_transposed(self.file))
-        return {tensor.name: tensor.shape for tensor in tensors}
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        held = self.file.tensors
+        return shapes | ({PROFILER: held[PROFILER].shape} if PROFILER in held else {})
 
 
 def check_mixture_structure(
@@ -86,5 +93,9 @@ def _engine(opened: MixtureFile) -> str:
         problem = size_problem(opened.model.shape.d_model, opened.model.shape.d_ff)
         if problem is not None:
             raise opened.file.error(f"{problem}, in PowerInfer's second engine")
-        return "PowerInfer's second engine: down matrices are transposed"
+        check_profiler(opened.file, opened.model.shape.d_model, opened.model.shape.vocab_size)
+        said = "PowerInfer's second engine: down matrices are transposed"
+        return f"{said}, the head has a predictor" if PROFILER in opened.file.tensors else said
+    if PROFILER in opened.file.tensors:
+        raise opened.file.error(f"{PROFILER} is there, which llama.cpp does not know")
     return "llama.cpp's arch smallthinker: ReLU after the experts' gates"

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from gguf_export.plan import PlannedTensor
+from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.mixture import mixture_sizes, mixture_tensors
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.splitting import splitting_keys, splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import SMALLTHINKER
+from predictor.head.artifact import HeadArtifact
 
 
 def plan_mixture(
@@ -43,6 +45,7 @@ def write_mixture(
     target: Path,
     *,
     transposed: bool,
+    head: HeadArtifact | None = None,
 ) -> None:
     """Write the file; see `ModelFile.write` and `plan_mixture`.
 
@@ -53,10 +56,13 @@ def write_mixture(
         path: where to write it, a temporary name.
         target: its final name, for messages.
         transposed: see `plan_mixture`.
+        head: the output head's predictor, which goes into the file.
 
     Raises:
         PspError: see `ModelFile.write`.
     """
     tensors = list(plan_mixture(checkpoint, types, transposed=transposed))
+    if head is not None:
+        tensors = list(with_head_predictor(tensors, head, checkpoint))
     file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, mixture_sizes(checkpoint))
     file.write(path, target, splitting_keys(checkpoint, vocabulary), tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGUFValueType
@@ -41,6 +41,10 @@ from powerinfer_bridge.verify.tokens import require_vocabulary, same_ids
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from gguf_files.reader import GGUFFile
 
 _BLOCK, _NEAR = 32, 1.25
 """Of Q4_0: numbers that are rounded together, and by how many steps one may be off: by half a step,
@@ -88,16 +92,21 @@ def _same_tensors(opened: ExpertFile, checkpoint: Checkpoint) -> str:
             if turned and f".{DENSE_DOWN}_exps." in name:
                 expected = expected.T
             found = found.reshape(expected.shape)  # with or without a dimension of experts
-            if name == HEAD and PROFILER in opened.file.tensors:
-                numbers = torch.from_numpy(found)
-                same = _near(expected + _common(expected, numbers), numbers)
-            else:
-                same = keeps_numbers(expected.contiguous(), found, opened.file.tensors[name].kind)
-            if not same:
+            if not same_numbers(opened.file, name, expected.contiguous(), found):
                 raise FormatError(f"tensor {name} differs from the model's", EXPORT_AGAIN)
             opened.file.forget()
             count += 1
     return f"{count} are the model's, to the bit or rounded to their types"
+
+
+def same_numbers(
+    file: GGUFFile, name: str, expected: torch.Tensor, found: npt.NDArray[Any]
+) -> bool:
+    """Tell whether a tensor's numbers are the model's; a head with a predictor has a level too."""
+    if name == HEAD and PROFILER in file.tensors:
+        numbers = torch.from_numpy(found)
+        return _near(expected + _common(expected, numbers), numbers)
+    return keeps_numbers(expected, found, file.tensors[name].kind)
 
 
 def _common(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

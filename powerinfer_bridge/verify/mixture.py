@@ -13,6 +13,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import Report
+from gguf_export.pwri.schema import HEAD
 from gguf_export.smallthinker.hyperparameters import is_transposed
 from gguf_export.smallthinker.mixture import check_mixture, mixture_tensors
 from gguf_export.smallthinker.mixture_contract import MixtureFile
@@ -23,9 +24,8 @@ from powerinfer_bridge.verify.comparison import (
     check_fingerprint,
     compared_text,
     json_number,
-    keeps_numbers,
 )
-from powerinfer_bridge.verify.experts import same_tokens
+from powerinfer_bridge.verify.experts import same_numbers, same_tokens
 
 _RUNNABLE = ("keys", "tokenizer", "tensor set", "shapes", "types", "model sizes")
 _PPL_TOLERANCE = 1e-2
@@ -59,6 +59,7 @@ def _sizes(opened: MixtureFile, checkpoint: Checkpoint) -> str:
     found, expected = opened.model.shape.facts(), checkpoint.shape.facts()
     for facts in (found, expected):
         facts["attention"].pop("window")  # in the programs 4096, see `check_mixture`
+        facts.pop("tied_embeddings")  # a head's predictor brings a head of its own
         facts["norm_eps"], facts["rope_theta"] = (
             float(f"{facts[key]:.6g}") for key in ("norm_eps", "rope_theta")
         )
@@ -71,11 +72,11 @@ def _sizes(opened: MixtureFile, checkpoint: Checkpoint) -> str:
 def _same_tensors(opened: MixtureFile, checkpoint: Checkpoint) -> str:
     """Compare all tensors bit by bit, one in memory at a time."""
     turned, file = is_transposed(opened.file), opened.file
-    planned = list(mixture_tensors(checkpoint, transposed=turned))
+    planned = list(mixture_tensors(checkpoint, transposed=turned, own_head=HEAD in file.tensors))
     for tensor in tqdm(planned, desc="compare", disable=None):
         expected, found = tensor.read(), file.tensor(tensor.name)
         found = found.reshape(tuple(expected.shape))
-        if not keeps_numbers(expected.contiguous(), found, file.tensors[tensor.name].kind):
+        if not same_numbers(file, tensor.name, expected.contiguous(), found):
             raise FormatError(f"tensor {tensor.name} differs from the model's", EXPORT_AGAIN)
         file.forget()
     return f"{len(planned)} are the model's, to the bit or rounded to their types"

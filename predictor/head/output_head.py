@@ -29,7 +29,7 @@ def check_family(checkpoint: Checkpoint) -> None:
         raise PredictorError(
             f"{checkpoint.path}: PowerInfer's second engine, which alone reads a head's predictor, "
             f"runs no {family} model",
-            "pass a ReLU-gated LLaMA, Mistral or MiniCPM",
+            "pass a ReLU-gated LLaMA, Mistral or MiniCPM, or SmallThinker",
         )
 
 

@@ -86,7 +86,7 @@ def _source(config: HeadConfig, note: Note) -> _Source:
     """Return what to run, by the settings or as traces were made."""
     traces = None if config.traces is None else TraceStore.open(config.traces).header
     name = config.model or (traces.model if traces else "")
-    checkpoint = Checkpoint.open(name)
+    checkpoint = Checkpoint.open(name, experts=True)
     check_family(checkpoint)
     for line in checkpoint.notes:
         note(line)
