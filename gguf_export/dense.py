@@ -22,7 +22,12 @@ from gguf_export.smallthinker.mixture import check_mixture
 from gguf_export.smallthinker.mixture_file import mixture_notes, write_mixture
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import check_one_expert, is_one_expert, shift_note
-from gguf_export.smallthinker.second_engine import check_second_engine, check_sizes
+from gguf_export.smallthinker.second_engine import (
+    added_neurons_note,
+    check_second_engine,
+    check_sizes,
+    stored_neurons,
+)
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import splitting_note
@@ -63,6 +68,7 @@ class DenseModel:
             tensors = list(plan_expert(self.checkpoint, self.types, transposed=self.transposed))
             notes = (shift_note, lambda model: splitting_note(model, self.vocabulary))
             said = [note(self.checkpoint) for note in notes]
+            said += [added_neurons_note(self.checkpoint.shape)] if self.transposed else []
         else:
             tensors = list(plan_model(self.checkpoint, sparse=False, types=self.types))
             said = [self.checkpoint.architecture.dense_note]
@@ -173,9 +179,10 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
     second = config.engine == SECOND_ENGINE
     check = check_second_engine if second else check_one_expert
     check(checkpoint, f"--engine {config.engine}")
-    config.plain_types.check(checkpoint.shape)
-    rows = checkpoint.shape.vocab_size
-    vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    shape = checkpoint.shape
+    neurons = stored_neurons(shape.d_model, shape.d_ff) if second else shape.d_ff
+    config.plain_types.check(replace(shape, d_ff=neurons))
+    vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
     given = config.head_predictor
     made = DenseModel(
         checkpoint=checkpoint,

@@ -12,7 +12,8 @@ from click.testing import Result
 from conftest import ModelMaker, refused
 from families import BY_NAME, write
 from gguf import GGMLQuantizationType as Kind
-from rewriting import Tensor, recast, rewritten, tensors_of
+from gguf import GGUFValueType
+from rewriting import Tensor, recast, rewritten, stored, tensors_of
 
 from architectures.checkpoint import Checkpoint
 from common.errors import ExportError, FormatError, OutputError
@@ -106,10 +107,32 @@ def test_sizes_that_it_takes(d_model: int, d_ff: int, word: str | None) -> None:
     assert (problem is None) if word is None else (problem is not None and word in problem)
 
 
-def test_a_size_that_it_does_not_take_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with refused(ExportError, "--engine smallthinker", "d_ff 1012", "1024"):
-        exported(model_dir, tmp_path / "m.smallthinker.gguf")
-    assert not list(tmp_path.iterdir())
+def test_neurons_of_zeros_fill_the_pages(model_dir: Path, tmp_path: Path) -> None:
+    """They are never active, so the model is the same; 1012 neurons are no whole pages here."""
+    out = tmp_path / "m.smallthinker.gguf"
+    config = ExportConfig(model=str(model_dir), out=out, engine="smallthinker")
+    made = export_single(config, ExportCheck(str(model_dir), out))
+    assert any("12 neurons of zeros are added" in line for line in made.warnings)
+    file = GGUFFile(out)
+    for stem in ("gate", "up", "down"):
+        matrix = file.tensor(f"blk.1.ffn_{stem}_exps.weight")[0]
+        assert matrix.shape == (1024, 64)
+        assert matrix[:1012].any(axis=1).all()
+        assert not matrix[1012:].any()
+    assert file.value("smallthinker.feed_forward_length", GGUFValueType.UINT32) == 1024
+    stray = file.tensor("blk.1.ffn_up_exps.weight").copy()
+    stray[0, 1020, 3] = 1
+    changes = {"blk.1.ffn_up_exps.weight": stored(stray, Kind.Q4_0)}
+    other = rewritten(out, tmp_path / "o.gguf", tensors=changes)
+    outcome = verify(other, str(model_dir), run=False).checks["model tensors"]
+    assert "neurons that the model has not" in outcome.line
+
+
+def test_a_size_that_it_does_not_take_is_refused(make_model: ModelMaker, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "square", hidden_size=64, intermediate_size=64)
+    with refused(ExportError, "--engine smallthinker", "d_model"):
+        exported(make_model(tmp_path / "wide", hidden_size=72), tmp_path / "w.smallthinker.gguf")
+    assert exported(model, tmp_path / "m.smallthinker.gguf").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from architectures.checkpoint import Checkpoint
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import shift_note
+from gguf_export.smallthinker.second_engine import stored_neurons
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.splitting import splitting_keys
 from gguf_export.tokens.vocabulary import Vocabulary
@@ -42,17 +43,18 @@ def write_one_expert(
     Raises:
         PspError: see `ModelFile.write`.
     """
-    note = shift_note(checkpoint)
+    note, shape = shift_note(checkpoint), checkpoint.shape
+    neurons = stored_neurons(shape.d_model, shape.d_ff) if transposed else shape.d_ff
     keys = splitting_keys(checkpoint, vocabulary) | ({} if note is None else {NOTE_KEY: note})
-    tensors = list(plan_expert(checkpoint, types, transposed=transposed))
+    tensors = list(plan_expert(checkpoint, types, transposed=transposed, neurons=neurons))
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))
-    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(checkpoint))
+    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(neurons))
     file.write(path, target, keys, tensors)
 
 
-def expert_sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the keys that make one expert of a model's FFNs.
+def expert_sizes(neurons: int) -> dict[str, int]:
+    """Return the keys that make one expert of FFNs of so many neurons.
 
     The weights of the experts that are used are divided by their sum, whatever the gating function
     (llama.cpp@0c1e570 src/models/smallthinker.cpp); softmax makes it 1 before already. A key of a
@@ -62,5 +64,6 @@ def expert_sizes(checkpoint: Checkpoint) -> dict[str, int]:
         "expert_count": 1,
         "expert_used_count": 1,
         "expert_gating_func": int(ExpertGatingFuncType.SOFTMAX),
-        "expert_feed_forward_length": checkpoint.shape.d_ff,
+        "expert_feed_forward_length": neurons,
+        "feed_forward_length": neurons,
     }

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType
+from torch.nn.functional import pad
 
 from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.tensors import GGUFTensors
@@ -24,7 +25,11 @@ _ROWS_ONLY = ("none", "permute_q", "permute_k")
 
 
 def plan_expert(
-    checkpoint: Checkpoint, types: ExpertTypes, *, transposed: bool = False
+    checkpoint: Checkpoint,
+    types: ExpertTypes,
+    *,
+    transposed: bool = False,
+    neurons: int | None = None,
 ) -> Iterator[PlannedTensor]:
     """Yield the tensors of a ReLU-gated LLaMA whose FFNs are one expert each, layer by layer.
 
@@ -36,26 +41,39 @@ def plan_expert(
         types: of its elements.
         transposed: the down matrix is stored (1, d_ff, d_model), as PowerInfer's second engine
             needs it; else (1, d_model, d_ff), llama.cpp's.
+        neurons: stored in the place of d_ff, which is less; the rest are zeros, and so never
+            active. None stores the model's own.
     """
     model = checkpoint.shape
+    added = 0 if neurons is None else neurons - model.d_ff
     for rule, target in checkpoint.architecture.exported:
         expert = expert_name(target) != target
         turned = transposed and f".{DENSE_DOWN}_exps." in expert_name(target)
         for layer in range(model.n_layers if rule.per_layer else 1):
             name, shape = expert_name(target).format(layer=layer), rule.shape(model)
+            if expert:
+                more = [added * (dim == "d_ff") for dim in rule.dims]
+                shape = tuple(size + extra for size, extra in zip(shape, more, strict=True))
             shape = shape[::-1] if turned else shape
             shape = (1, *shape) if expert else shape
-            read = partial(_read, checkpoint, rule, layer, turned)
+            read = partial(_read, checkpoint, rule, layer, turned, shape)
             made = PlannedTensor(name, shape, types.of(name, shape), read)
-            yield _copied(made, checkpoint, rule, layer, types, turned)
+            whole = not (expert and added)
+            yield _copied(made, checkpoint, rule, layer, types, turned) if whole else made
             if name.endswith(".ffn_norm.weight"):
                 yield _router(layer, model)
 
 
-def _read(checkpoint: Checkpoint, rule: TensorRule, layer: int, turned: bool) -> torch.Tensor:
-    """Return a checkpoint's matrix, without the dimension of experts."""
+def _read(
+    checkpoint: Checkpoint, rule: TensorRule, layer: int, turned: bool, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Return a checkpoint's matrix, without the dimension of experts, zeros where it has less."""
     weight = checkpoint.read(rule, layer)
-    return weight.T if turned else weight
+    weight = weight.T if turned else weight
+    if weight.dim() == 1:
+        return weight
+    rows, columns = (want - have for want, have in zip(shape[-2:], weight.shape, strict=True))
+    return pad(weight, (0, columns, 0, rows)) if rows or columns else weight
 
 
 def _router(layer: int, model: ModelShape) -> PlannedTensor:

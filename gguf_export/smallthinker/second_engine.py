@@ -7,6 +7,7 @@ transposed, a row a neuron. Its kernels know one type and a few sizes; see docs/
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape
@@ -59,7 +60,25 @@ def check_second_engine(checkpoint: Checkpoint, option: str) -> None:
         raise ExportError(
             f"{option}: {shift}", "export with --engine powerinfer, or make the model ReLU"
         )
-    check_sizes(checkpoint.shape, option)
+    shape = checkpoint.shape
+    check_sizes(replace(shape, d_ff=stored_neurons(shape.d_model, shape.d_ff)), option)
+
+
+def stored_neurons(d_model: int, d_ff: int) -> int:
+    """Return d_ff, or the least number above it that the engine takes."""
+    return d_ff + -d_ff % neuron_multiple(d_model)
+
+
+def added_neurons_note(shape: ModelShape) -> str | None:
+    """Return what it costs that neurons are added, None if none are."""
+    stored = stored_neurons(shape.d_model, shape.d_ff)
+    if stored == shape.d_ff:
+        return None
+    return (
+        f"d_ff {shape.d_ff} is no multiple of {neuron_multiple(shape.d_model)}, as PowerInfer's "
+        f"second engine demands of d_model {shape.d_model}: {stored - shape.d_ff} neurons of zeros "
+        f"are added, which are never active; gates are {stored / shape.d_ff:.2f} times as large"
+    )
 
 
 def check_sizes(shape: ModelShape, option: str) -> None:

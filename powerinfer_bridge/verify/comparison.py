@@ -97,8 +97,13 @@ def _sizes(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     return f"sizes and constants of {checkpoint.architecture.name}"
 
 
-def require_sizes(opened: OpenedFile, checkpoint: Checkpoint) -> None:
+def require_sizes(opened: OpenedFile, checkpoint: Checkpoint, d_ff: int | None = None) -> None:
     """Do nothing if a file has its model's sizes and constants.
+
+    Args:
+        opened: the file.
+        checkpoint: the model.
+        d_ff: neurons that the file has for the model's; None for as many.
 
     Raises:
         FormatError: naming the first that differs.
@@ -109,7 +114,8 @@ def require_sizes(opened: OpenedFile, checkpoint: Checkpoint) -> None:
         ("matrices of an FFN", 3 if hyper.graph.gated else 2, checkpoint.architecture.ffn_matrices),
         ("scaling of positions", _scaling(hyper.rope_scaling), _scaling(shape.rope_scaling)),
     ]
-    sizes = ("d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "context_length")
+    pairs.append(("d_ff", hyper.d_ff, shape.d_ff if d_ff is None else d_ff))
+    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "context_length")
     pairs += [(key, getattr(hyper, key), getattr(shape, key)) for key in sizes]
     for name, found, expected in pairs:
         if found != expected:

@@ -20,6 +20,7 @@ from gguf_export.pwri.schema import HEAD
 from gguf_export.smallthinker.contract import RUNNABLE, ExpertFile
 from gguf_export.smallthinker.hyperparameters import is_transposed
 from gguf_export.smallthinker.requirements import check_one_expert
+from gguf_export.smallthinker.second_engine import stored_neurons
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import PRE_KEY, splitting_name, splitting_note
 from gguf_export.tokens.vocabulary import BYTE_LEVEL
@@ -75,7 +76,9 @@ def check_expert_numbers(
 
 def _sizes(opened: ExpertFile, checkpoint: Checkpoint) -> str:
     check_one_expert(checkpoint, "--model")
-    require_sizes(opened, checkpoint)
+    shape = checkpoint.shape
+    turned = is_transposed(opened.file)
+    require_sizes(opened, checkpoint, stored_neurons(shape.d_model, shape.d_ff) if turned else None)
     return f"sizes and constants of {checkpoint.architecture.name}"
 
 
@@ -91,7 +94,10 @@ def _same_tensors(opened: ExpertFile, checkpoint: Checkpoint) -> str:
             expected, found = checkpoint.read(rule, layer), opened.file.tensor(name)
             if turned and f".{DENSE_DOWN}_exps." in name:
                 expected = expected.T
-            found = found.reshape(expected.shape)  # with or without a dimension of experts
+            matrix = found.reshape(found.shape[-expected.dim() :])  # without that of experts
+            found = matrix[: len(expected)]
+            if matrix[len(expected) :].any():
+                raise FormatError(f"tensor {name} has neurons that the model has not", EXPORT_AGAIN)
             if not same_numbers(opened.file, name, expected.contiguous(), found):
                 raise FormatError(f"tensor {name} differs from the model's", EXPORT_AGAIN)
             opened.file.forget()
