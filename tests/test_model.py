@@ -80,9 +80,11 @@ def test_of_later_blocks_nothing_is_read(
 ) -> None:
     checkpoint, read, layers = Checkpoint.open(written.path), Checkpoint.read, set()
 
-    def recorded(self: Checkpoint, rule: TensorRule, layer: int = 0) -> torch.Tensor:
+    def recorded(
+        self: Checkpoint, rule: TensorRule, layer: int = 0, expert: int = 0
+    ) -> torch.Tensor:
         layers.add(layer if rule.per_layer else None)
-        return read(self, rule, layer)
+        return read(self, rule, layer, expert)
 
     monkeypatch.setattr(Checkpoint, "read", recorded)
     model = load(checkpoint, n_blocks=1, weights=weights, head=False)
