@@ -364,7 +364,7 @@ def test_a_model_is_made_sparse_first(
 def test_measured_in_real_powerinfer(
     model_dir: Path, data_file: Path, powerinfer_bin: Path, tmp_path: Path
 ) -> None:
-    changes = {"powerinfer_bin": powerinfer_bin, "dense": True}
+    changes = {"powerinfer_bin": powerinfer_bin, "dense": True, "dense_arch": "llama"}
     outcome = run(settings(model_dir, data_file, tmp_path / "out", **changes))
     assert outcome.bench.engine == POWERINFER
     assert [arm.name for arm in outcome.bench.arms if arm.dense] == [DENSE_POWERINFER]
