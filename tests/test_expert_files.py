@@ -262,6 +262,21 @@ def test_a_window_takes_positions_away(model_dir: Path, export: Export, tmp_path
         Checkpoint.open(str(file))
 
 
+def test_what_llama_cpp_would_stop_at_is_found(
+    model_dir: Path, export: Export, tmp_path: Path
+) -> None:
+    file, key = export(model_dir), "smallthinker.expert_gating_func"
+    other = rewritten(file, tmp_path / "gating.gguf", keys={key: np.uint32(9)})
+    assert "is 9, expected 1 or 2" in verify(other).checks["keys"].line
+    sizes = {"smallthinker.attention.key_length": 32}
+    other = rewritten(file, tmp_path / "length.gguf", sizes=sizes)
+    assert "is 32, the head size is 16" in verify(other).checks["keys"].line
+    flat = (1012 * 64,), Kind.F16, bytes(2 * 1012 * 64)
+    changes = {f"blk.0.ffn_{stem}_exps.weight": flat for stem in ("up", "down")}
+    other = rewritten(file, tmp_path / "flat.gguf", tensors=changes)
+    assert "expected (1, 1012, 64)" in verify(other).checks["shapes"].line
+
+
 def test_several_experts_are_no_model_of_one(
     model_dir: Path, export: Export, tmp_path: Path
 ) -> None:

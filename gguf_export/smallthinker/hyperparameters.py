@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gguf import GGUFValueType
+from gguf import ExpertGatingFuncType, GGUFValueType
 
 from common.errors import FormatError
 from gguf_export.pwri.hyperparameters import Graph, Hyperparameters, check_sizes, read_sizes
@@ -22,6 +22,8 @@ llama.cpp's of today, which scales halves as it scales pairs."""
 
 _WINDOW_KEY = f"{SMALLTHINKER}.attention.sliding_window"
 _ONE = ("expert_count", "expert_used_count")
+_GATINGS = (int(ExpertGatingFuncType.SOFTMAX), int(ExpertGatingFuncType.SIGMOID))
+"""Of either the one weight is 1; llama.cpp stops at others, and at a file that names none."""
 
 
 def is_expert_file(file: GGUFFile) -> bool:
@@ -51,7 +53,15 @@ def read_expert_hyperparameters(file: GGUFFile) -> Hyperparameters:
         raise file.error(
             f"{_WINDOW_KEY} is there, with which llama.cpp takes the positions of some layers away"
         )
+    key = f"{SMALLTHINKER}.expert_gating_func"
+    if (gating := file.value(key, GGUFValueType.UINT32)) not in _GATINGS:
+        raise file.error(f"{key} is {gating}, expected {' or '.join(map(str, _GATINGS))}")
     found = read_sizes(file, SMALLTHINKER, GRAPH)
+    for name in ("key_length", "value_length"):
+        key = f"{SMALLTHINKER}.attention.{name}"
+        size = file.optional(key, GGUFValueType.UINT32, None)
+        if size is not None and found.n_heads and size != found.head_dim:
+            raise file.error(f"{key} is {size}, the head size is {found.head_dim}")
     key = f"{SMALLTHINKER}.expert_feed_forward_length"
     if (d_ff := file.value(key, GGUFValueType.UINT32)) != found.d_ff:
         raise FormatError(f"{file.path}: {key} is {d_ff}, feed_forward_length is {found.d_ff}")
@@ -95,5 +105,6 @@ def is_transposed(file: GGUFFile) -> bool:
     A square FFN does not tell, and counts as llama.cpp's.
     """
     up, down = (file.tensors.get(f"blk.0.ffn_{part}_exps.weight") for part in ("up", "down"))
-    same = up is not None and down is not None and up.shape == down.shape
-    return same and up is not None and up.shape[-1] != up.shape[-2]
+    if up is None or down is None or len(up.shape) < 2:
+        return False
+    return up.shape == down.shape and up.shape[-1] != up.shape[-2]
