@@ -362,6 +362,14 @@ def test_the_commands_know_it(
     assert words[command] in shown
 
 
+def test_the_first_engine_s_commands_say_whose_it_is(
+    psp: Callable[..., Result], model_dir: Path, export: Export
+) -> None:
+    shown = psp("bench-powerinfer", export(model_dir)).stderr
+    assert "a file of arch smallthinker, for other engines; pass a *.powerinfer.gguf" in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
 def test_a_damaged_file_is_a_finding(model_dir: Path, export: Export, tmp_path: Path) -> None:
     file = rewritten(
         export(model_dir), tmp_path / "o.gguf", tensors={"blk.0.ffn_up_exps.weight": None}

@@ -24,7 +24,7 @@ from gguf_export.pwri.schema import (
     SMALLEST_D_FF,
     THRESHOLD_KEY,
 )
-from gguf_files.names import ACTIVATION_THRESHOLD_KEY, DOWN
+from gguf_files.names import ACTIVATION_THRESHOLD_KEY, DOWN, SMALLTHINKER
 from gguf_files.reader import GGUFFile
 
 POSITION_ROWS = 2050
@@ -155,8 +155,11 @@ def read_hyperparameters(file: GGUFFile) -> Hyperparameters:
         FormatError: a dense file, another architecture, a missing key or impossible sizes.
     """
     if not file.sparse:
+        name = file.values.get("general.architecture")
+        other = name is not None and name.data == SMALLTHINKER.encode()
+        kind = f"a file of arch {SMALLTHINKER}, for other engines" if other else "a dense file"
         raise FormatError(
-            f"{file.path}: magic is GGUF, a dense file", "pass a *.powerinfer.gguf (magic PWRI)"
+            f"{file.path}: magic is GGUF, {kind}", "pass a *.powerinfer.gguf (magic PWRI)"
         )
     kind = file.value("general.architecture", GGUFValueType.STRING)
     if kind not in GRAPHS:
