@@ -31,7 +31,7 @@ from gguf_export.smallthinker.second_engine import (
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import splitting_note
-from gguf_export.tokens.vocabulary import Vocabulary
+from gguf_export.tokens.vocabulary import PIECES, Vocabulary
 from gguf_export.writer import ModelWriter
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
 from predictor.head.artifact import HeadArtifact
@@ -198,7 +198,15 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         made.write(path, config.out)
         if verify is not None:
             verify(path)
-    return SingleFile(config.out, (*checkpoint.notes, *vocabulary.notes, *told))
+    return SingleFile(
+        config.out, (*checkpoint.notes, *vocabulary.notes, *_vocabulary_lines(vocabulary), *told)
+    )
+
+
+def _vocabulary_lines(vocabulary: Vocabulary) -> Iterator[str]:
+    """Yield what is told of pieces, which llama.cpp finds in texts as PowerInfer does."""
+    if vocabulary.kind == PIECES:
+        yield from vocabulary.warnings
 
 
 def _export_mixture(

@@ -144,9 +144,11 @@ def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
     """
     keys = writer.kv_data[0]
     kinds = [tensor.kind.name for tensor in tensors if _UP.search(tensor.name)]
-    if "general.file_type" not in keys or any(tensor.stored is None for tensor in tensors):
+    name = f"MOSTLY_{kinds[0]}"
+    changed = "general.file_type" not in keys or any(tensor.stored is None for tensor in tensors)
+    if changed and name in LlamaFileType.__members__:  # Q4_K alone is none: Q4_K_S, Q4_K_M
         keys.pop("general.file_type", None)
-        writer.add_file_type(int(LlamaFileType[f"MOSTLY_{kinds[0]}"]))
+        writer.add_file_type(int(LlamaFileType[name]))
     quantised = any(tensor.kind not in PLAIN for tensor in tensors)
     if quantised and "general.quantization_version" not in keys:
         writer.add_quantization_version(GGML_QUANT_VERSION)

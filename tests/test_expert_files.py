@@ -203,6 +203,18 @@ def test_what_a_gguf_model_stores_is_copied_rows_in_their_order(
     assert rounded["blk.0.attn_q.weight"][1] is Kind.F16
 
 
+def test_a_type_of_which_there_is_no_file_type_is_copied(
+    make_model: ModelMaker, export: Export, tmp_path: Path
+) -> None:
+    """There is a file type Q4_K_M and one Q4_K_S, and none Q4_K."""
+    model = make_model(tmp_path / "model", hidden_size=256, intermediate_size=256)
+    plain, names = export(model), [f"blk.{n}.ffn_up_exps.weight" for n in (0, 1)]
+    tensors = {name: ((1, 256, 256), Kind.Q4_K, bytes(144 * 256)) for name in names}
+    source = rewritten(plain, tmp_path / "q4k.gguf", tensors=tensors)
+    made = GGUFFile(export(source, None, "again.gguf"))
+    assert {made.tensors[name].kind for name in names} == {Kind.Q4_K}
+
+
 def test_a_sparse_file_becomes_the_one_of_its_checkpoint(
     exact_bundle: Any, model_dir: Path, export: Export
 ) -> None:

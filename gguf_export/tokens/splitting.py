@@ -16,12 +16,13 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 def splitting_keys(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, float | str]:
     """Return the keys; a GGUF model's own are copied with all others, and not among them."""
-    if isinstance(checkpoint.origin, GGUFSource):
-        return {}
-    keys: dict[str, float | str] = {}
-    name = splitting_name(checkpoint, vocabulary)
+    origin, keys = checkpoint.origin, dict[str, float | str]()
+    own = origin.file.values if isinstance(origin, GGUFSource) else {}
+    name = None if PRE_KEY in own else splitting_name(checkpoint, vocabulary)
     if name is not None:
         keys[PRE_KEY] = name
+    if own:
+        return keys
     template = chat_template_of(checkpoint.directory)
     if template is not None:
         keys[TEMPLATE_KEY] = template
@@ -38,7 +39,9 @@ def splitting_name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None
 
 def splitting_note(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
     """Return a warning where llama.cpp will not split texts as the model does; None elsewhere."""
-    known = isinstance(checkpoint.origin, GGUFSource) or vocabulary.kind != BYTE_LEVEL
+    origin = checkpoint.origin
+    told = isinstance(origin, GGUFSource) and PRE_KEY in origin.file.values
+    known = told or vocabulary.kind != BYTE_LEVEL
     if known or splitting_name(checkpoint, vocabulary) is not None:
         return None
     return (

@@ -136,8 +136,10 @@ def same_tokens(opened: OpenedFile, checkpoint: Checkpoint) -> str:
     expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
     require_vocabulary(opened.vocabulary, expected)
     found = opened.file.optional(PRE_KEY, GGUFValueType.STRING, None)
-    own = isinstance(checkpoint.origin, GGUFSource)
-    wanted = found if own else splitting_name(checkpoint, expected)
+    origin, wanted = checkpoint.origin, None
+    if isinstance(origin, GGUFSource):
+        wanted = origin.file.optional(PRE_KEY, GGUFValueType.STRING, None)
+    wanted = wanted or splitting_name(checkpoint, expected)
     if wanted != found:
         raise FormatError(f"{PRE_KEY} is {found!r}, expected {wanted!r}", EXPORT_AGAIN)
     note = splitting_note(checkpoint, expected)
