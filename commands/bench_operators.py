@@ -14,7 +14,7 @@ from sparse_operators.settings import OperatorBenchConfig
 @threads_option
 @json_option
 def bench_operators(config: OperatorBenchConfig, as_json: bool, threads: int) -> None:
-    """Measure S2, S3 and the FFN made of them against dense products, one token at a time.
+    """Measure S2, S3 and the FFN made of them against dense products, one token or some at a time.
 
     Dense and sparse run by turns on weights that no cache holds.
     """

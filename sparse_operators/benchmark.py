@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Mapping
-from math import isfinite
+from math import isclose, isfinite
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from sparse_operators.timing import (
     time_graphs,
     wall_seconds,
 )
-from sparse_operators.workload import RUNS, Inputs, Workload, draw_weights, workload
+from sparse_operators.workload import RUNS, Inputs, Workload, draw_slots, draw_weights, workload
 
 _TURN, _DEFAULTS = 11, 5
 """Matrices that a turn's operations read, and those of the default launches beside them."""
@@ -66,7 +66,7 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
     slots = work.slot_count(cache, turn=_TURN + _DEFAULTS * config.tune)
     weights = draw_weights(work, slots, generator)
     inputs = {
-        label: Inputs.draw(work, case.draw(slots, generator), generator)
+        label: Inputs.draw(work, draw_slots(case, slots, config.tokens, generator), generator)
         for label, case in work.cases.items()
     }
     launches: dict[str, object] = {}
@@ -77,6 +77,7 @@ def bench_operators(config: OperatorBenchConfig) -> dict[str, Any]:
     return {
         "shape": {"d_model": work.d_model, "d_ff": work.d_ff},
         "pattern": config.pattern if config.pattern in RUNS else "traced",
+        "tokens": config.tokens,
         "dtype": str(work.dtype).removeprefix("torch."),
         "device": str(work.device),
         "hardware": hardware(work.device),
@@ -144,7 +145,7 @@ def operations(inputs: Inputs, weights: Tensor, *, defaults: bool = False) -> di
     """Return what a turn times; the FFN's gate is dense in both kinds.
 
     Args:
-        inputs: one token a slot.
+        inputs: for each slot.
         weights: (slots, d_ff, d_model).
         defaults: also time the sparse operators' default launches, beside the tuned ones.
     """
@@ -209,6 +210,7 @@ def _measure(
         samples = time_graphs(timed, *shape)
     row: dict[str, object] = {
         "sparsity": 1 - inputs.active / work.d_ff,
+        "token_sparsity": 1 - float((inputs.scores > 0).float().mean()),
         **judge(samples, work, inputs.active),
         **_errors(inputs, weights[0]),
         "samples": samples,
@@ -228,7 +230,7 @@ def judge(samples: Samples, work: Workload, active: float) -> dict[str, Any]:
     Args:
         samples: by the names of `operations`.
         work: sizes.
-        active: mean number of active neurons.
+        active: mean number of neurons whose rows are read.
     """
     spread = {name: quartiles(times) for name, times in samples.items()}
     median = {name: middle for name, (_, middle, _) in spread.items()}
@@ -275,10 +277,11 @@ def operator_table(document: Mapping[str, Any]) -> str:
     lines = [table(_HEADER, [_cells(row) for row in rows]), ""]
     shape, hardware = document["shape"], document["hardware"]
     threads = f", {hardware['threads']} threads" if "threads" in hardware else ""
+    tokens = f"{document['tokens']} tokens at once" if document["tokens"] > 1 else "one token"
     launches = f", {document['launches']} launches" if "launches" in document else ""
     lines.append(
         f"d_model {shape['d_model']}, d_ff {shape['d_ff']}, {document['dtype']}, "
-        f"{document['pattern']} neurons, one token; {hardware['name']}{threads}{launches}"
+        f"{document['pattern']} neurons, {tokens}; {hardware['name']}{threads}{launches}"
     )
     lines.append(
         f"medians of {document['repeats']} turns ({document['clock']}); middle half of the samples "
@@ -316,8 +319,11 @@ def _default_line(label: str, tuned: Mapping[str, float], default: Mapping[str, 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     ratio = row["bandwidth_bound_ratio"]
     measured = f"{100 * row['sparsity']:.2f} %"
+    exact = row["label"].endswith("%") and isclose(
+        row["sparsity"], row["token_sparsity"], abs_tol=1e-6
+    )
     return [
-        measured if row["label"].endswith("%") else f"{row['label']}: {measured}",
+        measured if exact else f"{row['label']}: {measured}",
         *(
             cell
             for name in ("s2", "s3")

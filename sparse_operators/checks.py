@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_operators.reference import rounded_threshold
-
-MAX_TOKENS = 8
-"""Above it nearly every neuron is active for some token, and a dense product is faster."""
+from sparse_operators.settings import MAX_TOKENS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

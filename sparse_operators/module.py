@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparse_operators.checks import MAX_TOKENS, check_threshold
+from sparse_operators.checks import check_threshold
 from sparse_operators.operators import sparse_down, sparse_up, sparse_up_down
 from sparse_operators.reference import computes
+from sparse_operators.settings import MAX_TOKENS
 
 
 class SparseGatedMLP(nn.Module):

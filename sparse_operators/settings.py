@@ -14,6 +14,10 @@ SHAPES = {"7b": (4096, 11008), "13b": (5120, 13824)}
 
 SPARSITIES = (0.0, 0.5, 0.67, 0.88, 0.95)
 
+MAX_TOKENS = 8
+"""That the operators take at once: with more, nearly every neuron is active for some token, and a
+dense product is faster."""
+
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -73,6 +77,9 @@ class OperatorBenchConfig:
         str,
         Option("Of weights and inputs; auto: float32 on the CPU, else float16.", choices=DTYPES),
     ] = "auto"
+    tokens: Annotated[
+        int, Option("Tokens at once, each with neurons of its own.", least=1, most=MAX_TOKENS)
+    ] = 1
     repeats: Annotated[int, Option("Timed turns, of which the median counts.", least=1)] = 25
     seed: Seed = 0
     tune: Annotated[
@@ -82,6 +89,8 @@ class OperatorBenchConfig:
     def __post_init__(self) -> None:
         """Refuse settings that measure nothing."""
         check_settings(self, SettingsError)
+        if self.tune and self.tokens > 1:
+            raise SettingsError("--tune is for one token", "leave out --tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

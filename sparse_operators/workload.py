@@ -157,6 +157,12 @@ def draw_rows(masks: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return masks[torch.cat(order)[:count]]
 
 
+def draw_slots(case: Case, slots: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Draw (slots, tokens, d_ff) masks, those of a slot's tokens apart from each other."""
+    masks = case.draw(slots * tokens, generator)
+    return masks.view(slots, tokens, masks.shape[1])
+
+
 def scores_of(masks: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Return gate scores, any mask's shape, positive exactly where it is true."""
     size = torch.rand(masks.shape, generator=generator) + 0.1
@@ -191,13 +197,13 @@ def draw_weights(work: Workload, slots: int, generator: torch.Generator) -> Tens
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the operators are given: one token a slot.
+    """What the operators are given.
 
     Attributes:
-        x: (slots, 1, d_model).
-        scores: (slots, 1, d_ff).
-        intermediate: (slots, 1, d_ff), S3's input.
-        active: mean number of active neurons.
+        x: (slots, tokens, d_model).
+        scores: (slots, tokens, d_ff).
+        intermediate: (slots, tokens, d_ff), S3's input.
+        active: mean number of neurons that some token of a slot activates.
     """
 
     x: Tensor
@@ -207,12 +213,12 @@ class Inputs:
 
     @classmethod
     def draw(cls, work: Workload, masks: Tensor, generator: torch.Generator) -> Inputs:
-        """Draw inputs that make the neurons of (slots, d_ff) masks active."""
-        tokens, dtype = masks[:, None], work.dtype
-        x = torch.randn(len(masks), 1, work.d_model, generator=generator).to(dtype)
+        """Draw inputs that make the neurons of (slots, tokens, d_ff) masks active."""
+        dtype = work.dtype
+        x = torch.randn(*masks.shape[:2], work.d_model, generator=generator).to(dtype)
         return cls(
             x=x.to(work.device),
-            scores=scores_of(tokens, dtype, generator).to(work.device),
-            intermediate=intermediate_of(tokens, dtype, generator).to(work.device),
-            active=float(masks.sum(1).float().mean()),
+            scores=scores_of(masks, dtype, generator).to(work.device),
+            intermediate=intermediate_of(masks, dtype, generator).to(work.device),
+            active=float(masks.any(1).sum(1).float().mean()),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparse_operators.workload import (
     Inputs,
     Workload,
     draw_rows,
+    draw_slots,
     draw_weights,
     intermediate_of,
     random_case,
@@ -172,7 +174,7 @@ def test_default_launches_are_timed_beside_the_tuned_ones() -> None:
     case, slots = random_case(24, 0.5), 5
     work = replace(WORK, d_model=16, d_ff=24, dtype=torch.float16, cases={"50 %": case})
     weights = draw_weights(work, slots, generator())
-    inputs = Inputs.draw(work, case.draw(slots, generator()), generator())
+    inputs = Inputs.draw(work, draw_slots(case, slots, 1, generator()), generator())
     timed = operations(inputs, weights, defaults=True)
     assert sum(operation.slots for operation in timed.values()) == 16
     for name in ("s2", "s3", "ffn"):
@@ -192,7 +194,7 @@ def test_what_a_card_cannot_run_is_no_infinity_in_the_document(
     monkeypatch.setattr("sparse_operators.triton_launch.keep_launches", lambda *given: "file")
     case = random_case(24, 0.5)
     work = replace(WORK, d_model=16, d_ff=24, cases={"50 %": case})
-    inputs = Inputs.draw(work, case.draw(2, generator()), generator())
+    inputs = Inputs.draw(work, draw_slots(case, 2, 1, generator()), generator())
     document = _tune([inputs], draw_weights(work, 2, generator()))
     assert document["ffn_seconds"] == [1.0, 2.0]
     assert document["fused_ffn_seconds"] == [None, 3.0]
@@ -232,6 +234,20 @@ def test_the_document_has_every_sparsity(psp: Psp) -> None:
             assert row[f"{name}_error"] <= 1e-6
     assert rows[0]["bandwidth_bound_ratio"] > 0
     assert rows[3]["bandwidth_bound_ratio"] is None
+
+
+def test_rows_that_any_token_activates_are_counted(psp: Psp) -> None:
+    command = ("bench-operators", *SMALL, "--sparsity", "0.88", "--tokens", 4)
+    document = json.loads(psp(*command, "--json").stdout)
+    row = document["sparsities"][0]
+    assert document["tokens"] == 4
+    assert row["token_sparsity"] == pytest.approx(0.88)
+    assert row["sparsity"] == pytest.approx(0.88**4, abs=0.04)
+    assert row["s2_error"] <= 1e-6
+    assert row["s3_error"] <= 1e-6
+    printed = psp(*command).stdout
+    assert re.search(r"^88 %: [56]\d\.\d\d %", printed, re.MULTILINE)
+    assert "random neurons, 4 tokens at once" in printed
 
 
 def test_the_table_has_the_cards_columns(psp: Psp) -> None:
@@ -290,6 +306,8 @@ def test_patterns_of_real_tokens_bring_shape_and_sparsity(psp: Psp, traces: Trac
         ),
         (("--shape", "9999999,9999999"), 1, ["no memory for", "smaller --shape"]),
         (("--repeats", "0"), 2, ["--repeats"]),
+        (("--tokens", "9"), 2, ["--tokens", "1<=x<=8"]),
+        (("--tokens", "2", "--tune"), 2, ["--tune is for one token", "--tokens"]),
     ],
 )
 def test_bad_input_is_one_line(

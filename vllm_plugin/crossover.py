@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sparse_operators.checks import MAX_TOKENS
+from sparse_operators.settings import MAX_TOKENS
 from vllm_plugin import kernels
 
 _SHARES = (0.02, 0.3)
