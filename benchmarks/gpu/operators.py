@@ -14,7 +14,7 @@ _AIMED = "88 %"
 _DRY = ("--shape", "256,1024", "--repeats", "3")
 
 
-def _measured(kit: Kit, words: Sequence[str]) -> Iterator[Figure]:
+def _measured(kit: Kit, words: Sequence[object]) -> Iterator[Figure]:
     """What `psp bench-operators` says with some options."""
     if kit.dry:
         words = (*(word for word in words if word != "--tune"), *_DRY)
@@ -33,12 +33,20 @@ def traced(kit: Kit) -> Iterator[Figure]:
     )
 
 
+def batches(kit: Kit) -> Iterator[Figure]:
+    """Tokens at once, by other kernels than one token's."""
+    for tokens in (2, 4, 8):
+        yield from _measured(kit, ("--shape", "7b", "--dtype", "float16", "--tokens", tokens))
+
+
 def figures(document: dict[str, Any]) -> Iterator[Figure]:
     """Yield what a document of `psp bench-operators` says, the issue's aims beside it."""
     shape = document["shape"]
     what = f"{shape['d_model']}×{shape['d_ff']} {document['dtype']} {document['pattern']}"
+    tokens = document["tokens"]
+    what += f", {tokens} tokens" if tokens > 1 else ""
     for row in document["sparsities"]:
-        aimed = row["label"] == _AIMED
+        aimed = row["label"] == _AIMED and tokens == 1
         place = f"{what} {row['label']}"
         kept = {key: value for key, value in row.items() if key not in ("samples", "eager")}
         kept |= {"launches": document.get("launches"), "tuning": document.get("tuning")}
@@ -80,6 +88,7 @@ STEPS = (
     _step("7b-float16-clustered", 3, "--shape", "7b", "--pattern", "clustered"),
     _step("13b-bfloat16", 3, "--shape", "13b", "--dtype", "bfloat16"),
     Step(name="traced", seconds=3, run=traced),
+    Step(name="batches", seconds=12, run=batches),
     _step("7b-float16-tuned", 30, "--shape", "7b", "--dtype", "float16", "--tune"),
 )
 """Of this stage."""

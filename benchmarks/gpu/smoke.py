@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.commands import psp
-from benchmarks.gpu.kit import Figure, Kit, Step
+from benchmarks.gpu.kit import Absent, Figure, Kit, Step
+from common.version import package_version
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, decide
 from predictor.traces.packing import unpack_active
 from predictor.traces.store import TraceStore
 
 _TOKENS, _CONTEXT, _RANK = 4096, 256, 64
+_QUESTIONS = 40
 _SCHEDULE = """stages:
 - {kind: substitution, lambda: 0, until_step: 2}
 - {kind: progressive, lambda: 1.0e-3, until_step: 8}
@@ -183,6 +185,53 @@ def sparsify(kit: Kit) -> Iterator[Figure]:
     )
 
 
+def evaluate(kit: Kit) -> Iterator[Figure]:
+    """The same questions to the dense model and to predictors: scores less the CPU's."""
+    if package_version("lm_eval") is None:
+        raise Absent("no lm-eval: install psp[eval]")
+    scores, seconds = {}, {}
+    for name, device in _devices(kit):
+        out, start = _place(kit, f"answers-{name}"), time.perf_counter()
+        found = psp(
+            *("evaluate", "--model", kit.model, "--suite", "tiny", "--data", kit.eval_data),
+            *("--predictors", kit.work / "predictors-cpu", "--limit", _QUESTIONS),
+            *("--dtype", "float32", "--output-path", out, "--device", device),
+        )
+        seconds[name] = time.perf_counter() - start
+        scores[name] = {
+            f"{score['arm']} {score['task']} {score['metric']} {score['filter']}": score["value"]
+            for score in found["scores"]
+        }
+    off = {key: abs(scores["card"][key] / there - 1) for key, there in scores["cpu"].items()}
+    yield Figure(
+        name="evaluate: scores off the CPU's, relative",
+        value=max(off.values()),
+        most=0.02,
+        details={"by_score": off, **scores, "seconds": seconds},
+    )
+
+
+def head(kit: Kit) -> Iterator[Figure]:
+    """The output head's predictor of the same text: the share of the head's bytes that it reads."""
+    bytes_read, seconds = {}, {}
+    for name, device in _devices(kit):
+        out, start = _place(kit, f"head-{name}"), time.perf_counter()
+        found = psp(
+            *("train-predictor", "--head", "--model", kit.model, "--data", kit.data, "--out", out),
+            *("--tokens", _TOKENS, "--rank", _RANK, "--context", _CONTEXT, "--device", device),
+        )
+        seconds[name] = time.perf_counter() - start
+        chosen = next(point for point in found["points"] if point["chosen"])
+        bytes_read[name] = chosen["rows_read"] + chosen["predictor_share"]
+    yield Figure(
+        name="train-predictor --head: bytes read, less the CPU's",
+        value=bytes_read["card"] - bytes_read["cpu"],
+        least=-0.05,
+        most=0.05,
+        details={**bytes_read, "seconds": seconds},
+    )
+
+
 def run(kit: Kit) -> Iterator[Figure]:
     """All of it with one command; the gap that the predictors make, in the embedded engine."""
     out = _place(kit, "run")
@@ -224,5 +273,7 @@ STEPS = (
     Step(name="sparsity", seconds=2, run=sparsity),
     Step(name="sparsify", seconds=7, run=sparsify),
     Step(name="run", seconds=12, run=run),
+    Step(name="evaluate", seconds=12, run=evaluate),
+    Step(name="head", seconds=12, run=head),
 )
 """Of this stage."""
