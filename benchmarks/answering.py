@@ -63,7 +63,6 @@ def main(
         ],
         device=device,
         dtype="auto",
-        threads=threads,
     )
     questions = questions_of(load_tasks(suite.names, seed=0), arms.first, config)
     answer: dict[str, Round] = {"hf": theirs(model, arms, batch_size, device)}

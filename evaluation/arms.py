@@ -162,7 +162,6 @@ class Arms:
         *,
         device: str,
         dtype: str,
-        threads: int,
         timeout: float = 3600.0,
     ) -> None:
         """Check all of them.
@@ -171,7 +170,6 @@ class Arms:
             arms: the first is what the others are compared with.
             device: torch device or `auto`, of checkpoints.
             dtype: name of a type, or `auto`, of checkpoints.
-            threads: CPU threads of PowerInfer.
             timeout: longest that PowerInfer may take for one answer or to load, seconds.
 
         Raises:
@@ -182,7 +180,7 @@ class Arms:
             if [file_name(each) for each in names].count(file_name(name)) > 1:
                 raise SettingsError(f"two arms are named {name}", "rename a directory or a file")
         self.arms = arms
-        self._device, self._threads, self._timeout = device, threads, timeout
+        self._device, self._timeout = device, timeout
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
         self._models = {name: check_model(name) for name in {arm.model: None for arm in arms}}
         self._predictors: dict[Path, PredictorArtifact] = {}
@@ -263,9 +261,7 @@ class Arms:
         if arm.programs is None:
             backend = EmbeddedBackend(file)
         else:
-            backend = PowerInferBackend(
-                file, arm.programs, threads=self._threads, timeout=self._timeout
-            )
+            backend = PowerInferBackend(file, arm.programs, timeout=self._timeout)
         return backend, ArmFacts(
             model_hash=hash_file(file)[1],
             element_type=element_type(GGUFFile(file)),

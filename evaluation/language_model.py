@@ -117,7 +117,7 @@ class PspModel(_Chatting):
         )
         if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
             device = "auto"
-        arms = Arms([arm], device=device, dtype=dtype or "auto", threads=1)
+        arms = Arms([arm], device=device, dtype=dtype or "auto")
         backend, _ = arms.open(arm)
         size = 8 if batch_size in (None, "auto") else int(str(batch_size))
         self.asker = Asker(

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from common.errors import EngineError, OutputError, PspError, SettingsError
 from common.files import refuse_existing, remove_output, write_bytes
 from common.lock import locked
@@ -70,7 +68,6 @@ def evaluate(config: EvaluateConfig, note: Note = lambda line: None) -> Evaluati
         arms_of(config),
         device=config.device,
         dtype=config.dtype,
-        threads=torch.get_num_threads(),
         timeout=config.timeout,
     )
     for line in arms.notes:

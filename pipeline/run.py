@@ -129,7 +129,9 @@ def outcome_table(outcome: Outcome) -> str:
     facts = {**outcome.paths, "verified": f"{checks} checks hold"}
     granted = outcome.vram_budget
     budget = "" if granted is None else f" --vram-budget {vram_option(parse_size(granted))[0]}"
-    command = f"main -m {quote(str(file))} -n 128 -p 'Once upon a time'{budget}"
+    # More threads spoil the text: ProgramFacts.exact_threads.
+    threads = 2 if budget else 1
+    command = f"main -m {quote(str(file))} -n 128 -t {threads} -p 'Once upon a time'{budget}"
     return "\n\n".join(
         [bench_table(outcome.bench), fact_table(facts), f"run it with PowerInfer: {command}"]
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from report.runs import Run
-from results.bench import Arm, Bench
+from results.bench import DAMAGE, Arm, Bench
 from results.parts import Ratio
 
 NOTHING = "–"
@@ -153,6 +153,20 @@ def _compared(faster: Ratio, outcome: str, rounds: int) -> str:
 
 def _quality(bench: Bench) -> str:
     """Say what the predictors cost in perplexity."""
+    return f"{_gap(bench)}{_damage(bench)}"
+
+
+def _damage(bench: Bench) -> str:
+    """Say what the threads that were timed make of it, where that is another text."""
+    if bench.damage is None or abs(bench.damage) <= DAMAGE:
+        return ""
+    return (
+        f", but {bench.ppl_threads:.4f} with the threads that were timed, which overwrite each "
+        "other's sums: at this speed the text is wrong"
+    )
+
+
+def _gap(bench: Bench) -> str:
     shown = per_cent(abs(bench.ppl_gap))
     if shown == "0.00":
         return "its perplexity is that of all neurons"

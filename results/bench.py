@@ -41,6 +41,9 @@ POWERINFER, LLAMA_CPP, EMBEDDED = "PowerInfer", "llama.cpp", "embedded engine"
 SECOND_ENGINE = "PowerInfer's second engine"
 """Engines."""
 
+DAMAGE = 0.01
+"""Of the perplexity, from which what several threads write counts as another text."""
+
 SAMPLES = "bench.csv"
 
 
@@ -232,6 +235,8 @@ class Bench:
         ppl_gap_error: standard error of the logarithm of the second over the first, by how windows
             differ; None where unknown.
         ppl_transformers: of the checkpoint, None if not measured.
+        ppl_threads: with predicted neurons and the threads that speed was measured with; None where
+            `ppl_sparse` was measured with as many.
         context: tokens of a perplexity window.
         text: what perplexity was measured on.
         tokens_per_second: of predicted neurons, median.
@@ -265,6 +270,7 @@ class Bench:
     ppl_gap: float
     ppl_gap_error: Amount | None = None
     ppl_transformers: Positive | None = None
+    ppl_threads: Positive | None = None
     context: Count
     text: str
     tokens_per_second: Positive
@@ -289,6 +295,11 @@ class Bench:
         """Return the dense arm that decodes fastest, None if none was measured."""
         dense = [arm for arm in self.arms if arm.dense]
         return max(dense, key=lambda arm: arm.decode.tokens_per_second, default=None)
+
+    @property
+    def damage(self) -> float | None:
+        """Perplexity as timed over that of exact sums, less 1; None where it is the same figure."""
+        return None if self.ppl_threads is None else self.ppl_threads / self.ppl_sparse - 1
 
     @property
     def experts_cost(self) -> float | None:

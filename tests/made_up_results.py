@@ -57,6 +57,7 @@ def bench(
         "ppl_sparse": 8.1273,
         **{"ppl_gap": 8.1273 / 8.1021 - 1, "ppl_gap_error": 0.0011},
         "ppl_transformers": 8.1019,
+        "ppl_threads": 8.1290,
         "context": 512,
         "text": "pydoc_data.topics",
         "tokens_per_second": statistics.median(rates["predicted"]),

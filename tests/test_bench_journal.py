@@ -149,7 +149,7 @@ def test_a_benchmark_goes_on_where_a_crash_stopped_it(
     )
     with refused(EngineError, "main", "SIGSEGV"):
         bench(make())
-    assert len(programs.calls("perplexity")) == 2
+    assert len(programs.calls("perplexity")) == 3
     programs.log.unlink()
     programs.write()
     resumed = bench(make(resume=True))

@@ -107,6 +107,36 @@ def test_options_reach_the_programs(
     assert "no-cuda" in {warning["code"] for warning in found["warnings"]}
 
 
+@pytest.mark.parametrize(
+    ("cuda", "threads", "measured", "told"),
+    [
+        (False, 1, [1, 1], None),
+        (False, 2, [1, 2, 1], 12.06),
+        (False, 8, [1, 8, 1], 24.12),
+        (True, 2, [2, 2], None),
+        (True, 8, [2, 8, 2], 24.12),
+    ],
+)
+def test_quality_is_that_of_exact_sums_and_what_more_threads_make_of_it_is_told(
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    cuda: bool,
+    threads: int,
+    measured: list[int],
+    told: float | None,
+) -> None:
+    programs = FakePrograms(tmp_path / "programs", cuda=cuda)
+    found = run(powerinfer_bin=programs.powerinfer, threads=threads)
+    calls = [call["argv"] for call in programs.calls("perplexity")]
+    assert [int(argv[argv.index("--threads") + 1]) for argv in calls] == measured
+    assert (found["ppl_sparse"], found["ppl_dense"]) == (12.06, 12)
+    assert found["ppl_threads"] == (None if told is None else pytest.approx(told))
+    said = [each["text"] for each in found["warnings"] if each["code"] == "threads"]
+    exact = 2 if cuda else 1
+    assert bool(said) == (told == 24.12)
+    assert all("24.1200, +100.00%" in text and f"-t {exact} " in text for text in said)
+
+
 def test_one_thread_is_refused_where_a_gpu_needs_another(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

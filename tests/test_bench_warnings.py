@@ -212,6 +212,11 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
     ),
     "no-predictors": (document(), Around(file_threshold=-1e30), "skips no neuron"),
     "ppl-gap": (document(ppl_gap=0.011), Around(), "by +1.10%: the speedup is not at equal"),
+    "threads": (
+        document(ppl_sparse=10.0, ppl_threads=10.2),
+        Around(settings={"threads": 8}),
+        "with the 8 threads that were timed perplexity is 10.2000, +2.00%",
+    ),
     "ppl-transformers": (document(ppl_transformers=10.2), Around(), "in transformers 10.2000"),
     "texts-differ": (document(greedy_text_same=False), Around(), "texts"),
     "blank-text": (document(continuations=BLANK), Around(), "--prompt"),

@@ -28,7 +28,7 @@ def test_a_card_answers_as_the_cpu(predictors: bool, model_dir: Path, exact_dir:
     )
     likely, texts, zeros = [], [], []
     for device in ("cpu", "cuda"):
-        arms = Arms([arm], device=device, dtype="float32", threads=1)
+        arms = Arms([arm], device=device, dtype="float32")
         backend, facts = arms.open(arm)
         assert facts.device == device
         encoder = Encoder(arms.first.tokenizer, backend.max_length)

@@ -167,7 +167,6 @@ def test_exact_predictors_change_nothing(model_dir: Path, exact_dir: Path) -> No
         ],
         device="cpu",
         dtype="auto",
-        threads=1,
     )
     found = []
     for arm in arms.arms:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from bench_programs import FakePrograms
 from conftest import TEXT, refused
 from engine_programs import FakeServer
 from processes import alive, wait_for
@@ -204,6 +205,20 @@ def test_a_server_stops_at_a_stop_text(fake: FakeServer, started: Start) -> None
     assert 0 < whole.index(stop) < len(whole) - 2
     [text] = backend.generate(asked, replace(GREEDY, stop=(stop,)))
     assert text == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(("cuda", "threads"), [(None, "2"), (False, "1"), (True, "2")])
+def test_as_many_threads_as_keep_sums_exact(
+    fake: FakeServer, started: Start, tmp_path: Path, cuda: bool | None, threads: str
+) -> None:
+    if cuda is not None:
+        programs = FakePrograms(tmp_path / "programs", cuda=cuda)
+        for name in ("main", "perplexity"):
+            (programs.powerinfer / name).rename(fake.directory / name)
+    started()
+    argv = fake.lines()[0]["argv"]
+    assert isinstance(argv, list)
+    assert argv[argv.index("--threads") + 1] == threads
 
 
 def test_options_reach_the_server(

@@ -94,7 +94,7 @@ def rows_of(model: torch.nn.Module) -> Iterator[list[list[int]]]:
 
 def asker_of(path: Path, size: int = 4) -> tuple[Asker, Any]:
     arm = Arm(name="dense", kind="dense", model=str(path))
-    arms = Arms([arm], device="cpu", dtype="auto", threads=1)
+    arms = Arms([arm], device="cpu", dtype="auto")
     backend, _ = arms.open(arm)
     model: Any = backend
     return Asker(backend, arms.first.tokenizer, Answers(), size), model._model.loaded.causal_lm

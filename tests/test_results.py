@@ -64,12 +64,13 @@ def test_keys_of_newer_versions_are_passed_over_and_other_schemas_refused(
 
 
 def test_optional_parts_may_be_missing(tmp_path: Path) -> None:
-    optional = ("ppl_transformers", "greedy_text_same", "placement", "hot_neurons", "estimate")
+    perplexities = ("ppl_transformers", "ppl_threads")
+    optional = (*perplexities, "greedy_text_same", "placement", "hot_neurons", "estimate")
     found = bench()
     for key in optional:
         del found[key]
     document = BENCH.read(put(tmp_path, BENCH, found))
-    assert [getattr(document, key) for key in optional] == [None] * 5
+    assert [getattr(document, key) for key in optional] == [None] * 6
 
 
 def test_what_a_report_does_not_know_is_not_in_it(tmp_path: Path) -> None:

@@ -84,11 +84,29 @@ def _same_text(kit: Kit, programs: Programs, kind: str, file: Path, text: str) -
                 most=_MOST_GAP[kind],
                 details={"powerinfer": found, "embedded_engine": reference, **programs.skipped},
             )
-        run = programs.attempt(partial(programs.sparse, file, budget))
+            yield from _threads(programs, where, file, text, chunks, budget, found)
+        exact = partial(programs.sparse, file, budget, programs.exact_threads)
+        run = programs.attempt(exact)
         if run is not None:
             yield _text_figure(where, run, words, _LEAST_SAME[kind])
         if not programs.cuda:
             return
+
+
+def _threads(
+    programs: Programs, where: str, file: Path, text: str, chunks: int, budget: int, exact: float
+) -> Iterator[Figure]:
+    """Yield what threads that overwrite each other's sums make of the perplexity."""
+    if programs.threads <= programs.exact_threads:
+        return
+    found = programs.perplexity(file, text, chunks, budget, programs.threads)
+    if found is not None:
+        yield Figure(
+            name=f"perplexity with {programs.threads} threads over exact sums', {where}",
+            value=found / exact,
+            unit="×",
+            details={"perplexity": found, "exact": exact},
+        )
 
 
 def _text_figure(where: str, run: RunSample, words: str, least: float | None) -> Figure:

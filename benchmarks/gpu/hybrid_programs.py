@@ -52,20 +52,27 @@ class Programs:
     tokens: int
     failures: list[EngineError] = field(default_factory=list)
 
-    def sparse(self, file: Path, budget: int | None) -> RunSample:
-        """Run a sparse file under a budget."""
-        return self._generate(file, budget, None)
+    @property
+    def exact_threads(self) -> int:
+        """Most threads that do not overwrite each other's sums (docs/powerinfer.md, Threads)."""
+        return 2 if self.cuda else 1
+
+    def sparse(self, file: Path, budget: int | None, threads: int | None = None) -> RunSample:
+        """Run a sparse file under a budget, with all threads unless told."""
+        return self._generate(file, budget, None, threads)
 
     def dense(self, file: Path, layers: int) -> RunSample:
         """Run a dense file in PowerInfer's dense mode."""
         return self._generate(file, None, layers)
 
-    def _generate(self, file: Path, budget: int | None, layers: int | None) -> RunSample:
+    def _generate(
+        self, file: Path, budget: int | None, layers: int | None, threads: int | None = None
+    ) -> RunSample:
         return self.powerinfer.generate(
             file,
             PROMPT,
             self.tokens,
-            threads=self.threads,
+            threads=threads or self.threads,
             context=CONTEXT,
             vram_budget=budget if self.cuda else None,
             n_gpu_layers=layers if self.cuda else None,
@@ -76,7 +83,9 @@ class Programs:
         assert self.llama_cpp is not None
         return self.llama_cpp.bench(file, 0, self.tokens, threads=self.threads, n_gpu_layers=layers)
 
-    def perplexity(self, file: Path, text: str, chunks: int, budget: int) -> float | None:
+    def perplexity(
+        self, file: Path, text: str, chunks: int, budget: int, threads: int | None = None
+    ) -> float | None:
         """Return a sparse file's perplexity; None if the run failed, which is kept.
 
         Args:
@@ -84,6 +93,7 @@ class Programs:
             text: to score.
             chunks: windows of it, at most.
             budget: VRAM, bytes.
+            threads: None for as many as add up exactly.
         """
         return self.attempt(
             lambda: self.powerinfer.perplexity(
@@ -91,8 +101,7 @@ class Programs:
                 text,
                 CONTEXT,
                 chunks,
-                # More of them add up in an order of their own (docs/powerinfer.md).
-                threads=2 if self.cuda else 1,
+                threads=threads or self.exact_threads,
                 vram_budget=budget if self.cuda else None,
             )
         )

@@ -39,6 +39,18 @@ def find_programs(directory: Path) -> Path | None:
     return program
 
 
+def _exact_threads(directory: Path) -> int:
+    """Return the most threads with which sums are exact; 2 where no `main` tells of CUDA.
+
+    Both kinds of build run with 2; without CUDA they are then nearly exact.
+    """
+    try:
+        programs = PowerInfer(directory)
+    except EngineError:
+        return 2
+    return programs.check().exact_threads
+
+
 class PowerInferBackend:
     """PowerInfer's programs with an exported file."""
 
@@ -47,7 +59,7 @@ class PowerInferBackend:
         path: Path,
         directory: Path,
         *,
-        threads: int = 1,
+        threads: int | None = None,
         threshold: float | None = None,
         vram_budget: int | None = None,
         timeout: float = 3600.0,
@@ -57,7 +69,7 @@ class PowerInferBackend:
         Args:
             path: `*.powerinfer.gguf`.
             directory: holds the programs; `bin` or `build/bin` below it will do too.
-            threads: of the CPU. With more than one PowerInfer's sums vary from run to run.
+            threads: of the CPU; None: as many as keep PowerInfer's sums exact.
             threshold: replaces the file's.
             vram_budget: bytes; None takes what is free. A build without CUDA ignores it.
             timeout: longest that a run, or an answer of the server, may take, seconds.
@@ -68,6 +80,7 @@ class PowerInferBackend:
         """
         opened = OpenedFile(path)
         self._path, self._hyper, self._vocabulary = path, opened.hyper, opened.vocabulary
+        threads = threads or _exact_threads(directory)
         self._threads, self._threshold, self._budget = threads, threshold, vram_budget
         self._server: Server | None = None
         program = find_programs(directory)

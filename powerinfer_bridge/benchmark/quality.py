@@ -32,6 +32,8 @@ class Quality:
         ppl_sparse: with predicted ones.
         standard_error: of the logarithm of the second over the first, None where unknown.
         ppl_transformers: transformers' own of the checkpoint; None without one.
+        ppl_threads: with predicted ones and as many threads as are timed; None if those that
+            `ppl_sparse` was measured with are as many.
         ppl_arms: of other files in their own programs, by arm.
     """
 
@@ -40,6 +42,7 @@ class Quality:
     ppl_sparse: float
     standard_error: float | None
     ppl_transformers: float | None
+    ppl_threads: float | None
     ppl_arms: dict[str, float]
 
 
@@ -65,9 +68,12 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
         CheckpointError: `--model` cannot be run.
     """
     embedded = journal.remember("embedded", _Embedded, partial(_embedded, setup))
-    sparse = embedded.sparse
+    sparse, threads = embedded.sparse, None
     if setup.programs.powerinfer is not None:
         sparse = journal.remember("predicted", Score, partial(_powerinfer, setup, "predicted"))
+        if setup.config.threads > setup.programs.exact_threads:
+            timed = partial(_powerinfer, setup, "predicted", threads=setup.config.threads)
+            threads = journal.remember("threads", Score, timed).perplexity
     dense = journal.remember("all", Score, partial(_all, setup))
     arms = dict(_dense(setup, journal)) | dict(_second(setup, journal))
     own = None
@@ -79,6 +85,7 @@ def measure_quality(setup: Setup, journal: Journal) -> Quality:
         ppl_sparse=sparse.perplexity,
         standard_error=gap_error(dense, sparse),
         ppl_transformers=own,
+        ppl_threads=threads,
         ppl_arms=arms,
     )
 
@@ -106,19 +113,21 @@ def _all(setup: Setup) -> Score:
     return _engine_score(setup, engine, "all", "dense")
 
 
-def _powerinfer(setup: Setup, kind: str, threshold: float | None = None) -> Score:
+def _powerinfer(
+    setup: Setup, kind: str, threshold: float | None = None, threads: int | None = None
+) -> Score:
+    """Score in PowerInfer, with as many threads as keep its sums exact unless others are asked."""
     config, programs = setup.config, setup.programs
     assert programs.powerinfer is not None
-    with tqdm(
-        bar_format=f"perplexity, {kind}: {{elapsed}}", disable=None
-    ) as programs.heartbeat.bar:
+    threads = threads or programs.exact_threads
+    title = f"perplexity, {kind}, -t {threads}"
+    with tqdm(bar_format=f"{title}: {{elapsed}}", disable=None) as programs.heartbeat.bar:
         found = programs.powerinfer.score(
             config.file,
             setup.text,
             setup.context,
             config.chunks,
-            # The CPU's parallel sum is not exact; a hybrid run needs more than one thread.
-            threads=config.threads if programs.cuda else 1,
+            threads=threads,
             threshold=threshold,
             vram_budget=config.vram_budget_bytes,
         )

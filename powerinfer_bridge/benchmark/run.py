@@ -112,6 +112,7 @@ def _document(
         ppl_gap=quality.ppl_sparse / quality.ppl_dense - 1,
         ppl_gap_error=quality.standard_error,
         ppl_transformers=quality.ppl_transformers,
+        ppl_threads=quality.ppl_threads,
         context=setup.context,
         text=text_source(config),
         tokens_per_second=predicted,

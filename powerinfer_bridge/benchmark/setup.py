@@ -164,6 +164,12 @@ class Programs:
         return None if self.powerinfer_facts is None else self.powerinfer_facts.cuda
 
     @property
+    def exact_threads(self) -> int:
+        """Most threads with which PowerInfer, which there must be, adds up exactly."""
+        assert self.powerinfer_facts is not None
+        return self.powerinfer_facts.exact_threads
+
+    @property
     def llama_cpp_cuda(self) -> bool | None:
         """The same of llama.cpp."""
         return None if self.llama_cpp_facts is None else self.llama_cpp_facts.cuda

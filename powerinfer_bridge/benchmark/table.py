@@ -23,7 +23,7 @@ def bench_table(result: Bench) -> str:
     base = result.fastest_dense()
     header = [*_HEADER, "tokens/s", "speedup", *(["vs dense"] if base else [])]
     rows = [[*_cells(result, arm), *_ratios(result, arm, base)] for arm in result.arms]
-    lines = [table(header, rows), "", _quality_line(result)]
+    lines = [table(header, rows), "", _quality_line(result), *_thread_lines(result)]
     lines += [*_baseline_lines(result, base), *_engine_lines(result)]
     lines += [
         f"warning: {warning.text}" for warning in result.warnings if warning.code not in _SAID_ABOVE
@@ -64,6 +64,17 @@ def _quality_line(result: Bench) -> str:
     known = "" if own is None else f"; transformers' own perplexity {own:.4f}"
     error = "" if result.ppl_gap_error is None else f" ± {100 * result.ppl_gap_error:.3f} %"
     return f"perplexity gap {100 * result.ppl_gap:+.3f} %{error}; {_compare_texts(result)}{known}"
+
+
+def _thread_lines(result: Bench) -> list[str]:
+    """Say what the threads that were timed make of the text, where that is a question."""
+    if result.ppl_threads is None or result.damage is None:
+        return []
+    threads = max(arm.threads for arm in result.arms if arm.name == PREDICTED)
+    return [
+        f"with {threads} threads, as timed: perplexity {result.ppl_threads:.4f} "
+        f"({100 * result.damage:+.3f} %)"
+    ]
 
 
 def _baseline_lines(result: Bench, base: Arm | None) -> list[str]:

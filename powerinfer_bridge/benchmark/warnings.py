@@ -10,6 +10,7 @@ from gguf_files.names import SMALLTHINKER
 from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.programs.build import THRESHOLD_VARIABLE, threshold_told
 from results.bench import (
+    DAMAGE,
     DENSE_POWERINFER,
     EMBEDDED,
     LLAMA_CPP,
@@ -191,6 +192,14 @@ def _quality(result: Bench, setup: Setup, estimate_problem: str | None) -> Warni
                 if scatter
                 else "the speedup is not at equal quality"
             ),
+        )
+    if result.damage is not None and abs(result.damage) > DAMAGE:
+        yield (
+            "threads",
+            f"with the {setup.config.threads} threads that were timed perplexity is "
+            f"{result.ppl_threads:.4f}, {result.damage:+.2%}: PowerInfer's threads overwrite each "
+            f"other's sums (docs/powerinfer.md, Threads); its text is right with -t "
+            f"{setup.programs.exact_threads} or a PowerInfer that is mended",
         )
     # With FATReLU transformers compute another model, on purpose.
     own = None if threshold else result.ppl_transformers

@@ -27,6 +27,9 @@ def check_powerinfer(
 
     facts = PowerInfer(directory, timeout=timeout).check()
     yield from program_findings(facts, gpus)
+    found = f"right with -t {facts.exact_threads}; more threads overwrite each other's sums"
+    remedy = "let psp bench-powerinfer --threads N show what N make of it (docs/powerinfer.md)"
+    yield note("PowerInfer's text", found, remedy)
     if facts.cuda:
         found = "'python3 -m powerinfer' is not needed for files with an index of psp gpu-split"
         yield ok("PowerInfer's solver", found)

@@ -93,3 +93,13 @@ class ProgramFacts:
     kind: Literal["powerinfer", "second engine", "llama.cpp", "llama-cpp-python"]
     version: str | None
     cuda: bool | None
+
+    @property
+    def exact_threads(self) -> int:
+        """Most threads with which PowerInfer's sums are those of one thread.
+
+        More of them add their neurons to the same numbers without a lock and overwrite each other's
+        (PowerInfer@d3ebd7c:ggml.c:ggml_compute_forward_mul_mat_axpy). With CUDA one thread drives
+        the card and computes nothing.
+        """
+        return 2 if self.cuda else 1
