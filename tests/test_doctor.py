@@ -101,7 +101,7 @@ def check(
     run: Callable[[Path | None, Sequence[Gpu], float], Any] = check_powerinfer,
     timeout: float = 30,
 ) -> Finding:
-    (finding,) = guarded("program", lambda: run(directory, (), timeout))
+    finding, *_ = guarded("program", lambda: run(directory, (), timeout))
     return finding
 
 
