@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from common.errors import PspError
-from common.files import read_json
+from common.sealed import read_sealed
 
 Document = TypeVar("Document")
 
@@ -144,7 +144,7 @@ def read_document(
     Raises:
         error: missing, damaged, or the first thing in it that does not fit.
     """
-    found = read_json(path, error, remedy)
+    found = read_sealed(path, error, remedy)
     try:
         for key, wanted in (expected or {}).items():
             if key not in found:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 from common.errors import OutputError
-from common.files import refuse_existing, remove_output, sha256, write_json
+from common.files import refuse_existing, remove_output, sha256
 from common.lock import locked
+from common.sealed import write_sealed
 from common.typed_json import plain, read_document
 from common.version import tool_version
 from pipeline.contents import Contents, Stamp
@@ -178,7 +179,7 @@ class RunState:
         document = _Document(
             tool_version=tool_version(), steps=self.steps, files=self.contents.asked
         )
-        write_json(self.out / STATE, plain(document))
+        write_sealed(self.out / STATE, plain(document))
 
 
 def check_out(out: Path, *, resume: bool, force: bool) -> None:

@@ -3,7 +3,8 @@
 Layout of a directory::
 
     predictors.json             schema, model, recipe, threshold, one entry a finished layer, how
-                                its training went, and the operating points that were tried
+                                its training went, the operating points that were tried, and
+                                the checksums of the files
     layer-00.safetensors        fc1 (rank, d_model) float16, fc2 (d_ff, rank) float16,
                                 activation_counts (d_ff,) int64; thresholds (d_ff,) float32 if each
                                 neuron has its own
@@ -17,14 +18,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from common.decisions import mean_metrics
 from common.errors import TRAIN_AGAIN, PredictorError
-from common.files import read_json, write_bytes, write_json
+from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, parse, plain
 from common.version import tool_version
+from predictor.tensor_files import load_tensors, save_tensors
 from results.predictors import SearchPoint
 
 SCHEMA_VERSION = 4
@@ -117,6 +117,7 @@ class _Index:
     search: tuple[SearchPoint, ...]
     layers: tuple[dict[str, float], ...]
     epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -130,6 +131,7 @@ class PredictorArtifact:
         ranks: layer number to rank, where ranks were chosen for each layer.
         search: operating points that were tried.
         epochs: layer number to its epochs; none of layers that an older psp trained.
+        files: name to checksum (XXH3); none of what an older psp wrote.
     """
 
     path: Path
@@ -138,6 +140,7 @@ class PredictorArtifact:
     ranks: dict[int, int] = field(default_factory=dict)
     search: list[SearchPoint] = field(default_factory=list)
     epochs: dict[int, tuple[Epoch, ...]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -147,7 +150,7 @@ class PredictorArtifact:
             PredictorError: none there, damaged, or another schema version.
         """
         remedy = "pass a directory made by 'psp train-predictor'"
-        document = read_json(path / "predictors.json", PredictorError, remedy)
+        document = read_sealed(path / "predictors.json", PredictorError, remedy)
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise PredictorError(
@@ -159,7 +162,8 @@ class PredictorArtifact:
             layers = {int(entry.pop("layer")): entry for entry in index.layers}
             ranks = {int(layer): rank for layer, rank in index.ranks.items()}
             epochs = {int(layer): told for layer, told in index.epochs.items()}
-            return cls(path, index.header, layers, ranks, list(index.search), epochs)
+            search = list(index.search)
+            return cls(path, index.header, layers, ranks, search, epochs, index.files)
         except (KeyError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
@@ -201,7 +205,7 @@ class PredictorArtifact:
 
     def write_header(self) -> None:
         """Write `predictors.json`, with the means over layers once all are finished."""
-        write_json(
+        write_sealed(
             self.path / "predictors.json",
             {
                 "schema_version": SCHEMA_VERSION,
@@ -215,6 +219,7 @@ class PredictorArtifact:
                     for layer in sorted(self.epochs)
                 },
                 "mean": mean_metrics(list(self.layers.values())) if self.complete else None,
+                "files": {name: self.files[name] for name in sorted(self.files)},
             },
         )
 
@@ -307,11 +312,7 @@ class PredictorArtifact:
         return rank
 
     def _save(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        write_bytes(file, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        self.files[file.name] = save_tensors(file, tensors)
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
-        try:
-            tensors: dict[str, torch.Tensor] = load_file(file)
-            return tensors
-        except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error})", TRAIN_AGAIN) from error
+        return load_tensors(file, self.files.get(file.name), PredictorError, TRAIN_AGAIN)

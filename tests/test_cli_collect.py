@@ -16,6 +16,7 @@ from conftest import TRACE_TOKENS, ModelMaker, refused
 
 from architectures.checkpoint import Checkpoint
 from common.errors import OutputError
+from common.sealed import SEAL
 from predictor.collection.collect import collect, most_bytes, trace_header
 from predictor.collection.settings import CollectConfig
 from predictor.traces.store import TraceStore
@@ -248,6 +249,7 @@ def test_info_says_what_collect_said(run: Psp, psp: Psp, tmp_path: Path) -> None
 @pytest.mark.parametrize("shards", [0, 1])
 def test_info_and_check_of_an_interrupted_store(psp: Psp, copy: Path, shards: int) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
+    manifest.pop(SEAL)
     manifest["progress"]["complete"] = False
     del manifest["progress"]["shards"][shards:]
     (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -379,6 +381,7 @@ def test_resume_needs_only_what_is_missing(
     settings: Settings, copy: Path, free: Callable[[int], None]
 ) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
+    manifest.pop(SEAL)
     manifest["progress"] |= {"shards": manifest["progress"]["shards"][:2], "complete": False}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     run, before = settings(copy, resume=True), contents(copy)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, ExportError, PredictorError, PspError
+from common.sealed import SEAL
 from gguf_export.bundle import Bundle
 from gguf_files.reader import GGUFFile
 from predictor.artifact import PredictorArtifact
@@ -295,6 +296,7 @@ def restored(model: Path, out: Path, dtype: torch.dtype, number: float = 0.0) ->
 def edit_index(predictors: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file = predictors / "predictors.json"
     document = json.loads(file.read_text())
+    document.pop(SEAL)
     change(document)
     file.write_text(json.dumps(document))
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from architectures.checkpoint import Checkpoint
 from common.errors import FormatError, PredictorError
 from common.head_sizes import misfit
+from common.sealed import SEAL
 from gguf_export.plan import PlannedTensor
 from gguf_export.pwri.element_types import encode
 from gguf_export.pwri.schema import HEAD
@@ -350,6 +351,7 @@ def test_reopened_it_is_the_same(artifact: HeadArtifact) -> None:
 
 def test_a_damaged_artifact_is_one_line(artifact: HeadArtifact, tmp_path: Path) -> None:
     document = json.loads((artifact.path / "head.json").read_text())
+    document.pop(SEAL)
     tensors = load_file(artifact.path / "head.safetensors")
 
     def written(**changes: Any) -> HeadArtifact:
@@ -363,6 +365,9 @@ def test_a_damaged_artifact_is_one_line(artifact: HeadArtifact, tmp_path: Path) 
     with refused(PredictorError, "one point is chosen"):
         written(points=[])
     save_file(tensors | {"level": tensors["level"][:-1]}, tmp_path / "head.safetensors")
+    with refused(PredictorError, "head.safetensors", "its checksum differs"):
+        written().read()
+    document.pop("tensors")  # of an older psp
     with refused(PredictorError, "level has shape (127,)"):
         written().read()
     save_file(tensors | {"fc1": tensors["fc1"] * math.nan}, tmp_path / "head.safetensors")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,18 @@ import torch
 from click.testing import Result
 from conftest import NARROW_D_FF, refused
 from safetensors.torch import load_file, save_file
+from xxhash import xxh3_128_hexdigest
 
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import OutputError, PredictorError, TraceError
+from common.sealed import SEAL
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor, decide
 from predictor.traces.packing import unpack_active
-from predictor.traces.store import TraceStore
+from predictor.traces.shard_file import _prefix
+from predictor.traces.store import TraceStore, _joined
 from predictor.training.run import train_predictors
 from predictor.training.settings import PSP, TrainConfig
 
@@ -63,8 +68,27 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(file.read_text())
+    document.pop(SEAL)
     change(document)
     file.write_text(json.dumps(document))
+
+
+def recommit(path: Path, change: Callable[[Path, dict[str, torch.Tensor]], object]) -> None:
+    """Change a store's shards as if they had been collected so."""
+    store = TraceStore.open(path)
+    shards = []
+    for number, shard in enumerate(store.progress.shards):
+        layout, digests = store._layout(shard.rows), []
+        for layer in store.header.layers:
+            file = store._shard_file(layer, number)
+            tensors = load_file(file)
+            change(file, tensors)
+            parts = layout.parts(len(tensors["importance"]))
+            data = b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in parts)
+            digests.append(xxh3_128_hexdigest(data))
+            file.write_bytes(_prefix(layout, len(tensors["importance"]), digests[-1]) + data)
+        shards.append(replace(shard, sha256=_joined(digests)))
+    store._commit(shards=tuple(shards))
 
 
 def copy_traces(traces: TraceStore, tmp_path: Path) -> Path:
@@ -166,10 +190,11 @@ def test_held_out_documents_do_not_reach_the_weights(
     train: Train, traces: TraceStore, artifact: PredictorArtifact, tmp_path: Path
 ) -> None:
     spoilt = copy_traces(traces, tmp_path)
-    for file in spoilt.glob("layer-*/shard-00000.safetensors"):
-        tensors = load_file(file)
+
+    def without_holdout(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         tensors["inputs"][traces.holdout(0.1, 0)] = 0
-        save_file(tensors, file)
+
+    recommit(spoilt, without_holdout)
     made = train(tmp_path / "out", traces=spoilt)
     for layer in range(2):
         assert torch.equal(made.layer(layer).fc1, artifact.layer(layer).fc1)
@@ -319,9 +344,9 @@ def test_inputs_that_are_no_numbers_are_refused_with_their_file(
 ) -> None:
     spoilt = copy_traces(traces, tmp_path)
     file = spoilt / "layer-01" / "shard-00000.safetensors"
-    tensors = load_file(file)
-    tensors["inputs"][:] = float("nan")
-    save_file(tensors, file)
+    recommit(
+        spoilt, lambda each, tensors: tensors["inputs"].fill_(math.nan) if each == file else None
+    )
     with refused(TraceError, str(file), "NaN or inf", "psp traces check"):
         train(tmp_path / "out", traces=spoilt, recipe="dejavu")
     assert len(PredictorArtifact.open(tmp_path / "out").layers) == 1
@@ -349,6 +374,9 @@ def test_a_layer_of_the_wrong_shape_is_named(copy: Path, name: str, cut: bool) -
     if cut:
         tensors[name] = whole[1:].clone()
     save_file(tensors, file)
+    with refused(PredictorError, str(file), "its checksum differs", "train the predictors again"):
+        PredictorArtifact.open(copy).layer(0)
+    edit(copy / "predictors.json", lambda document: document.pop("files"))  # of an older psp
     with refused(PredictorError, str(file), f"{name} has shape", "train the predictors again"):
         PredictorArtifact.open(copy).layer(0)
 

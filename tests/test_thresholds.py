@@ -16,6 +16,7 @@ from conftest import make_export, refused
 from common.decisions import DecisionCounts
 from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
+from common.sealed import SEAL
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
@@ -99,6 +100,7 @@ def test_thresholds_of_another_sign_are_refused(
     out = Path(shutil.copytree(calibrated.path, tmp_path / "p"))
     document = json.loads((out / "predictors.json").read_text())
     document["header"]["threshold"] = -1.0
+    document.pop(SEAL)
     (out / "predictors.json").write_text(json.dumps(document))
     with refused(PredictorError, "layer-00", "sign of -1", "--resume"):
         PredictorArtifact.open(out).layer(0)

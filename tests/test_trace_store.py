@@ -14,6 +14,7 @@ from conftest import SHARD_ROWS, TEXT, ModelMaker, refused
 from safetensors.torch import load_file, save_file
 
 from common.errors import DataError, OutputError, TraceError
+from common.sealed import SEAL
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.manifest import TraceHeader
@@ -36,6 +37,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def edit_manifest(directory: Path, change: Change) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
+    manifest.pop(SEAL)
     change(manifest)
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
@@ -196,6 +198,7 @@ def test_a_header_without_a_key_or_with_a_wrong_value_is_refused(copy: Path, key
     whole, accepted = (copy / "manifest.json").read_bytes(), []
     for value in ["absent", *WRONG[HEADER_TYPES[key]]]:
         manifest = json.loads(whole)
+        manifest.pop(SEAL)
         manifest["header"].pop(key)
         if value != "absent":
             manifest["header"][key] = value
@@ -256,6 +259,7 @@ def test_a_shard_entry_without_a_key_or_with_a_wrong_one_is_refused(copy: Path, 
     whole = (copy / "manifest.json").read_bytes()
     for change in ("pop", "number", "null", "extra"):
         entry = json.loads(whole)
+        entry.pop(SEAL)
         shard = entry["progress"]["shards"][0]
         value = shard.pop(key)
         if change != "pop":
@@ -270,6 +274,7 @@ def test_a_shard_entry_without_a_key_or_with_a_wrong_one_is_refused(copy: Path, 
 @pytest.mark.parametrize("change", ["one less", "one more", "rows moved", "a checksum"])
 def test_a_manifest_of_other_shards_is_noticed(copy: Path, change: str) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
+    manifest.pop(SEAL)
     shards = manifest["progress"]["shards"]
     if change == "one less":
         shards.pop(0)

@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from common.errors import TRAIN_AGAIN, PredictorError
-from common.files import read_json, write_bytes, write_json
+from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, parse, plain
 from common.version import tool_version
 from predictor.head.rule import HeadPredictor
+from predictor.tensor_files import load_tensors, save_tensors
 from results.head import HeadPoint
 
 SCHEMA_VERSION = 1
@@ -66,6 +65,7 @@ class HeadHeader(Closed):
 class _Index:
     header: HeadHeader
     points: tuple[HeadPoint, ...]
+    tensors: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,13 @@ class HeadArtifact:
         path: its directory.
         header: what it was made for and from.
         points: what was measured, in the order of trying.
+        digest: checksum (XXH3) of the tensors' file; None if an older psp wrote it.
     """
 
     path: Path
     header: HeadHeader
     points: tuple[HeadPoint, ...]
+    digest: str | None = None
 
     @classmethod
     def open(cls, path: Path) -> HeadArtifact:
@@ -90,7 +92,7 @@ class HeadArtifact:
             PredictorError: none there, damaged, or another schema version.
         """
         remedy = "pass a directory made by 'psp train-predictor --head'"
-        document = read_json(path / INDEX, PredictorError, remedy)
+        document = read_sealed(path / INDEX, PredictorError, remedy)
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise PredictorError(
@@ -103,7 +105,7 @@ class HeadArtifact:
             raise PredictorError(f"{path}/{INDEX}: damaged ({error})", TRAIN_AGAIN) from error
         if sum(point.chosen for point in index.points) != 1:
             raise PredictorError(f"{path}/{INDEX}: damaged (one point is chosen)", TRAIN_AGAIN)
-        return cls(path=path, header=index.header, points=index.points)
+        return cls(path=path, header=index.header, points=index.points, digest=index.tensors)
 
     @property
     def chosen(self) -> HeadPoint:
@@ -117,10 +119,7 @@ class HeadArtifact:
             PredictorError: missing or damaged file, or shapes that do not fit the header.
         """
         file, header = self.path / _TENSORS, self.header
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error})", TRAIN_AGAIN) from error
+        tensors = load_tensors(file, self.digest, PredictorError, TRAIN_AGAIN)
         expected = {
             "fc1": (header.rank, header.d_model),
             "fc2": (header.vocab_size, header.rank),
@@ -155,13 +154,13 @@ def write_head(
         level: (d_model,) float32.
     """
     tensors = {"fc1": predictor.fc1.half(), "fc2": predictor.fc2.half(), "level": level.float()}
-    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    write_bytes(path / _TENSORS, data)
+    digest = save_tensors(path / _TENSORS, tensors)
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": tool_version(),
         "header": asdict(header),
         "points": plain(points),
+        "tensors": digest,
     }
-    write_json(path / INDEX, document)
-    return HeadArtifact(path=path, header=header, points=points)
+    write_sealed(path / INDEX, document)
+    return HeadArtifact(path=path, header=header, points=points, digest=digest)

@@ -18,18 +18,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel
 from common.documents import read_documents
 from common.errors import TRAIN_AGAIN, DataError, PredictorError
-from common.files import read_json, write_bytes, write_json
+from common.sealed import read_sealed, write_sealed
 from common.text_sources.names import shown
-from common.typed_json import Closed, Count, JsonError, parse
+from common.typed_json import Closed, Count, JsonError, Misfit, parse
 from predictor.collection.windows import Window, cut_batches, cut_shards, cut_windows, order_windows
+from predictor.tensor_files import load_tensors, save_tensors
 from predictor.traces.store import choose_documents
 
 SCHEMA_VERSION = 1
@@ -63,6 +62,12 @@ class InputsHeader(Closed):
 class _Index:
     header: InputsHeader
     shards: tuple[Count, ...]
+    digests: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse an index that vouches for some shards."""
+        if self.digests and len(self.digests) != len(self.shards):
+            raise Misfit("digests", f"{len(self.shards)} checksums")
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,7 @@ def record_inputs(
     documents = read_documents(header.data, header.field, header.chat_template)
     windows = cut_windows(documents, checkpoint.tokenizer(), header.context)
     shards: list[int] = []
+    digests: list[str] = []
     with tqdm(total=header.tokens, unit="tok", desc="head inputs", disable=None) as bar:
         for shard in cut_shards(windows, _SHARD_ROWS, header.tokens):
             parts = [
@@ -144,12 +150,13 @@ def record_inputs(
                     f"{checkpoint.path}: what its head reads does not fit float16",
                     "check the model's weights",
                 )
-            write_bytes(_shard_file(directory, len(shards)), save(tensors))
+            digests.append(save_tensors(_shard_file(directory, len(shards)), tensors))
             shards.append(len(tensors["inputs"]))
     if not shards:
         raise DataError(f"{shown(header.data)}: gives no tokens", "pass a source with more text")
     index = {"schema_version": SCHEMA_VERSION, "header": asdict(header), "shards": shards}
-    write_json(directory / _INDEX, index)
+    index |= {"digests": digests}
+    write_sealed(directory / _INDEX, index)
 
 
 def _rows_of(model: LoadedModel, batch: Sequence[Window]) -> Iterator[dict[str, torch.Tensor]]:
@@ -184,13 +191,11 @@ def read_inputs(directory: Path) -> HeadInputs:
     Raises:
         PredictorError: missing or damaged.
     """
-    parts = []
-    for number, rows in enumerate(_read_index(directory).shards):
+    parts, index = [], _read_index(directory)
+    for number, rows in enumerate(index.shards):
         file = _shard_file(directory, number)
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise PredictorError(f"{file}: missing or damaged ({error})", TRAIN_AGAIN) from error
+        digest = index.digests[number] if index.digests else None
+        tensors = load_tensors(file, digest, PredictorError, TRAIN_AGAIN)
         if [len(tensors.get(name, ())) for name in HeadInputs.__annotations__] != 3 * [rows]:
             raise PredictorError(f"{file}: does not hold {rows} rows", TRAIN_AGAIN)
         parts.append(tensors)
@@ -201,7 +206,7 @@ def read_inputs(directory: Path) -> HeadInputs:
 
 
 def _read_index(directory: Path) -> _Index:
-    document = read_json(directory / _INDEX, PredictorError, TRAIN_AGAIN)
+    document = read_sealed(directory / _INDEX, PredictorError, TRAIN_AGAIN)
     if document.pop("schema_version", None) != SCHEMA_VERSION:
         raise PredictorError(f"{directory}/{_INDEX}: another schema version", TRAIN_AGAIN)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from common.errors import COLLECT_AGAIN, TraceError
-from common.files import read_json, write_json
+from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, Misfit, Range, parse
 from common.version import tool_version
 from predictor.traces.packing import BITS
@@ -135,7 +135,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
         TraceError: no store there, a damaged manifest or another schema version.
     """
     remedy = "pass a directory made by 'psp collect'"
-    manifest = read_json(path / "manifest.json", TraceError, remedy)
+    manifest = read_sealed(path / "manifest.json", TraceError, remedy)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise TraceError(
@@ -157,4 +157,4 @@ def write_manifest(path: Path, header: TraceHeader, progress: Progress) -> None:
         "header": asdict(header),
         "progress": asdict(progress),
     }
-    write_json(path / "manifest.json", document)
+    write_sealed(path / "manifest.json", document)

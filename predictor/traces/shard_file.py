@@ -287,14 +287,27 @@ def shard_counts(path: Path) -> torch.Tensor:
     return read_tensors(path, "counts")["counts"]
 
 
-def check_shard(path: Path, layout: ShardLayout) -> str:
-    """Verify a shard file against its own checksum and `layout`.
-
-    Returns:
-        Its checksum.
+def stated_digest(path: Path) -> str:
+    """Return the checksum that a shard file states, of which the data are not read.
 
     Raises:
-        TraceError: it names what is wrong.
+        TraceError: missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("xxh3_128"))
+    except (SafetensorError, OSError) as error:
+        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+
+
+def vouch_shard(path: Path, layout: ShardLayout) -> str:
+    """Read a shard file and make sure that its checksum is the one that it states.
+
+    Returns:
+        The checksum.
+
+    Raises:
+        TraceError: missing, damaged, or of other sizes than `layout`.
     """
     tensors = read_shard(path, layout)
     with path.open("rb") as file:
@@ -304,6 +317,19 @@ def check_shard(path: Path, layout: ShardLayout) -> str:
         raise TraceError(
             f"{path}: header and data do not fit, its checksum is {found}", COLLECT_AGAIN
         )
+    return found
+
+
+def check_shard(path: Path, layout: ShardLayout) -> str:
+    """Verify a shard file against its own checksum and `layout`, and its numbers.
+
+    Returns:
+        Its checksum.
+
+    Raises:
+        TraceError: it names what is wrong.
+    """
+    tensors, found = read_shard(path, layout), vouch_shard(path, layout)
     counted = torch.zeros(layout.d_ff, dtype=torch.int64)
     for start in range(0, layout.rows, _CHECKED_ROWS):
         rows = slice(start, start + _CHECKED_ROWS)

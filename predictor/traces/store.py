@@ -39,6 +39,8 @@ from predictor.traces.shard_file import (
     read_shard,
     read_tensors,
     shard_counts,
+    stated_digest,
+    vouch_shard,
 )
 
 _CPU = torch.device("cpu")
@@ -50,6 +52,7 @@ class TraceStore:
     def __init__(self, path: Path, header: TraceHeader, progress: Progress) -> None:
         """Wrap a directory whose manifest holds `header` and `progress`."""
         self.path, self.header, self.progress = path, header, progress
+        self._vouched: set[tuple[int, int]] = set()
 
     @classmethod
     def create(cls, path: Path, header: TraceHeader) -> TraceStore:
@@ -69,16 +72,21 @@ class TraceStore:
         return cls(path, header, progress)
 
     def require_complete(self) -> None:
-        """Refuse a store whose collection was interrupted.
+        """Refuse a store whose collection was interrupted, or whose files are not those committed.
+
+        Of the files only the checksums are read that they state; see `layer`.
 
         Raises:
-            TraceError: with the command that goes on.
+            TraceError: with the command that goes on, or a file is another one.
         """
         if not self.progress.complete:
             raise TraceError(
                 f"{self.path}: collection was interrupted after {self.rows} rows",
                 "finish it with 'psp collect ... --resume'",
             )
+        for number in range(len(self.progress.shards)):
+            files = (self._shard_file(layer, number) for layer in self.header.layers)
+            self._require_counted(number, map(stated_digest, files))
 
     @property
     def rows(self) -> int:
@@ -192,6 +200,9 @@ class TraceStore:
         """
         file = self._layer_file(layer, "weights")
         tensors = read_tensors(file)
+        stated = dict(zip(self.header.layers, self.progress.weights, strict=False)).get(layer)
+        if stated is not None and xxhash.xxh3_128_hexdigest(file.read_bytes()) != stated:
+            raise TraceError(f"{file}: checksum differs from the manifest's", COLLECT_AGAIN)
         d_ff, d_model = self.header.d_ff, self.header.d_model
         for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
             found = tuple(tensors[name].shape) if name in tensors else None
@@ -203,6 +214,8 @@ class TraceStore:
 
     def layer(self, layer: int, device: torch.device = _CPU) -> ShardedRows:
         """Map all rows of one layer; only where each row's importance begins is held in memory.
+
+        The first time that files are mapped they are read and compared with their checksums.
 
         Args:
             layer: its number.
@@ -216,12 +229,31 @@ class TraceStore:
             raise TraceError(f"{self.path}: layer {layer} was not collected", "see --layers")
         if not self.progress.shards:
             raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
+        self._vouch(layer)
         pieces = [
             self._mapped(layer, n, shard.rows) for n, shard in enumerate(self.progress.shards)
         ]
         if device.type == "cuda":
             return rows_for(device, pieces, lambda: list(map(_counted, pieces)))
         return ShardedRows(*map(_counted, pieces))
+
+    def _vouch(self, layer: int) -> None:
+        """Read a layer's shards, once, and compare their checksums with those that they state.
+
+        Raises:
+            TraceError: one differs.
+        """
+        for number, shard in enumerate(self.progress.shards):
+            if (layer, number) not in self._vouched:
+                vouch_shard(self._shard_file(layer, number), self._layout(shard.rows))
+                self._vouched.add((layer, number))
+
+    def _require_counted(self, number: int, digests: Iterable[str]) -> None:
+        """Refuse files of a shard, layer after layer, that are not those that were committed."""
+        if _joined(digests) != self.progress.shards[number].sha256:
+            raise TraceError(
+                f"{self.path}: shard {number} is whole but not the manifest's", COLLECT_AGAIN
+            )
 
     def _mapped(self, layer: int, number: int, rows: int) -> LayerRows:
         """Map a shard file; where rows' importance begins is left open."""
@@ -247,23 +279,17 @@ class TraceStore:
         Raises:
             TraceError: naming the first file that is wrong.
         """
-        weights = dict(zip(self.header.layers, self.progress.weights, strict=False))
-        for layer, digest in weights.items():
+        counted = len(self.progress.weights)
+        for layer in self.header.layers[:counted]:
             self.weights(layer)
-            file = self._layer_file(layer, "weights")
-            if xxhash.xxh3_128_hexdigest(file.read_bytes()) != digest:
-                raise TraceError(f"{file}: checksum differs from the manifest's", COLLECT_AGAIN)
-        if self.progress.shards and len(weights) != len(self.header.layers):
+        if self.progress.shards and counted != len(self.header.layers):
             raise TraceError(
                 f"{self.path}/manifest.json: weights of layers are missing", COLLECT_AGAIN
             )
         for number, shard in enumerate(self.progress.shards):
             layout = self._layout(shard.rows)
-            digests = [check_shard(self._shard_file(n, number), layout) for n in self.header.layers]
-            if _joined(digests) != shard.sha256:
-                raise TraceError(
-                    f"{self.path}: shard {number} is whole but not the manifest's", COLLECT_AGAIN
-                )
+            files = (self._shard_file(each, number) for each in self.header.layers)
+            self._require_counted(number, [check_shard(file, layout) for file in files])
 
     def holdout(self, share: float, seed: int) -> torch.Tensor:
         """Choose whole documents for the holdout.

@@ -1,0 +1,43 @@
+"""JSON documents that say whether they are still what was written.
+
+The last key of a sealed document is a checksum of all others, in their values and order; how the
+text is indented does not matter. One without it is of an older version and is read as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128_hexdigest
+
+from common.errors import PspError
+from common.files import read_json, write_json
+
+SEAL = "xxh3_128"
+"""Key of the checksum."""
+
+
+def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a document with its checksum, whole or not at all."""
+    write_json(path, {**document, SEAL: _checksum(document)})
+
+
+def read_sealed(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
+    """Read a JSON object without its checksum.
+
+    Raises:
+        error: as `read_json`, or the checksum is another one; the line ends in `remedy`.
+    """
+    document = read_json(path, error, remedy)
+    stated = document.pop(SEAL, None)
+    if stated is not None and stated != _checksum(document):
+        raise error(f"{path}: damaged (its checksum differs)", remedy)
+    return document
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    return xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))

@@ -1,0 +1,52 @@
+"""Safetensors files that an index vouches for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from xxhash import xxh3_128_hexdigest
+
+from common.errors import PspError
+from common.files import write_bytes
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write tensors, whole or not at all.
+
+    Returns:
+        XXH3 of the file's bytes, 128 bits, hexadecimal.
+
+    Raises:
+        OutputError: the system refused.
+    """
+    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    write_bytes(file, data)
+    return xxh3_128_hexdigest(data)
+
+
+def load_tensors(
+    file: Path, digest: str | None, error: type[PspError], remedy: str
+) -> dict[str, torch.Tensor]:
+    """Read tensors and make sure that the file is what was written.
+
+    Args:
+        file: to read.
+        digest: what `save_tensors` returned; None in an index of an older version.
+        error: what is raised.
+        remedy: how to get a good file.
+
+    Raises:
+        error: missing, damaged, or not the file that the index counts.
+    """
+    try:
+        data = file.read_bytes()
+        found: dict[str, torch.Tensor] = load(data)
+    except (SafetensorError, OSError) as problem:
+        raise error(f"{file}: missing or damaged ({problem})", remedy) from problem
+    if digest is not None and xxh3_128_hexdigest(data) != digest:
+        raise error(f"{file}: damaged, or another run's (its checksum differs)", remedy)
+    return found
