@@ -18,7 +18,7 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     from common.table import layer_table
     from gguf_export.requirements import foresee
     from predictor.collection.collect import collect as run
-    from predictor.traces.store import trace_summary
+    from predictor.traces.summary import trace_summary
 
     store = run(config, lambda line: click.echo(line, err=True), foresee)
     summary = trace_summary(store)

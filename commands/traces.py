@@ -21,7 +21,8 @@ def traces() -> None:
 def traces_info(traces: Path, as_json: bool) -> None:
     """Print what traces were made from, how far they are, and every layer's sparsity."""
     from common.table import fact_table, layer_table
-    from predictor.traces.store import TraceStore, trace_summary
+    from predictor.traces.store import TraceStore
+    from predictor.traces.summary import trace_summary
 
     summary = trace_summary(TraceStore.open(traces))
     if as_json:
@@ -37,7 +38,8 @@ def traces_info(traces: Path, as_json: bool) -> None:
 @json_option
 def traces_check(traces: Path, as_json: bool) -> None:
     """Verify checksums, shapes and counts; exit code 1 at the first file that is wrong."""
-    from predictor.traces.store import TraceStore, check_traces
+    from predictor.traces.store import TraceStore
+    from predictor.traces.summary import check_traces
 
     result = check_traces(TraceStore.open(traces))
     if as_json:

@@ -251,10 +251,10 @@ class Arms:
         return TransformersBackend(model, setting, placed), facts
 
     def _open_file(self, arm: Arm, file: Path) -> tuple[Backend, ArmFacts]:
+        from common.hashing import hash_file
         from evaluation.backends.embedded import EmbeddedBackend
         from evaluation.backends.powerinfer import PowerInferBackend
         from gguf_files.reader import GGUFFile
-        from powerinfer_bridge.benchmark.inputs import hash_file
         from powerinfer_bridge.benchmark.setup import element_type
 
         backend: Any

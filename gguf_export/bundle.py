@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
+from architectures.model_files import compare_files, hashed_meanwhile
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
 from gguf_export.dense import dense_model, dense_types
@@ -158,7 +159,10 @@ def export(
     bundle.refuse_existing(force=config.force)
     sparse_keys = _predictor_keys(predictors, config.types)
     writer = ModelWriter(checkpoint, vocabulary, config.types)
-    with _unnamed(bundle, config.dense, predictors) as unnamed:
+    with (
+        hashed_meanwhile(checkpoint) as files,
+        _unnamed(bundle, config.dense, predictors) as unnamed,
+    ):
         if not predictors.empty:
             write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
         planned = plan_predictors(predictors, ranks, shape, config.types)
@@ -169,7 +173,8 @@ def export(
             dense.write(unnamed.dense_file, bundle.dense_file)
             if dense_check is not None and dense.architecture == SMALLTHINKER:
                 dense_check(unnamed.dense_file)
-    return bundle
+        changed = compare_files(checkpoint, files.result(), predictors.model_files, predictors.path)
+    return bundle if changed is None else replace(bundle, warnings=(*bundle.warnings, changed))
 
 
 def _predictor_keys(predictors: PredictorSource, types: FileTypes) -> dict[str, float | str]:

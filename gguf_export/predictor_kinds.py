@@ -68,6 +68,7 @@ def open_predictors(path: Path, model: ModelShape | None = None) -> PredictorSou
         recipe=json.dumps(header.recipe),
         layer=artifact.layer,
         model=(header.model, header.model_fingerprint),
+        model_files=artifact.model_files,
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from architectures.spec import ModelShape
 from common.errors import PredictorError
 from common.files import write_json
+from common.hashing import HashedFile
 from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD
 from gguf_export.pwri.statistics import statistics_file, write_saved
 from gguf_files.reader import GGUFFile
@@ -34,6 +35,7 @@ class PredictorSource:
         counted: whether every layer comes with activation counts.
         model: the model that they were made for and its fingerprint, where that is known.
         file: the file that holds them, from which they are copied as they are stored.
+        model_files: the weights of that model, where they are known.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class PredictorSource:
     counted: bool = True
     model: tuple[str, str] | None = None
     file: GGUFFile | None = None
+    model_files: tuple[HashedFile, ...] = ()
 
     @property
     def empty(self) -> bool:

@@ -11,8 +11,8 @@ from architectures.gguf_model.source import GGUFSource
 from architectures.source import Source
 from common.errors import OutputError
 from common.files import sha256
+from common.hashing import hash_file
 from common.typed_json import Closed, Count
-from powerinfer_bridge.benchmark.inputs import hash_file
 
 _MODEL_SUFFIXES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".gguf"}
 

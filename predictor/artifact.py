@@ -21,6 +21,7 @@ import torch
 
 from common.decisions import mean_metrics
 from common.errors import TRAIN_AGAIN, PredictorError
+from common.hashing import HashedFile
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, parse, plain
 from common.version import tool_version
@@ -118,6 +119,7 @@ class _Index:
     layers: tuple[dict[str, float], ...]
     epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    model_files: tuple[HashedFile, ...] = ()
 
 
 @dataclass
@@ -132,6 +134,7 @@ class PredictorArtifact:
         search: operating points that were tried.
         epochs: layer number to its epochs; none of layers that an older psp trained.
         files: name to checksum (XXH3); none of what an older psp wrote.
+        model_files: weights of the model whose traces were used; none if an older psp made them.
     """
 
     path: Path
@@ -141,6 +144,7 @@ class PredictorArtifact:
     search: list[SearchPoint] = field(default_factory=list)
     epochs: dict[int, tuple[Epoch, ...]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    model_files: tuple[HashedFile, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -163,7 +167,8 @@ class PredictorArtifact:
             ranks = {int(layer): rank for layer, rank in index.ranks.items()}
             epochs = {int(layer): told for layer, told in index.epochs.items()}
             search = list(index.search)
-            return cls(path, index.header, layers, ranks, search, epochs, index.files)
+            files, model_files = index.files, index.model_files
+            return cls(path, index.header, layers, ranks, search, epochs, files, model_files)
         except (KeyError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
@@ -220,6 +225,7 @@ class PredictorArtifact:
                 },
                 "mean": mean_metrics(list(self.layers.values())) if self.complete else None,
                 "files": {name: self.files[name] for name in sorted(self.files)},
+                "model_files": plain(self.model_files),
             },
         )
 

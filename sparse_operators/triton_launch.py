@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from common.cache import cache_directory
 from common.errors import EngineError
 from common.files import write_json
 from common.typed_json import Range, plain, read_document
@@ -331,11 +332,9 @@ def _check(path: Path, found: LaunchFile, device: torch.device) -> None:
 
 
 def launch_file(device: torch.device) -> Path:
-    """Where a card's choices are kept: in PSP_CACHE_DIR, else XDG_CACHE_HOME/psp, ~/.cache/psp."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    directory = Path(os.environ.get("PSP_CACHE_DIR") or Path(caches) / "psp")
+    """Where a card's choices are kept."""
     name = re.sub(r"[^a-z0-9]+", "-", _card(device).lower()).strip("-")
-    return directory / "launches" / f"{name}.json"
+    return cache_directory() / "launches" / f"{name}.json"
 
 
 def _card(device: torch.device) -> str:

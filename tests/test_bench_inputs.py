@@ -13,8 +13,9 @@ from conftest import refused
 from xxhash import xxh3_128
 
 from common.errors import DataError, PspError
+from common.hashing import hash_file
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark.inputs import hash_file, read_prompts, room_for
+from powerinfer_bridge.benchmark.inputs import read_prompts, room_for
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.engine.engine import Engine
 

@@ -28,7 +28,8 @@ from common.errors import TraceError
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.shard_file import ShardWriter
-from predictor.traces.store import TraceStore, trace_summary
+from predictor.traces.store import TraceStore
+from predictor.traces.summary import trace_summary
 
 TOKENS, CONTEXT, BATCH, SHARD_ROWS = 900, 100, 2, 300
 Settings = Callable[..., CollectConfig]

@@ -18,7 +18,8 @@ from common.sealed import SEAL
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.manifest import TraceHeader
-from predictor.traces.store import TraceStore, trace_summary
+from predictor.traces.store import TraceStore
+from predictor.traces.summary import trace_summary
 
 Settings = Callable[..., CollectConfig]
 Change = Callable[[dict[str, Any]], object]

@@ -7,18 +7,15 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from tqdm import tqdm
 from xxhash import xxh3_128
 
 from common.documents import read_documents
 from common.errors import DataError
+from common.hashing import hash_file
 from common.text_sources.names import shown
 from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from results.bench import Input
-
-_PIECE = 1 << 24
-_SMALL = 1 << 28  # no progress bar for what is read in a moment
 
 
 def text_source(config: BenchConfig) -> str:
@@ -96,33 +93,3 @@ def describe_text(role: str, source: str, text: str) -> Input:
     """Hash a text as it was understood, whatever file or data set it came from."""
     data = text.encode("utf-8", "surrogateescape")
     return Input(role=role, path=source, bytes=len(data), xxh3_128=xxh3_128(data).hexdigest())
-
-
-def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
-    """Return a file's bytes and its XXH3-128, hexadecimal; it is read piece by piece.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    state, size = xxh3_128(), 0
-    try:
-        total = path.stat().st_size
-        with (
-            path.open("rb") as file,
-            tqdm(
-                total=total,
-                unit="B",
-                unit_scale=True,
-                desc=f"hash {path.name}",
-                disable=True if total < _SMALL else None,
-            ) as bar,
-        ):
-            while data := file.read(piece):
-                state.update(data)
-                size += len(data)
-                bar.update(len(data))
-    except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror or error}", "check that the file can be read"
-        ) from error
-    return size, state.hexdigest()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, choose_device, load_model
+from architectures.model_files import hashed_meanwhile
 from architectures.tokenizer import Tokenizer, chat_template_of
 from common import chat
 from common.documents import look_at_documents, read_documents, skipped_note
@@ -165,7 +166,7 @@ def record_rows(
     held = list(store.progress.shards)
     writing = AtOnce(store) if recorder.at_once else Meanwhile(store)
     bar = tqdm(total=header.tokens, unit="tok", desc="collect", disable=None)
-    with bar, recorder, writing:
+    with hashed_meanwhile(checkpoint) as files, bar, recorder, writing:
         for committed, shard in zip_longest(held, map(order_windows, shards)):
             digest = text_sha256(shard or [])
             segments = segments_of(shard or [])
@@ -188,7 +189,7 @@ def record_rows(
         raise DataError(
             f"{shown(header.data)}: gives no tokens", "pass a source with at least one document"
         )
-    store.finish(skipped_rows=documents.skipped)
+    store.finish(skipped_rows=documents.skipped, model_files=files.result())
     for line in documents.row_notes:
         report(line)
 

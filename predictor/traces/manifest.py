@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from common.errors import COLLECT_AGAIN, TraceError
+from common.hashing import HashedFile
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, Misfit, Range, parse
 from common.version import tool_version
@@ -114,12 +115,15 @@ class Progress(Closed):
             written.
         complete: whether the collection reached its end.
         skipped_rows: rows of the source without text, among those that were read.
+        model_files: the model's weights as they were; none of a store that is not complete, or that
+            an older psp made.
     """
 
     shards: tuple[Shard, ...]
     weights: tuple[str, ...]
     complete: bool
     skipped_rows: Count = 0
+    model_files: tuple[HashedFile, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from safetensors.torch import save
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
+from common.hashing import HashedFile
 from predictor.traces.device_rows import rows_for
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.traces.packing import count_active
@@ -169,18 +170,19 @@ class TraceStore:
         shard = Shard(segments=kept, text_sha256=text_sha256, sha256=digest)
         self._commit(shards=(*self.progress.shards, shard))
 
-    def finish(self, *, skipped_rows: int = 0) -> None:
+    def finish(self, *, skipped_rows: int = 0, model_files: tuple[HashedFile, ...] = ()) -> None:
         """Mark the store complete and remove what killed runs left behind.
 
         Args:
             skipped_rows: rows of the source without text.
+            model_files: the model's weights.
         """
         for layer in self.header.layers:
             wanted = {self._shard_file(layer, n).name for n in range(len(self.progress.shards))}
             for file in self._layer_file(layer, "weights").parent.iterdir():
                 if _is_ours(file) and file.name not in wanted:
                     file.unlink()
-        self._commit(complete=True, skipped_rows=skipped_rows)
+        self._commit(complete=True, skipped_rows=skipped_rows, model_files=model_files)
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
@@ -357,44 +359,3 @@ def _is_ours(file: Path) -> bool:
 
 def _joined(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def trace_summary(store: TraceStore) -> dict[str, Any]:
-    """Return what a store was made from, how far it is and every recorded layer's sparsity.
-
-    Raises:
-        TraceError: a shard is missing or damaged.
-    """
-    header = asdict(store.header)
-    sparsity = store.activation_sparsity() if store.rows else {}
-    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    return {
-        "traces": str(store.path),
-        "complete": store.progress.complete,
-        "tokens": store.rows,
-        "tokens_asked": header.pop("tokens"),
-        "documents": store.documents,
-        "skipped_rows": store.progress.skipped_rows,
-        "shards": len(store.progress.shards),
-        "bytes": size,
-        **{name: value for name, value in header.items() if name != "layers"},
-        "activation_sparsity": sum(sparsity.values()) / len(sparsity) if sparsity else None,
-        "layers": [
-            {"layer": layer, "activation_sparsity": value} for layer, value in sparsity.items()
-        ],
-    }
-
-
-def check_traces(store: TraceStore) -> dict[str, Any]:
-    """Verify every committed file of a store.
-
-    Raises:
-        TraceError: naming the first file that is wrong.
-    """
-    store.check()
-    return {
-        "traces": str(store.path),
-        "complete": store.progress.complete,
-        "tokens": store.rows,
-        "files": len(store.header.layers) * (1 + len(store.progress.shards)),
-    }

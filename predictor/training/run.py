@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import choose_device
+from architectures.model_files import compare_files, weight_files
 from architectures.windows import LEAST_TOKENS
 from common.documents import look_at_documents
 from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
+from common.hashing import hash_files
 from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
@@ -261,7 +263,7 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
         return artifact
     refuse_existing(config.out, force=config.force, marker="predictors.json", resumable=True)
     remove_output(config.out)
-    artifact = PredictorArtifact(config.out, header)
+    artifact = PredictorArtifact(config.out, header, model_files=store.progress.model_files)
     artifact.write_header()
     return artifact
 
@@ -364,6 +366,10 @@ def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> Predi
             "made of",
             "pass that one as --model",
         )
+    known = store.progress.model_files
+    found = hash_files(weight_files(checkpoint)) if known else ()
+    if (other := compare_files(checkpoint, found, known, store.path)) is not None:
+        note(other)
     held = choose_documents(store.segments, config.holdout, config.seed)
     windows = held_out_windows(
         store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens, note=note

@@ -1,0 +1,133 @@
+"""Hashes of whole files: read once, and remembered as long as the file stays the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from xxhash import xxh3_128
+
+from common.cache import cache_directory
+from common.errors import DataError, OutputError
+from common.sealed import read_sealed, write_sealed
+from common.typed_json import Closed, Count, JsonError, parse, plain
+
+_PIECE = 1 << 24
+_SMALL = 1 << 28  # no progress bar for what is read in a moment
+_KEPT = 1 << 26
+"""Files from this size on are remembered; smaller ones are read again in no time."""
+
+_MOST = 4096
+"""Files that are remembered, the latest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashedFile(Closed):
+    """What a file holds.
+
+    Attributes:
+        name: of the file, without directories.
+        bytes: its size.
+        xxh3_128: its hash, hexadecimal.
+    """
+
+    name: str
+    bytes: Count
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Remembered(Closed):
+    bytes: Count
+    mtime_ns: int
+    inode: Count
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Memory:
+    files: dict[str, _Remembered]
+
+
+def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
+    """Return a file's bytes and its XXH3-128, hexadecimal; it is read piece by piece.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    state, size = xxh3_128(), 0
+    try:
+        total = path.stat().st_size
+        with (
+            path.open("rb") as file,
+            tqdm(
+                total=total,
+                unit="B",
+                unit_scale=True,
+                desc=f"hash {path.name}",
+                disable=True if total < _SMALL else None,
+            ) as bar,
+        ):
+            while data := file.read(piece):
+                state.update(data)
+                size += len(data)
+                bar.update(len(data))
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror or error}", "check that the file can be read"
+        ) from error
+    return size, state.hexdigest()
+
+
+def hash_files(paths: Iterable[Path]) -> tuple[HashedFile, ...]:
+    """Hash files in order, large ones only if size, time or inode have changed since.
+
+    What is remembered lies in `hashes.json` of psp's cache directory; where that cannot be written
+    every file is read.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    memory = _recall()
+    found, before = [], dict(memory)
+    for path in paths:
+        key, facts = str(path.resolve()), _facts(path)
+        known = memory.pop(key, None)
+        if known is None or (known.bytes, known.mtime_ns, known.inode) != facts:
+            size, digest = hash_file(path)
+            known = _Remembered(bytes=size, mtime_ns=facts[1], inode=facts[2], xxh3_128=digest)
+        if known.bytes >= _KEPT:
+            memory[key] = known
+        found.append(HashedFile(name=path.name, bytes=known.bytes, xxh3_128=known.xxh3_128))
+    if memory != before:
+        kept = dict(list(memory.items())[-_MOST:])
+        with suppress(OutputError):
+            write_sealed(_file(), plain(_Memory(files=kept)))
+    return tuple(found)
+
+
+def _facts(path: Path) -> tuple[int, int, int]:
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: {error.strerror or error}", "check that the file can be read"
+        ) from error
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+def _recall() -> dict[str, _Remembered]:
+    """Return what is remembered; a file that is missing or damaged holds nothing."""
+    try:
+        return parse(_Memory, read_sealed(_file(), DataError, "")).files
+    except (DataError, JsonError, json.JSONDecodeError):
+        return {}
+
+
+def _file() -> Path:
+    return cache_directory() / "hashes.json"
