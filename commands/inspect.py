@@ -7,21 +7,43 @@ from pathlib import Path
 import click
 
 from commands.options import PATH, json_option
-from commands.printing import show
+from commands.printing import echo, print_json, show
 
 
 @click.command()
-@click.argument("file", type=PATH, metavar="FILE.gguf|HEAD")
+@click.argument("paths", type=PATH, metavar="ARTIFACT [ARTIFACT]", nargs=-1, required=True)
 @json_option
-def inspect(file: Path, as_json: bool) -> None:
-    """Print keys, tensors, types, predictor ranks and bytes by kind.
+def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
+    """Print what an artifact is, and what it was made with; of two, how they differ.
 
-    Of a directory from train-predictor --head: what was measured.
+    Of an exported file: keys, tensors, types, predictor ranks and bytes by kind. Of a directory
+    with traces, predictors, a head's predictor or a sparsified model: what it says of itself.
     """
     from gguf_export.pwri.inspection import inspect_file, inspection_table
+    from pipeline.artifacts import (
+        compare,
+        comparison_table,
+        describe,
+        described_table,
+        made_table,
+        provenance_beside,
+    )
     from predictor.head.artifact import HeadArtifact
     from predictor.head.table import head_table
 
-    if file.is_dir():
-        return show(HeadArtifact.open(file), head_table, as_json=as_json)
-    show(inspect_file(file), inspection_table, as_json=as_json)
+    if len(paths) > 2:
+        raise click.UsageError("one artifact is shown, two are compared; these are more.")
+    if len(paths) == 2:
+        one, other = map(describe, paths)
+        return show(compare(one, other), comparison_table, as_json=as_json)
+    [path] = paths
+    if (path / "head.json").is_file():
+        return show(HeadArtifact.open(path), head_table, as_json=as_json)
+    if path.is_dir():
+        return show(describe(path), described_table, as_json=as_json)
+    document = inspect_file(path)
+    if as_json:
+        return print_json(document)
+    echo(inspection_table(document))
+    if provenance_beside(path).is_file():
+        echo("\n" + made_table(path))

@@ -15,7 +15,8 @@ from architectures.checkpoint import Checkpoint
 from architectures.model_files import compare_files, hashed_meanwhile, weight_files
 from common.errors import CheckpointError
 from common.hashing import HashedFile, hash_files
-from gguf_export.bundle import ExportConfig, export
+from gguf_export.bundle import export
+from gguf_export.settings import ExportConfig
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
