@@ -22,7 +22,7 @@ from gguf_export.pwri.element_types import check_predictor_types, runnable
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, expected_shapes, read_hyperparameters
 from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD, THRESHOLD_KEY, parse_name
-from gguf_export.tokens.vocabulary import PIECES, Vocabulary, read_file_vocabulary
+from gguf_export.tokens.vocabulary import PIECES, POWERINFER, Vocabulary, read_file_vocabulary
 from gguf_files.reader import GGUFFile
 
 RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
@@ -92,6 +92,11 @@ class OpenedFile:
 
     path: Path
 
+    @property
+    def engine(self) -> str:
+        """Whose file it is, one of the names in `tokens.vocabulary`."""
+        return POWERINFER
+
     @cached_property
     def file(self) -> GGUFFile:
         """The opened file."""
@@ -105,7 +110,7 @@ class OpenedFile:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """Its tokenizer."""
-        return read_file_vocabulary(self.file)
+        return read_file_vocabulary(self.file, self.engine)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:

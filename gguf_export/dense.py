@@ -15,7 +15,7 @@ from common.files import atomic_path, refuse_existing
 from gguf_export.plan import conversion_note, plan_model
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.requirements import check_types
-from gguf_export.settings import AUTO, SECOND_ENGINE, ExportConfig
+from gguf_export.settings import AUTO, LLAMA_CPP, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
 from gguf_export.smallthinker.head_predictor import open_head_predictor
 from gguf_export.smallthinker.mixture import check_mixture
@@ -29,12 +29,15 @@ from gguf_export.smallthinker.second_engine import (
     stored_neurons,
 )
 from gguf_export.smallthinker.types import ExpertTypes
+from gguf_export.tokens import vocabulary as names
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import splitting_note
-from gguf_export.tokens.vocabulary import PIECES, Vocabulary
+from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelWriter
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
 from predictor.head.artifact import HeadArtifact
+
+_ENGINES = {SECOND_ENGINE: names.SECOND_ENGINE, LLAMA_CPP: names.LLAMA_CPP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +185,7 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
     shape = checkpoint.shape
     neurons = stored_neurons(shape.d_model, shape.d_ff) if second else shape.d_ff
     config.plain_types.check(replace(shape, d_ff=neurons))
-    vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
+    vocabulary = _vocabulary(config, checkpoint)
     given = config.head_predictor
     made = DenseModel(
         checkpoint=checkpoint,
@@ -199,14 +202,15 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         if verify is not None:
             verify(path)
     return SingleFile(
-        config.out, (*checkpoint.notes, *vocabulary.notes, *_vocabulary_lines(vocabulary), *told)
+        config.out, (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *told)
     )
 
 
-def _vocabulary_lines(vocabulary: Vocabulary) -> Iterator[str]:
-    """Yield what is told of pieces, which llama.cpp finds in texts as PowerInfer does."""
-    if vocabulary.kind == PIECES:
-        yield from vocabulary.warnings
+def _vocabulary(config: ExportConfig, checkpoint: Checkpoint) -> Vocabulary:
+    """Read the model's tokenizer for the engine that will run the file."""
+    rows = checkpoint.shape.vocab_size
+    engine = _ENGINES[config.engine]
+    return read_vocabulary(checkpoint.directory, rows, checkpoint.config, engine=engine)
 
 
 def _export_mixture(
@@ -218,8 +222,7 @@ def _export_mixture(
     if second:
         check_sizes(checkpoint.shape, f"--engine {config.engine}")
     config.plain_types.check(checkpoint.shape)
-    rows = checkpoint.shape.vocab_size
-    vocabulary = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    vocabulary = _vocabulary(config, checkpoint)
     given, types = config.head_predictor, config.plain_types
     head = None if given is None else open_head_predictor(given, checkpoint)
     refuse_existing(config.out, force=config.force)
@@ -227,5 +230,10 @@ def _export_mixture(
         write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second, head=head)
         if verify is not None:
             verify(path)
-    told = (*checkpoint.notes, *vocabulary.notes, *mixture_notes(checkpoint, vocabulary))
+    told = (
+        *checkpoint.notes,
+        *vocabulary.notes,
+        *vocabulary.warnings,
+        *mixture_notes(checkpoint, vocabulary),
+    )
     return SingleFile(config.out, told)

@@ -23,6 +23,7 @@ from gguf_export.model_keys import add_keys, provenance
 from gguf_export.plan import PlannedTensor, plan_model
 from gguf_export.pwri.element_types import WIDE, FileTypes, encode
 from gguf_export.pwri.schema import parse_name
+from gguf_export.tokens.splitting import splitting_keys
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_files.elements import PLAIN
 from gguf_files.reader import SPARSE_MAGIC
@@ -104,7 +105,8 @@ class ModelFile:
         Args:
             path: where to write it, a temporary name.
             target: its final name, for messages.
-            keys: further keys, written as float32 or string; where the file comes from follows.
+            keys: further keys, written as bool, float32 or string; how texts are split and where
+                the file comes from follow.
             tensors: all of it, in order.
             sparse: whether PowerInfer runs it sparsely.
 
@@ -123,9 +125,8 @@ class ModelFile:
                     writer.add_uint32(key, size)
                 model = [each for each in tensors if parse_name(each.name).role != "predictor"]
                 _add_types(writer, model)
-                for key, value in {**keys, **provenance(self.checkpoint)}.items():
-                    add = writer.add_string if isinstance(value, str) else writer.add_float32
-                    add(key, value)
+                for key, value in {**keys, **self._told()}.items():
+                    _add_key(writer, key, value)
                 _write_tensors(writer, tensors)
                 if sparse:
                     writer.fout[0].seek(0)
@@ -135,6 +136,19 @@ class ModelFile:
         except ExportError:
             self.checkpoint.check_numbers()  # the cause, if it is there
             raise
+
+    def _told(self) -> dict[str, float | str]:
+        """Return what a file says of its tokenizer and its origin."""
+        return splitting_keys(self.checkpoint, self.vocabulary) | provenance(self.checkpoint)
+
+
+def _add_key(writer: GGUFWriter, key: str, value: float | str) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
 def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:

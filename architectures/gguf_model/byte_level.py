@@ -16,6 +16,7 @@ from gguf import GGUFValueType
 from architectures.gguf_model.rust_tokenizer import bpe, save
 from architectures.gguf_model.tokenizer_files import FileVocabulary
 from common.errors import CheckpointError
+from gguf_files.reader import GGUFFile
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -78,6 +79,11 @@ _NEWER = (*_LLAMA_3_NAMES, "tekken")
 text unless the file says otherwise."""
 
 
+def puts_bos(pre: str) -> bool:
+    """Whether llama.cpp puts BOS before a text of a file that does not say, by its way's name."""
+    return pre in _NEWER
+
+
 _TOLD = ("gpt-2", "smollm", "falcon", "llama-bpe", "qwen2", "tekken")
 """One name of each way."""
 
@@ -98,6 +104,13 @@ def splits_like(split: Callable[[str], list[str]], texts: Sequence[str]) -> str 
         if all(a == b for a, b in zip(found, expected, strict=True)):
             return name
     return None
+
+
+def splitting_notes(file: GGUFFile) -> tuple[str, ...]:
+    """Return a line if texts are split into words in a way that a file does not name."""
+    silent = "tokenizer.ggml.merges" in file.values and "tokenizer.ggml.pre" not in file.values
+    said = f"{file.path}: does not say how its tokenizer splits texts into words"
+    return (f"{said} (tokenizer.ggml.pre), GPT-2's way is taken",) if silent else ()
 
 
 def write(vocabulary: FileVocabulary, directory: Path) -> dict[str, Any]:

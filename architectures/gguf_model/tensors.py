@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from architectures.gguf_model.byte_level import splitting_notes
 from architectures.gguf_model.keys import FETCH_FILE
 from architectures.layouts import from_file
 from architectures.spec import Architecture, ModelShape, Transform
@@ -46,8 +47,6 @@ _ROUTER = re.compile(rf"blk\.\d+\.{ROUTER}\.weight")
 class GGUFTensors:
     """Lazy access to a file's tensors; see `architectures.source.Tensors`."""
 
-    notes: tuple[str, ...] = ()
-
     def __init__(
         self,
         file: GGUFFile,
@@ -69,6 +68,7 @@ class GGUFTensors:
                 read. What is missing is for the caller to tell.
         """
         self.file, self._architecture, self._shape = file, architecture, shape
+        self.notes = splitting_notes(file)
         self._experts = experts
         self._stored = dict(_stored(file, architecture, shape, experts=experts))
         self._numbers_of_experts = _numbers_of_experts(architecture, shape)

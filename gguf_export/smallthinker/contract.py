@@ -18,6 +18,7 @@ from gguf_export.contract import (
 from gguf_export.pwri.hyperparameters import Hyperparameters
 from gguf_export.pwri.schema import HEAD
 from gguf_export.smallthinker.hyperparameters import (
+    engine_of,
     expert_shapes,
     is_expert_file,
     is_mixture_file,
@@ -37,6 +38,11 @@ RUNNABLE = ("keys", "tokenizer", "tensor set", "shapes", "types")
 @dataclass(frozen=True)
 class ExpertFile(OpenedFile):
     """The parts of such a file, each read when first needed; each raises `FormatError`."""
+
+    @property
+    def engine(self) -> str:
+        """Whose file it is."""
+        return engine_of(self.file)
 
     @cached_property
     def hyper(self) -> Hyperparameters:

@@ -12,7 +12,7 @@ from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import shift_note
 from gguf_export.smallthinker.second_engine import stored_neurons
 from gguf_export.smallthinker.types import ExpertTypes
-from gguf_export.tokens.splitting import splitting_keys
+from gguf_export.tokens.splitting import bos_keys
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
@@ -45,7 +45,7 @@ def write_one_expert(
     """
     note, shape = shift_note(checkpoint), checkpoint.shape
     neurons = stored_neurons(shape.d_model, shape.d_ff) if transposed else shape.d_ff
-    keys = splitting_keys(checkpoint, vocabulary) | ({} if note is None else {NOTE_KEY: note})
+    keys = bos_keys(checkpoint, vocabulary) | ({} if note is None else {NOTE_KEY: note})
     tensors = list(plan_expert(checkpoint, types, transposed=transposed, neurons=neurons))
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))

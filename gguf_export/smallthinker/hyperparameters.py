@@ -7,6 +7,7 @@ from gguf import ExpertGatingFuncType, GGUFValueType
 from common.errors import FormatError
 from gguf_export.pwri.hyperparameters import Graph, Hyperparameters, check_sizes, read_sizes
 from gguf_export.pwri.schema import EMBEDDING, HEAD
+from gguf_export.tokens.vocabulary import LLAMA_CPP, SECOND_ENGINE
 from gguf_files.names import ROUTER, SMALLTHINKER
 from gguf_files.reader import GGUFFile
 
@@ -108,3 +109,8 @@ def is_transposed(file: GGUFFile) -> bool:
     if up is None or down is None or len(up.shape) < 2:
         return False
     return up.shape == down.shape and up.shape[-1] != up.shape[-2]
+
+
+def engine_of(file: GGUFFile) -> str:
+    """Return which engine a file is for."""
+    return SECOND_ENGINE if is_transposed(file) else LLAMA_CPP

@@ -8,7 +8,7 @@ from functools import cached_property
 from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, FormatError
 from gguf_export.contract import OpenedFile, Report, check_container, check_finite, check_tensors
-from gguf_export.smallthinker.hyperparameters import is_transposed
+from gguf_export.smallthinker.hyperparameters import engine_of, is_transposed
 from gguf_export.smallthinker.mixture import mixture_tensors
 from gguf_export.smallthinker.second_engine import (
     check_neuron_types,
@@ -22,6 +22,11 @@ from gguf_files.names import PROFILER
 @dataclass(frozen=True)
 class MixtureFile(OpenedFile):
     """The parts of such a file, each read when first needed."""
+
+    @property
+    def engine(self) -> str:
+        """Whose file it is."""
+        return engine_of(self.file)
 
     @cached_property
     def model(self) -> Checkpoint:

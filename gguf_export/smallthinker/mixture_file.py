@@ -10,7 +10,7 @@ from gguf_export.plan import PlannedTensor
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.mixture import mixture_sizes, mixture_tensors
 from gguf_export.smallthinker.types import ExpertTypes
-from gguf_export.tokens.splitting import splitting_keys, splitting_note
+from gguf_export.tokens.splitting import bos_keys, splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import SMALLTHINKER
@@ -65,4 +65,4 @@ def write_mixture(
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))
     file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, mixture_sizes(checkpoint))
-    file.write(path, target, splitting_keys(checkpoint, vocabulary), tensors)
+    file.write(path, target, bos_keys(checkpoint, vocabulary), tensors)

@@ -1,4 +1,4 @@
-"""A vocabulary from tokenizer.json (or vocab.json with merges.txt), as far as PowerInfer can do it.
+"""A vocabulary from tokenizer.json (or vocab.json with merges.txt), as far as an engine can do it.
 
 Byte-level BPE stays what it is; BPE that falls back to bytes becomes pieces with scores.
 """
@@ -18,7 +18,7 @@ from architectures.rust_tokenizer import RustTokenizer, spells_bytes, steps_of
 from common.errors import ExportError
 from gguf_export.tokens.encoders import BYTE_TOKENS, SPACE
 from gguf_export.tokens.layout import lay_out
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, BYTE_PIECES, PIECES, Vocabulary
+from gguf_export.tokens.vocabulary import BYTE_LEVEL, BYTE_PIECES, PIECES, POWERINFER, Vocabulary
 
 Step = dict[str, Any]
 """A part of the description: its `type` and the settings of that type."""
@@ -33,10 +33,12 @@ class _Source:
     Attributes:
         file: where it came from.
         document: the description, merges as pairs.
+        engine: that is to find its tokens.
     """
 
     file: Path
     document: Step
+    engine: str
 
     @property
     def model(self) -> Step:
@@ -80,20 +82,25 @@ class _Source:
         return list(dict.fromkeys(reversed(pairs)))[::-1]
 
     def refusal(self, reason: str) -> ExportError:
-        """Return the error for what a file for PowerInfer cannot hold."""
+        """Return the error for what a file for the engine cannot hold."""
         return ExportError(
-            f"{self.file}: {reason}, which PowerInfer cannot do",
+            f"{self.file}: {reason}, which {self.engine} cannot do",
             "use a model with the tokenizer "
             "of LLaMA or GPT-2, or change the file if texts come out the same",
         )
 
     def check(self) -> None:
-        """Refuse what PowerInfer cannot do whatever the vocabulary.
+        """Refuse what the engine cannot do whatever the vocabulary.
 
         Raises:
             ExportError: another kind of model, or a step that changes texts.
         """
         kind = self.model["type"]
+        if kind != "BPE" and self.engine != POWERINFER:
+            raise ExportError(
+                f"{self.file}: its model is {kind}, and psp writes BPE alone for {self.engine}",
+                "use a model with a BPE tokenizer",
+            )
         if kind != "BPE":
             raise self.refusal(f"its model is {kind}, not BPE")
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -132,17 +139,20 @@ def pre_tokeniser_name(steps: list[Step]) -> str:
     return "+".join(kinds)
 
 
-def read_json_vocabulary(tokenizer: RustTokenizer) -> Vocabulary:
-    """Turn vocabulary and merges into PowerInfer's lists.
+def read_json_vocabulary(tokenizer: RustTokenizer, engine: str = POWERINFER) -> Vocabulary:
+    """Turn vocabulary and merges into PowerInfer's lists, which are llama.cpp's.
+
+    How llama.cpp splits texts of byte-level BPE its file says, see `splitting`.
 
     Args:
         tokenizer: the loaded tokenizer.
+        engine: whose ids are told of.
 
     Raises:
         ExportError: another kind of model, or a step that changes texts.
         CheckpointError: an added token in the place of an ordinary one.
     """
-    source = _Source(tokenizer.file, tokenizer.document())
+    source = _Source(tokenizer.file, tokenizer.document(), engine)
     source.check()
     vocab: dict[str, int] = source.model["vocab"]
     vocabulary = lay_out(
@@ -153,16 +163,20 @@ def read_json_vocabulary(tokenizer: RustTokenizer) -> Vocabulary:
     )
     if not source.byte_level:
         ordinary = {t: n for t, n in vocab.items() if n not in tokenizer.files.added}
-        differences = (*_inconsistencies(ordinary, source.merges), *_splits(source))
+        differences = (*_inconsistencies(ordinary, source), *_splits(source))
         scores = _scores(vocab, source.merges, len(vocabulary.tokens))
-        return replace(vocabulary, scores=scores, differences=differences)
+        prefix = any(_prefixes(source))
+        return replace(vocabulary, scores=scores, differences=differences, space_prefix=prefix)
+    merges = [f"{left} {right}".encode() for left, right in source.merges]
+    if engine != POWERINFER:
+        return replace(vocabulary, merges=merges)
     warnings = list(vocabulary.warnings)
     if vocabulary.add_bos:
         token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
         warnings.insert(0, f"the model's tokenizer puts {token} before a text, PowerInfer does not")
     return replace(
         vocabulary,
-        merges=[f"{left} {right}".encode() for left, right in source.merges],
+        merges=merges,
         differences=tuple(_spelling_differences(source, tokenizer)),
         warnings=tuple(warnings),
     )
@@ -207,8 +221,9 @@ def _scores(vocab: dict[str, int], merges: list[tuple[str, str]], rows: int) -> 
     return scores
 
 
-def _inconsistencies(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Iterator[str]:
+def _inconsistencies(vocab: dict[str, int], source: _Source) -> Iterator[str]:
     """Yield how scores of tokens cannot say what the ranks of pairs say."""
+    merges = source.merges
     last: dict[str, int] = {}
     apart = 0
     for rank, (left, right) in enumerate(merges):
@@ -224,18 +239,27 @@ def _inconsistencies(vocab: dict[str, int], merges: list[tuple[str, str]]) -> It
         for at in range(1, len(token))
     )
     if missing:
-        yield f"{missing} pairs join to a token without a merge, and PowerInfer merges them too"
+        said = f"{missing} pairs join to a token without a merge"
+        yield f"{said}, and {source.engine} merges them too"
 
 
 def _splits(source: _Source) -> Iterator[str]:
-    """Yield how texts are prepared otherwise than PowerInfer prepares them."""
-    prefixes = [step["type"] == "Prepend" for step in source.normalisers]
+    """Yield how texts are prepared otherwise than the engine prepares them."""
+    engine = source.engine
     for step in source.pre_tokenisers:
-        if step["type"] == "Metaspace":
-            prefixes.append(step.get("prepend_scheme", "always") != "never")
-            if prefixes[-1]:
-                yield "a text that starts with a space gets none in front, PowerInfer adds one"
-        else:
-            yield f"the model's tokenizer splits words by {step['type']}, PowerInfer does not"
-    if not any(prefixes):
+        if step["type"] != "Metaspace":
+            yield f"the model's tokenizer splits words by {step['type']}, {engine} does not"
+        elif _puts_space(step):
+            yield f"a text that starts with a space gets none in front, {engine} adds one"
+    if engine == POWERINFER and not any(_prefixes(source)):
         yield "the model's tokenizer puts no space before a text, PowerInfer does"
+
+
+def _prefixes(source: _Source) -> Iterator[bool]:
+    """Yield of each step that may put a space before a text whether it does."""
+    yield from (step["type"] == "Prepend" for step in source.normalisers)
+    yield from (_puts_space(s) for s in source.pre_tokenisers if s["type"] == "Metaspace")
+
+
+def _puts_space(metaspace: Step) -> bool:
+    return bool(metaspace.get("prepend_scheme", "always") != "never")

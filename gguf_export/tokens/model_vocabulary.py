@@ -1,4 +1,4 @@
-"""The vocabulary of a checkpoint for PowerInfer, and how far its ids are the model's own."""
+"""The vocabulary of a checkpoint for an engine, and how far its ids are the model's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from architectures.tokenizer import Tokenizer, load_tokenizer
 from common.errors import ExportError
 from gguf_export.tokens.json_vocabulary import read_json_vocabulary
 from gguf_export.tokens.layout import lay_out
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary, vocabulary_problems
+from gguf_export.tokens.vocabulary import (
+    BYTE_LEVEL,
+    NONE,
+    PIECES,
+    POWERINFER,
+    Vocabulary,
+    vocabulary_problems,
+)
 
 MIXED_TEXTS = (
     "It was late. The lamps along the harbour had gone out one by one, and nobody spoke.",
@@ -46,56 +53,65 @@ _BPE, _USER_DEFINED = 2, 4
 """A model type and a piece's type in sentencepiece_model.proto."""
 
 
-def read_vocabulary(path: Path, vocab_size: int, config: Mapping[str, object] = {}) -> Vocabulary:
+def read_vocabulary(
+    path: Path,
+    vocab_size: int,
+    config: Mapping[str, object] = {},
+    *,
+    engine: str = POWERINFER,
+) -> Vocabulary:
     """Read a checkpoint's tokenizer: tokenizer.model, tokenizer.json or vocab.json and merges.txt.
 
     Args:
         path: the checkpoint's directory.
         vocab_size: rows of the model's embedding; more than there are tokens are padded.
         config: its config.json.
+        engine: whose ids these are to be, one of `vocabulary`'s names.
 
     Returns:
-        The vocabulary, with a warning for each way in which PowerInfer's ids will differ from the
-        model's own, and the share that does on texts of many kinds.
+        The vocabulary, with a warning for each way in which the engine's ids will differ from the
+        model's own, and the share that does on texts of many kinds. Of byte-level BPE that is told
+        of PowerInfer alone; see `splitting`.
 
     Raises:
         CheckpointError: no tokenizer or a damaged one.
-        ExportError: one that PowerInfer cannot follow or would stop at.
+        ExportError: one that the engine cannot follow or would stop at.
     """
     tokenizer = load_tokenizer(path, vocab_size, config)
     if isinstance(tokenizer, RustTokenizer):
-        vocabulary = read_json_vocabulary(tokenizer)
+        vocabulary = read_json_vocabulary(tokenizer, engine)
     else:
-        vocabulary = _read_sentencepiece(tokenizer)
+        vocabulary = _read_sentencepiece(tokenizer, engine)
     problem = next(vocabulary_problems(vocabulary), None)
     if problem is not None:
-        raise ExportError(
-            f"{tokenizer.file}: {problem}", "PowerInfer needs it, use another tokenizer"
-        )
+        needs = "PowerInfer needs it" if engine == POWERINFER else f"psp writes none for {engine}"
+        raise ExportError(f"{tokenizer.file}: {problem}", f"{needs}, use another tokenizer")
     if vocabulary.types[vocabulary.bos_id] != TokenType.CONTROL:
         token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
         raise ExportError(
             f"{tokenizer.file}: BOS is id {vocabulary.bos_id}, {token!r}, no token that controls",
             "set bos_token in tokenizer_config.json to the model's own",
         )
-    return _measured(vocabulary, tokenizer)
+    return _measured(replace(vocabulary, engine=engine), tokenizer)
 
 
 def _measured(vocabulary: Vocabulary, tokenizer: Tokenizer) -> Vocabulary:
     """Add the share of ids that differ, on texts of many kinds."""
-    texts = tuple(map(vocabulary.without_absent, MIXED_TEXTS))
-    share = share_differing(vocabulary.encode, tokenizer.encode, texts)
-    reasons, warnings = list(vocabulary.differences), list(vocabulary.warnings)
-    if share and not reasons:
-        reasons = ["PowerInfer's ids differ from those of the model's tokenizer"]
-    if reasons:
-        said = f"{share:.2%} of the ids of texts of many kinds differ from the model's tokenizer"
-        warnings = [*reasons, said, *warnings]
-    warnings += _absent(vocabulary)
+    engine, reasons = vocabulary.engine, list(vocabulary.differences)
+    warnings = list(vocabulary.warnings)
+    if engine == POWERINFER or vocabulary.kind == PIECES:
+        texts = tuple(map(vocabulary.without_absent, MIXED_TEXTS))
+        share = share_differing(vocabulary.encode, tokenizer.encode, texts)
+        if share and not reasons:
+            reasons = [f"{engine}'s ids differ from those of the model's tokenizer"]
+        if reasons:
+            said = f"{share:.2%} of the ids of texts of many kinds differ from the model's"
+            warnings = [*reasons, f"{said} tokenizer", *warnings]
+        warnings += _absent(vocabulary)
     if vocabulary.eos_id == NONE:
         default = 11 if vocabulary.kind == BYTE_LEVEL else 2
         warnings.append(
-            f"no end-of-sequence id is known, PowerInfer takes {default}; add it to config.json"
+            f"no end-of-sequence id is known, {engine} takes {default}; add it to config.json"
         )
     return replace(vocabulary, differences=tuple(reasons), warnings=tuple(warnings))
 
@@ -106,7 +122,7 @@ def _absent(vocabulary: Vocabulary) -> Iterator[str]:
         named = " ".join(f"{byte:02X}" for byte in bytes_)
         yield (
             f"the vocabulary has no token of {len(bytes_)} bytes that ordinary text does without "
-            f"({named}), and PowerInfer stops at a text that holds one"
+            f"({named}), and {vocabulary.engine} stops at a text that holds one"
         )
 
 
@@ -134,7 +150,7 @@ def share_differing(
     return 1 - same / total if total else 0.0
 
 
-def _read_sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
+def _read_sentencepiece(tokenizer: PieceTokenizer, engine: str) -> Vocabulary:
     """Turn a SentencePiece model into PowerInfer's lists.
 
     Types are those of PowerInfer@d3ebd7c convert.py:SentencePieceVocab.
@@ -147,7 +163,7 @@ def _read_sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
     trainer, normaliser, user_defined = _sections(model.serialized_model_proto())
     if trainer.get(3, 1) != _BPE:
         raise ExportError(
-            f"{tokenizer.file}: is no BPE model, the only kind whose pieces PowerInfer finds",
+            f"{tokenizer.file}: is no BPE model, the only kind whose pieces {_finder(engine)}",
             "use a model with a BPE tokenizer",
         )
     size = model.vocab_size()
@@ -159,8 +175,16 @@ def _read_sentencepiece(tokenizer: PieceTokenizer) -> Vocabulary:
     scores = [model.get_score(number) for number in range(size)]
     scores += [_PADDING_SCORE] * (len(vocabulary.tokens) - size)
     return replace(
-        vocabulary, scores=scores, differences=tuple(_differences(normaliser, user_defined))
+        vocabulary,
+        scores=scores,
+        space_prefix=bool(normaliser.get(3, 1)),
+        differences=tuple(_differences(normaliser, user_defined, engine)),
     )
+
+
+def _finder(engine: str) -> str:
+    """Say who finds pieces of BPE models alone."""
+    return "PowerInfer finds" if engine == POWERINFER else f"psp writes for {engine}"
 
 
 def _type(tokenizer: Any, number: int) -> int:
@@ -190,19 +214,19 @@ def _sections(proto: bytes) -> tuple[dict[int, Any], dict[int, Any], int]:
     return sections[2], sections[3], user_defined
 
 
-def _differences(normaliser: dict[int, Any], user_defined: int) -> Iterator[str]:
+def _differences(normaliser: dict[int, Any], user_defined: int, engine: str) -> Iterator[str]:
     """Yield what makes SentencePiece's ids differ (sentencepiece_model.proto:NormalizerSpec)."""
     if normaliser.get(2):
         name = bytes(normaliser.get(1, b"")).decode("utf-8", "replace")
-        yield f"tokenizer.model normalises text ({name}), PowerInfer does not"
-    if not normaliser.get(3, 1):
+        yield f"tokenizer.model normalises text ({name}), {engine} does not"
+    if engine == POWERINFER and not normaliser.get(3, 1):
         yield "tokenizer.model puts no space before a text, PowerInfer does"
     if normaliser.get(4, 1):
-        yield "tokenizer.model drops repeated spaces, PowerInfer keeps them"
+        yield f"tokenizer.model drops repeated spaces, {engine} keeps them"
     if user_defined:
         yield (
             f"tokenizer.model matches {user_defined} user-defined pieces whole, "
-            "PowerInfer merges them from characters or not at all"
+            f"{engine} merges them from characters or not at all"
         )
 
 

@@ -1,6 +1,11 @@
-"""What llama.cpp must be told of a tokenizer and PowerInfer does not ask: splitting, templates."""
+"""What llama.cpp must be told of a tokenizer and PowerInfer does not ask: splitting, BOS, template.
+
+PowerInfer's files have the first and the last too: read as a model again they are their model's.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.byte_level import splits_like
@@ -8,7 +13,8 @@ from architectures.gguf_model.source import GGUFSource
 from architectures.rust_tokenizer import RustTokenizer
 from architectures.tokenizer import chat_template_of
 from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, Vocabulary
+from gguf_export.tokens.vocabulary import ADD_BOS_KEY, BYTE_LEVEL, Vocabulary
+from gguf_files.reader import Value
 
 PRE_KEY = "tokenizer.ggml.pre"
 TEMPLATE_KEY = "tokenizer.chat_template"
@@ -16,8 +22,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 def splitting_keys(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, float | str]:
     """Return the keys; a GGUF model's own are copied with all others, and not among them."""
-    origin, keys = checkpoint.origin, dict[str, float | str]()
-    own = origin.file.values if isinstance(origin, GGUFSource) else {}
+    own, keys = _copied(checkpoint), dict[str, float | str]()
     name = None if PRE_KEY in own else splitting_name(checkpoint, vocabulary)
     if name is not None:
         keys[PRE_KEY] = name
@@ -27,6 +32,24 @@ def splitting_keys(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, 
     if template is not None:
         keys[TEMPLATE_KEY] = template
     return keys
+
+
+def bos_keys(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, float | str]:
+    """Return the key that says whether BOS goes before a text, if no other code writes it.
+
+    Without it llama.cpp goes by the kind of tokenizer. A checkpoint that says nothing gets BOS,
+    with which all ids of psp's begin; a GGUF model's file that does not, what llama.cpp takes.
+    """
+    own = _copied(checkpoint)
+    if ADD_BOS_KEY in own or not (own or vocabulary.add_bos is None):
+        return {}
+    return {ADD_BOS_KEY: vocabulary.add_bos is not False}
+
+
+def _copied(checkpoint: Checkpoint) -> Mapping[str, Value]:
+    """Return the keys that an export copies: a GGUF model's."""
+    origin = checkpoint.origin
+    return origin.file.values if isinstance(origin, GGUFSource) else {}
 
 
 def splitting_name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
@@ -39,9 +62,7 @@ def splitting_name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None
 
 def splitting_note(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
     """Return a warning where llama.cpp will not split texts as the model does; None elsewhere."""
-    origin = checkpoint.origin
-    told = isinstance(origin, GGUFSource) and PRE_KEY in origin.file.values
-    known = told or vocabulary.kind != BYTE_LEVEL
+    known = PRE_KEY in _copied(checkpoint) or vocabulary.kind != BYTE_LEVEL
     if known or splitting_name(checkpoint, vocabulary) is not None:
         return None
     return (

@@ -1,7 +1,8 @@
 """A vocabulary as PowerInfer has it: its keys, what would stop PowerInfer, texts to ids and back.
 
-Source: PowerInfer@d3ebd7c llama.cpp:llm_load_vocab, llama_tokenize_internal and
-llama_token_to_piece.
+llama.cpp of today finds pieces in texts as PowerInfer does, but minds keys that PowerInfer does not
+read. Source: PowerInfer@d3ebd7c llama.cpp:llm_load_vocab, llama_tokenize_internal and
+llama_token_to_piece; llama.cpp@0c1e570 src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ BYTE_LEVEL = "gpt2"
 """`tokenizer.ggml.model` of byte-level BPE, which merges by rank."""
 BYTE_PIECES = {b"<0x%02X>" % byte: byte for byte in range(256)}
 """The byte of each piece that stands for one."""
+POWERINFER, SECOND_ENGINE, LLAMA_CPP = "PowerInfer", "PowerInfer's second engine", "llama.cpp"
+"""Whose ids a vocabulary's are, as messages call it."""
+ADD_BOS_KEY, SPACE_KEY = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_space_prefix"
+"""Whether BOS and a space go before a text; PowerInfer's first engine reads neither."""
 DEFAULT_BOS = {PIECES: 1, BYTE_LEVEL: 11}
 """Begin-of-sequence ids of files without the key (PowerInfer@d3ebd7c llama.cpp:llm_load_vocab)."""
 ORDINARY_BYTES = frozenset(
@@ -64,9 +69,12 @@ class Vocabulary:
         pad_id: padding id, or -1.
         add_bos: whether the model's own tokenizer puts BOS before a text, None if it does not say.
             PowerInfer ignores it: it puts BOS before pieces and none before byte-level BPE.
-        differences: why PowerInfer's ids of a text may differ from the model's own, a line each.
+        space_prefix: whether the model's own tokenizer puts a space before a text of pieces.
+            PowerInfer ignores it: it puts one there.
+        engine: whose ids these are. All but `POWERINFER` do as `space_prefix` says.
+        differences: why the engine's ids of a text may differ from the model's own, a line each.
         notes: what a user should know of the model's own ids.
-        warnings: what a user should know of PowerInfer's, the differences and their measured share
+        warnings: what a user should know of the engine's, the differences and their measured share
             included.
     """
 
@@ -80,6 +88,8 @@ class Vocabulary:
     unk_id: int = NONE
     pad_id: int = NONE
     add_bos: bool | None = None
+    space_prefix: bool = True
+    engine: str = POWERINFER
     differences: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -132,15 +142,17 @@ class Vocabulary:
 
         Args:
             text: any text.
-            space_prefix: put a space in front, as PowerInfer's `perplexity` does for pieces and its
-                `main` does not (it parses special tokens, which turns the prefix off).
+            space_prefix: put a space in front of pieces if the engine does. PowerInfer's
+                `perplexity` does and its `main` does not (it parses special tokens, which turns the
+                prefix off).
 
         Raises:
             DataError: a text that is no UTF-8, at which PowerInfer stops with byte-level tokens.
         """
         if not text:
             return []
-        return self._encode(_to_bytes(" " * (space_prefix and self.kind == PIECES) + text))
+        begun = self.kind == PIECES and (self.space_prefix or self.engine == POWERINFER)
+        return self._encode(_to_bytes(" " * (space_prefix and begun) + text))
 
     @cached_property
     def absent_bytes(self) -> frozenset[int]:
@@ -244,10 +256,16 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
             add(number)
     if vocabulary.add_bos is not None:
         writer.add_add_bos_token(vocabulary.add_bos)
+    if not vocabulary.space_prefix:
+        writer.add_add_space_prefix(False)
 
 
-def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
+def read_file_vocabulary(file: GGUFFile, engine: str = POWERINFER) -> Vocabulary:
     """Read the keys back.
+
+    Args:
+        file: the file.
+        engine: whose ids these are to be.
 
     Raises:
         FormatError: they are missing, of other types or lengths, or of another kind, or PowerInfer
@@ -265,6 +283,10 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
     def number(name: str, default: int = NONE) -> Any:
         return file.optional(f"tokenizer.ggml.{name}_token_id", GGUFValueType.UINT32, default)
 
+    def flag(key: str, default: bool | None) -> Any:
+        read = engine != POWERINFER
+        return file.optional(key, GGUFValueType.BOOL, default) if read else default
+
     tokens = array("tokens", GGUFValueType.STRING)
     merges = array("merges", GGUFValueType.STRING) if kind == BYTE_LEVEL else []
     scores = array("scores", GGUFValueType.FLOAT32).tolist() if kind == PIECES else []
@@ -278,6 +300,9 @@ def read_file_vocabulary(file: GGUFFile) -> Vocabulary:
         eos_id=number("eos"),
         unk_id=number("unknown"),
         pad_id=number("padding"),
+        add_bos=flag(ADD_BOS_KEY, None),
+        space_prefix=kind != PIECES or flag(SPACE_KEY, True),
+        engine=engine,
     )
     problem = next(vocabulary_problems(vocabulary), None)
     if problem is not None:

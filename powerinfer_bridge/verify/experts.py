@@ -12,6 +12,7 @@ from gguf import GGUFValueType
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
+from architectures.gguf_model.byte_level import puts_bos
 from architectures.gguf_model.source import GGUFSource
 from architectures.model import LoadedModel, load_model
 from common.errors import EXPORT_AGAIN, EngineError, FormatError
@@ -23,7 +24,7 @@ from gguf_export.smallthinker.requirements import check_one_expert
 from gguf_export.smallthinker.second_engine import stored_neurons
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import PRE_KEY, splitting_name, splitting_note
-from gguf_export.tokens.vocabulary import BYTE_LEVEL
+from gguf_export.tokens.vocabulary import ADD_BOS_KEY, BYTE_LEVEL, Vocabulary
 from gguf_files.names import DENSE_DOWN, PROFILER, expert_name
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.expert import ExpertEngine
@@ -129,12 +130,13 @@ def _near(expected: torch.Tensor, found: torch.Tensor) -> bool:
 
 
 def same_tokens(opened: OpenedFile, checkpoint: Checkpoint) -> str:
-    """Demand the model's vocabulary, and the name of how it splits texts into words."""
+    """Demand the model's vocabulary, its ids or the name of how it splits texts, and its BOS."""
+    rows = len(opened.vocabulary.tokens)
+    expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config, engine=opened.engine)
+    require_vocabulary(opened.vocabulary, expected)
+    _same_bos(opened, expected)
     if opened.vocabulary.kind != BYTE_LEVEL:
         return same_ids(opened, checkpoint, compared_text())
-    rows = len(opened.vocabulary.tokens)
-    expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
-    require_vocabulary(opened.vocabulary, expected)
     found = opened.file.optional(PRE_KEY, GGUFValueType.STRING, None)
     origin, wanted = checkpoint.origin, None
     if isinstance(origin, GGUFSource):
@@ -144,6 +146,21 @@ def same_tokens(opened: OpenedFile, checkpoint: Checkpoint) -> str:
         raise FormatError(f"{PRE_KEY} is {found!r}, expected {wanted!r}", EXPORT_AGAIN)
     note = splitting_note(checkpoint, expected)
     return f"the model's vocabulary; {note or f'llama.cpp splits texts as {found}'}"
+
+
+def _same_bos(opened: OpenedFile, expected: Vocabulary) -> None:
+    """Demand BOS before a text unless the model says that there is none."""
+    found, wanted = opened.vocabulary.add_bos, expected.add_bos is not False
+    if found is None:
+        pre = opened.file.optional(PRE_KEY, GGUFValueType.STRING, "")
+        found = expected.kind != BYTE_LEVEL or puts_bos(pre)
+    if found != wanted:
+        said, told = ("BOS" if each else "no BOS" for each in (found, wanted))
+        raise FormatError(
+            f"{ADD_BOS_KEY}: {opened.engine} puts {said} before a text of this file, expected "
+            f"{told}",
+            EXPORT_AGAIN,
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from common.errors import FormatError, reason
 from gguf_export.contract import OpenedFile
 from gguf_export.tokens.encoders import spell, split_words
 from gguf_export.tokens.model_vocabulary import read_vocabulary, share_differing
-from gguf_export.tokens.vocabulary import BYTE_LEVEL, NONE, PIECES, Vocabulary
+from gguf_export.tokens.vocabulary import (
+    BYTE_LEVEL,
+    NONE,
+    PIECES,
+    POWERINFER,
+    SPACE_KEY,
+    Vocabulary,
+)
 
 _DEFAULTS = {PIECES: {"eos_id": 2, "unk_id": 0}, BYTE_LEVEL: {"eos_id": 11}}
 """Ids that PowerInfer@d3ebd7c llama.cpp:llm_load_vocab takes where a file has no key for them."""
@@ -30,7 +37,7 @@ _MIXED = (
 
 
 def same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
-    """Demand the model's vocabulary, and its ids as far as PowerInfer's algorithm gives them.
+    """Demand the model's vocabulary, and its ids as far as the engine's algorithm gives them.
 
     The tokens are also held to those of transformers' loader, which knows nothing of psp, and it is
     said how far its ids are those of the model's files.
@@ -45,7 +52,9 @@ def same_ids(opened: OpenedFile, checkpoint: Checkpoint, text: str) -> str:
     """
     vocabulary, tokenizer = opened.vocabulary, checkpoint.tokenizer()
     rows = len(vocabulary.tokens)
-    expected = read_vocabulary(checkpoint.directory, rows, checkpoint.config)
+    expected = read_vocabulary(
+        checkpoint.directory, rows, checkpoint.config, engine=vocabulary.engine
+    )
     require_vocabulary(vocabulary, expected)
     parts = [vocabulary.without_absent(part) for part in (text, _MIXED)]
     count = sum(_same_part(vocabulary, expected, tokenizer, part) for part in parts)
@@ -73,6 +82,13 @@ def require_vocabulary(vocabulary: Vocabulary, expected: Vocabulary) -> None:
     for name in ("kind", "tokens", "types", "merges", "eos_id", "unk_id", "pad_id"):
         if _effective(vocabulary, name) != _effective(expected, name):
             raise FormatError(f"tokenizer: {name} differ from the model's", "export it again")
+    if vocabulary.space_prefix != expected.space_prefix and vocabulary.engine != POWERINFER:
+        said = "a space" if expected.space_prefix else "none"
+        raise FormatError(
+            f"{SPACE_KEY}: {vocabulary.engine} puts {'a' if vocabulary.space_prefix else 'no'} "
+            f"space before a text of this file, the model's tokenizer {said}",
+            "export it again",
+        )
     if not np.array_equal(vocabulary.scores, np.array(expected.scores, dtype=np.float32)):
         raise FormatError("tokenizer: scores differ from the model's", "export it again")
 
