@@ -103,8 +103,6 @@ def _gated_shape(
     if d_model % n_heads:
         refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", MEND)
     head_dim = number(config, "head_dim", default=d_model // n_heads)
-    if head_dim * n_heads != d_model:
-        refuse("head_dim", head_dim, f"{d_model // n_heads}", "PowerInfer derives it from sizes")
     if head_dim % 2:
         refuse("head_dim", head_dim, "an even number", "rotary positions turn pairs")
     n_kv_heads = number(config, "num_key_value_heads", default=n_heads)
@@ -187,6 +185,7 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
         num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.n_heads,
         num_key_value_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
         max_position_embeddings=shape.context_length,
         rms_norm_eps=shape.norm_eps,
         rope_parameters=rope_parameters(shape.rope_theta, shape.rope_scaling),

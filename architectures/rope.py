@@ -1,9 +1,10 @@
 """Rotary positions as configs give them: their base, and what scales them for longer contexts.
 
 Only what PowerInfer computes without any option on its command line is accepted: `linear`, and
-`yarn` with the constants that its context parameters begin with. Source: transformers
+`yarn` with the constants that its context parameters begin with. llama.cpp's one graph with ReLU is
+given no factors of frequencies, which `llama3` needs. Source: transformers
 `modeling_rope_utils.py`; PowerInfer@d3ebd7c llama.cpp:llama_context_default_params,
-llama_new_context_with_model and ggml.c:rope_yarn.
+llama_new_context_with_model and ggml.c:rope_yarn; llama.cpp@0c1e570 src/models/smallthinker.cpp.
 """
 
 from __future__ import annotations
@@ -64,11 +65,12 @@ def read_rope(config: Config) -> tuple[float, RopeScaling | None]:
         refuse("rope_theta", theta, f"at most {_LARGEST_BASE:g}", MEND)
     share = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if share not in (None, 1):
-        refuse("partial_rotary_factor", share, "1", "PowerInfer turns whole heads")
+        remedy = "PowerInfer turns whole heads, and so does llama.cpp where it computes ReLU"
+        refuse("partial_rotary_factor", share, "1", remedy)
     if kind == "default":
         return theta, None
     if kind not in ("linear", "yarn"):
-        remedy = "PowerInfer has no other scaling of positions"
+        remedy = "PowerInfer scales positions in no other way, nor does llama.cpp in its ReLU graph"
         refuse("rope_type", kind, "'default', 'linear' or 'yarn'", remedy)
     factor = real(given, "factor", None)
     if not 1 <= factor <= MAX_SIZE:

@@ -133,8 +133,8 @@ def _piece_tokenizer(
     bos, note = files.special_id("bos", id_of, own)
     if bos is None or (own is None and id_of(files.named("bos") or "") is None):
         raise CheckpointError(
-            f"{file}: has no BOS piece, which PowerInfer needs, and tokenizer_config.json names no "
-            "bos_token of it",
+            f"{file}: has no BOS piece, with which psp begins every text, and "
+            "tokenizer_config.json names no bos_token of it",
             "use another tokenizer.model",
         )
     found = PieceTokenizer(file=file, model=pieces, files=files, bos=bos, adds_bos=files.add_bos)
@@ -180,7 +180,7 @@ def _class_notes(files: TokenizerFiles, file: Path) -> Iterator[str]:
     if name in _LLAMA:
         yield (
             f"tokenizer_config.json names {name}, which in transformers 5 gives a text that begins "
-            f"with spaces one fewer; psp and PowerInfer follow {file.name}"
+            f"with spaces one fewer; psp and the files it writes follow {file.name}"
         )
 
 

@@ -23,9 +23,10 @@ from gguf_export.pwri.statistics import (
     may_have_statistics,
     statistics_file,
 )
-from gguf_export.requirements import check_model, check_types
+from gguf_export.requirements import check_model, check_types, window_note
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
+from gguf_export.tokens.vocabulary import POWERINFER
 from gguf_export.writer import ModelWriter
 from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY, SMALLTHINKER
 
@@ -151,7 +152,7 @@ def export(
         *checkpoint.notes,
         *vocabulary.notes,
         *vocabulary.warnings,
-        *(() if converted is None else (converted,)),
+        *(line for line in (window_note(checkpoint, POWERINFER), converted) if line is not None),
         *(() if dense is None else dense.warnings),
     )
     bundle = replace(Bundle.beside(config.out), warnings=warnings)

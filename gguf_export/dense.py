@@ -14,7 +14,7 @@ from common.errors import ExportError
 from common.files import atomic_path, refuse_existing
 from gguf_export.plan import conversion_note, plan_model
 from gguf_export.pwri.element_types import FileTypes
-from gguf_export.requirements import check_types
+from gguf_export.requirements import check_types, window_note
 from gguf_export.settings import AUTO, LLAMA_CPP, SECOND_ENGINE, ExportConfig
 from gguf_export.smallthinker.file import write_one_expert
 from gguf_export.smallthinker.head_predictor import open_head_predictor
@@ -75,7 +75,8 @@ class DenseModel:
         else:
             tensors = list(plan_model(self.checkpoint, sparse=False, types=self.types))
             said = [self.checkpoint.architecture.dense_note]
-        engine = "llama.cpp" if isinstance(self.types, ExpertTypes) else "PowerInfer"
+        engine = names.LLAMA_CPP if isinstance(self.types, ExpertTypes) else names.POWERINFER
+        engine = names.SECOND_ENGINE if self.transposed else engine
         for line in (conversion_note(tensors, engine), *said):
             if line is not None:
                 yield line if line.startswith("dense file") else f"dense file: {line}"
@@ -195,6 +196,8 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         head=None if given is None else open_head_predictor(given, checkpoint),
     )
     told = (line.removeprefix("dense file: ") for line in made.warnings)
+    said = window_note(checkpoint, vocabulary.engine)
+    window = () if said is None else (said,)
     refuse_existing(config.out, force=config.force)
     with ExitStack() as stack:
         path = stack.enter_context(atomic_path(config.out))
@@ -202,7 +205,7 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         if verify is not None:
             verify(path)
     return SingleFile(
-        config.out, (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *told)
+        config.out, (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *window, *told)
     )
 
 

@@ -64,11 +64,29 @@ def check_model(checkpoint: Checkpoint) -> None:
             "PowerInfer computes smaller FFNs wrongly",
         )
     if shape.d_model != shape.n_heads * shape.head_dim:
-        raise ExportError("heads times head size differ from d_model", "PowerInfer cannot run it")
+        raise ExportError(
+            f"{shape.n_heads} heads of {shape.head_dim} numbers are not d_model {shape.d_model}, "
+            "from which PowerInfer derives their size",
+            "export for llama.cpp (--engine llama.cpp) if it is a LLaMA with ReLU",
+        )
     if shape.d_model % BLOCK:
         raise ExportError(
             f"d_model {shape.d_model} is no multiple of {BLOCK}", "PowerInfer cannot run it"
         )
+
+
+def window_note(checkpoint: Checkpoint, engine: str) -> str | None:
+    """Return that a model's sliding window became its context, None if it has none."""
+    named, context = (
+        checkpoint.config.get("max_position_embeddings"),
+        checkpoint.shape.context_length,
+    )
+    if not isinstance(named, int) or named <= context:
+        return None
+    return (
+        f"the file's context is {context} tokens, the model's sliding window, which {engine} does "
+        f"not compute: in a text of more, up to {named}, every token would see all before it"
+    )
 
 
 def check_types(checkpoint: Checkpoint, types: FileTypes, *, dense: bool) -> None:

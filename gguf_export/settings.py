@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,16 +29,14 @@ AUTO = "auto"
 _DEFAULT, _NEURONS = "f16", "q4_0"
 _TYPES = f"[{'|'.join(ELEMENT_NAMES)}]"
 _BUDGET = Option("VRAM for PowerInfer, such as 24GiB: write which neurons live there.", "SIZE")
-Context = Annotated[
-    int, Option("Context that PowerInfer will be run with (-c), tokens.", names=("--ctx",), least=1)
-]
-KvType = Annotated[
-    str,
-    Option(
-        "Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.",
-        choices=("f16", "f32"),
-    ),
-]
+_CONTEXT = Option(
+    "Context that PowerInfer will be run with (-c), tokens.", names=("--ctx",), least=1
+)
+_KV_TYPE = Option(
+    "Type of the KV cache in that run; f32 is PowerInfer's --memory-f32.", choices=("f16", "f32")
+)
+_TOKENS, _KV = 512, "f16"
+"""What that run has if nothing else is said."""
 
 
 def _expert_types(name: str | None, option: str) -> ExpertTypes:
@@ -137,8 +135,8 @@ class ExportConfig:
         ),
     ] = None
     vram_budget: Annotated[str | None, _BUDGET] = None
-    context: Context = 512
-    kv_type: KvType = "f16"
+    context: Annotated[int | None, replace(_CONTEXT, unset=f"{_TOKENS}")] = None
+    kv_type: Annotated[str | None, replace(_KV_TYPE, unset=_KV)] = None
     force: Force = False
 
     def __post_init__(self) -> None:
@@ -158,6 +156,12 @@ class ExportConfig:
                 "--head-predictor is for PowerInfer's second engine",
                 f"pass --engine {SECOND_ENGINE} or leave it out",
             )
+        if self.engine != POWERINFER and self.dense_type is not None:
+            raise ExportError(
+                f"--dense-type {self.dense_type} is for the file that --dense writes beside "
+                f"PowerInfer's, not for --engine {self.engine}",
+                f"pass --outtype {self.dense_type}",
+            )
         if not self.dense and (self.dense_arch != AUTO or self.dense_type is not None):
             raise ExportError("--dense-arch and --dense-type are for --dense", "pass --dense")
         _ = (self.types if self.engine == POWERINFER else self.plain_types), self.split
@@ -167,7 +171,10 @@ class ExportConfig:
         yield "--predictors", self.predictors is not None
         yield "--predictor-type", self.predictor_type is not None
         yield "--dense", self.dense
+        yield "--dense-arch", self.dense_arch != AUTO
         yield "--vram-budget", self.vram_budget is not None
+        yield "--ctx", self.context is not None
+        yield "--kv-type", self.kv_type is not None
         sparse = self.out.name.endswith(SUFFIX)
         yield f"the name *{SUFFIX}", sparse
 
@@ -204,8 +211,8 @@ class ExportConfig:
         return SplitConfig(
             file=self.out,
             vram_budget=self.vram_budget,
-            context=self.context,
-            kv_type=self.kv_type,
+            context=_TOKENS if self.context is None else self.context,
+            kv_type=_KV if self.kv_type is None else self.kv_type,
         )
 
 
@@ -221,8 +228,8 @@ class SplitConfig:
 
     file: ModelFile
     vram_budget: Annotated[str, _BUDGET]
-    context: Context = 512
-    kv_type: KvType = "f16"
+    context: Annotated[int, _CONTEXT] = _TOKENS
+    kv_type: Annotated[str, _KV_TYPE] = _KV
     statistics: Annotated[
         Path | None,
         Option(

@@ -24,12 +24,19 @@ from gguf_export.plan import PlannedTensor, plan_model
 from gguf_export.pwri.element_types import WIDE, FileTypes, encode
 from gguf_export.pwri.schema import parse_name
 from gguf_export.tokens.splitting import splitting_keys
-from gguf_export.tokens.vocabulary import Vocabulary
+from gguf_export.tokens.vocabulary import LLAMA_CPP, POWERINFER, SECOND_ENGINE, Vocabulary
 from gguf_files.elements import PLAIN
 from gguf_files.reader import SPARSE_MAGIC
 
 _PIECE = 1 << 20
 """Numbers that are converted at once."""
+
+_TOO_LARGE = {
+    POWERINFER: ("the type PowerInfer computes in", "the checkpoint cannot be exported"),
+    SECOND_ENGINE: ("the type of Q4_0's steps", "the checkpoint cannot be exported"),
+    LLAMA_CPP: ("the type asked for or that of Q4_0's steps", "choose --outtype bf16 or q8_0"),
+}
+"""Why a number must fit float16, and what to do where it does not, by engine."""
 
 _UP = re.compile(r"\.ffn_up(_exps)?\.")
 
@@ -127,7 +134,7 @@ class ModelFile:
                 _add_types(writer, model)
                 for key, value in {**keys, **self._told()}.items():
                     _add_key(writer, key, value)
-                _write_tensors(writer, tensors)
+                _write_tensors(writer, tensors, self.vocabulary.engine)
                 if sparse:
                     writer.fout[0].seek(0)
                     writer.fout[0].write(SPARSE_MAGIC)
@@ -168,7 +175,7 @@ def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
         writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _write_tensors(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
+def _write_tensors(writer: GGUFWriter, tensors: Sequence[PlannedTensor], engine: str) -> None:
     """Write header and tensors, through the file object: it says why a write failed, numpy not."""
     for tensor in tensors:
         # With a type of its own given, the writer takes no notice of numpy's.
@@ -182,13 +189,13 @@ def _write_tensors(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None
     with flushed_meanwhile(file.fileno()):
         for tensor in tqdm(tensors, unit="tensor", desc="export-gguf", disable=None):
             begin = file.tell()
-            for piece in _pieces(tensor):
+            for piece in _pieces(tensor, engine):
                 file.write(piece.data)
             assert file.tell() - begin == tensor.size
             writer.write_padding(file, tensor.size)
 
 
-def _pieces(tensor: PlannedTensor) -> Iterator[npt.NDArray[np.generic]]:
+def _pieces(tensor: PlannedTensor, engine: str) -> Iterator[npt.NDArray[np.generic]]:
     """Yield a tensor's data: copied where it is stored as it will be, else converted."""
     if tensor.stored is not None:
         data = tensor.stored()
@@ -196,19 +203,16 @@ def _pieces(tensor: PlannedTensor) -> Iterator[npt.NDArray[np.generic]]:
         return
     numbers = tensor.read()
     rows = max(1, _PIECE * len(numbers) // numbers.numel())
-    yield from made_ahead(partial(_encode, tensor), torch.split(numbers, rows))
+    yield from made_ahead(partial(_encode, tensor, engine), torch.split(numbers, rows))
 
 
-def _encode(tensor: PlannedTensor, piece: torch.Tensor) -> npt.NDArray[np.generic]:
+def _encode(tensor: PlannedTensor, engine: str, piece: torch.Tensor) -> npt.NDArray[np.generic]:
     if tensor.kind in WIDE:
         return encode(piece.float().numpy(), tensor.kind)
     half = piece.half()
     if piece.dtype != torch.float16 and not torch.isfinite(torch.stack(half.aminmax())).all():
-        largest = float(piece.float().abs().max())
-        raise ExportError(
-            f"tensor {tensor.name}: largest magnitude {largest:g} does not fit float16, the "
-            "type PowerInfer computes in",
-            "the checkpoint cannot be exported",
-        )
+        largest, (why, remedy) = float(piece.float().abs().max()), _TOO_LARGE[engine]
+        problem = f"tensor {tensor.name}: largest magnitude {largest:g} does not fit float16"
+        raise ExportError(f"{problem}, {why}", remedy)
     # A copy even where nothing changes: it takes the waiting for a mapped file off the writer.
     return encode(half.clone(memory_format=torch.contiguous_format).numpy(), tensor.kind)

@@ -221,14 +221,13 @@ def test_an_unsupported_class_is_named_and_the_supported_are_listed(
         ({"hidden_act": None}, ["hidden_act is None", "'relu'", "ReLU-fication"]),
         ({"mlp_bias": True}, ["mlp_bias is True", "expected false", "no biases"]),
         ({"attention_bias": True}, ["attention_bias is True", "expected false", "no biases"]),
-        ({"head_dim": 32}, ["head_dim is 32", "expected 16"]),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "rope_theta": 1e4}},
-            ["rope_type is 'llama3'", "'default'", "PowerInfer has no other"],
+            ["rope_type is 'llama3'", "'default'", "PowerInfer scales positions in no other way"],
         ),
         (
             {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            ["rope_type is 'dynamic'", "'default'", "PowerInfer has no other"],
+            ["rope_type is 'dynamic'", "'default'", "PowerInfer scales positions in no other way"],
         ),
         ({"head_dim": 15, "hidden_size": 60}, ["head_dim is 15", "even"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "a divisor of 4"]),

@@ -282,7 +282,7 @@ def test_what_llama_cpp_would_stop_at_is_found(
     assert "is 9, expected 1 or 2" in verify(other).checks["keys"].line
     sizes = {"smallthinker.attention.key_length": 32}
     other = rewritten(file, tmp_path / "length.gguf", sizes=sizes)
-    assert "is 32, the head size is 16" in verify(other).checks["keys"].line
+    assert "value_length is 16, the head size is 32" in verify(other).checks["keys"].line
     flat = (1012 * 64,), Kind.F16, bytes(2 * 1012 * 64)
     changes = {f"blk.0.ffn_{stem}_exps.weight": flat for stem in ("up", "down")}
     other = rewritten(file, tmp_path / "flat.gguf", tensors=changes)

@@ -474,7 +474,8 @@ def test_a_file_with_a_predictor_that_cannot_run_is_refused(
     wrong = GGMLQuantizationType[kind]
     tensors.append(PlannedTensor(PROFILER, shape, wrong, lambda: torch.ones(shape)))
     vocabulary = read_vocabulary(checkpoint.directory, VOCABULARY, checkpoint.config)
-    file = ModelFile(checkpoint, vocabulary, "smallthinker", expert_sizes(checkpoint.shape.d_ff))
+    sizes = expert_sizes(checkpoint.shape, checkpoint.shape.d_ff)
+    file = ModelFile(checkpoint, vocabulary, "smallthinker", sizes)
     file.write(path, path, {}, tensors)
     with refused(FormatError, said):
         check_profiler(GGUFFile(path), 128, VOCABULARY)

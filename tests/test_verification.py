@@ -120,7 +120,11 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
         {"keys"},
         "key llama.block_count is missing",
     ),
-    "heads": (value("llama.attention.head_count", 3), {"keys"}, "n_heads=3"),
+    "heads": (
+        value("llama.attention.head_count", 3),
+        {"keys"},
+        "is 64, expected a multiple of twice the attention.head_count 3",
+    ),
     "blocks": (value("llama.block_count", 20_000), {"keys"}, "more than there are tensors"),
     "rope": (value("llama.rope.dimension_count", 8), {"keys"}, "is not the head size 16"),
     "architecture": (value("general.architecture", b"mpt"), {"keys"}, "'mpt'"),

@@ -7,6 +7,7 @@ and llm_load_sparse_model_tensors. The engine follows these descriptions and kno
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -119,7 +120,8 @@ class Hyperparameters:
     `graph` is the architecture's; `two_norms` says that attention has a norm beside the FFN's
     (Falcon-40B); `norm_eps` is 0 and `rope_theta` is 0 where the graph has none; `threshold` is the
     file's `powerinfer.sparse_threshold`; `activation_threshold` is FATReLU's, which tells active
-    neurons but changes nothing that is computed.
+    neurons but changes nothing that is computed; `key_length` is the size of one head where a file
+    names it, which PowerInfer's do not, else 0.
     """
 
     name: str
@@ -136,11 +138,12 @@ class Hyperparameters:
     rope_scaling: RopeScaling | None
     threshold: float
     activation_threshold: float
+    key_length: int = 0
 
     @property
     def head_dim(self) -> int:
         """Size of one head."""
-        return self.d_model // self.n_heads
+        return self.key_length or self.d_model // self.n_heads
 
     @property
     def skips_neurons(self) -> bool:
@@ -230,32 +233,66 @@ def _scaling(file: GGUFFile, kind: str, graph: Graph) -> RopeScaling | None:
     return RopeScaling(kind="yarn", factor=factor, original_context=context)
 
 
-def check_sizes(file: GGUFFile, found: Hyperparameters, *, least_d_ff: int = 1) -> None:
+def check_sizes(
+    file: GGUFFile, found: Hyperparameters, *, least_d_ff: int = 1, rows: int = BLOCK
+) -> None:
     """Do nothing if sizes and constants can be those of a model.
 
+    Args:
+        file: whose they are.
+        found: the sizes and constants.
+        least_d_ff: the smallest FFN.
+        rows: what d_model must be a multiple of.
+
     Raises:
-        FormatError: they cannot.
+        FormatError: they cannot; it names the first that does not fit, and what to.
     """
-    heads_fit = (
-        found.n_heads > 0
-        and found.n_kv_heads > 0
-        and found.d_model % (2 * found.n_heads) == 0
-        and found.n_heads % found.n_kv_heads == 0
-    )
-    sizes_fit = found.d_model and found.n_layers and found.context_length
-    if not (heads_fit and sizes_fit) or found.d_model % BLOCK or found.d_ff < least_d_ff:
-        raise file.error(f"sizes do not fit together ({found})")
+    problems = (*_size_problems(found, least_d_ff, rows), *_constant_problems(found))
+    if problems:
+        raise file.error(problems[0])
     if found.n_layers > len(file.tensors):
         raise file.error(f"block_count is {found.n_layers}, more than there are tensors")
-    constants_fit = (
-        0 <= found.norm_eps < 1
-        and (0 < found.rope_theta < math.inf or not found.graph.rotary)
-        and (found.rope_scaling is None or found.rope_theta > 1)
-        and not math.isnan(found.threshold)
-        and 0 <= found.activation_threshold < math.inf
-    )
-    if not constants_fit:
-        raise file.error(f"constants are impossible ({found})")
+
+
+def _size_problems(found: Hyperparameters, least_d_ff: int, rows: int) -> Iterator[str]:
+    """Yield which sizes, as keys name them, are none or do not fit together."""
+    d_model, heads, kv_heads = found.d_model, found.n_heads, found.n_kv_heads
+    sizes = {
+        "embedding_length": d_model,
+        "block_count": found.n_layers,
+        "context_length": found.context_length,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv_heads,
+    }
+    yield from (f"{key} is 0" for key, size in sizes.items() if not size)
+    if d_model % rows:
+        yield f"embedding_length is {d_model}, expected a multiple of {rows}"
+    if not found.key_length and heads and d_model % (2 * heads):
+        yield (
+            f"embedding_length is {d_model}, expected a multiple of twice the attention.head_count "
+            f"{heads}"
+        )
+    if found.key_length % 2:
+        yield f"attention.key_length is {found.key_length}, expected an even number"
+    if heads and kv_heads and heads % kv_heads:
+        yield f"attention.head_count is {heads}, no multiple of attention.head_count_kv {kv_heads}"
+    if found.d_ff < least_d_ff:
+        yield f"feed_forward_length is {found.d_ff}, expected at least {least_d_ff}"
+
+
+def _constant_problems(found: Hyperparameters) -> Iterator[str]:
+    """Yield which constants, as keys name them, are impossible."""
+    theta, scaled = found.rope_theta, found.rope_scaling is not None
+    if not 0 <= found.norm_eps < 1:
+        yield f"{found.graph.norm_key} is {found.norm_eps:g}, expected 0 to 1"
+    if found.graph.rotary and not 0 < theta < math.inf:
+        yield f"rope.freq_base is {theta:g}, expected a number above 0"
+    if scaled and not theta > 1:
+        yield f"rope.freq_base is {theta:g}, expected a number above 1 where positions are scaled"
+    if math.isnan(found.threshold):
+        yield f"{THRESHOLD_KEY} is nan"
+    if not 0 <= found.activation_threshold < math.inf:
+        yield f"{ACTIVATION_THRESHOLD_KEY} is {found.activation_threshold:g}, expected at least 0"
 
 
 def expected_shapes(hyper: Hyperparameters, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from gguf import ExpertGatingFuncType
 
 from architectures.checkpoint import Checkpoint
+from architectures.spec import ModelShape
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import shift_note
@@ -49,18 +50,23 @@ def write_one_expert(
     tensors = list(plan_expert(checkpoint, types, transposed=transposed, neurons=neurons))
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))
-    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(neurons))
+    file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(shape, neurons))
     file.write(path, target, keys, tensors)
 
 
-def expert_sizes(neurons: int) -> dict[str, int]:
+def expert_sizes(shape: ModelShape, neurons: int) -> dict[str, int]:
     """Return the keys that make one expert of FFNs of so many neurons.
+
+    The size of a head is among them where it does not follow from d_model.
 
     The weights of the experts that are used are divided by their sum, whatever the gating function
     (llama.cpp@0c1e570 src/models/smallthinker.cpp); softmax makes it 1 before already. A key of a
     sliding window would take the positions of some layers away, so there is none.
     """
+    own = shape.n_heads * shape.head_dim != shape.d_model
+    heads = ("attention.key_length", "attention.value_length") if own else ()
     return {
+        **dict.fromkeys(heads, shape.head_dim),
         "expert_count": 1,
         "expert_used_count": 1,
         "expert_gating_func": int(ExpertGatingFuncType.SOFTMAX),

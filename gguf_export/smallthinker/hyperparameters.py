@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gguf import ExpertGatingFuncType, GGUFValueType
 
 from common.errors import FormatError
@@ -57,16 +59,29 @@ def read_expert_hyperparameters(file: GGUFFile) -> Hyperparameters:
     key = f"{SMALLTHINKER}.expert_gating_func"
     if (gating := file.value(key, GGUFValueType.UINT32)) not in _GATINGS:
         raise file.error(f"{key} is {gating}, expected {' or '.join(map(str, _GATINGS))}")
-    found = read_sizes(file, SMALLTHINKER, GRAPH)
-    for name in ("key_length", "value_length"):
-        key = f"{SMALLTHINKER}.attention.{name}"
-        size = file.optional(key, GGUFValueType.UINT32, None)
-        if size is not None and found.n_heads and size != found.head_dim:
-            raise file.error(f"{key} is {size}, the head size is {found.head_dim}")
+    found = _with_heads(file, read_sizes(file, SMALLTHINKER, GRAPH))
     key = f"{SMALLTHINKER}.expert_feed_forward_length"
     if (d_ff := file.value(key, GGUFValueType.UINT32)) != found.d_ff:
         raise FormatError(f"{file.path}: {key} is {d_ff}, feed_forward_length is {found.d_ff}")
-    check_sizes(file, found)
+    check_sizes(file, found, rows=1)
+    return found
+
+
+def _with_heads(file: GGUFFile, found: Hyperparameters) -> Hyperparameters:
+    """Return sizes with that of a head, which keys may name.
+
+    Raises:
+        FormatError: heads of values have another size, at which llama.cpp stops.
+    """
+    prefix = f"{SMALLTHINKER}.attention"
+    found = replace(
+        found, key_length=file.optional(f"{prefix}.key_length", GGUFValueType.UINT32, 0)
+    )
+    if found.n_heads:
+        key, size = f"{prefix}.value_length", found.d_model // found.n_heads
+        size = file.optional(key, GGUFValueType.UINT32, size)
+        if size != found.head_dim:
+            raise file.error(f"{key} is {size}, the head size is {found.head_dim}")
     return found
 
 
@@ -80,13 +95,14 @@ def expert_shapes(
         vocab_size: rows of the embedding.
         transposed: whether the down matrix is stored so, see `plan.plan_expert`.
     """
-    d_model, d_ff, kv = hyper.d_model, hyper.d_ff, hyper.n_kv_heads * hyper.head_dim
+    d_model, d_ff, head = hyper.d_model, hyper.d_ff, hyper.head_dim
+    rows, kv = hyper.n_heads * head, hyper.n_kv_heads * head
     block: dict[str, tuple[int, ...]] = {
         "attn_norm": (d_model,),
-        "attn_q": (d_model, d_model),
+        "attn_q": (rows, d_model),
         "attn_k": (kv, d_model),
         "attn_v": (kv, d_model),
-        "attn_output": (d_model, d_model),
+        "attn_output": (d_model, rows),
         "ffn_norm": (d_model,),
         ROUTER: (1, d_model),
         "ffn_gate_exps": (1, d_ff, d_model),

@@ -54,8 +54,13 @@ class ExpertTypes:
             ExportError: naming the size and the type.
         """
         block, _ = GGML_QUANT_SIZES[DENSE_TYPES[self.weights]]
-        for name in ("d_model", "d_ff"):
-            if (size := getattr(shape, name)) % block:
+        sizes = {
+            "d_model": shape.d_model,
+            "d_ff": shape.d_ff,
+            "heads times head size": shape.n_heads * shape.head_dim,
+        }
+        for name, size in sizes.items():
+            if size % block:
                 raise ExportError(
                     f"{name} {size} is no multiple of {block}, as {self.weights} needs",
                     "choose f16 or bf16",

@@ -115,7 +115,7 @@ def require_sizes(opened: OpenedFile, checkpoint: Checkpoint, d_ff: int | None =
         ("scaling of positions", _scaling(hyper.rope_scaling), _scaling(shape.rope_scaling)),
     ]
     pairs.append(("d_ff", hyper.d_ff, shape.d_ff if d_ff is None else d_ff))
-    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "context_length")
+    sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "context_length")
     pairs += [(key, getattr(hyper, key), getattr(shape, key)) for key in sizes]
     for name, found, expected in pairs:
         if found != expected:
