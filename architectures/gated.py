@@ -90,15 +90,17 @@ def _gated_shape(
         activation: the activation that the family found in it.
         threshold: FATReLU's.
         tied: whether embeddings are tied where the config does not say.
-        mistral: attention may be limited to a sliding window. PowerInfer knows none, so the
-            window limits the context instead.
+        mistral: attention may be limited to a sliding window. PowerInfer knows none, nor does
+            llama.cpp of such a model, so the window limits the context instead.
 
     Raises:
         CheckpointError: a missing or impossible size, or what PowerInfer's graph does not have.
     """
     for key in ("attention_bias", "mlp_bias"):
         if flag(config, key):
-            refuse(key, True, "false", "PowerInfer's llama graph has no biases")
+            refuse(
+                key, True, "false", "PowerInfer's llama graph has no biases, and psp writes none"
+            )
     d_model, n_heads = number(config, "hidden_size"), number(config, "num_attention_heads")
     if d_model % n_heads:
         refuse("num_attention_heads", n_heads, f"a divisor of hidden_size {d_model}", MEND)
