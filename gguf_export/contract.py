@@ -213,8 +213,9 @@ def sizes_line(opened: OpenedFile) -> str:
     file, hyper = opened.file, opened.hyper
     architecture = file.value("general.architecture", GGUFValueType.STRING)
     key = f"{architecture}.rope.dimension_count"
-    if file.optional(key, GGUFValueType.UINT32, hyper.head_dim) != hyper.head_dim:
-        raise file.error(f"{key} is not the head size {hyper.head_dim}")
+    turned = file.optional(key, GGUFValueType.UINT32, hyper.head_dim)
+    if turned != hyper.head_dim:
+        raise file.error(f"{key} is {turned}, not the head size {hyper.head_dim}")
     return (
         f"{hyper.n_layers} layers, d_model {hyper.d_model}, d_ff {hyper.d_ff}, "
         f"{hyper.n_heads} heads, {hyper.n_kv_heads} for keys, context {hyper.context_length}"

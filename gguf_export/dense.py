@@ -31,7 +31,7 @@ from gguf_export.smallthinker.second_engine import (
 from gguf_export.smallthinker.types import ExpertTypes
 from gguf_export.tokens import vocabulary as names
 from gguf_export.tokens.model_vocabulary import read_vocabulary
-from gguf_export.tokens.splitting import splitting_note
+from gguf_export.tokens.splitting import bos_note, splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelWriter
 from gguf_files.names import NOTE_KEY, SMALLTHINKER
@@ -69,8 +69,8 @@ class DenseModel:
         """What a user should know of it, a line each."""
         if isinstance(self.types, ExpertTypes):
             tensors = list(plan_expert(self.checkpoint, self.types, transposed=self.transposed))
-            notes = (shift_note, lambda model: splitting_note(model, self.vocabulary))
-            said = [note(self.checkpoint) for note in notes]
+            said = [shift_note(self.checkpoint)]
+            said += [note(self.checkpoint, self.vocabulary) for note in (splitting_note, bos_note)]
             said += [added_neurons_note(self.checkpoint.shape)] if self.transposed else []
         else:
             tensors = list(plan_model(self.checkpoint, sparse=False, types=self.types))

@@ -252,7 +252,7 @@ def test_other_numbers_are_found(
     [
         ({"smallthinker.expert_count": np.uint32(2)}, "its keys imply (2, 64)"),
         ({"smallthinker.expert_feed_forward_length": np.uint32(96)}, "feed_forward_length is"),
-        ({"smallthinker.rope.dimension_count": np.uint32(8)}, "is not the head size 16"),
+        ({"smallthinker.rope.dimension_count": np.uint32(8)}, "not the head size 16"),
     ],
 )
 def test_keys_of_another_graph_are_found(

@@ -181,8 +181,11 @@ def test_bos_is_told_also_where_no_file_of_the_model_says(
     byte_level: Callable[..., Path], tmp_path: Path, kind: str, settings: Settings, expected: bool
 ) -> None:
     model = byte_level(kind, **settings)
-    file = single(model, tmp_path / "m.gguf").model_file
+    made = single(model, tmp_path / "m.gguf")
+    file = made.model_file
     assert flag(file, BOS) is expected
+    told = "no file of the model says whether BOS goes before a text"
+    assert any(told in line for line in made.warnings) is (not settings)
     assert verify(file, str(model), run=False).checks["model tokenizer"].ok
     wrong = rewritten(file, tmp_path / "wrong.gguf", keys={BOS: not expected})
     outcome = verify(wrong, str(model), run=False).checks["model tokenizer"]

@@ -279,7 +279,7 @@ def test_null_means_absent(tmp_path: Path, name: str, key: str) -> None:
         (
             "relu-llama",
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            ["'dynamic'", "scaling"],
+            ["'dynamic'", "scales positions"],
         ),
         (
             "falcon-7b",

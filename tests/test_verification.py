@@ -126,7 +126,7 @@ DAMAGE: dict[str, tuple[Change, set[str], str]] = {
         "is 64, expected a multiple of twice the attention.head_count 3",
     ),
     "blocks": (value("llama.block_count", 20_000), {"keys"}, "more than there are tensors"),
-    "rope": (value("llama.rope.dimension_count", 8), {"keys"}, "is not the head size 16"),
+    "rope": (value("llama.rope.dimension_count", 8), {"keys"}, "not the head size 16"),
     "architecture": (value("general.architecture", b"mpt"), {"keys"}, "'mpt'"),
     "infinite threshold": (value(THRESHOLD, -math.inf), {"threshold"}, "is -inf"),
     "threshold type": (

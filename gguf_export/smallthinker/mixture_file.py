@@ -10,7 +10,7 @@ from gguf_export.plan import PlannedTensor
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.mixture import mixture_sizes, mixture_tensors
 from gguf_export.smallthinker.types import ExpertTypes
-from gguf_export.tokens.splitting import bos_keys, splitting_note
+from gguf_export.tokens.splitting import bos_keys, bos_note, splitting_note
 from gguf_export.tokens.vocabulary import Vocabulary
 from gguf_export.writer import ModelFile
 from gguf_files.names import SMALLTHINKER
@@ -27,9 +27,9 @@ def plan_mixture(
 
 def mixture_notes(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Iterator[str]:
     """Yield what a user should know of such a file, a line each."""
-    note = splitting_note(checkpoint, vocabulary)
-    if note is not None:
-        yield note
+    for note in (splitting_note, bos_note):
+        if (said := note(checkpoint, vocabulary)) is not None:
+            yield said
     if checkpoint.shape.d_model == checkpoint.shape.d_ff:
         yield (
             "experts have as many neurons as d_model: PowerInfer's second engine takes down "

@@ -46,6 +46,17 @@ def bos_keys(checkpoint: Checkpoint, vocabulary: Vocabulary) -> dict[str, float 
     return {ADD_BOS_KEY: vocabulary.add_bos is not False}
 
 
+def bos_note(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str | None:
+    """Return that BOS goes before a text though no file of a byte-level tokenizer says so."""
+    if vocabulary.kind != BYTE_LEVEL or not any(bos_keys(checkpoint, vocabulary).values()):
+        return None
+    token = vocabulary.tokens[vocabulary.bos_id].decode("utf-8", "replace")
+    return (
+        f"no file of the model says whether BOS goes before a text: the file tells llama.cpp to "
+        f"put {token!r} there, as psp does ({ADD_BOS_KEY})"
+    )
+
+
 def _copied(checkpoint: Checkpoint) -> Mapping[str, Value]:
     """Return the keys that an export copies: a GGUF model's."""
     origin = checkpoint.origin
