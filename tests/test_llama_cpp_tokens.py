@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizer_kinds as kinds
-from conftest import ModelMaker
+from conftest import TEXT, ModelMaker
 from gguf import GGUFValueType
 from rewriting import rewritten
 from sentencepiece import sentencepiece_model_pb2
@@ -29,6 +29,9 @@ from gguf_export.smallthinker.contract import open_model_file
 from gguf_export.tokens.model_vocabulary import MIXED_TEXTS, read_vocabulary
 from gguf_export.tokens.vocabulary import LLAMA_CPP
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.engine.expert import ExpertEngine
+from powerinfer_bridge.engine.perplexity import engine_perplexity
+from powerinfer_bridge.programs.llama_cpp import LlamaCpp
 from powerinfer_bridge.verify.verification import verify
 
 PRE, TEMPLATE = "tokenizer.ggml.pre", "tokenizer.chat_template"
@@ -272,3 +275,20 @@ def test_the_real_llama_cpp_gives_sentencepiece_s_ids(
     begun, found = json.loads(run.stdout)
     assert begun
     assert found == [[1, *ids] for ids in own_ids(model)]
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_real_llama_cpp_begins_windows_as_the_file_says(
+    llama_cpp_bin: Path, make_model: ModelMaker, tmp_path: Path, begun: bool
+) -> None:
+    model, text = make_model(tmp_path / "model"), TEXT * 8
+    kinds.write(model, "tokenizer_config.json", {"bos_token": "<s>", "add_bos_token": begun})
+    file = single(model, tmp_path / "m.gguf").model_file
+    engine = ExpertEngine(file)
+    assert (engine.vocabulary.text_ids("the")[0] == 1) is begun
+    score = LlamaCpp(llama_cpp_bin, timeout=300).score(file, text, 64, 4, threads=1)
+    if score is None:
+        pytest.skip("this llama.cpp build has no llama-perplexity")
+    expected = engine_perplexity(engine, text, 64, 4, "engine")
+    assert score.perplexity == pytest.approx(expected, 1e-3)

@@ -115,8 +115,12 @@ class Vocabulary:
 
     @property
     def bos(self) -> int | None:
-        """The id that PowerInfer puts before texts: BOS before pieces, whatever the keys say."""
-        return self.bos_id if self.kind == PIECES else None
+        """The id that the engine puts before texts, None if it puts none.
+
+        PowerInfer puts BOS before pieces, whatever the keys say; others do as a file's key says.
+        """
+        told = None if self.engine == POWERINFER else self.add_bos
+        return self.bos_id if (self.kind == PIECES if told is None else told) else None
 
     @property
     def _begin(self) -> list[int]:
