@@ -259,6 +259,16 @@ def test_the_real_engine_computes_what_psp_computes(
     assert found.perplexity == pytest.approx(own.perplexity, rel=5e-3)
 
 
+def test_the_real_engine_computes_heads_of_another_size(
+    second_engine_bin: Path, make_model: ModelMaker, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", intermediate_size=1024, head_dim=32)
+    file, text = exported(model, tmp_path / "m.smallthinker.gguf"), TEXT * 8
+    found = SecondEngine(second_engine_bin).score(file, text, 64, 4, threads=1)
+    own = engine_score(ExpertEngine(file), text, 64, 4, "own")
+    assert found.perplexity == pytest.approx(own.perplexity, rel=5e-3)
+
+
 def test_the_real_engine_skips_neurons_and_says_how_many(
     second_engine_bin: Path, files: dict[str, Path]
 ) -> None:
