@@ -17,10 +17,13 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     """Record, for every layer and token, the predictor's input and the active neurons."""
     from common.table import layer_table
     from gguf_export.requirements import foresee
+    from pipeline.provenance import Making
     from predictor.collection.collect import collect as run
     from predictor.traces.summary import trace_summary
 
+    making = Making.begin(config)
     store = run(config, lambda line: click.echo(line, err=True), foresee)
+    making.traces(store)
     summary = trace_summary(store)
     if as_json:
         return print_json(summary)

@@ -29,14 +29,17 @@ def sparsify(config: SparsifyConfig, as_json: bool, threads: int) -> None:
     """
     from common.table import fact_table, layer_table
     from gguf_export.requirements import foresee
+    from pipeline.provenance import Making
     from prosparse.training import is_main_process
     from prosparse.training import sparsify as run
     from prosparse.training_log import read_log
     from report.figures.training_curves import draw_training
 
+    making = Making.begin(config)
     result = run(config, note, foresee)
     if not is_main_process():
         return None
+    making.sparsified()
     draw_training(config.training, config.out.name, read_log(config.log))
     if as_json:
         return print_json(result)

@@ -24,10 +24,13 @@ def head(config: HeadConfig, as_json: bool, threads: int) -> None:
     It names the rows of the head that a token needs; measured on documents that training never saw.
     """
     from common.typed_json import plain
+    from pipeline.provenance import Making
     from predictor.head.run import train_head
     from predictor.head.table import head_table
 
+    making = Making.begin(config)
     artifact = train_head(config, note)
+    making.head(artifact)
     if as_json:
         chosen = {**plain(artifact.chosen), "bytes_ratio": artifact.chosen.bytes_ratio}
         return print_json({"head": artifact.path, **chosen, "points": artifact.points})
@@ -63,6 +66,7 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     """Train, and measure on documents that training never saw."""
     from common.decisions import mean_metrics
     from common.table import layer_table
+    from pipeline.provenance import Making
     from predictor.reporting.report import report_predictors
     from predictor.traces.store import TraceStore
     from predictor.training.run import train_predictors
@@ -70,7 +74,9 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
 
     if config.hardware is not None and config.rank != AUTO:
         raise click.UsageError("--hardware goes with --rank auto")
+    making = Making.begin(config)
     artifact = train_predictors(config, note)
+    making.predictors(artifact, TraceStore.open(config.traces))
     if config.report is not None:
         traces = TraceStore.open(config.traces)
         kind, force = config.predictor_type, config.force

@@ -44,6 +44,7 @@ class Made(Closed):
         versions: of packages that have a say in results, and of Python.
         begun: when, in UTC.
         ended: likewise.
+        resumed: whether it went on with what runs had begun of which nothing is known here.
     """
 
     command: str | None
@@ -52,6 +53,7 @@ class Made(Closed):
     versions: dict[str, str]
     begun: str
     ended: str
+    resumed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def this_run(begun: str) -> Made:
+def this_run(begun: str, *, resumed: bool = False) -> Made:
     """Return what is known of the process that is at work."""
     versions = {name: version for name in _PACKAGES if (version := package_version(name))}
     return Made(
@@ -109,6 +111,7 @@ def this_run(begun: str) -> Made:
         versions={"python": platform.python_version(), **versions},
         begun=begun,
         ended=now(),
+        resumed=resumed,
     )
 
 
@@ -123,7 +126,7 @@ def record(
     ingredients: Iterable[Ingredient],
     resumed: bool = False,
 ) -> None:
-    """Write down what an artifact was made with.
+    """Write down what an artifact was made with, unless a run that goes on changed nothing.
 
     Args:
         path: the file.
@@ -141,14 +144,17 @@ def record(
     before: tuple[Made, ...] = ()
     if resumed:
         with suppress(PspError):
-            before = read(path).runs
+            known = read(path)
+            if identity is not None and known.identity == identity:
+                return
+            before = known.runs
     document = Provenance(
         artifact=artifact,
         identity=identity,
         seed=seed,
         settings={key: _shown(value) for key, value in settings.items()},
         ingredients=tuple(ingredients),
-        runs=(*before, this_run(begun)),
+        runs=(*before, this_run(begun, resumed=resumed and not before)),
     )
     write_sealed(path, plain(document))
 

@@ -144,7 +144,8 @@ def _made(provenance: Provenance | None) -> str:
 def _run_lines(run: Made) -> Iterator[str]:
     commit = f", commit {run.commit[:12]}" if run.commit else ""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    yield f"  {run.begun} to {run.ended}  {run.command or 'from a program'}"
+    more = ", went on with what earlier runs had begun" if run.resumed else ""
+    yield f"  {run.begun} to {run.ended}  {run.command or 'from a program'}{more}"
     yield f"    psp {run.psp}{commit}; {versions}"
 
 

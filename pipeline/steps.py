@@ -18,6 +18,7 @@ from gguf_export.gpu_split import split
 from gguf_export.settings import ExportConfig
 from pipeline.contents import files_in, model_files, source_files
 from pipeline.layout import Layout
+from pipeline.provenance import Making
 from pipeline.settings import RunConfig
 from pipeline.state import Step
 from pipeline.text import TextPlan, text_files, write_held_out
@@ -202,7 +203,9 @@ def _sparsify_step(settings: SparsifyConfig, layout: Layout, inputs: Inputs, not
         from prosparse.training_log import read_log
         from report.figures.training_curves import draw_training
 
-        sparsify(replace(settings, resume=resume), note, told=True)  # by the plan
+        making = Making.begin(replace(settings, resume=resume))
+        sparsify(making.settings, note, told=True)  # by the plan
+        making.sparsified()
         draw_training(settings.training, settings.out.name, read_log(settings.log))
 
     return Step(
@@ -234,7 +237,7 @@ def _collect_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Ste
         inputs=inputs,
         made=(layout.traces,),
         outputs=partial(_just, layout.traces / "manifest.json"),
-        work=lambda resume: _ignore(collect(replace(settings.collect, resume=resume))),
+        work=lambda resume: _collect(replace(settings.collect, resume=resume)),
     )
 
 
@@ -247,7 +250,7 @@ def _train_step(settings: StepSettings, layout: Layout, inputs: Inputs, note: No
         inputs=inputs,
         made=(layout.predictors,),
         outputs=partial(files_in, layout.predictors),
-        work=lambda resume: _ignore(train_predictors(replace(settings.train, resume=resume), note)),
+        work=lambda resume: _train(replace(settings.train, resume=resume), note),
     )
 
 
@@ -308,6 +311,16 @@ def _export(config: ExportConfig) -> None:
         split(config.split)
 
 
+def _collect(config: CollectConfig) -> None:
+    making = Making.begin(config)
+    making.traces(collect(config))
+
+
+def _train(config: TrainConfig, note: Note) -> None:
+    making = Making.begin(config)
+    making.predictors(train_predictors(config, note), TraceStore.open(config.traces))
+
+
 def _verify(config: ExportConfig, target: Path) -> None:
     report = verify(config.out, config.model)
     for name, outcome in report.checks.items():
@@ -356,7 +369,3 @@ def _texts(role: str, sources: Sources, layout: Layout) -> Inputs:
 
 def _just(*paths: Path) -> Iterator[Path]:
     yield from paths
-
-
-def _ignore(result: object) -> None:
-    """Drop what a command returns; its files are its result."""

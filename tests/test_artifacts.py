@@ -31,12 +31,12 @@ MODEL = Ingredient(
 )
 
 
-def write(path: Path, *, seed: int = 0, resumed: bool = False) -> None:
+def write(path: Path, *, seed: int = 0, resumed: bool = False, identity: str = "abc") -> None:
     record(
         path,
         "2026-01-02T03:04:05Z",
         artifact="predictors",
-        identity="abc",
+        identity=identity,
         seed=seed,
         settings={"seed": seed, "out": Path("/elsewhere/out"), "ranks": (32, 64), "bound": 0.001},
         ingredients=[MODEL],
@@ -60,8 +60,14 @@ def test_provenance_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert (run.begun, run.command) == ("2026-01-02T03:04:05Z", None)
     assert run.ended <= now()
     assert {"python", "torch", "gguf"} <= run.versions.keys()
+    whole = file.read_bytes()
     write(file, resumed=True)
-    assert len(read(file).runs) == 2
+    assert file.read_bytes() == whole, "nothing has changed"
+    write(file, resumed=True, identity="other")
+    assert [run.resumed for run in read(file).runs] == [False, False]
+    file.unlink()
+    write(file, resumed=True)
+    assert [run.resumed for run in read(file).runs] == [True]
     write(file)
     assert len(read(file).runs) == 1
 
@@ -184,3 +190,24 @@ def test_bad_input_is_one_line(
         result = psp("inspect", *arguments)
         assert (result.exit_code, part in result.stderr) == (code, True), result.output
         assert "Traceback" not in result.output
+
+
+def test_commands_write_what_they_used(
+    psp: Psp, model_dir: Path, data_file: Path, tmp_path: Path
+) -> None:
+    traces, out = tmp_path / "t", tmp_path / "p"
+    command = ("collect", "--model", model_dir, "--data", data_file, "--out", traces)
+    assert psp(*command, "--tokens", 500).exit_code == 0
+    made = read(traces / PROVENANCE)
+    roles = {each.role: each for each in made.ingredients}
+    assert roles.keys() == {"model", "text"}
+    assert [file.name for file in roles["model"].files] == ["model.safetensors"]
+    train = ("train-predictor", "--traces", traces, "--out", out, "--recipe", "svd", "--rank", 32)
+    assert psp(*train).exit_code == 0
+    chain = {each.role: each.identity for each in read(out / PROVENANCE).ingredients}
+    assert chain == {"traces": made.identity, "model": roles["model"].identity}
+    before = (out / PROVENANCE).read_bytes()
+    assert psp(*train, "--resume").exit_code == 0
+    assert (out / PROVENANCE).read_bytes() == before
+    assert psp(*train, "--force", "--seed", 3).exit_code == 0
+    assert read(out / PROVENANCE).seed == 3

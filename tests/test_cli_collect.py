@@ -16,6 +16,7 @@ from conftest import TRACE_TOKENS, ModelMaker, refused
 
 from architectures.checkpoint import Checkpoint
 from common.errors import OutputError
+from common.provenance import PROVENANCE
 from common.sealed import SEAL
 from predictor.collection.collect import collect, most_bytes, trace_header
 from predictor.collection.settings import CollectConfig
@@ -28,7 +29,8 @@ Settings = Callable[..., CollectConfig]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
+    found = (path for path in directory.rglob("*") if path.is_file())
+    files = (path for path in found if path.name != PROVENANCE)  # of the time
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 

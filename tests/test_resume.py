@@ -25,6 +25,7 @@ from conftest import refused
 from tqdm import tqdm
 
 from common.errors import TraceError
+from common.provenance import PROVENANCE
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces.shard_file import ShardWriter
@@ -64,7 +65,8 @@ def traces(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Trac
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    files = (path for path in directory.rglob("*") if path.is_file())
+    found = (path for path in directory.rglob("*") if path.is_file())
+    files = (path for path in found if path.name != PROVENANCE)  # of the time
     return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from common.provenance import PROVENANCE
 from predictor.traces.store import TraceStore
 
 
@@ -16,7 +17,8 @@ def trace_summary(store: TraceStore) -> dict[str, Any]:
     """
     header = asdict(store.header)
     sparsity = store.activation_sparsity() if store.rows else {}
-    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    files = (file for file in store.path.rglob("*") if file.is_file() and file.name != PROVENANCE)
+    size = sum(file.stat().st_size for file in files)
     return {
         "traces": str(store.path),
         "complete": store.progress.complete,
