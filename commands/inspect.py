@@ -26,7 +26,6 @@ def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
         describe,
         described_table,
         made_table,
-        provenance_beside,
     )
     from predictor.head.artifact import HeadArtifact
     from predictor.head.table import head_table
@@ -45,5 +44,4 @@ def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
     if as_json:
         return print_json(document)
     echo(inspection_table(document))
-    if provenance_beside(path).is_file():
-        echo("\n" + made_table(path))
+    echo("\n" + made_table(path))

@@ -84,6 +84,8 @@ class Provenance(Closed):
         settings: the command's.
         ingredients: what it was made from.
         runs: that wrote it, in order.
+        outputs: what it consists of, names relative to this file; empty where an index of the
+            artifact's own says that.
     """
 
     kind: Literal["psp.provenance"] = "psp.provenance"
@@ -94,6 +96,7 @@ class Provenance(Closed):
     settings: dict[str, object]
     ingredients: tuple[Ingredient, ...]
     runs: tuple[Made, ...]
+    outputs: tuple[HashedFile, ...] = ()
 
 
 def now() -> str:
@@ -125,6 +128,7 @@ def record(
     settings: Mapping[str, object],
     ingredients: Iterable[Ingredient],
     resumed: bool = False,
+    outputs: Iterable[HashedFile] = (),
 ) -> None:
     """Write down what an artifact was made with, unless a run that goes on changed nothing.
 
@@ -137,6 +141,7 @@ def record(
         settings: the command's.
         ingredients: what it was made from.
         resumed: the runs that are known before this one have their part in it.
+        outputs: its files, where no index of its own vouches for them.
 
     Raises:
         OutputError: the system refused.
@@ -155,6 +160,7 @@ def record(
         settings={key: _shown(value) for key, value in settings.items()},
         ingredients=tuple(ingredients),
         runs=(*before, this_run(begun, resumed=resumed and not before)),
+        outputs=tuple(outputs),
     )
     write_sealed(path, plain(document))
 

@@ -11,7 +11,9 @@ from architectures.checkpoint import Checkpoint
 from architectures.model_files import compare_files, hashed_meanwhile
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
+from common.provenance import now
 from gguf_export.dense import dense_model, dense_types
+from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
 from gguf_export.predictor_kinds import open_predictors
 from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
@@ -97,10 +99,15 @@ class Bundle:
         refuse_existing(index_path(self.model_file), force=force)
 
     @property
+    def manifest(self) -> Path:
+        """What vouches for the rest; see `gguf_export.manifest`."""
+        return manifest_path(self.model_file)
+
+    @property
     def outputs(self) -> dict[str, str]:
         """The paths that are there, by name."""
         statistics = () if self.foreign_statistics else ("activation_directory",)
-        names = ("model_file", "predictor_directory", *statistics, "dense_file")
+        names = ("model_file", "predictor_directory", *statistics, "dense_file", "manifest")
         paths = {name: getattr(self, name) for name in names}
         return {name: str(path) for name, path in paths.items() if path.exists()}
 
@@ -140,7 +147,7 @@ def export(
         PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
             PowerInfer cannot run, existing outputs, or a refused write.
     """
-    checkpoint = Checkpoint.open(config.model)
+    begun, checkpoint = now(), Checkpoint.open(config.model)
     assert config.predictors is not None  # of another engine if it is
     predictors = open_predictors(config.predictors, checkpoint.shape)
     ranks = _check_requirements(config, checkpoint, predictors)
@@ -175,6 +182,8 @@ def export(
             if dense_check is not None and dense.architecture == SMALLTHINKER:
                 dense_check(unnamed.dense_file)
         changed = compare_files(checkpoint, files.result(), predictors.model_files, predictors.path)
+    written = (Path(path) for path in bundle.outputs.values())
+    write_manifest(config, begun, checkpoint, files.result(), written)
     return bundle if changed is None else replace(bundle, warnings=(*bundle.warnings, changed))
 
 
@@ -207,6 +216,7 @@ def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterat
         for name in (name for name, there in directories.items() if there):
             paths[name] = stack.enter_context(atomic_directory(getattr(bundle, name)))
         yield replace(bundle, warnings=(), foreign_statistics=False, **paths)
+        remove_output(bundle.manifest)
         remove_output(index_path(bundle.model_file))
         for name in ("dense_file", *directories):
             foreign = name == "activation_directory" and bundle.foreign_statistics

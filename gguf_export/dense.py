@@ -9,9 +9,12 @@ from functools import cached_property
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
+from architectures.model_files import hashed_meanwhile
 from common.element_types import ELEMENT_NAMES
 from common.errors import ExportError
-from common.files import atomic_path, refuse_existing
+from common.files import atomic_path, refuse_existing, remove_output
+from common.provenance import now
+from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, plan_model
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.requirements import check_types, window_note
@@ -158,7 +161,8 @@ class SingleFile:
     @property
     def outputs(self) -> dict[str, str]:
         """The paths that are there, by name."""
-        return {"model_file": str(self.model_file)}
+        paths = {"model_file": self.model_file, "manifest": manifest_path(self.model_file)}
+        return {name: str(path) for name, path in paths.items() if path.exists()}
 
     def table(self, checks: int | None, dense_checks: int | None = None) -> str:
         """Return it as text, and how many checks of it hold (None: not verified)."""
@@ -177,9 +181,18 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         PspError: an unusable checkpoint, one that the graph cannot compute, an existing output, or
             a refused write.
     """
-    checkpoint = Checkpoint.open(config.model, experts=True)
-    if checkpoint.shape.experts is not None:
-        return _export_mixture(config, checkpoint, verify)
+    begun, checkpoint = now(), Checkpoint.open(config.model, experts=True)
+    write = _export_expert if checkpoint.shape.experts is None else _export_mixture
+    with hashed_meanwhile(checkpoint) as files:
+        made = write(config, checkpoint, verify)
+    write_manifest(config, begun, checkpoint, files.result(), [config.out])
+    return made
+
+
+def _export_expert(
+    config: ExportConfig, checkpoint: Checkpoint, verify: Callable[[Path], None] | None
+) -> SingleFile:
+    """Write a model as one expert, transposed if it is for PowerInfer's second engine."""
     second = config.engine == SECOND_ENGINE
     check = check_second_engine if second else check_one_expert
     check(checkpoint, f"--engine {config.engine}")
@@ -204,6 +217,7 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         made.write(path, config.out)
         if verify is not None:
             verify(path)
+        remove_output(manifest_path(config.out))
     return SingleFile(
         config.out, (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *window, *told)
     )
@@ -233,6 +247,7 @@ def _export_mixture(
         write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second, head=head)
         if verify is not None:
             verify(path)
+        remove_output(manifest_path(config.out))
     told = (
         *checkpoint.notes,
         *vocabulary.notes,

@@ -16,6 +16,7 @@ import torch
 from common.errors import ExportError, FormatError
 from common.table import fact_table
 from common.units import parse_size
+from gguf_export.manifest import add_output, check_outputs
 from gguf_export.pwri.gpu_index import (
     GROUPS,
     Groups,
@@ -26,7 +27,7 @@ from gguf_export.pwri.gpu_index import (
 )
 from gguf_export.pwri.hyperparameters import read_hyperparameters
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory, vram_option
-from gguf_export.pwri.statistics import read_statistics
+from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY, read_statistics
 from gguf_export.settings import SplitConfig
 from gguf_files.reader import GGUFFile
 
@@ -76,6 +77,8 @@ def split(config: SplitConfig) -> SplitResult:
     )
     plan = plan_memory(file.tensors.values(), settings)
     directory = config.file.parent if config.statistics is None else config.statistics
+    if config.statistics is None and (directory / ACTIVATION_DIRECTORY).is_dir():
+        check_outputs(config.file, [directory / ACTIVATION_DIRECTORY])
     counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     groups = file_groups(file)
     chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=groups)
@@ -85,6 +88,7 @@ def split(config: SplitConfig) -> SplitResult:
         raise ExportError(f"{target} exists", "pass --force to replace it")
     write_gpu_index(target, chosen, used, groups)
     read_gpu_index(target, hyper.n_layers, hyper.d_ff, groups)  # verifies it
+    add_output(config.file, target)
     shares = tuple(float(mask.double().mean()) for mask in chosen)
     return SplitResult(
         gpu_index=target,

@@ -14,6 +14,7 @@ from common.provenance import PROVENANCE, Made, Provenance, read
 from common.sealed import read_sealed
 from common.table import fact_table, layer_table, table
 from common.typed_json import plain
+from gguf_export.manifest import described, manifest_path
 
 _LONGEST = 60
 """Characters of a value in a table of differences."""
@@ -52,7 +53,7 @@ def describe(path: Path) -> Described:
     own = [each for each in files if each.name != PROVENANCE]
     names = [str(each.relative_to(path)) if path.is_dir() else each.name for each in own]
     hashes = (each.xxh3_128 for each in hash_files(own))
-    told = path / PROVENANCE if path.is_dir() else provenance_beside(path)
+    told = path / PROVENANCE if path.is_dir() else manifest_path(path)
     return Described(
         path=str(path),
         kind=kind,
@@ -60,11 +61,6 @@ def describe(path: Path) -> Described:
         files=dict(zip(names, hashes, strict=True)),
         provenance=read(told) if told.is_file() else None,
     )
-
-
-def provenance_beside(file: Path) -> Path:
-    """Return where an exported file's provenance is."""
-    return file.with_name(f"{file.name}.{PROVENANCE}")
 
 
 def _facts(path: Path) -> tuple[str, dict[str, Any]]:
@@ -122,12 +118,12 @@ def described_table(found: Described) -> str:
 
 
 def made_table(file: Path) -> str:
-    """Return what an exported file was made with as text; see `provenance_beside`.
+    """Return what an exported file was made with as text.
 
     Raises:
-        ResultError: what is told of it is damaged.
+        ResultError: its manifest is damaged.
     """
-    return _made(read(provenance_beside(file)))
+    return _made(described(file))
 
 
 def _made(provenance: Provenance | None) -> str:

@@ -16,7 +16,8 @@ from common.errors import ResultError
 from common.hashing import HashedFile
 from common.provenance import PROVENANCE, Ingredient, now, read, record, shortened, source_commit
 from gguf_export.bundle import Bundle
-from pipeline.artifacts import describe, provenance_beside
+from gguf_export.manifest import manifest_path
+from pipeline.artifacts import describe
 from predictor.artifact import PredictorArtifact
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
@@ -141,7 +142,7 @@ def test_what_it_was_made_with_is_shown(
     shown = psp("inspect", copy).stdout
     assert re_in(shown, "made with", "2026-01-02T03:04:05Z", "psp ", "made from", "model", "5ca1")
     file = Path(shutil.copy(exact_bundle.model_file, tmp_path))
-    write(provenance_beside(file))
+    write(manifest_path(file))
     assert re_in(psp("inspect", file).stdout, "made with", "2026-01-02T03:04:05Z")
     assert describe(file).provenance is not None
 

@@ -14,6 +14,7 @@ from common.errors import ExportError, FormatError, printable
 from common.table import fact_table
 from common.units import MIB
 from gguf_export.contract import OpenedFile, Report, check_structure
+from gguf_export.manifest import check_outputs, manifest_path
 from gguf_export.smallthinker.contract import (
     ExpertFile,
     check_expert_structure,
@@ -61,6 +62,8 @@ def verify(
         _ = opened.file  # says what is there instead
     with suppress(FormatError):  # which is a finding
         opened = open_model_file(path)
+    if manifest_path(path).is_file():
+        report.check("checksum", lambda: check_outputs(path, [path]))
     mixture = isinstance(opened, MixtureFile)
     checkpoint = None if model is None else Checkpoint.open(model, experts=mixture)
     for line in () if checkpoint is None else checkpoint.notes:
