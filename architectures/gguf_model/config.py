@@ -17,6 +17,7 @@ from architectures.config_json import MEND, ConfigError
 from architectures.gguf_model.activation import activation_of, other_activation
 from architectures.gguf_model.keys import FETCH_FILE, Keys, text_of
 from architectures.gguf_model.mixture import mixture_config
+from architectures.gguf_model.one_expert import check_one_expert_keys, check_routers
 from architectures.gguf_model.tokenizer_files import special_ids
 from architectures.spec import POSITION_OFFSET
 from common.errors import CheckpointError
@@ -183,10 +184,8 @@ def _experts(keys: Keys, activation: str | None) -> dict[str, Any]:
     """
     if keys.size("expert_count") > 1:
         return mixture_config(keys)
-    remedy = "pass the model's Hugging Face directory"
-    if keys.size("attention.sliding_window", 0):
-        key = keys.full("attention.sliding_window")
-        raise keys.error(f"key {key} is there, with which layers lose their positions", remedy)
+    check_one_expert_keys(keys.file)
+    check_routers(keys.file, keys.size("block_count"), keys.size("embedding_length"))
     d_ff = keys.size("expert_feed_forward_length", keys.size("feed_forward_length"))
     said = ACTIVATION_KEY in keys.file.values
     found = activation_of(keys, activation, always=None if said else "relu", dense="relu")

@@ -97,9 +97,9 @@ class GGUFSource:
         self.path, self._chosen = path, activation
         try:
             self.file = open_gguf(path, FETCH_FILE)
+            self.config: dict[str, Any] = config_of(self.file, activation)
         except FormatError as error:
             raise CheckpointError(error.problem, error.remedy) from error
-        self.config: dict[str, Any] = config_of(self.file, activation)
 
     @property
     def config_name(self) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gguf import ExpertGatingFuncType, GGUFValueType
+from gguf import GGUFValueType
 
+from architectures.gguf_model.one_expert import check_one_expert_keys
 from common.errors import FormatError
 from gguf_export.pwri.hyperparameters import Graph, Hyperparameters, check_sizes, read_sizes
 from gguf_export.pwri.schema import EMBEDDING, HEAD
@@ -22,11 +23,6 @@ GRAPH = Graph(
 )
 """Of llama.cpp@0c1e570 src/models/smallthinker.cpp, without a sliding window; its rotary kernel is
 llama.cpp's of today, which scales halves as it scales pairs."""
-
-_WINDOW_KEY = f"{SMALLTHINKER}.attention.sliding_window"
-_ONE = ("expert_count", "expert_used_count")
-_GATINGS = (int(ExpertGatingFuncType.SOFTMAX), int(ExpertGatingFuncType.SIGMOID))
-"""Of either the one weight is 1; llama.cpp stops at others, and at a file that names none."""
 
 
 def is_expert_file(file: GGUFFile) -> bool:
@@ -46,19 +42,9 @@ def read_expert_hyperparameters(file: GGUFFile) -> Hyperparameters:
     """Read and check the keys of a file of one expert.
 
     Raises:
-        FormatError: several experts, a window, a missing key or impossible sizes.
+        FormatError: see `check_one_expert_keys`; a missing key or impossible sizes.
     """
-    for name in _ONE:
-        count = file.value(f"{SMALLTHINKER}.{name}", GGUFValueType.UINT32)
-        if count != 1:
-            raise file.error(f"{SMALLTHINKER}.{name} is {count}, expected 1")
-    if file.optional(_WINDOW_KEY, GGUFValueType.UINT32, 0):
-        raise file.error(
-            f"{_WINDOW_KEY} is there, with which llama.cpp takes the positions of some layers away"
-        )
-    key = f"{SMALLTHINKER}.expert_gating_func"
-    if (gating := file.value(key, GGUFValueType.UINT32)) not in _GATINGS:
-        raise file.error(f"{key} is {gating}, expected {' or '.join(map(str, _GATINGS))}")
+    check_one_expert_keys(file)
     found = _with_heads(file, read_sizes(file, SMALLTHINKER, GRAPH))
     key = f"{SMALLTHINKER}.expert_feed_forward_length"
     if (d_ff := file.value(key, GGUFValueType.UINT32)) != found.d_ff:
