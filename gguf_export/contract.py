@@ -23,12 +23,12 @@ from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, expected_shapes, read_hyperparameters
 from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD, THRESHOLD_KEY, parse_name
 from gguf_export.tokens.vocabulary import PIECES, POWERINFER, Vocabulary, read_file_vocabulary
+from gguf_files.pieces import pieces
 from gguf_files.reader import GGUFFile
 
 RUNNABLE = ("magic", "keys", "tokenizer", "tensor set", "shapes", "types", "predictor ranks")
 """What must hold before the embedded engine can run the file."""
 
-_PIECE = 1 << 20
 _DETAIL = 400
 
 
@@ -307,11 +307,8 @@ def _finite(opened: OpenedFile, kind: str) -> str:
     file = opened.file
     names = [name for name, info in file.tensors.items() if _kind(name, len(info.shape)) == kind]
     for name in tqdm(names, unit="tensor", desc=f"check {kind}", disable=None):
-        shape = file.tensors[name].shape
-        step = max(1, _PIECE * shape[0] // math.prod(shape))
-        for at in range(0, shape[0], step):
-            rows = np.arange(at, min(at + step, shape[0]))
-            if not np.isfinite(file.tensor(name, rows)).all():
+        for _, found in pieces(file, name):
+            if not np.isfinite(found).all():
                 raise file.error(f"tensor {name} holds NaN or infinity")
         file.forget()
     return f"{len(names)} tensors"

@@ -9,6 +9,8 @@ ggml-quants.c:quantize_row_q8_0, quantize_row_q8_1, quantize_row_q8_K_reference.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from gguf import GGMLQuantizationType
 from torch.nn import functional
 
 from gguf_export.pwri.hyperparameters import Hyperparameters
+from gguf_files.pieces import pieces
 from gguf_files.reader import GGUFFile
 
 _Q8_0_BLOCK, _Q8_K_BLOCK = 32, 256
@@ -35,6 +38,7 @@ class Weights:
         elements = sum(math.prod(info.shape) for info in file.tensors.values())
         self.resident = 4 * elements <= budget
         self._kept: dict[str, torch.Tensor] = {}
+        self._held = False
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return tensor `name` (without `.weight`) as float32."""
@@ -47,10 +51,29 @@ class Weights:
     def _whole(self, name: str) -> torch.Tensor:
         kept = self._kept.get(name)
         if kept is None:
-            kept = torch.from_numpy(self._file.tensor(name).astype(np.float32))
-            if self.resident:
+            kept = self._read(name)
+            if self.resident or self._held:
                 self._kept[name] = kept
         return kept
+
+    def _read(self, name: str) -> torch.Tensor:
+        """Return a tensor as float32, of which nothing else is in memory than a piece."""
+        numbers = np.empty(self._file.tensors[name].shape, np.float32)
+        flat = numbers.reshape(-1)
+        for start, found in pieces(self._file, name):
+            flat[start : start + len(found)] = found
+        return torch.from_numpy(numbers)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep what is read within the block in memory until it ends."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if not self.resident:
+                self._kept.clear()
 
     def kind(self, name: str) -> GGMLQuantizationType:
         """Return the type in which tensor `name` (without `.weight`) is stored."""

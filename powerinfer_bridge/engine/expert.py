@@ -6,6 +6,7 @@ the types of matrices demand; llama.cpp's kernels of today differ from that by t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,18 +40,42 @@ class ExpertEngine:
         self._operators = Operators(self.weights, self.hyper)
         self._attention = Attention(self._operators)
 
-    @torch.inference_mode()
     def forward(self, tokens: list[int], cache: KVCache) -> torch.Tensor:
         """Return logits (tokens, vocab_size), float32, of tokens that follow those in `cache`."""
-        positions = torch.arange(cache.length, cache.length + len(tokens))
-        norm = self._operators.norm
-        x = self.weights.rows("token_embd", torch.tensor(tokens))
+        return next(self.forward_all([tokens], [cache]))
+
+    @torch.inference_mode()
+    def forward_all(
+        self, texts: Sequence[list[int]], caches: Sequence[KVCache]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the logits of several texts in turn; a weight is read once for all of them.
+
+        Args:
+            texts: ids, see `forward`.
+            caches: of each text its own.
+        """
+        norm, weights = self._operators.norm, self.weights
+        lengths = [len(text) for text in texts]
+        positions = [
+            torch.arange(cache.length, cache.length + length)
+            for cache, length in zip(caches, lengths, strict=True)
+        ]
+        x = weights.rows("token_embd", torch.tensor([token for text in texts for token in text]))
         for layer in range(self.hyper.n_layers):
             block = f"blk.{layer}"
-            x = x + self._attention(layer, norm(f"{block}.attn_norm", x), positions, cache)
+            normed = torch.split(norm(f"{block}.attn_norm", x), lengths)
+            with weights.held():
+                seen = [
+                    self._attention(layer, *each)
+                    for each in zip(normed, positions, caches, strict=True)
+                ]
+            x = x + torch.cat(seen)
             x = x + self._expert(block, norm(f"{block}.ffn_norm", x))
-        cache.length += len(tokens)
-        return self._operators.linear(self._head, norm("output_norm", x))
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.length += length
+        with weights.held():
+            for each in torch.split(norm("output_norm", x), lengths):
+                yield self._operators.linear(self._head, each)
 
     def _expert(self, block: str, normed: torch.Tensor) -> torch.Tensor:
         """Return what the FFN adds to the residual stream, (tokens, d_model)."""

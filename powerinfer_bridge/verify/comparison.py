@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
-from common.documents import sample_text
-from common.errors import EXPORT_AGAIN, EngineError, FormatError
+from common.errors import EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
-from gguf_export.pwri.element_types import WIDE, WRITABLE, encode
 from gguf_export.pwri.schema import DENSE_THRESHOLD
-from gguf_files.elements import decode
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
+from powerinfer_bridge.verify.numbers import Compared, compared_text, json_number, relu_form
+from powerinfer_bridge.verify.tensors import same_numbers
 from powerinfer_bridge.verify.tokens import same_ids
-
-LOGIT_TOLERANCE = 0.05
-"""Largest difference between the engine's and transformers' logits, in standard deviations of the
-latter. Rounding to float16 stays well below; a wrong tensor, size or constant is far above."""
-
-_FOREIGN_ERRORS = {"2": 0.5, "3": 0.25, "4": 0.15, "5": 0.08, "6": 0.03, "8": 0.03}
-"""Largest relative error of a matrix in a type that psp does not write, by its bits: at least 1.3
-times what PowerInfer's `quantize` makes of the testbed's."""
-
-EXACT = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-"""Types that keep the logits within the tolerance; others are compared tensor by tensor only."""
-
-_CHARACTERS = 20_000
-LEAST_CONTEXT = 8
 
 
 def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> None:
@@ -65,16 +48,11 @@ def check_numbers(
     max_ppl_gap: float | None,
 ) -> None:
     """Run both models and compare; figures go to the report (settings: `verification.verify`)."""
-    numbers = _Numbers(opened, checkpoint, context, report.figures)
+    numbers = _Numbers(opened, checkpoint, context, chunks, report.figures)
     ready = (*RUNNABLE, "model sizes")
     report.check("dense logits", numbers.dense, *ready)
     report.check("sparse logits", numbers.sparse, *ready)
-    report.check("perplexity gap", lambda: numbers.gap(chunks, max_ppl_gap), *ready)
-
-
-def compared_text() -> str:
-    """Return what both models read."""
-    return sample_text()[:_CHARACTERS]
+    report.check("perplexity gap", lambda: numbers.gap(max_ppl_gap), *ready)
 
 
 def check_fingerprint(file: GGUFFile, checkpoint: Checkpoint) -> str:
@@ -138,29 +116,13 @@ def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
     """Compare all tensors but predictors bit by bit, one in memory at a time."""
     targets = tqdm(list(_targets(checkpoint)), unit="tensor", desc="compare", disable=None)
     for rule, layer, name in targets:
-        found = file.tensor(name)
-        expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape)
-        if not keeps_numbers(expected.contiguous(), found, file.tensors[name].kind):
+        expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape).contiguous()
+        info = file.tensors.get(name)
+        sizes = expected.shape if info is None else info.shape
+        if sizes != expected.shape or not same_numbers(file, name, expected):
             raise FormatError(f"tensor {name} differs from the model's", "export it again")
         file.forget()
     return f"{len(targets)} are the model's, to the bit or rounded to their types"
-
-
-def keeps_numbers(
-    expected: torch.Tensor, found: npt.NDArray[Any], kind: GGMLQuantizationType
-) -> bool:
-    """Tell whether numbers read from a file are those of the model, or these in the file's type."""
-    plain = expected.float() if expected.dtype == torch.bfloat16 else expected
-    if np.array_equal(found, plain.numpy()):
-        return True
-    wide = expected.dim() == 1 or kind in WIDE
-    rounded = expected.float() if wide else expected.half()
-    if kind in WRITABLE:
-        data = encode(rounded.numpy(), kind).reshape(-1).view(np.uint8)
-        return np.array_equal(found, decode(data, tuple(expected.shape), kind))
-    numbers = expected.float().numpy()
-    error = np.linalg.norm(found - numbers)
-    return bool(error <= _FOREIGN_ERRORS.get(kind.name[1], 0.0) * np.linalg.norm(numbers))
 
 
 def _targets(checkpoint: Checkpoint) -> Iterator[tuple[TensorRule, int, str]]:
@@ -194,81 +156,46 @@ def _qkv_rows(shape: ModelShape) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Numbers:
+class _Numbers(Compared):
     """The file's numbers against its model's, both with ReLU: FATReLU is not PowerInfer's."""
-
-    opened: OpenedFile
-    checkpoint: Checkpoint
-    longest: int
-    figures: dict[str, float | None]
-
-    @cached_property
-    def context(self) -> int:
-        """Tokens of a window."""
-        context = min(self.longest, self.opened.hyper.context_length)
-        if context < LEAST_CONTEXT:
-            raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
-        return context
 
     @cached_property
     def engine(self) -> Engine:
         return Engine(self.opened.path)
 
     @cached_property
-    def ids(self) -> list[int]:
-        return self.opened.vocabulary.text_ids(compared_text())[: self.context]
-
-    @cached_property
     def reference(self) -> torch.Tensor:
-        """Transformers' logits (tokens, vocab_size) in float32."""
-        shape = self.checkpoint.shape
-        if shape.activation == "fatrelu":
-            shape = replace(shape, activation="relu", activation_threshold=0.0)
-        model = load_model(replace(self.checkpoint, shape=shape), dtype=torch.float32, device="cpu")
+        """Transformers' logits (tokens, vocab_size) in float32; each block is read once."""
+        checkpoint = relu_form(self.checkpoint)
+        model = load_model(checkpoint, dtype=torch.float32, device="cpu", weights="streamed")
         return model.logits(torch.tensor([self.ids]))[0]
 
     def _logits(self, threshold: float) -> torch.Tensor:
         engine = self.engine.with_threshold(threshold)
         return engine.forward(self.ids, KVCache(engine.hyper.n_layers))
 
-    def _difference(self, name: str, logits: torch.Tensor) -> tuple[float, float]:
-        """Return the largest difference from the reference and the reference's spread."""
-        largest = float((logits - self.reference).abs().max())
-        spread = float(self.reference.std())
-        self.figures["logit_spread"] = json_number(spread)
-        self.figures[f"logit_difference_{name}"] = json_number(largest)
-        if not math.isfinite(largest + spread):
-            raise EngineError(f"{name} logits are not all finite", "the weights are unusable")
-        return largest, spread
-
     def dense(self) -> str:
         """Judge the logits of all neurons."""
-        _ = self.reference  # first: its weights are dropped before the engine's fill memory
-        largest, spread = self._difference("dense", self._logits(DENSE_THRESHOLD))
-        line = f"largest difference {largest:.4g}, spread {spread:.4g}"
-        if any(info.kind not in EXACT for info in self.opened.file.tensors.values()):
-            return f"{line}, {len(self.ids)} tokens; not judged: the weights are quantised"
-        if not largest <= LOGIT_TOLERANCE * spread:
-            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", EXPORT_AGAIN)
-        return f"{line}, {len(self.ids)} tokens; at most {LOGIT_TOLERANCE:.0%} of it"
+        expected = self.reference  # first: its weights are dropped before the engine's fill memory
+        return self.judge_logits(self._logits(DENSE_THRESHOLD), expected)
 
     def sparse(self) -> str:
         """Report how far predictors move the logits; only what is no number fails."""
         logits = self._logits(self.opened.hyper.threshold)
-        largest, spread = self._difference("sparse", logits)
+        largest, spread = self.differ("sparse", logits, self.reference)
         same = float((logits.argmax(-1) == self.reference.argmax(-1)).double().mean())
         return (
             f"largest difference {largest:.4g}, spread {spread:.4g}, "
             f"likeliest token equal in {same:.1%}; not judged"
         )
 
-    def gap(self, chunks: int, bound: float | None) -> str:
-        """Report the perplexity gap over so many windows, and judge it where a bound is given."""
+    def gap(self, bound: float | None) -> str:
+        """Report the perplexity gap, and judge it where a bound is given."""
         thresholds = {"dense": DENSE_THRESHOLD, "sparse": self.opened.hyper.threshold}
         ppl: dict[str, float] = {}
         for name, threshold in thresholds.items():
             engine = self.engine.with_threshold(threshold)
-            ppl[name] = engine_perplexity(engine, compared_text(), self.context, chunks, name)
+            ppl[name] = engine_perplexity(engine, compared_text(), self.context, self.chunks, name)
         self.figures.update({f"ppl_{name}": json_number(ppl[name]) for name in ppl})
         gap = ppl["sparse"] / ppl["dense"] - 1
         self.figures["ppl_gap"] = json_number(gap)
@@ -278,8 +205,3 @@ class _Numbers:
         if bound is not None and not gap <= bound:
             raise EngineError(f"{line}: above {bound:.3%}", "train better predictors or allow more")
         return line + (", not judged" if bound is None else f", at most {bound:.3%}")
-
-
-def json_number(number: float) -> float | None:
-    """Return a number as JSON has it, None for what it has not."""
-    return number if math.isfinite(number) else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import GGUFValueType
@@ -14,10 +12,9 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.byte_level import puts_bos
 from architectures.gguf_model.source import GGUFSource
-from architectures.model import LoadedModel, load_model
-from common.errors import EXPORT_AGAIN, EngineError, FormatError
+from architectures.model import load_model
+from common.errors import EXPORT_AGAIN, FormatError
 from gguf_export.contract import OpenedFile, Report
-from gguf_export.pwri.schema import HEAD
 from gguf_export.smallthinker.contract import RUNNABLE, ExpertFile
 from gguf_export.smallthinker.hyperparameters import is_transposed
 from gguf_export.smallthinker.requirements import check_one_expert
@@ -25,32 +22,13 @@ from gguf_export.smallthinker.second_engine import stored_neurons
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.splitting import PRE_KEY, splitting_name, splitting_note
 from gguf_export.tokens.vocabulary import ADD_BOS_KEY, BYTE_LEVEL, Vocabulary
-from gguf_files.names import DENSE_DOWN, PROFILER, expert_name
+from gguf_files.names import DENSE_DOWN, expert_name
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.expert import ExpertEngine
-from powerinfer_bridge.engine.perplexity import engine_perplexity, perplexity, perplexity_windows
-from powerinfer_bridge.verify.comparison import (
-    EXACT,
-    LEAST_CONTEXT,
-    LOGIT_TOLERANCE,
-    check_fingerprint,
-    compared_text,
-    json_number,
-    keeps_numbers,
-    require_sizes,
-)
+from powerinfer_bridge.verify.comparison import check_fingerprint, require_sizes
+from powerinfer_bridge.verify.numbers import Compared, compared_text, json_number, relu_form
+from powerinfer_bridge.verify.tensors import same_numbers, zeros_after
 from powerinfer_bridge.verify.tokens import require_vocabulary, same_ids
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import numpy.typing as npt
-
-    from gguf_files.reader import GGUFFile
-
-_BLOCK, _NEAR = 32, 1.25
-"""Of Q4_0: numbers that are rounded together, and by how many steps one may be off: by half a step,
-by a whole one at the end that 4 bits lack, and by what a mean over rows does not tell."""
 
 _PPL_TOLERANCE = 5e-3
 """Largest relative difference from transformers' perplexity where weights are not rounded further:
@@ -66,13 +44,18 @@ def check_expert_model(report: Report, opened: ExpertFile, checkpoint: Checkpoin
 
 
 def check_expert_numbers(
-    report: Report, opened: ExpertFile, checkpoint: Checkpoint, context: int, chunks: int
+    report: Report,
+    opened: ExpertFile,
+    checkpoint: Checkpoint,
+    context: int,
+    chunks: int,
+    max_ppl_gap: float | None,
 ) -> None:
     """Run both models and compare; figures go to the report (settings: `verification.verify`)."""
-    numbers = _Numbers(opened, checkpoint, context, report.figures)
+    numbers = _Numbers(opened, checkpoint, context, chunks, report.figures)
     ready = (*RUNNABLE, "model sizes")
     report.check("logits", numbers.logits, *ready)
-    report.check("perplexity", lambda: numbers.perplexity(chunks), *ready)
+    report.check("perplexity", lambda: numbers.perplexity(max_ppl_gap), *ready)
 
 
 def _sizes(opened: ExpertFile, checkpoint: Checkpoint) -> str:
@@ -92,41 +75,16 @@ def _same_tensors(opened: ExpertFile, checkpoint: Checkpoint) -> str:
             name = expert_name(target).format(layer=layer)
             if name not in opened.file.tensors:
                 continue  # a head that is the embedding
-            expected, found = checkpoint.read(rule, layer), opened.file.tensor(name)
+            expected = checkpoint.read(rule, layer)
             if turned and f".{DENSE_DOWN}_exps." in name:
-                expected = expected.T
-            matrix = found.reshape(found.shape[-expected.dim() :])  # without that of experts
-            found = matrix[: len(expected)]
-            if matrix[len(expected) :].any():
-                raise FormatError(f"tensor {name} has neurons that the model has not", EXPORT_AGAIN)
-            if not same_numbers(opened.file, name, expected.contiguous(), found):
+                expected = expected.T.contiguous()
+            if not same_numbers(opened.file, name, expected):
                 raise FormatError(f"tensor {name} differs from the model's", EXPORT_AGAIN)
+            if not zeros_after(opened.file, name, expected.numel()):
+                raise FormatError(f"tensor {name} has neurons that the model has not", EXPORT_AGAIN)
             opened.file.forget()
             count += 1
     return f"{count} are the model's, to the bit or rounded to their types"
-
-
-def same_numbers(
-    file: GGUFFile, name: str, expected: torch.Tensor, found: npt.NDArray[Any]
-) -> bool:
-    """Tell whether a tensor's numbers are the model's; a head with a predictor has a level too."""
-    if name == HEAD and PROFILER in file.tensors:
-        numbers = torch.from_numpy(found)
-        return _near(expected + _common(expected, numbers), numbers)
-    return keeps_numbers(expected, found, file.tensors[name].kind)
-
-
-def _common(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Return what a head's predictor added to all rows of it, (d_model,) float32, nearly."""
-    return (found.float() - expected.float()).mean(0)
-
-
-def _near(expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether Q4_0 numbers are those of which `expected` is known but for a little."""
-    blocks = found.float().reshape(-1, _BLOCK)
-    steps = blocks.abs().amax(1, keepdim=True) / 8
-    apart = (blocks - expected.float().reshape(-1, _BLOCK)).abs()
-    return bool((apart <= _NEAR * steps).all())
 
 
 def same_tokens(opened: OpenedFile, checkpoint: Checkpoint) -> str:
@@ -164,73 +122,38 @@ def _same_bos(opened: OpenedFile, expected: Vocabulary) -> None:
 
 
 @dataclass(frozen=True)
-class _Numbers:
-    """The file's numbers against its model's, both with ReLU: the graph has no FATReLU."""
+class _Numbers(Compared):
+    """The file's numbers against its model's, both with ReLU: the graph has no FATReLU.
+
+    Either reads every text at once, so that each weight is read once and none stays in memory.
+    """
 
     opened: ExpertFile
-    checkpoint: Checkpoint
-    longest: int
-    figures: dict[str, float | None]
 
     @cached_property
-    def context(self) -> int:
-        """Tokens of a window."""
-        context = min(self.longest, self.opened.hyper.context_length)
-        if context < LEAST_CONTEXT:
-            raise EngineError(f"windows of {context} tokens tell nothing", "pass at least 8")
-        return context
+    def _model(self) -> tuple[torch.Tensor, float]:
+        """Transformers' logits of `ids`, (tokens, vocab_size) float32, and its perplexity."""
+        checkpoint = relu_form(self.checkpoint)
+        model = load_model(checkpoint, dtype=torch.float32, device="cpu", weights="streamed")
+        texts = [self.ids, *(ids for ids, _ in self.windows)]
+        first, *others = model.hidden(torch.tensor(texts))
+        return model.head(first), self.perplexity_of(map(model.head, others), "transformers")
 
     @cached_property
-    def engine(self) -> ExpertEngine:
-        return ExpertEngine(self.opened.path)
-
-    @cached_property
-    def exact(self) -> bool:
-        """Whether no weight is rounded by more than float16 does."""
-        return all(info.kind in EXACT for info in self.opened.file.tensors.values())
-
-    @cached_property
-    def model(self) -> LoadedModel:
-        shape = self.checkpoint.shape
-        if shape.activation == "fatrelu":
-            shape = replace(shape, activation="relu", activation_threshold=0.0)
-        return load_model(replace(self.checkpoint, shape=shape), dtype=torch.float32, device="cpu")
-
-    def _reference(self, ids: list[int]) -> torch.Tensor:
-        """Return transformers' logits (tokens, vocab_size) in float32."""
-        return self.model.logits(torch.tensor([ids]))[0]
+    def _file(self) -> tuple[torch.Tensor, float]:
+        """The same by the file's own graph."""
+        engine = ExpertEngine(self.opened.path, budget=0)
+        texts = [self.ids, *(ids for ids, _ in self.windows)]
+        logits = engine.forward_all(texts, [KVCache(engine.hyper.n_layers) for _ in texts])
+        return next(logits), self.perplexity_of(logits, "file")
 
     def logits(self) -> str:
         """Judge the logits of a window."""
-        ids = self.opened.vocabulary.text_ids(compared_text())[: self.context]
-        expected = self._reference(ids)
-        found = self.engine.forward(ids, KVCache(self.engine.hyper.n_layers))
-        largest, spread = float((found - expected).abs().max()), float(expected.std())
-        self.figures["logit_spread"] = json_number(spread)
-        self.figures["logit_difference_dense"] = json_number(largest)
-        if not math.isfinite(largest + spread):
-            raise EngineError("logits are not all finite", "the weights are unusable")
-        line = f"largest difference {largest:.4g}, spread {spread:.4g}, {len(ids)} tokens"
-        if not self.exact:
-            return f"{line}; not judged: the weights are quantised"
-        if not largest <= LOGIT_TOLERANCE * spread:
-            raise EngineError(f"{line}: more than {LOGIT_TOLERANCE:.0%}", EXPORT_AGAIN)
-        return f"{line}; at most {LOGIT_TOLERANCE:.0%} of it"
+        expected, _ = self._model
+        return self.judge_logits(self._file[0], expected)
 
-    def perplexity(self, chunks: int) -> str:
-        """Compare the perplexity of a text, and judge it where no weight is rounded."""
-        ours = engine_perplexity(self.engine, compared_text(), self.context, chunks, "file")
-        theirs = perplexity(self._reference, self._windows(chunks), "transformers")
-        told = {"ppl_dense": json_number(ours), "ppl_transformers": json_number(theirs)}
-        self.figures.update(told)
-        line = f"{ours:.4f}, transformers {theirs:.4f} ({ours / theirs - 1:+.3%})"
-        if not self.exact:
-            return f"{line}; not judged: the weights are quantised"
-        if not abs(ours / theirs - 1) <= _PPL_TOLERANCE:
-            raise EngineError(f"{line}: more than {_PPL_TOLERANCE:.1%} apart", EXPORT_AGAIN)
-        return f"{line}; at most {_PPL_TOLERANCE:.1%} apart"
-
-    def _windows(self, chunks: int) -> Iterator[tuple[list[int], list[int]]]:
-        vocabulary = self.opened.vocabulary
-        ids = vocabulary.text_ids(compared_text().removesuffix("\n"))
-        return perplexity_windows(ids, vocabulary.bos, self.context, chunks)
+    def perplexity(self, bound: float | None) -> str:
+        """Compare the perplexity of a text, and judge it."""
+        theirs, ours = self._model[1], self._file[1]
+        self.figures["ppl_transformers"] = json_number(theirs)
+        return self.judge_perplexity(ours, theirs, "transformers", _PPL_TOLERANCE, bound)

@@ -25,3 +25,5 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         """Refuse settings that no file can pass."""
         check_settings(self, SettingsError)
+        if self.max_ppl_gap is not None and self.model is None:
+            raise SettingsError("--max-ppl-gap is judged by running the model", "pass --model")

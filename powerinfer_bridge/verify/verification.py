@@ -41,7 +41,8 @@ def verify(
     Args:
         path: `*.powerinfer.gguf`, or a file of arch `smallthinker`.
         model: checkpoint directory or hub id that the file was made from.
-        max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none.
+        max_ppl_gap: largest perplexity gap that passes, a fraction; None judges none. It is to the
+            same file with all neurons, of arch `smallthinker` to the model.
         context: window of logits and perplexity, tokens; at most the model's context.
         chunks: perplexity windows, at most.
         run: run both models too, for logits and perplexity.
@@ -49,9 +50,9 @@ def verify(
 
     Returns:
         The checks; with a model its figures are `logit_spread`, `logit_difference_dense` and
-        `logit_difference_sparse` (largest), `ppl_dense`, `ppl_sparse` and `ppl_gap`, of an expert
-        `ppl_transformers` beside `ppl_dense`, absent where
-        not measured and None where no finite number.
+        `logit_difference_sparse` (largest), `ppl_dense`, `ppl_sparse` and `ppl_gap`; of arch
+        `smallthinker` `ppl_dense`, `ppl_transformers` of one expert or `ppl_model` of several, and
+        `ppl_gap`. They are absent where not measured and None where no finite number.
 
     Raises:
         FormatError: there is no such file.
@@ -73,14 +74,14 @@ def verify(
         if checkpoint is not None:
             check_mixture_model(report, opened, checkpoint)
             if run:
-                check_mixture_numbers(report, opened, checkpoint, context, chunks)
+                check_mixture_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)
         return report
     if isinstance(opened, ExpertFile):
         check_expert_structure(report, opened)
         if checkpoint is not None:
             check_expert_model(report, opened, checkpoint)
             if run:
-                check_expert_numbers(report, opened, checkpoint, context, chunks)
+                check_expert_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)
         return report
     check_structure(report, opened)
     if checkpoint is not None:
