@@ -255,7 +255,7 @@ class Arms:
         from evaluation.backends.embedded import EmbeddedBackend
         from evaluation.backends.powerinfer import PowerInferBackend
         from gguf_files.reader import GGUFFile
-        from powerinfer_bridge.benchmark.setup import element_type
+        from powerinfer_bridge.benchmark.beside import element_type
 
         backend: Any
         if arm.programs is None:

@@ -15,9 +15,10 @@ from common.typed_json import parse
 from common.units import GIB
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.benchmark.beside import DenseFile
 from powerinfer_bridge.benchmark.placement import NeuronFacts
 from powerinfer_bridge.benchmark.settings import BenchConfig
-from powerinfer_bridge.benchmark.setup import DenseFile, Machine, Programs, Setup
+from powerinfer_bridge.benchmark.setup import Machine, Programs, Setup
 from powerinfer_bridge.benchmark.warnings import find_warnings
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.programs.sample import ProgramFacts
@@ -93,6 +94,7 @@ class Around:
     llama_cpp_cuda: bool | None = None
     index_problem: str | None = None
     architectures: Mapping[str, str] = field(default_factory=dict)
+    same_model: bool = True
     activation_threshold: float = 0.0
     estimate_problem: str | None = None
 
@@ -104,7 +106,12 @@ class Around:
             skips_neurons=self.file_threshold > DENSE_THRESHOLD,
         )
         dense = {
-            name: DenseFile(path=Path("d"), element_type="F16", architecture=architecture)
+            name: DenseFile(
+                path=Path("d"),
+                element_type="F16",
+                architecture=architecture,
+                same_model=self.same_model,
+            )
             for name, architecture in self.architectures.items()
         }
         return Setup(
@@ -193,6 +200,11 @@ CASES: dict[str, tuple[Bench, Around, str]] = {
         document(everything(), predicted(), llama_cpp()),
         Around(architectures={"dense_llama_cpp": "llama"}),
         "computes SiLU, not this model's ReLU",
+    ),
+    "unknown-model": (
+        document(everything(), predicted(), llama_cpp()),
+        Around(architectures={"dense_llama_cpp": "opt"}, same_model=False),
+        "d: it or the sparse file does not say which model it was made from",
     ),
     "experts-cost": (
         document(everything(), predicted(), llama_cpp()),

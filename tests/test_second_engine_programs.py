@@ -19,6 +19,7 @@ from gguf_export.bundle import export
 from gguf_export.settings import ExportConfig
 from gguf_export.smallthinker.second_engine import size_problem
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.benchmark.beside import described
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.second_engine import exact_bytes_ratio, open_second_file
 from powerinfer_bridge.benchmark.settings import BenchConfig
@@ -173,7 +174,7 @@ def test_files_of_other_engines_are_refused(
     files: dict[str, Path], kind: str, words: tuple[str, ...]
 ) -> None:
     with refused(FormatError, str(files[kind]), "--engine smallthinker", *words):
-        open_second_file(files[kind], GGUFFile(files["first"]))
+        open_second_file(files[kind])
 
 
 def test_another_model_s_file_is_refused(
@@ -182,7 +183,7 @@ def test_another_model_s_file_is_refused(
     other = make_model(tmp_path / "other", intermediate_size=1024, seed=1)
     file = exported(other, tmp_path / "o.smallthinker.gguf")
     with refused(FormatError, str(file), "another model"):
-        open_second_file(file, GGUFFile(files["first"]))
+        described(open_second_file(file), GGUFFile(files["first"]))
 
 
 @pytest.fixture

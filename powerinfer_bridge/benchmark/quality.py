@@ -13,8 +13,9 @@ from tqdm import tqdm
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import EngineError
 from gguf_export.pwri.schema import DENSE_THRESHOLD
+from powerinfer_bridge.benchmark.beside import DenseFile
 from powerinfer_bridge.benchmark.journal import Journal
-from powerinfer_bridge.benchmark.setup import DenseFile, Setup
+from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_score, perplexity, perplexity_windows
 from powerinfer_bridge.score import Score, gap_error

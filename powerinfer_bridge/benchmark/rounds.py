@@ -14,8 +14,9 @@ import torch
 from tqdm import tqdm
 
 from gguf_export.pwri.schema import DENSE_THRESHOLD
+from powerinfer_bridge.benchmark.beside import DenseFile, element_type
 from powerinfer_bridge.benchmark.journal import Journal, Sample
-from powerinfer_bridge.benchmark.setup import DenseFile, Setup, element_type
+from powerinfer_bridge.benchmark.setup import Setup
 from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.programs.sample import Phase, RunSample
 from results.bench import (

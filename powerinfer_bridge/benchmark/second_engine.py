@@ -5,28 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gguf import GGUFValueType
-
 from common.errors import FormatError
 from gguf_export.contract import Report
 from gguf_export.smallthinker.contract import ExpertFile, check_expert_structure, open_model_file
 from gguf_export.smallthinker.hyperparameters import is_transposed
-from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
 from results.parts import Metrics
 
 _EXPORT = "export it with psp export-gguf --engine smallthinker"
 
 
-def open_second_file(path: Path, sparse: GGUFFile) -> GGUFFile:
+def open_second_file(path: Path) -> GGUFFile:
     """Open the model for the second engine.
 
     Args:
         path: of arch `smallthinker`, down matrices transposed.
-        sparse: the file of the first engine, whose model it must be.
 
     Raises:
-        FormatError: it is a file of another engine, damaged, or another model's.
+        FormatError: it is a file of another engine, or damaged.
     """
     opened = open_model_file(path)
     if not isinstance(opened, ExpertFile):
@@ -43,15 +39,7 @@ def open_second_file(path: Path, sparse: GGUFFile) -> GGUFFile:
     broken = (found for found in report.checks.values() if not found.ok)
     for outcome in broken:
         raise FormatError(f"{path}: {outcome.line}", _EXPORT)
-    models = [_fingerprint(file) for file in (opened.file, sparse)]
-    if None not in models and models[0] != models[1]:
-        raise FormatError(f"{path}: was made from another model than {sparse.path}", _EXPORT)
     return opened.file
-
-
-def _fingerprint(file: GGUFFile) -> str | None:
-    found: str | None = file.optional(FINGERPRINT_KEY, GGUFValueType.STRING, None)
-    return found
 
 
 def exact_bytes_ratio(layers: Sequence[Metrics]) -> float:

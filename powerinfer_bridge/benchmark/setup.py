@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from gguf import GGUFValueType
 from tqdm import tqdm
 
 from common.documents import read_text, sample_text
-from common.errors import EngineError, FormatError
+from common.errors import EngineError
 from common.machine import Gpu, cpu_name, read_gpus, read_memory, usable_threads
 from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
@@ -21,6 +20,7 @@ from gguf_export.origin import require_made_from
 from gguf_export.pwri.gpu_index import index_path
 from gguf_files.names import SMALLTHINKER
 from gguf_files.reader import GGUFFile
+from powerinfer_bridge.benchmark.beside import DenseFile, described, open_dense
 from powerinfer_bridge.benchmark.inputs import (
     describe_files,
     describe_text,
@@ -94,21 +94,6 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseFile:
-    """A dense model's file.
-
-    Attributes:
-        path: the file.
-        element_type: type that most of its bytes have.
-        architecture: `general.architecture`.
-    """
-
-    path: Path
-    element_type: str
-    architecture: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class SecondProgram:
     """PowerInfer's second engine with a model.
 
@@ -157,6 +142,14 @@ class Programs:
         files: dict[ArmName, DenseFile | None]
         files = {DENSE_LLAMA_CPP: self.llama_cpp_dense, DENSE_LLAMA_CPP_SILU: self.silu_dense}
         return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def unsure(self) -> Iterator[Path]:
+        """Files beside the sparse one of which nothing says that they are of its model."""
+        second = None if self.second is None else self.second.file
+        dense = (self.powerinfer_dense, self.unused_dense, *self.llama_cpp_files.values(), second)
+        found = (file.path for file in dense if file is not None and not file.same_model)
+        yield from dict.fromkeys(found)
 
     @property
     def cuda(self) -> bool | None:
@@ -291,9 +284,10 @@ def open_programs(config: BenchConfig) -> Programs:
     if facts is not None:
         check_threads(facts, config.threads)
     told = None if llama_cpp is None else llama_cpp.check()
-    dense = _open_dense(config.dense_gguf)
+    sparse = GGUFFile(config.file)
+    dense = open_dense(config.dense_gguf, sparse)
     experts = dense is not None and dense.architecture == SMALLTHINKER
-    own = None if llama_cpp is None else _open_dense(config.llama_cpp_file)
+    own = None if llama_cpp is None else open_dense(config.llama_cpp_file, sparse)
     twins = own is not None and dense is not None and own.architecture == SMALLTHINKER
     return Programs(
         powerinfer=real,
@@ -304,7 +298,7 @@ def open_programs(config: BenchConfig) -> Programs:
         llama_cpp_dense=own,
         silu_dense=dense if twins and dense is not None and not experts else None,
         unused_dense=dense if real is not None and experts else None,
-        second=_second(config, GGUFFile(config.file), heartbeat),
+        second=_second(config, sparse, heartbeat),
         heartbeat=heartbeat,
     )
 
@@ -337,32 +331,9 @@ def _second(config: BenchConfig, file: GGUFFile, heartbeat: Heartbeat) -> Second
     if config.second_engine_bin is None or path is None:
         return None
     check_second_threads(config.threads)
-    kind = element_type(open_second_file(path, file))
+    held = described(open_second_file(path), file)
     engine = SecondEngine(config.second_engine_bin, timeout=config.timeout, heartbeat=heartbeat)
-    held = DenseFile(path=path, element_type=kind, architecture=SMALLTHINKER)
     return SecondProgram(engine=engine, facts=engine.check(path), file=held)
-
-
-def _open_dense(path: Path | None) -> DenseFile | None:
-    if path is None:
-        return None
-    file = GGUFFile(path)
-    if file.sparse:
-        raise FormatError(
-            f"{path}: is a sparse file (magic PWRI)",
-            "pass a dense one, such as 'psp export-gguf --dense' writes",
-        )
-    name: str = file.value("general.architecture", GGUFValueType.STRING)
-    return DenseFile(path=path, element_type=element_type(file), architecture=name)
-
-
-def element_type(file: GGUFFile) -> str:
-    """Return the type that most of a file's bytes have, predictors aside."""
-    sizes: dict[str, int] = {}
-    for name, info in file.tensors.items():
-        if not name.endswith((".fc1.weight", ".fc2.weight")):
-            sizes[info.kind.name] = sizes.get(info.kind.name, 0) + info.size
-    return max(sizes, key=lambda kind: sizes[kind], default="none")
 
 
 def _check_model(config: BenchConfig, file: GGUFFile, note: Callable[[str], None]) -> None:

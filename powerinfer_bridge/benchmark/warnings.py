@@ -133,6 +133,12 @@ def _baselines(result: Bench, setup: Setup) -> Warnings:
         stated = ", ".join(f"{arm.title}: {arm.threads}" for arm in arms)
         yield "different-threads", f"threads differ: {stated}"
     programs = setup.programs
+    for path in programs.unsure:
+        yield (
+            "unknown-model",
+            f"{path}: it or the sparse file does not say which model it was made from, so nothing "
+            "tells that both are of one; only their vocabularies are known to be the same",
+        )
     files = {DENSE_POWERINFER: programs.powerinfer_dense, **programs.llama_cpp_files}
     if programs.unused_dense is not None:
         yield (
