@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from gguf import GGML_QUANT_SIZES
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import block_bytes
@@ -12,6 +13,7 @@ from common.element_types import ELEMENT_TYPES
 from common.machine import weight_budget
 from gguf_export.plan import plan_model
 from gguf_export.pwri.element_types import FileTypes
+from gguf_export.smallthinker.types import DENSE_TYPES
 from pipeline.probe import Rates
 from pipeline.steps import StepSettings
 from predictor.training.run import bound_of
@@ -193,11 +195,19 @@ class Costs:
             return 2 * ELEMENT_TYPES[types.weights].width * self._weights
         return sum(each.size for each in plan_model(self.checkpoint, sparse=True, types=types))
 
+    @property
+    def _dense(self) -> float:
+        """Bytes of the dense file."""
+        export = self.settings.export
+        if export.dense_type is None:
+            return export.dense * self.file
+        block, block_bytes = GGML_QUANT_SIZES[DENSE_TYPES[export.dense_type]]
+        return float(export.dense * self._weights * block_bytes / block)
+
     def _export(self) -> Cost:
-        dense = self.settings.export.dense * self.file
         pickled = self._layers * self._predictor(2)
         read = 4 * self._weights / self.rates.read
-        disk = self.file + dense + pickled
+        disk = self.file + self._dense + pickled
         return Cost(
             seconds=disk / self.rates.write + 3 * read,
             disk=disk,

@@ -101,6 +101,9 @@ class RunConfig:
         ),
     ] = ExportConfig.dense
     dense_arch: Annotated[str, option_of(ExportConfig, "dense_arch")] = ExportConfig.dense_arch
+    dense_type: Annotated[str | None, option_of(ExportConfig, "dense_type")] = (
+        ExportConfig.dense_type
+    )
     vram_budget: Annotated[str | None, option_of(ExportConfig, "vram_budget")] = (
         ExportConfig.vram_budget
     )

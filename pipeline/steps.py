@@ -112,6 +112,7 @@ class StepSettings:
                 predictor_type=config.predictor_type,
                 dense=config.dense,
                 dense_arch=config.dense_arch,
+                dense_type=config.dense_type,
                 vram_budget=config.vram_budget,
                 force=True,
             ),

@@ -75,6 +75,20 @@ def test_costs_are_what_can_be_worked_out_by_hand(costs: Callable[..., Costs]) -
     assert found["sparsify"].memory == 0
 
 
+@pytest.mark.parametrize(("name", "block"), [("bf16", 64), ("q8_0", 34), ("q4_0", 18)])
+def test_a_dense_file_has_a_type_of_its_own(
+    costs: Callable[..., Costs], name: str, block: int
+) -> None:
+    plain, same, small = (
+        costs(**changes).all()["export-gguf"].disk
+        for changes in ({}, {"dense": True}, {"dense": True, "dense_type": name})
+    )
+    assert same - plain == costs().file
+    assert small - plain == pytest.approx(block / 32 * WEIGHTS)
+    with refused(PspError, "--dense-type are for --dense; pass --dense"):
+        costs(dense_type="q4_0")
+
+
 def test_choosing_ranks_and_thresholds_costs_more(costs: Callable[..., Costs]) -> None:
     fixed, auto = (costs(rank=rank).all()["train-predictor"] for rank in (32, "auto"))
     head = VOCAB * D_MODEL / LAYER_WEIGHTS
