@@ -202,7 +202,7 @@ class Costs:
         if export.dense_type is None:
             return export.dense * self.file
         block, block_bytes = GGML_QUANT_SIZES[DENSE_TYPES[export.dense_type]]
-        return float(export.dense * self._weights * block_bytes / block)
+        return self._weights * float(block_bytes / block)
 
     def _export(self) -> Cost:
         pickled = self._layers * self._predictor(2)
