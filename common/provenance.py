@@ -180,10 +180,13 @@ def read(path: Path) -> Provenance:
 
 def shortened(text: str) -> str:
     """Return a path without directories outside the working directory; other texts as they are."""
-    if not os.path.isabs(text):
-        return text if not text.startswith("..") else _HIDDEN + os.path.basename(text)
-    inside = os.path.relpath(text)
-    return inside if not inside.startswith("..") else _HIDDEN + os.path.basename(text)
+    inside = os.path.relpath(text) if os.path.isabs(text) else text
+    return spelt(inside if not inside.startswith("..") else _HIDDEN + os.path.basename(inside))
+
+
+def spelt(text: str) -> str:
+    """Return a text as JSON has it: bytes of a file's name that are no characters escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def source_commit(root: Path) -> str | None:

@@ -111,6 +111,11 @@ class Bundle:
         paths = {name: getattr(self, name) for name in names}
         return {name: str(path) for name, path in paths.items() if path.exists()}
 
+    @property
+    def written(self) -> list[Path]:
+        """What the manifest vouches for."""
+        return [Path(path) for name, path in self.outputs.items() if name != "manifest"]
+
     def table(self, checks: int | None, dense_checks: int | None = None) -> str:
         """Return them as text, and how many checks hold (None: not verified).
 
@@ -182,8 +187,7 @@ def export(
             if dense_check is not None and dense.architecture == SMALLTHINKER:
                 dense_check(unnamed.dense_file)
         changed = compare_files(checkpoint, files.result(), predictors.model_files, predictors.path)
-    written = (Path(path) for path in bundle.outputs.values())
-    write_manifest(config, begun, checkpoint, files.result(), written)
+    write_manifest(config, begun, checkpoint, files.result(), bundle.written)
     return bundle if changed is None else replace(bundle, warnings=(*bundle.warnings, changed))
 
 

@@ -78,7 +78,11 @@ def split(config: SplitConfig) -> SplitResult:
     plan = plan_memory(file.tensors.values(), settings)
     directory = config.file.parent if config.statistics is None else config.statistics
     if config.statistics is None and (directory / ACTIVATION_DIRECTORY).is_dir():
-        check_outputs(config.file, [directory / ACTIVATION_DIRECTORY])
+        check_outputs(
+            config.file,
+            [directory / ACTIVATION_DIRECTORY],
+            "export again; or pass --statistics DIR if they are others on purpose",
+        )
     counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
     groups = file_groups(file)
     chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=groups)

@@ -7,6 +7,7 @@ none, so that none vouches for a mixture of two exports.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 from architectures.checkpoint import Checkpoint
 from common.errors import FormatError
 from common.hashing import HashedFile, hash_file
-from common.provenance import Ingredient, Provenance, read, record, shortened
+from common.provenance import Ingredient, Provenance, read, record, shortened, spelt
 from common.sealed import SEAL, write_sealed
 from common.typed_json import plain
 from gguf_export.settings import SUFFIX, ExportConfig
 
-_AGAIN = "export again"
+_AGAIN = "export again, or fetch it again"
 MANIFEST = ".manifest.json"
 """Added to the exported file's name."""
 
@@ -91,12 +92,13 @@ def add_output(file: Path, output: Path) -> None:
     write_sealed(path, plain(replace(known, outputs=(*kept, added))))
 
 
-def check_outputs(file: Path, outputs: Iterable[Path]) -> str:
+def check_outputs(file: Path, outputs: Iterable[Path], remedy: str = _AGAIN) -> str:
     """Compare files with what their export's manifest says of them.
 
     Args:
         file: the exported file.
         outputs: that or others that go with it; directories stand for their files.
+        remedy: what to do about one that differs.
 
     Returns:
         What was found, in a line: how many were compared.
@@ -114,9 +116,28 @@ def check_outputs(file: Path, outputs: Iterable[Path]) -> str:
         if each != known[each.name]:
             raise FormatError(
                 f"{path.parent / each.name}: damaged (not what {path.name} says was exported)",
-                _AGAIN,
+                remedy,
             )
     return f"{len(found)} files hold what was exported"
+
+
+def refuse_damaged(file: Path, digest: str) -> None:
+    """Do nothing if a file is what was exported, or if nobody knows.
+
+    Args:
+        file: an exported file, or any other.
+        digest: its XXH3, hexadecimal.
+
+    Raises:
+        FormatError: it holds something else.
+        ResultError: its manifest is damaged.
+    """
+    made = described(file)
+    for each in () if made is None else made.outputs:
+        if each.name == spelt(file.name) and each.xxh3_128 != digest:
+            raise FormatError(
+                f"{file}: damaged (not what {manifest_path(file).name} says was exported)", _AGAIN
+            )
 
 
 def described(file: Path) -> Provenance | None:
@@ -136,7 +157,7 @@ def _hashed(base: Path, outputs: Iterable[Path]) -> tuple[HashedFile, ...]:
         files = sorted(each for each in output.iterdir() if each.is_file()) if inside else [output]
         for each in files:
             size, digest = hash_file(each)
-            name = each.resolve().relative_to(base.resolve()).as_posix()
+            name = spelt(Path(os.path.relpath(each, base)).as_posix())
             found.append(HashedFile(name=name, bytes=size, xxh3_128=digest))
     return tuple(found)
 

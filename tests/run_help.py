@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from common.provenance import PROVENANCE
+from gguf_export.manifest import MANIFEST
 from pipeline.plan import prepare
 from pipeline.probe import Rates
 from pipeline.run import Outcome, execute
@@ -62,7 +63,7 @@ def contents(out: Path) -> dict[str, bytes]:
         place = out / name
         files = [place] if place.is_file() else sorted(place.rglob("*"))
         for path in files:
-            if path.is_file() and path.name != PROVENANCE:
+            if path.is_file() and not path.name.endswith((PROVENANCE, MANIFEST)):
                 found[str(path.relative_to(out))] = path.read_bytes().replace(
                     str(out).encode(), b""
                 )

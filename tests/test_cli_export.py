@@ -16,6 +16,7 @@ from gguf import GGUFValueType
 
 from common.errors import printable
 from gguf_export.bundle import Bundle
+from gguf_export.manifest import MANIFEST
 from gguf_export.writer import ModelWriter
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.verify import verification
@@ -30,7 +31,8 @@ def command(model: Path, predictors: Path, out: Path) -> tuple[object, ...]:
 
 def files(directory: Path) -> dict[str, bytes]:
     found = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+    kept = (path for path in found if not path.name.endswith(MANIFEST))  # which tells the time
+    return {str(path.relative_to(directory)): path.read_bytes() for path in kept}
 
 
 def damaging(

@@ -19,6 +19,7 @@ from common.machine import Gpu
 from common.units import GIB
 from gguf_export.bundle import Bundle
 from gguf_export.gpu_split import split
+from gguf_export.manifest import manifest_path
 from gguf_export.pwri.gpu_index import index_path, read_gpu_index, write_gpu_index
 from gguf_export.settings import SplitConfig
 from gguf_files.reader import GGUFFile
@@ -42,6 +43,7 @@ def file(exact_bundle: Bundle, tmp_path: Path) -> Path:
     directory = tmp_path / "export"
     shutil.copytree(exact_bundle.model_file.parent, directory)
     path = directory / exact_bundle.model_file.name
+    manifest_path(path).unlink()  # the counts are others
     # Counts of a made-up text, no two alike: what is best is then best alone.
     for layer in range(2):
         generator = torch.Generator().manual_seed(layer)

@@ -22,6 +22,7 @@ from architectures.checkpoint import Checkpoint
 from common.errors import CheckpointError, ExportError, PredictorError, PspError
 from common.sealed import SEAL
 from gguf_export.bundle import Bundle
+from gguf_export.manifest import MANIFEST
 from gguf_files.reader import GGUFFile
 from predictor.artifact import PredictorArtifact
 
@@ -71,7 +72,8 @@ def exact_file(exact_bundle: Bundle) -> GGUFFile:
 
 
 def files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    found = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)) for path in found if not path.name.endswith(MANIFEST)}
 
 
 def exported(model: Path, tmp_path: Path) -> GGUFFile:

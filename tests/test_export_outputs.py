@@ -16,11 +16,13 @@ from conftest import refused
 from common.errors import ExportError, OutputError
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import split
+from gguf_export.manifest import MANIFEST, check_outputs
 from gguf_export.settings import ExportConfig, SplitConfig
 
 
 def files(root: Path) -> set[str]:
-    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    found = (path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)) for path in found if not path.name.endswith(MANIFEST)}
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "m.powerinfer.gguf.bak", ".powerinfer.gguf", ""])
@@ -145,7 +147,7 @@ def test_statistics_that_another_file_may_have_stay(
     assert files(here) == before
     bundle = run(model_dir, Path("none"), out, force=mine)
     assert files(here) == before | {out.name}
-    assert list(bundle.outputs) == ["model_file"]
+    assert list(bundle.outputs) == ["model_file", "manifest"]
     assert any(told in line for line in bundle.warnings)
 
 
@@ -231,7 +233,8 @@ def test_outputs_are_written_through_links(
     run(model_dir, exact_dir, out, force=True)
     assert (disk / "model").read_bytes() == exact_bundle.model_file.read_bytes()
     assert os.readlink(here / "exact.predictors") == "../large disk/predictors"
-    assert all(path.is_symlink() for path in here.iterdir())
+    assert all(path.is_symlink() or path.name.endswith(MANIFEST) for path in here.iterdir())
+    assert check_outputs(out, Bundle.beside(out).written) == "6 files hold what was exported"
     assert files(disk) == {
         "model",
         *(f"statistics/activation_{layer}.pt" for layer in (0, 1)),

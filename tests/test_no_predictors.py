@@ -50,8 +50,9 @@ def test_the_placeholders_are_as_small_as_powerinfer_takes_them(bundle: Bundle) 
 
 
 def test_only_the_model_file_is_written(bundle: Bundle) -> None:
-    assert [path.name for path in bundle.model_file.parent.iterdir()] == [bundle.model_file.name]
-    assert list(bundle.outputs) == ["model_file"]
+    written = {bundle.model_file, bundle.manifest}
+    assert set(bundle.model_file.parent.iterdir()) == written
+    assert list(bundle.outputs) == ["model_file", "manifest"]
 
 
 def test_predictors_of_an_earlier_export_go(
@@ -61,7 +62,7 @@ def test_predictors_of_an_earlier_export_go(
     before = make_export(model_dir, exact_dir, out)
     assert before.predictor_directory.is_dir()
     make_export(model_dir, Path("none"), out, force=True)
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert set(tmp_path.iterdir()) == {out, before.manifest}
 
 
 def test_verify_and_inspect_say_so(bundle: Bundle, exact_bundle: Bundle, model_dir: Path) -> None:

@@ -19,6 +19,7 @@ from architectures.checkpoint import Checkpoint
 from common.errors import ExportError, FormatError, OutputError
 from gguf_export.contract import Report
 from gguf_export.dense import export_single
+from gguf_export.manifest import manifest_path
 from gguf_export.settings import ExportConfig
 from gguf_export.smallthinker.contract import ExpertFile, check_expert_structure
 from gguf_export.smallthinker.file import write_one_expert
@@ -194,7 +195,7 @@ def test_what_is_there_is_replaced_only_by_force(model: Path, tmp_path: Path) ->
     config = ExportConfig(model=str(model), engine="smallthinker", out=out, force=True)
     export_single(config, ExportCheck(str(model), out))
     assert out.read_bytes()[:4] == b"GGUF"
-    assert list(tmp_path.iterdir()) == [out]
+    assert set(tmp_path.iterdir()) == {out, manifest_path(out)}
 
 
 def test_the_command_writes_verifies_and_inspects_it(psp: Psp, model: Path, tmp_path: Path) -> None:

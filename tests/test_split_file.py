@@ -36,6 +36,7 @@ def bundle(exact_bundle: Bundle, tmp_path: Path) -> Bundle:
         generator = torch.Generator().manual_seed(layer)
         counts = torch.randperm(D_FF, generator=generator) ** (2 - layer)
         torch.save(counts, made.activation_directory / f"activation_{layer}.pt")
+    made.manifest.unlink()  # the counts are others
     return made
 
 

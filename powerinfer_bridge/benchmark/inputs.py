@@ -13,6 +13,7 @@ from common.documents import read_documents
 from common.errors import DataError
 from common.hashing import hash_file
 from common.text_sources.names import shown
+from gguf_export.manifest import refuse_damaged
 from gguf_export.tokens.vocabulary import Vocabulary
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from results.bench import Input
@@ -81,11 +82,17 @@ def room_for(prompts: list[str], vocabulary: Vocabulary, generate: int, context_
 
 
 def describe_files(files: Mapping[str, Path | None]) -> Iterator[Input]:
-    """Yield role, path, size and hash of each file that there is, by role; each is read once."""
+    """Yield role, path, size and hash of each file that there is, by role; each is read once.
+
+    Raises:
+        DataError: one cannot be read.
+        FormatError: one is not what was exported; see `gguf_export.manifest`.
+    """
     hash_once = cache(hash_file)
     for role, path in files.items():
         if path is not None:
             size, digest = hash_once(path)
+            refuse_damaged(path, digest)
             yield Input(role=role, path=str(path), bytes=size, xxh3_128=digest)
 
 
