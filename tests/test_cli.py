@@ -314,7 +314,7 @@ def test_json_of_the_pipeline_speaks_the_glossary(pipeline: Pipeline) -> None:
     assert (collected["tokens"], collected["documents"]) == (900, 5)
     assert set(trained) == FFN_METRICS | {"predictors", "recipe", "ranks", "search", "layers"}
     assert trained["recipe"] == "dejavu"
-    outputs = {"model_file", "predictor_directory", "activation_directory"}
+    outputs = {"model_file", "predictor_directory", "activation_directory", "manifest"}
     assert set(found["export"]) == outputs | {"verified", "warnings"}
     assert all(Path(found["export"][name]).exists() for name in outputs)
     speeds = {"tokens_per_second", "tokens_per_second_dense", "speedup"}

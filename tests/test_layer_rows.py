@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import NARROW_D_FF, SHARD_ROWS, refused
-from safetensors.torch import load_file, save_file
+from recollected import recommit
 
 from common.errors import TraceError
 from predictor.collection.collect import collect
@@ -206,9 +206,7 @@ def damaged(
     """Copy a store and change one shard of layer 0 in the copy."""
     shutil.copytree(store.path, copy)
     file = copy / "layer-00" / f"shard-{shard:05d}.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
+    recommit(copy, lambda each, tensors: change(tensors) if each == file else None)
     return file
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,19 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import NARROW_D_FF, refused
+from recollected import recommit
 from safetensors.torch import load_file, save_file
-from xxhash import xxh3_128_hexdigest
 
 from common.decisions import DecisionCounts, mean_metrics
 from common.errors import OutputError, PredictorError, TraceError
+from common.provenance import PROVENANCE
 from common.sealed import SEAL
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.module import Predictor, decide
 from predictor.traces.packing import unpack_active
-from predictor.traces.shard_file import _prefix
-from predictor.traces.store import TraceStore, _joined
+from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import PSP, TrainConfig
 
@@ -63,7 +62,8 @@ Train = Callable[..., PredictorArtifact]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = (path for path in directory.iterdir() if path.name != PROVENANCE)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -71,24 +71,6 @@ def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document.pop(SEAL)
     change(document)
     file.write_text(json.dumps(document))
-
-
-def recommit(path: Path, change: Callable[[Path, dict[str, torch.Tensor]], object]) -> None:
-    """Change a store's shards as if they had been collected so."""
-    store = TraceStore.open(path)
-    shards = []
-    for number, shard in enumerate(store.progress.shards):
-        layout, digests = store._layout(shard.rows), []
-        for layer in store.header.layers:
-            file = store._shard_file(layer, number)
-            tensors = load_file(file)
-            change(file, tensors)
-            parts = layout.parts(len(tensors["importance"]))
-            data = b"".join(tensors[name].view(torch.uint8).numpy().tobytes() for name in parts)
-            digests.append(xxh3_128_hexdigest(data))
-            file.write_bytes(_prefix(layout, len(tensors["importance"]), digests[-1]) + data)
-        shards.append(replace(shard, sha256=_joined(digests)))
-    store._commit(shards=tuple(shards))
 
 
 def copy_traces(traces: TraceStore, tmp_path: Path) -> Path:

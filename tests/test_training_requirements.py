@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import refused
-from safetensors.torch import load_file, save_file
+from recollected import recommit
 
 from common.errors import PredictorError
 from predictor.collection.collect import collect
@@ -27,11 +27,12 @@ def settings(traces: Path, out: Path, **changes: Any) -> TrainConfig:
 def with_layer_1(store: TraceStore, copy: Path, active: int) -> Path:
     """Copy a store whose layer 1 has all of its neurons always active, or none ever."""
     shutil.copytree(store.path, copy)
-    for file in (copy / "layer-01").glob("shard-*.safetensors"):
-        tensors = load_file(file)
-        rows = len(tensors["inputs"])
-        tensors["counts"] = torch.full_like(tensors["counts"], active * rows)
-        save_file(tensors, file)
+
+    def change(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if file.parent.name == "layer-01":
+            tensors["counts"].fill_(active * len(tensors["inputs"]))
+
+    recommit(copy, change)
     return copy
 
 

@@ -209,25 +209,26 @@ def test_another_architecture_is_refused(exact_bundle: Bundle, tmp_path: Path) -
 
 
 SIZES = [
-    ("llama.attention.head_count", 0, "n_heads"),
-    ("llama.attention.head_count", 3, "n_heads"),
-    ("llama.attention.head_count", 64, "n_heads"),
-    ("llama.attention.head_count", 2**32 - 1, "n_heads"),
-    ("llama.attention.head_count_kv", 0, "n_kv_heads"),
-    ("llama.attention.head_count_kv", 3, "n_kv_heads"),
-    ("llama.attention.head_count_kv", 8, "n_kv_heads"),
-    ("llama.embedding_length", 72, "d_model"),
-    ("llama.block_count", 0, "n_layers"),
-    ("llama.context_length", 0, "context_length"),
+    ("llama.attention.head_count", 0),
+    ("llama.attention.head_count", 3),
+    ("llama.attention.head_count", 64),
+    ("llama.attention.head_count", 2**32 - 1),
+    ("llama.attention.head_count_kv", 0),
+    ("llama.attention.head_count_kv", 3),
+    ("llama.attention.head_count_kv", 8),
+    ("llama.embedding_length", 72),
+    ("llama.block_count", 0),
+    ("llama.context_length", 0),
 ]
 
 
-@pytest.mark.parametrize(("key", "size", "name"), SIZES)
+@pytest.mark.parametrize(("key", "size"), SIZES)
 def test_impossible_sizes_are_refused(
-    exact_bundle: Bundle, tmp_path: Path, key: str, size: int, name: str
+    exact_bundle: Bundle, tmp_path: Path, key: str, size: int
 ) -> None:
     message = refusal(exact_bundle, tmp_path, value(key, size))
-    assert f"{name}={size}" in message
+    assert key.removeprefix("llama.") in message
+    assert str(size) in message
     assert "export the file again" in message
 
 
@@ -244,7 +245,7 @@ def test_sizes_that_differ_from_the_tensors_are_refused(
     exact_bundle: Bundle, tmp_path: Path, key: str, size: int
 ) -> None:
     message = refusal(exact_bundle, tmp_path, value(key, size))
-    assert "has shape" in message or "do not fit together" in message
+    assert "has shape" in message or f"{key.removeprefix('llama.')} is {size}" in message
     assert_remedy(message)
 
 
