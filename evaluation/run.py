@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import EngineError, OutputError, PspError, SettingsError
-from common.files import refuse_existing, remove_output, write_bytes
+from common.files import refuse_existing, write_bytes
 from common.lock import locked
+from common.outputs import drop_kept, set_aside
 from common.version import package_version, tool_version
 from evaluation.answers import DIRECTORY, Answer, Answers, file_name, open_answers
 from evaluation.arms import Arm, ArmFacts, Arms
@@ -98,15 +99,14 @@ def _claimed(config: EvaluateConfig) -> Iterator[None]:
     if out is None:
         yield
         return
-    begun = (out / DIRECTORY).is_dir()
-    if not (config.resume and begun):
-        refuse_existing(out, force=config.force, marker=DIRECTORY, resumable=begun, option=_OPTION)
-        if out.is_dir():
-            with locked(out, _OPTION):
-                pass  # nobody is at work there
-        remove_output(out)
     with locked(out, _OPTION):
+        begun = (out / DIRECTORY).is_dir()
+        if not (config.resume and begun):
+            how = {"force": config.force, "resumable": begun}
+            refuse_existing(out, marker=DIRECTORY, option=_OPTION, **how)
+            set_aside(out)
         yield
+        drop_kept(out)
 
 
 def _ask(

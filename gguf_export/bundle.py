@@ -11,7 +11,9 @@ from architectures.checkpoint import Checkpoint
 from architectures.model_files import compare_files, hashed_meanwhile
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
+from common.lock import locked
 from common.provenance import now
+from gguf_export.commit import begin_commit, end_commit, finish_commit
 from gguf_export.dense import dense_model, dense_types
 from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
@@ -152,6 +154,16 @@ def export(
         PspError: the checkpoint or predictors are unusable or do not belong together, sizes that
             PowerInfer cannot run, existing outputs, or a refused write.
     """
+    with locked(config.out):
+        finish_commit(config.out)
+        return _exported(config, check, dense_check)
+
+
+def _exported(
+    config: ExportConfig,
+    check: Callable[[Path], None] | None,
+    dense_check: Callable[[Path], None] | None,
+) -> Bundle:
     begun, checkpoint = now(), Checkpoint.open(config.model)
     assert config.predictors is not None  # of another engine if it is
     predictors = open_predictors(config.predictors, checkpoint.shape)
@@ -220,12 +232,16 @@ def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterat
         for name in (name for name, there in directories.items() if there):
             paths[name] = stack.enter_context(atomic_directory(getattr(bundle, name)))
         yield replace(bundle, warnings=(), foreign_statistics=False, **paths)
-        remove_output(bundle.manifest)
-        remove_output(index_path(bundle.model_file))
+        gone = [bundle.manifest, index_path(bundle.model_file)]
         for name in ("dense_file", *directories):
             foreign = name == "activation_directory" and bundle.foreign_statistics
             if name not in paths and not foreign:
-                remove_output(getattr(bundle, name))
+                gone.append(getattr(bundle, name))
+        moves = {path: getattr(bundle, name) for name, path in paths.items()}
+        begin_commit(bundle.model_file, moves, gone)
+        for path in gone:
+            remove_output(path)
+    end_commit(bundle.model_file)
 
 
 def _check_requirements(

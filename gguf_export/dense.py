@@ -13,6 +13,7 @@ from architectures.model_files import hashed_meanwhile
 from common.element_types import ELEMENT_NAMES
 from common.errors import ExportError
 from common.files import atomic_path, refuse_existing, remove_output
+from common.lock import locked
 from common.provenance import now
 from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, plan_model
@@ -181,6 +182,11 @@ def export_single(config: ExportConfig, verify: Callable[[Path], None] | None = 
         PspError: an unusable checkpoint, one that the graph cannot compute, an existing output, or
             a refused write.
     """
+    with locked(config.out):
+        return _exported(config, verify)
+
+
+def _exported(config: ExportConfig, verify: Callable[[Path], None] | None) -> SingleFile:
     begun, checkpoint = now(), Checkpoint.open(config.model, experts=True)
     write = _export_expert if checkpoint.shape.experts is None else _export_mixture
     with hashed_meanwhile(checkpoint) as files:

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 
 from common.errors import ExportError, FormatError
+from common.lock import locked
 from common.table import fact_table
 from common.units import parse_size
+from gguf_export.commit import finish_commit
 from gguf_export.manifest import add_output, check_outputs
 from gguf_export.pwri.gpu_index import (
     GROUPS,
@@ -65,6 +67,12 @@ def split(config: SplitConfig) -> SplitResult:
     Raises:
         PspError: a damaged file, no statistics, an existing index, or a refused write.
     """
+    with locked(config.file, "FILE"):
+        finish_commit(config.file)
+        return _split(config)
+
+
+def _split(config: SplitConfig) -> SplitResult:
     file = GGUFFile(config.file)
     if not file.sparse:
         raise FormatError(

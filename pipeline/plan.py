@@ -154,8 +154,6 @@ def _check_disk(config: RunConfig, checked: Checked, states: Mapping[str, State]
     if not place.is_dir():
         raise OutputError(f"{config.out}: {place} is no directory", "choose another --out")
     free = shutil.disk_usage(place).free
-    if config.force and config.out.is_dir():
-        free += sum(path.lstat().st_size for path in config.out.rglob("*"))
     header = trace_header(checked.settings.collect, checked.checkpoint, checked.text.template)
     needed = most_bytes(header, header.tokens)
     if states["collect"] == "to do" and needed > free:

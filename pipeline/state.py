@@ -17,6 +17,7 @@ from typing import Literal
 from common.errors import OutputError
 from common.files import refuse_existing, remove_output, sha256
 from common.lock import locked
+from common.outputs import drop_kept, set_aside
 from common.sealed import write_sealed
 from common.typed_json import plain, read_document
 from common.version import tool_version
@@ -201,9 +202,7 @@ def claimed(out: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """
     check_out(out, resume=resume, force=force)
     with locked(out):
-        if not force:
-            yield
-            return
-    remove_output(out)
-    with locked(out):
+        if force:
+            set_aside(out)
         yield
+        drop_kept(out)

@@ -22,6 +22,8 @@ import torch
 from common.decisions import mean_metrics
 from common.errors import TRAIN_AGAIN, PredictorError
 from common.hashing import HashedFile
+from common.lock import refuse_written
+from common.outputs import changed_whole
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, parse, plain
 from common.version import tool_version
@@ -29,6 +31,7 @@ from predictor.tensor_files import load_tensors, save_tensors
 from results.predictors import SearchPoint
 
 SCHEMA_VERSION = 4
+INDEX = "predictors.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ class PredictorArtifact:
             PredictorError: none there, damaged, or another schema version.
         """
         remedy = "pass a directory made by 'psp train-predictor'"
-        document = read_sealed(path / "predictors.json", PredictorError, remedy)
+        document = read_sealed(path / INDEX, PredictorError, remedy)
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise PredictorError(
@@ -191,12 +194,14 @@ class PredictorArtifact:
             PredictorError: with the command that goes on.
         """
         if missing := self.missing:
+            refuse_written(self.path, PredictorError)
             raise PredictorError(
                 f"{self.path}: {len(missing)} of {self.header.n_layers} layers are missing, the "
                 f"first is {missing[0]}",
                 "finish with 'psp train-predictor ... --resume'",
             )
         if self.header.own_thresholds and not self.search:
+            refuse_written(self.path, PredictorError)
             raise PredictorError(
                 f"{self.path}: thresholds have not been chosen",
                 "finish with 'psp train-predictor ... --resume' and a bound that can be kept",
@@ -211,7 +216,7 @@ class PredictorArtifact:
     def write_header(self) -> None:
         """Write `predictors.json`, with the means over layers once all are finished."""
         write_sealed(
-            self.path / "predictors.json",
+            self.path / INDEX,
             {
                 "schema_version": SCHEMA_VERSION,
                 "tool_version": tool_version(),
@@ -259,12 +264,18 @@ class PredictorArtifact:
         return self._load(self._curves_file(layer))
 
     def set_thresholds(self, thresholds: Mapping[int, torch.Tensor], sign: int) -> None:
-        """Give every layer's neurons their own thresholds, (d_ff,) float32 each, of one sign."""
-        self.header = replace(self.header, threshold=float(sign))
-        for layer, values in thresholds.items():
-            file = self._file(layer)
-            self._save(file, self._load(file) | {"thresholds": values})
-        self.write_header()
+        """Give every layer's neurons their own thresholds, (d_ff,) float32 each, of one sign.
+
+        All at once: a process that is killed leaves the old ones or the new ones.
+        """
+        with changed_whole(self.path) as path:
+            changed = replace(self, path=path, files=dict(self.files))
+            changed.header = replace(self.header, threshold=float(sign))
+            for layer, values in thresholds.items():
+                file = changed._file(layer)
+                changed._save(file, changed._load(file) | {"thresholds": values})
+            changed.write_header()
+        self.header, self.files = changed.header, changed.files
 
     def layer(self, layer: int, *, folded: bool = True) -> LayerPredictor:
         """Read one layer.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
-from common.files import read_json, refuse_existing, remove_output, write_json
+from common.files import read_json, refuse_existing, write_json
+from common.lock import locked
+from common.outputs import drop_kept, set_aside
 from common.text_sources.names import names_of, need_repeatable
 from prosparse.activation import open_with_relu, set_activation
 from prosparse.regulariser import L1Regulariser
@@ -83,9 +86,13 @@ def sparsify(
         if not config.finished:
             pack_texts(config, checkpoint, arguments.world_size, about)
 
-    _first_process(arguments, prepare)
-    if not config.finished:
-        _train(config, checkpoint, arguments, report)
+    first = arguments.process_index == 0
+    with locked(config.out) if first else nullcontext():
+        _first_process(arguments, prepare)
+        if not config.finished:
+            _train(config, checkpoint, arguments, report)
+        if first:
+            drop_kept(config.out)
     return _result(config)
 
 
@@ -201,7 +208,7 @@ def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> No
         refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)
         # Nothing that cannot run costs an existing output.
         check_texts(config, checkpoint, processes)
-        remove_output(config.out)
+        set_aside(config.out)
         write_json(marker, config.document(processes))
 
 

@@ -357,26 +357,32 @@ def test_exactly_what_is_needed_is_enough(
     collect(run)
 
 
-def test_what_force_removes_counts_as_free(
+def test_what_force_replaces_takes_its_place_until_then(
     settings: Settings, copy: Path, free: Callable[[int], None]
 ) -> None:
-    run, old, before = settings(copy, tokens=4000, force=True), size_of(copy), contents(copy)
-    free(needed(run) - old - 50_000)  # directories take some bytes as well
-    with refused(OutputError, str(copy)):
+    run, before = settings(copy, tokens=4000, force=True), contents(copy)
+    free(needed(run) - 1)
+    with refused(OutputError, str(copy), "the old ones stay until the new ones are complete"):
         collect(run)
     assert contents(copy) == before
-    free(needed(run) - old)
+    free(needed(run))
     collect(run)
+    assert contents(copy) != before
 
 
-def test_what_a_link_points_to_stays_and_does_not_count_as_free(
+def test_what_a_link_points_to_is_replaced_and_does_not_count_as_free(
     settings: Settings, copy: Path, tmp_path: Path, free: Callable[[int], None]
 ) -> None:
     (tmp_path / "link").symlink_to(copy)
     run = settings(tmp_path / "link", force=True)
     free(needed(run) - 1)
-    with refused(OutputError, str(tmp_path / "link")):
+    with refused(OutputError, str(copy)):
         collect(run)
+    free(needed(run))
+    before = contents(copy)
+    collect(run)
+    assert (tmp_path / "link").is_symlink()
+    assert contents(copy) == before
 
 
 def test_resume_needs_only_what_is_missing(

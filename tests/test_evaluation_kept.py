@@ -238,10 +238,10 @@ def test_one_process_at_a_time_writes_a_directory(
     out = tmp_path / "out"
     with locked(out):
         for how in ({"resume": True}, {"force": True}, {}):
-            with refused(OutputError, "another run is at work there", "--output-path"):
+            with refused(OutputError, f"being written by pid {os.getpid()}", "--output-path"):
                 evaluate(settings(output_path=out, limit=1, **how))
     evaluate(settings(output_path=out, limit=1))
-    with locked(out), refused(OutputError, "another run is at work there"):
+    with locked(out), refused(OutputError, "being written by pid"):
         evaluate(settings(output_path=out, limit=1, force=True))
     assert EVALUATION.read(out).limit == 1
     with refused(OutputError, f"{out} exists", "another --output-path"):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import OutputError
-from common.files import refuse_existing, remove_output, sha256
+from common.files import refuse_existing, sha256
 from common.json_lines import JournalKind, append
+from common.outputs import set_aside
 from common.typed_json import JsonError, parse, plain
 from powerinfer_bridge.programs.sample import RunSample
 from results.bench import SampleRow
@@ -180,7 +181,7 @@ def open_journal(
         return _reopen(file, identity)
     check_out(out, resume=resume, force=force)
     if force:
-        remove_output(out)
+        set_aside(out)
     _KIND.begin(file, identity)
     return Journal(file)
 

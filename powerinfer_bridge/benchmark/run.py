@@ -11,9 +11,12 @@ from pathlib import Path
 
 from common.errors import PspError
 from common.files import write_bytes
+from common.lock import locked
+from common.outputs import drop_kept
 from common.typed_json import plain
 from common.version import tool_version
 from cost_model.hardware import THIS, load_hardware
+from gguf_export.commit import finish_commit
 from powerinfer_bridge.benchmark.inputs import text_source
 from powerinfer_bridge.benchmark.journal import Sample, check_out, open_journal
 from powerinfer_bridge.benchmark.placement import frequency_curve, place, place_layer
@@ -50,6 +53,16 @@ def bench(config: BenchConfig, note: Callable[[str], None] = lambda line: None) 
         PspError: unreadable files or text, an `out` that may not be written, or an engine that
             fails.
     """
+    finish_commit(config.file)
+    if config.out is None:
+        return _bench(config, note)
+    with locked(config.out):
+        found = _bench(config, note)
+        drop_kept(config.out)
+    return found
+
+
+def _bench(config: BenchConfig, note: Callable[[str], None]) -> Bench:
     check_out(config.out, resume=config.resume, force=config.force)
     setup = open_setup(config, note)
     journal = open_journal(config.out, _identity(setup), resume=config.resume, force=config.force)

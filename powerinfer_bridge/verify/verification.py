@@ -13,6 +13,7 @@ from architectures.checkpoint import Checkpoint
 from common.errors import ExportError, FormatError, printable
 from common.table import fact_table
 from common.units import MIB
+from gguf_export.commit import finish_commit
 from gguf_export.contract import OpenedFile, Report, check_structure
 from gguf_export.manifest import check_outputs, manifest_path
 from gguf_export.smallthinker.contract import (
@@ -58,6 +59,7 @@ def verify(
         FormatError: there is no such file.
         CheckpointError: the model to compare with cannot be used.
     """
+    finish_commit(path)
     report, opened = Report(path), OpenedFile(path)
     if not isfile(path):
         _ = opened.file  # says what is there instead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from os.path import exists, isdir, islink
@@ -20,6 +21,7 @@ from common.documents import look_at_documents, read_documents, skipped_note
 from common.errors import DataError, OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from common.machine import device_named
+from common.outputs import in_place, written_whole
 from common.overlap import made_ahead, one_ahead
 from common.text_sources.names import need_repeatable, recorded, shown
 from common.units import decimal_size
@@ -69,6 +71,14 @@ def collect(
     choose_device(config.device)
     if config.resume:
         need_repeatable(config.data, "--resume", "collect anew, or from a file")
+    resume, force = config.resume, config.force
+    with written_whole(config.out, resume=resume, force=force, marker="manifest.json") as out:
+        _collected(replace(config, out=out), report, foresee)
+    return TraceStore.open(config.out)
+
+
+def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> TraceStore:
+    """Collect into a directory that may be written, or go on with what is there."""
     checkpoint = Checkpoint.open(config.model)
     tokenizer = checkpoint.tokenizer()
     template = choose_template(checkpoint, config.chat_template, report)
@@ -296,9 +306,11 @@ def _check_disk(
     most, left = decimal_size(needed), decimal_size(free)
     report(f"disk: needs at most {most}, {left} free")
     if needed > free:
+        out = in_place(config.out)
         raise OutputError(
-            f"{config.out}: the traces need up to {most}, {left} are free",
-            "collect fewer --tokens, or some --layers at a time, or choose another --out",
+            f"{out}: the traces need up to {most}, {left} are free",
+            "collect fewer --tokens, or some --layers at a time, or choose another --out"
+            + ("" if out == config.out else "; the old ones stay until the new ones are complete"),
         )
 
 

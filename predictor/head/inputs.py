@@ -32,7 +32,7 @@ from predictor.tensor_files import load_tensors, save_tensors
 from predictor.traces.store import choose_documents
 
 SCHEMA_VERSION = 1
-_INDEX = "inputs.json"
+INPUTS_INDEX = "inputs.json"
 _SHARD_ROWS = 16384
 _BATCH_TOKENS = 4096
 
@@ -156,7 +156,7 @@ def record_inputs(
         raise DataError(f"{shown(header.data)}: gives no tokens", "pass a source with more text")
     index = {"schema_version": SCHEMA_VERSION, "header": asdict(header), "shards": shards}
     index |= {"digests": digests}
-    write_sealed(directory / _INDEX, index)
+    write_sealed(directory / INPUTS_INDEX, index)
 
 
 def _rows_of(model: LoadedModel, batch: Sequence[Window]) -> Iterator[dict[str, torch.Tensor]]:
@@ -182,7 +182,7 @@ def _rows_of(model: LoadedModel, batch: Sequence[Window]) -> Iterator[dict[str, 
 
 def recorded(directory: Path) -> InputsHeader | None:
     """Return what the inputs in a directory were made from, None if there are none."""
-    return _read_index(directory).header if (directory / _INDEX).exists() else None
+    return _read_index(directory).header if (directory / INPUTS_INDEX).exists() else None
 
 
 def read_inputs(directory: Path) -> HeadInputs:
@@ -206,13 +206,15 @@ def read_inputs(directory: Path) -> HeadInputs:
 
 
 def _read_index(directory: Path) -> _Index:
-    document = read_sealed(directory / _INDEX, PredictorError, TRAIN_AGAIN)
+    document = read_sealed(directory / INPUTS_INDEX, PredictorError, TRAIN_AGAIN)
     if document.pop("schema_version", None) != SCHEMA_VERSION:
-        raise PredictorError(f"{directory}/{_INDEX}: another schema version", TRAIN_AGAIN)
+        raise PredictorError(f"{directory}/{INPUTS_INDEX}: another schema version", TRAIN_AGAIN)
     try:
         return parse(_Index, document)
     except JsonError as error:
-        raise PredictorError(f"{directory}/{_INDEX}: damaged ({error})", TRAIN_AGAIN) from error
+        raise PredictorError(
+            f"{directory}/{INPUTS_INDEX}: damaged ({error})", TRAIN_AGAIN
+        ) from error
 
 
 def _shard_file(directory: Path, number: int) -> Path:

@@ -18,9 +18,11 @@ from common.documents import look_at_documents
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.head_sizes import RANK_MULTIPLE, misfit
+from common.outputs import written_whole
 from common.text_sources.names import recorded as named
 from predictor.head.artifact import INDEX, HeadArtifact, HeadHeader, write_head
 from predictor.head.inputs import (
+    INPUTS_INDEX,
     HeadInputs,
     InputsHeader,
     read_inputs,
@@ -60,6 +62,15 @@ def train_head(config: HeadConfig, note: Note = lambda line: None) -> HeadArtifa
     Raises:
         PspError: an unusable model or text, existing output, or bounds out of reach.
     """
+    resume, force = config.resume, config.force
+    how = written_whole(config.out, resume=resume, force=force, marker=INDEX, begun_by=INPUTS_INDEX)
+    with how as out:
+        artifact = _trained(replace(config, out=out), note)
+    return replace(artifact, path=config.out)
+
+
+def _trained(config: HeadConfig, note: Note) -> HeadArtifact:
+    """Train into a directory that may be written, or go on with what is there."""
     device = torch.device(choose_device(config.device))
     source = _source(config, note)
     if (line := _unrunnable(source.checkpoint)) is not None:

@@ -29,6 +29,7 @@ from safetensors.torch import save
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import atomic_path, sha256, write_bytes
 from common.hashing import HashedFile
+from common.lock import refuse_written
 from predictor.traces.device_rows import rows_for
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.traces.packing import count_active
@@ -81,6 +82,7 @@ class TraceStore:
             TraceError: with the command that goes on, or a file is another one.
         """
         if not self.progress.complete:
+            refuse_written(self.path, TraceError)
             raise TraceError(
                 f"{self.path}: collection was interrupted after {self.rows} rows",
                 "finish it with 'psp collect ... --resume'",

@@ -20,10 +20,11 @@ from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.hashing import hash_files
+from common.outputs import written_whole
 from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
-from predictor.artifact import Epoch, PredictorArtifact, PredictorHeader
+from predictor.artifact import INDEX, Epoch, PredictorArtifact, PredictorHeader
 from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
 from predictor.traces.packing import RANKING_BITS
@@ -59,6 +60,20 @@ def train_predictors(config: TrainConfig, note: Note = lambda line: None) -> Pre
     """
     weight = _predictor_weight(config, note)
     choose_device(config.device)
+    go_on, replaces = config.resume, config.force
+    with written_whole(
+        config.out, resume=go_on, force=replaces, marker=INDEX, complete=_complete
+    ) as out:
+        artifact = _trained(replace(config, out=out), weight, note)
+    return replace(artifact, path=config.out) if artifact.complete else artifact
+
+
+def _complete(path: Path) -> bool:
+    return PredictorArtifact.open(path).complete
+
+
+def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifact:
+    """Train into a directory that may be written, or go on with what is there."""
     store = TraceStore.open(config.traces)
     store.require_complete()
     layers = _chosen_layers(config, store)
@@ -252,7 +267,7 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
         label_top_fraction=config.label_top_fraction,
         seed=config.seed,
     )
-    if config.resume and (config.out / "predictors.json").exists():
+    if config.resume and (config.out / INDEX).exists():
         artifact = PredictorArtifact.open(config.out)
         for key, value in vars(header).items():
             if key != "threshold" and getattr(artifact.header, key) != value:
@@ -261,7 +276,7 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
                     "use the same settings and traces, or --force to start over",
                 )
         return artifact
-    refuse_existing(config.out, force=config.force, marker="predictors.json", resumable=True)
+    refuse_existing(config.out, force=config.force, marker=INDEX, resumable=True)
     remove_output(config.out)
     artifact = PredictorArtifact(config.out, header, model_files=store.progress.model_files)
     artifact.write_header()
