@@ -28,6 +28,7 @@ from pathlib import Path
 import click
 import torch
 
+from common.documents import read_text
 from common.errors import PspError
 from common.provenance import PROVENANCE
 from common.sealed import SEAL
@@ -45,6 +46,9 @@ from predictor.training.settings import TrainConfig
 _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _FLIPS = 20
 """Bits flipped in a round."""
+
+_PIECE = 500
+"""Characters of a document."""
 
 Files = dict[str, bytes]
 
@@ -83,8 +87,12 @@ class Writer:
 
 def writers(model: str, data: str, work: Path) -> list[Writer]:
     """Return every command in small, on inputs that are made first."""
+    text, cut = read_text(data), work / "in" / "text.jsonl"
+    cut.parent.mkdir(parents=True)
+    pieces = (text[at : at + _PIECE] for at in range(0, 40 * _PIECE, _PIECE))
+    cut.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     traces = CollectConfig(
-        model=model, data=(data,), out=work / "in" / "traces", tokens=1500, context=128
+        model=model, data=(str(cut),), out=work / "in" / "traces", tokens=1500, context=128
     )
     traces = replace(traces, shard_rows=300, force=True)
     store = collect(traces)
