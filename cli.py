@@ -17,7 +17,7 @@ MENU = {
     "export-gguf": "Write files that PowerInfer runs.",
     "gpu-split": "Choose which neurons live in VRAM.",
     "verify": "Check that PowerInfer will run a file correctly.",
-    "inspect": "Print what a GGUF file holds.",
+    "inspect": "Show an artifact and what it was made with; compare two.",
     "bench-powerinfer": "Measure an exported file.",
     "evaluate": "Ask a model and what is made of it the same questions.",
     "report": "Make one HTML page of results.",
