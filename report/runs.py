@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.errors import ResultError
+from report.chain import Link, chain_of
 from results.bench import BENCH, Bench
 from results.card import CARD, Card
 from results.density import DENSITY, Density
@@ -29,6 +30,7 @@ class Run:
     Attributes:
         name: tells the run from the others on the page.
         path: the directory as given.
+        chain: what led to the exported file.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Run:
     estimate: Estimate | None
     density: Density | None
     card: Card | None
+    chain: Sequence[Link] = ()
 
     @property
     def layers(self) -> Sequence[Layer]:
@@ -100,6 +103,7 @@ def _load(directory: Path, name: str) -> Run:
         estimate=_read(directory, ESTIMATE),
         density=_read(directory, DENSITY),
         card=_read(directory, CARD),
+        chain=chain_of(directory) if directory.is_dir() else (),
     )
     found = (run.bench, run.predictors, run.evaluation, run.estimate, run.density, run.card)
     if not any(found):
