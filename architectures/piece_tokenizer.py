@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from architectures.tokenizer_files import OpenedTokenizer
 from common.errors import FETCH_AGAIN, CheckpointError
-from common.files import read_document_bytes
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -142,8 +141,8 @@ def open_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
             f"{file}: not found", "psp needs the model's SentencePiece tokenizer.model"
         )
     problem = CheckpointError(f"{file}: not a SentencePiece model", FETCH_AGAIN)
-    data = read_document_bytes(file, CheckpointError, FETCH_AGAIN)
     try:
+        data = file.read_bytes()
         if not data:
             raise problem
         return _processor(data)

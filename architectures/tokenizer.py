@@ -25,7 +25,7 @@ from architectures.rust_tokenizer import (
 )
 from architectures.tokenizer_files import TokenizerFiles
 from common.errors import FETCH_AGAIN, CheckpointError
-from common.files import read_document_bytes, read_json
+from common.files import read_json
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -224,10 +224,9 @@ def chat_template_of(path: Path) -> str | None:
     """
     file = path / "chat_template.jinja"
     if file.is_file():
-        data = read_document_bytes(file, CheckpointError, FETCH_AGAIN)
         try:
-            return data.decode()
-        except UnicodeDecodeError as error:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error})", FETCH_AGAIN) from error
     template = _read_optional(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import click
 
 from common.errors import PspError
-
-
-def _forget(stream: Any) -> None:
-    """Send what a stream still holds nowhere, or the interpreter would try again as it ends."""
-    with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Commands(Mapping[str, click.Command]):
@@ -57,24 +47,6 @@ class Group(click.Group):
         """Write the menu, for which no command is imported."""
         with formatter.section("Commands"):
             formatter.write_dl(sorted(self._menu.items()))
-
-    def main(self, *args: Any, **settings: Any) -> Any:
-        """Run with streams that take every character, and end in one line where one takes nothing.
-
-        Characters that a terminal does not have come escaped.
-        """
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")
-        try:
-            return super().main(*args, **settings)
-        except OSError as error:
-            if error.filename is not None or not settings.get("standalone_mode", True):
-                raise  # no stream's
-            with suppress(OSError):
-                click.echo(f"Error: cannot write the output: {error.strerror}", err=True)
-            _forget(sys.stdout)
-            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

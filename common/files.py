@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,9 +27,6 @@ _REMEDIES = {
     errno.EPERM: "choose a directory that you may write to",
     errno.EROFS: "choose a directory that you may write to",
 }
-
-MOST_BYTES = 1 << 27
-"""Of a document that is read whole; the largest published tokenizers and indices take a third."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -138,42 +134,17 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_document_bytes(
-    path: Path, error: type[PspError], remedy: str, *, most: int = MOST_BYTES
-) -> bytes:
-    """Read a document that is read whole.
-
-    Args:
-        path: the file.
-        error: what is raised.
-        remedy: how to get a good file.
-        most: bytes that one may have.
-
-    Raises:
-        error: it is missing, unreadable, no regular file, or larger than any document is.
-    """
-    try:
-        with path.open("rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path}: is no regular file", remedy)
-            data = file.read(most + 1)
-    except OSError as problem:
-        raise error(f"{path}: {problem.strerror or problem}", remedy) from problem
-    if len(data) > most:
-        raise error(f"{path}: is larger than {most >> 20} MiB, no such document is", remedy)
-    return data
-
-
 def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        error: the file is missing, unreadable, too large, not JSON or not an object; the line ends
-            in `remedy`.
+        error: the file is missing, unreadable, not JSON or not an object; the line ends in
+            `remedy`.
     """
-    data = read_document_bytes(path, error, remedy)
     try:
-        document = json.loads(data)
+        document = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path}: {problem.strerror or problem}", remedy) from problem
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({problem})", remedy) from problem
     if not isinstance(document, dict):

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from common.errors import DataError, reason
-from common.files import read_document_bytes
 
 LOCAL_KINDS = ("json", "csv", "parquet", "text", "arrow")
 """Readers of the datasets library that take files of this disk (`dataset_path` of a task)."""
@@ -90,18 +89,14 @@ def _without_tags(path: Path) -> dict[str, Any]:
 
     Loader.add_constructor("!function", lambda loader, node: str(node.value))
     try:
-        found = yaml.load(_bytes(path), Loader=Loader)
+        found = yaml.load(path.read_bytes(), Loader=Loader)
     except (OSError, yaml.YAMLError, UnicodeError) as error:
         raise DataError(f"{path}: not a task file ({_where(error)})", _MEND) from error
     return found if isinstance(found, dict) else {}
 
 
-def _bytes(path: Path) -> bytes:
-    return read_document_bytes(path, DataError, _MEND, most=1 << 24)
-
-
 def _code_in(path: Path) -> str | None:
-    for event in yaml.parse(_bytes(path)):
+    for event in yaml.parse(path.read_bytes()):
         if getattr(event, "tag", None) == "!function":
             return f"!function {getattr(event, 'value', '')}, line {event.start_mark.line + 1}"
     return next((key for key in _CODE_KEYS if key in _without_tags(path)), None)
