@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from common.errors import printable
+from common.errors import FETCH_AGAIN, CheckpointError, printable
+from common.files import read_whole
 
 ORIGINAL = "pass the float16, bfloat16 or float32 original"
 """Remedy for weights that were quantised, or written for another program."""
@@ -159,10 +160,8 @@ def _listed(path: Path) -> list[str]:
 def text_in(file: Path, key: str) -> str:
     """Return a short text of a small JSON object, empty if there is none."""
     try:
-        if file.stat().st_size > _MOST_BYTES:
-            return ""
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_whole(file, CheckpointError, FETCH_AGAIN, limit=_MOST_BYTES))
+    except (CheckpointError, ValueError, RecursionError):
         return ""
     value = found.get(key) if isinstance(found, dict) else None
     return printable(value) if isinstance(value, str) else ""

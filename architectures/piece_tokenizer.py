@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from architectures.tokenizer_files import OpenedTokenizer
 from common.errors import FETCH_AGAIN, CheckpointError
+from common.files import read_whole
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -142,11 +143,11 @@ def open_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
         )
     problem = CheckpointError(f"{file}: not a SentencePiece model", FETCH_AGAIN)
     try:
-        data = file.read_bytes()
+        data = read_whole(file, CheckpointError, FETCH_AGAIN)
         if not data:
             raise problem
         return _processor(data)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         raise problem from error
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from architectures.tokenizer_files import OpenedTokenizer, TokenizerFiles
 from common.errors import FETCH_AGAIN, CheckpointError
+from common.files import read_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -108,8 +109,9 @@ def open_json(file: Path) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
+    data = read_whole(file, CheckpointError, FETCH_AGAIN)
     with damage_refused(file):
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
         tokenizer.no_truncation()  # the file may keep settings of its last use
         tokenizer.no_padding()
     return tokenizer
@@ -123,6 +125,8 @@ def open_pair(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
+    for part in (vocab, merges):
+        read_whole(part, CheckpointError, FETCH_AGAIN)  # neither huge nor without end
     with damage_refused(vocab):
         model = tokenizers.models.BPE.from_file(str(vocab), str(merges))
         tokenizer = tokenizers.Tokenizer(model)

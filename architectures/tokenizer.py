@@ -25,7 +25,7 @@ from architectures.rust_tokenizer import (
 )
 from architectures.tokenizer_files import TokenizerFiles
 from common.errors import FETCH_AGAIN, CheckpointError
-from common.files import read_json
+from common.files import read_json, read_whole
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -225,8 +225,8 @@ def chat_template_of(path: Path) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return read_whole(file, CheckpointError, FETCH_AGAIN).decode()
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: cannot be read ({error})", FETCH_AGAIN) from error
     template = _read_optional(path / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):

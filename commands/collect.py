@@ -6,6 +6,7 @@ import click
 
 from commands.options import json_option, settings_options, threads_option
 from commands.printing import echo, note, print_json
+from commands.streams import tell
 from predictor.collection.settings import CollectConfig
 
 
@@ -22,7 +23,7 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     from predictor.traces.summary import trace_summary
 
     making = Making.begin(config)
-    store = run(config, lambda line: click.echo(line, err=True), foresee)
+    store = run(config, tell, foresee)
     making.traces(store)
     summary = trace_summary(store)
     if as_json:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from commands.streams import make_ready, printed
 from common.errors import PspError
 
 
@@ -47,6 +48,12 @@ class Group(click.Group):
         """Write the menu, for which no command is imported."""
         with formatter.section("Commands"):
             formatter.write_dl(sorted(self._menu.items()))
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run the command line, whatever its standard streams are."""
+        make_ready()
+        with printed():
+            return super().main(*args, **settings)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import sys
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import click
+
+from commands.streams import tell
 
 Result = TypeVar("Result")
 
 
 def note(line: str) -> None:
     """Print something worth knowing."""
-    click.echo(f"note: {line}", err=True)
+    tell(f"note: {line}")
 
 
 def warn(warnings: Iterable[str]) -> None:
     """Print what may turn out wrong."""
     for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}")
 
 
 def show(result: Result, text: Callable[[Result], str], *, as_json: bool) -> None:
@@ -31,9 +35,15 @@ def print_json(result: object) -> None:
     """Print a result, a dataclass or a document, for programs."""
     from common.typed_json import plain
 
-    echo(json.dumps(plain(result), indent=1, ensure_ascii=False))
+    echo(json.dumps(plain(result), indent=1, ensure_ascii=not _in_utf8()))
 
 
 def echo(text: str) -> None:
     """Print text; a file name's bytes that are no characters come escaped, as JSON has them."""
     click.echo(text.encode("utf-8", "backslashreplace").decode())
+
+
+def _in_utf8() -> bool:
+    """Whether standard output is in UTF-8, as everybody expects of JSON."""
+    encoding = getattr(sys.stdout, "encoding", None)
+    return encoding is not None and codecs.lookup(encoding).name == "utf-8"

@@ -11,6 +11,7 @@ import click
 
 from commands.options import json_option, settings_options
 from commands.printing import echo, note, print_json
+from commands.streams import tell
 from pipeline.settings import RunConfig
 
 
@@ -36,9 +37,9 @@ def run(config: RunConfig, as_json: bool) -> None:
     prepared = prepare(config, note)
     if config.dry_run:
         return print_json(plain(prepared.plan)) if as_json else echo(plan_table(prepared.plan))
-    click.echo(plan_table(prepared.plan), err=True)
+    tell(plan_table(prepared.plan))
     with _kept(config.out):
-        outcome = execute(prepared, lambda line: click.echo(line, err=True))
+        outcome = execute(prepared, tell)
     if as_json:
         return print_json(outcome.document())
     echo(outcome_table(outcome))

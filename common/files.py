@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,9 @@ _REMEDIES = {
     errno.EPERM: "choose a directory that you may write to",
     errno.EROFS: "choose a directory that you may write to",
 }
+
+LARGEST_DOCUMENT = 64 << 20
+"""Bytes of a document that is read whole; the largest published tokenizer.json has 35 MB."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -134,17 +138,48 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
+def read_whole(
+    path: Path, error: type[PspError], remedy: str, *, limit: int = LARGEST_DOCUMENT
+) -> bytes:
+    """Read a document that is held in memory: never one without end, never a huge one.
+
+    Args:
+        path: a plain file, or a link to one.
+        error: what is raised.
+        remedy: in which its line ends.
+        limit: bytes that it may have.
+
+    Raises:
+        error: missing, unreadable, no plain file, or larger than `limit`.
+    """
+    try:
+        with open(path, "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise error(f"{path}: no plain file", remedy)
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as problem:  # a NUL in its name is a ValueError
+        said = getattr(problem, "strerror", None) or problem
+        raise error(f"{path}: {said}", remedy) from problem
+    if len(data) > limit:
+        raise error(f"{path}: more than {limit >> 20} MiB, which no such file has", remedy)
+    return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for whoever writes into it, were it a named pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_json(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        error: the file is missing, unreadable, not JSON or not an object; the line ends in
+        error: as `read_whole`, or the file is not JSON or not an object; the line ends in
             `remedy`.
     """
+    data = read_whole(path, error, remedy)
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as problem:
-        raise error(f"{path}: {problem.strerror or problem}", remedy) from problem
+        document = json.loads(data)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({problem})", remedy) from problem
     if not isinstance(document, dict):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.errors import PspError
-from common.files import write_bytes
+from common.files import read_whole, write_bytes
 from common.typed_json import LEFT_OUT, Closed, Count, JsonError, Positive, Range, parse, plain
 from common.units import GIB
 
@@ -314,14 +314,9 @@ def _presets() -> dict[str, object]:
 def _read_yaml(path: Path) -> object:
     import yaml
 
+    data = read_whole(path, HardwareError, "check --hardware", limit=_LARGEST_FILE)
     try:
-        if not path.is_file():
-            raise HardwareError(f"{path}: no such file", "check --hardware")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise HardwareError(f"{path}: more than 1 MiB, expected a short YAML file")
-        return yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise HardwareError(f"{path}: {error.strerror or error}", "check --hardware") from error
+        return yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Besides its own errors the parser lets through those of impossible dates and encodings.
         reason = " ".join(str(error).split())[:200]

@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.errors import PspError
+from common.errors import PspError, reason
+from common.files import read_whole
 
 KINDS = ("substitution", "warmup", "progressive", "decay", "sft")
 _KEYS = ("kind", "lambda", "until_step")
+_MOST_BYTES = 1 << 20
 _SHAPE = "expected stages: a list of {kind, lambda, until_step}"
 
 
@@ -208,12 +210,12 @@ def read_schedule(path: Path) -> Schedule:
     """
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
+    data = read_whole(path, ScheduleError, "check --schedule", limit=_MOST_BYTES)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{path}: cannot be read ({error})", "check --schedule") from error
-    except yaml.YAMLError as error:
-        raise ScheduleError(f"{path}: not valid YAML ({error})", _SHAPE) from error
+        document = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Besides its own errors the parser lets through those of impossible dates and encodings.
+        raise ScheduleError(f"{path}: not valid YAML ({reason(error)})", _SHAPE) from error
     rows = document.get("stages") if isinstance(document, dict) else None
     if not isinstance(rows, list):
         raise ScheduleError(f"{path}: holds no stages", _SHAPE)

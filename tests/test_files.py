@@ -16,9 +16,11 @@ from conftest import refused
 
 from common.errors import DataError, OutputError
 from common.files import (
+    LARGEST_DOCUMENT,
     atomic_directory,
     atomic_path,
     read_json,
+    read_whole,
     refuse_existing,
     remove_output,
     sha256,
@@ -421,3 +423,19 @@ def test_train_predictor_on_a_full_disk_leaves_no_layer_file(
     assert "File too large" in line
     assert "ulimit -f" in line
     assert names(out) == {"predictors.json"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_documents_without_end_or_of_no_end_of_bytes_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with (tmp_path / "huge").open("wb") as huge:
+        huge.truncate(LARGEST_DOCUMENT + 1)  # no block of it is on disk
+    for name, problem in (
+        *(("pipe", "no plain file"), ("link", "no plain file"), ("", "directory")),
+        ("huge", "more than 64 MiB"),
+    ):
+        with refused(DataError, problem, "do that"):
+            read_json(tmp_path / name, DataError, "do that")
+    with refused(DataError, "more than 1 MiB"):
+        read_whole(tmp_path / "huge", DataError, "do that", limit=1 << 20)
