@@ -147,7 +147,7 @@ def open_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
         if not data:
             raise problem
         return _processor(data)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a piece of other bytes than UTF-8
         raise problem from error
 
 

@@ -302,7 +302,7 @@ def test_a_cancelled_load_is_not_taken_for_damage(
 ) -> None:
     class Cancelled:
         @staticmethod
-        def from_file(path: str) -> None:
+        def from_buffer(data: bytes) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tokenizers, "Tokenizer", Cancelled)
