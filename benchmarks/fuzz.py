@@ -21,8 +21,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from benchmarks.fuzz_formats import FORMATS, Format
+from benchmarks.fuzz_formats import Format
 from benchmarks.fuzz_mutations import mutated
+from benchmarks.fuzz_results import ALL_FORMATS as FORMATS
 
 SLOW_SECONDS = 2.0
 HANGING_SECONDS = 20.0

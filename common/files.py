@@ -139,7 +139,12 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def read_whole(
-    path: Path, error: type[PspError], remedy: str, *, limit: int = LARGEST_DOCUMENT
+    path: Path,
+    error: type[PspError],
+    remedy: str,
+    *,
+    limit: int = LARGEST_DOCUMENT,
+    piped: bool = False,
 ) -> bytes:
     """Read a document that is held in memory: never one without end, never a huge one.
 
@@ -148,13 +153,14 @@ def read_whole(
         error: what is raised.
         remedy: in which its line ends.
         limit: bytes that it may have.
+        piped: what another program writes into a pipe is waited for and read too.
 
     Raises:
         error: missing, unreadable, no plain file, or larger than `limit`.
     """
     try:
-        with open(path, "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        with open(path, "rb", opener=None if piped else _at_once) as file:
+            if not piped and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"{path}: no plain file", remedy)
             data = file.read(limit + 1)
     except (OSError, ValueError) as problem:  # a NUL in its name is a ValueError

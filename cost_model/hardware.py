@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from common.errors import PspError
-from common.files import read_whole, write_bytes
+from common.files import write_bytes
 from common.typed_json import LEFT_OUT, Closed, Count, JsonError, Positive, Range, parse, plain
 from common.units import GIB
+from common.yaml_text import read_yaml_text
 
 THIS = "this"
 
@@ -314,7 +315,7 @@ def _presets() -> dict[str, object]:
 def _read_yaml(path: Path) -> object:
     import yaml
 
-    data = read_whole(path, HardwareError, "check --hardware", limit=_LARGEST_FILE)
+    data = read_yaml_text(path, HardwareError, "check --hardware", limit=_LARGEST_FILE)
     try:
         return yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import PspError, reason
-from common.files import read_whole
+from common.yaml_text import read_yaml_text
 
 KINDS = ("substitution", "warmup", "progressive", "decay", "sft")
 _KEYS = ("kind", "lambda", "until_step")
@@ -210,7 +210,7 @@ def read_schedule(path: Path) -> Schedule:
     """
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
-    data = read_whole(path, ScheduleError, "check --schedule", limit=_MOST_BYTES)
+    data = read_yaml_text(path, ScheduleError, "check --schedule", limit=_MOST_BYTES)
     try:
         document = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -28,6 +28,7 @@ from common.files import (
     write_error,
     write_json,
 )
+from common.yaml_text import read_yaml_text
 from gguf_export.bundle import Bundle
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -439,3 +440,14 @@ def test_documents_without_end_or_of_no_end_of_bytes_are_refused(tmp_path: Path)
             read_json(tmp_path / name, DataError, "do that")
     with refused(DataError, "more than 1 MiB"):
         read_whole(tmp_path / "huge", DataError, "do that", limit=1 << 20)
+
+
+@pytest.mark.parametrize("nested", ["[", "{a: ", "- ", "? "])
+def test_yaml_of_hundreds_of_levels_is_refused_unparsed(tmp_path: Path, nested: str) -> None:
+    """PyYAML took 45 s over 100 kB of brackets; here are as many levels as do no harm."""
+    file = tmp_path / "deep.yaml"
+    file.write_text(nested * 300)
+    with refused(DataError, "more than 200 levels deep", "do that"):
+        read_yaml_text(file, DataError, "do that")
+    file.write_text("stages: [" + "{a: [1]}, " * 500 + "]")
+    assert read_yaml_text(file, DataError, "do that") == file.read_bytes()

@@ -12,11 +12,19 @@ from damages import little_memory
 from architectures import piece_tokenizer
 from architectures.piece_tokenizer import open_pieces
 from benchmarks.fuzz import one, outcome
-from benchmarks.fuzz_formats import FORMATS
 from benchmarks.fuzz_mutations import mutated
+from benchmarks.fuzz_results import ALL_FORMATS as FORMATS
 from common.errors import CheckpointError, DataError
 
-QUICK = ["foreign predictors", "foreign safetensors", "provenance.json", "settings", "texts"]
+QUICK = [
+    "gpu index",
+    "head.json",
+    "foreign predictors",
+    "foreign safetensors",
+    "provenance.json",
+    "settings",
+    "texts",
+]
 
 
 @pytest.mark.parametrize("name", QUICK)

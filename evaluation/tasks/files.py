@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from common.errors import DataError, reason
-from common.files import read_whole
+from common.yaml_text import read_yaml_text
 
 LOCAL_KINDS = ("json", "csv", "parquet", "text", "arrow")
 """Readers of the datasets library that take files of this disk (`dataset_path` of a task)."""
@@ -89,7 +89,7 @@ def _without_tags(path: Path) -> dict[str, Any]:
         """Takes a tagged value for its text."""
 
     Loader.add_constructor("!function", lambda loader, node: str(node.value))
-    data = read_whole(path, DataError, _MEND)
+    data = read_yaml_text(path, DataError, _MEND)
     try:
         found = yaml.load(data, Loader=Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -98,7 +98,7 @@ def _without_tags(path: Path) -> dict[str, Any]:
 
 
 def _code_in(path: Path) -> str | None:
-    for event in yaml.parse(read_whole(path, DataError, _MEND)):
+    for event in yaml.parse(read_yaml_text(path, DataError, _MEND)):
         if getattr(event, "tag", None) == "!function":
             return f"!function {getattr(event, 'value', '')}, line {event.start_mark.line + 1}"
     return next((key for key in _CODE_KEYS if key in _without_tags(path)), None)

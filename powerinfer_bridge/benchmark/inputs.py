@@ -11,6 +11,7 @@ from xxhash import xxh3_128
 
 from common.documents import read_documents
 from common.errors import DataError
+from common.files import read_whole
 from common.hashing import hash_file
 from common.text_sources.names import shown
 from gguf_export.manifest import refuse_damaged
@@ -54,13 +55,11 @@ def read_prompts(config: BenchConfig) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_bytes().decode()
+        text = read_whole(path, DataError, "check --prompts", piped=True).decode()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 ({error.reason})", "convert the file to UTF-8"
         ) from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}", "check --prompts") from error
     lines = text.replace("\r\n", "\n").split("\n")  # splitlines() knows too many ends of line
     return [line for line in lines if line.strip()]
 

@@ -1,0 +1,84 @@
+"""Formats of results for `benchmarks.fuzz`: a head's predictor, an estimate, a GPU index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.fuzz_formats import D_FF, FORMATS, RANK, Format, make_exported
+
+
+def make_head(path: Path) -> Path:
+    """Write a predictor of an output head."""
+    from predictor.head.artifact import HeadHeader, write_head
+    from predictor.head.rule import HeadPredictor
+    from results.head import HeadPoint
+
+    sizes = {"d_model": 8, "vocab_size": 64, "rank": RANK, "tokens": 100, "seed": 0}
+    bounds = {"max_ppl_gap": 0.01, "max_changed": 0.02, "holdout": 0.1}
+    names = {"model": "made by hand", "model_fingerprint": "0", "head_sha256": "0"}
+    header: dict[str, Any] = {**sizes, **bounds, **names, "recipe": "psp"}
+    amounts = ("price", "predictor_share", "ppl_head", "ppl_levelled", "ppl_predicted")
+    others = ("standard_error", "kl_divergence", "ppl_renormalised")
+    shares = dict.fromkeys(("rows_read", "missed", "changed"), 0.1)
+    point: dict[str, Any] = dict.fromkeys((*amounts, *others), 1.5) | shares
+    points = (HeadPoint(method="psp", rank=RANK, chosen=True, **point),)
+    predictor = HeadPredictor(torch.ones(RANK, 8), torch.ones(64, RANK))
+    write_head(path / "head", HeadHeader(**header), points, predictor, torch.ones(8))
+    return path
+
+
+def read_head(path: Path) -> None:
+    """Show it and read its tensors."""
+    from predictor.head.artifact import HeadArtifact
+    from predictor.head.table import head_table
+
+    artifact = HeadArtifact.open(path / "head")
+    head_table(artifact)
+    artifact.read()
+
+
+def make_estimate(path: Path) -> Path:
+    """Estimate an exported file's speed."""
+    from powerinfer_bridge.estimate.run import estimate
+    from powerinfer_bridge.estimate.settings import EstimateConfig
+
+    file = make_exported(path) / "m.powerinfer.gguf"
+    hardware = "a100-80g+ddr4-8ch"
+    estimate(EstimateConfig(file=file, hardware=hardware, density=0.2, out=path / "run"))
+    return path
+
+
+def read_estimate(path: Path) -> None:
+    """Read it as a report does, and show it."""
+    from powerinfer_bridge.estimate.table import estimate_table
+    from report.runs import load_runs
+
+    [run] = load_runs([path / "run"])
+    assert run.estimate is not None
+    estimate_table(run.estimate)
+
+
+def make_index(path: Path) -> Path:
+    """Write a GPU index."""
+    from gguf_export.pwri.gpu_index import write_gpu_index
+
+    write_gpu_index(path / "m.gpuidx", [torch.arange(D_FF) < 32], 1 << 20)
+    return path
+
+
+def read_index(path: Path) -> object:
+    """Read it as `psp verify` does."""
+    from gguf_export.pwri.gpu_index import read_gpu_index
+
+    return read_gpu_index(path / "m.gpuidx", 1, D_FF)
+
+
+RESULTS = {
+    "estimate.json": Format(make_estimate, ("run/*.json",), read_estimate),
+    "gpu index": Format(make_index, ("*",), read_index),
+    "head.json": Format(make_head, ("head/*",), read_head),
+}
+ALL_FORMATS = FORMATS | RESULTS
