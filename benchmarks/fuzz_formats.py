@@ -195,8 +195,10 @@ def make_traces(path: Path) -> Path:
     model = make_model(path / "model")
     (path / "text.jsonl").write_text(json.dumps({"text": TEXT * 5}) + "\n")
     data = str(path / "text.jsonl")
-    config = {"model": str(model), "data": data, "tokens": 200, "context": 32, "device": "cpu"}
-    collect(CollectConfig(out=path / "traces", **config))
+    out, device = path / "traces", "cpu"
+    collect(
+        CollectConfig(model=str(model), data=data, out=out, tokens=200, context=32, device=device)
+    )
     return path
 
 
@@ -266,7 +268,9 @@ def make_provenance(path: Path) -> Path:
     record(
         path / "provenance.json",
         now(),
-        **{"artifact": "traces", "identity": "x", "seed": 0},
+        artifact="traces",
+        identity="x",
+        seed=0,
         settings=settings,
         ingredients=(),
     )
