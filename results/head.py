@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.typed_json import Closed, Count, Share
+from common.typed_json import Closed, Count, Positive, Share
 from results.parts import Amount
 
 
@@ -37,9 +37,9 @@ class HeadPoint(Closed):
     price: Amount
     rows_read: Share
     predictor_share: Amount
-    ppl_head: Amount
-    ppl_levelled: Amount
-    ppl_predicted: Amount
+    ppl_head: Positive
+    ppl_levelled: Positive
+    ppl_predicted: Positive
     standard_error: Amount
     kl_divergence: float
     ppl_renormalised: Amount

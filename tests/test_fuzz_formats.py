@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
@@ -14,7 +15,7 @@ from architectures.piece_tokenizer import open_pieces
 from benchmarks.fuzz import one, outcome
 from benchmarks.fuzz_mutations import mutated
 from benchmarks.fuzz_results import ALL_FORMATS as FORMATS
-from common.errors import CheckpointError, DataError
+from common.errors import CheckpointError, DataError, PredictorError
 
 QUICK = [
     "gpu index",
@@ -72,3 +73,15 @@ def test_a_library_that_cannot_say_what_is_wrong(
     (tmp_path / "tokenizer.model").write_bytes(b"\xf4x")
     with refused(CheckpointError, "not a SentencePiece model"):
         open_pieces(tmp_path / "tokenizer.model")
+
+
+def test_a_perplexity_of_zero_is_no_measurement(tmp_path: Path) -> None:
+    """Its growth was a division by zero in `psp inspect HEAD`."""
+    each = FORMATS["head.json"]
+    index = each.make(tmp_path) / "head" / "head.json"
+    document = json.loads(index.read_text())
+    del document["xxh3_128"]
+    document["points"][0]["ppl_levelled"] = 0
+    index.write_text(json.dumps(document))
+    with refused(PredictorError, "ppl_levelled"):
+        each.read(tmp_path)
