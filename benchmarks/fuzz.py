@@ -57,16 +57,21 @@ def fuzz(name: str, count: int, seconds: float, seed: int, keep: Path | None) ->
         keep: directory for inputs that did not hold.
     """
     counts: dict[str, Any] = dict.fromkeys(COUNTED, 0) | {"found": {}}
-    done, end = 0, time.monotonic() + seconds
-    while done < count and time.monotonic() < end:
-        done = _in_process(name, range(done, count), end, seed, counts, keep)
+    done = 0
+    while done < count and seconds > 0:
+        done, spent = _in_process(name, range(done, count), seconds, seed, counts, keep)
+        seconds -= spent
     return counts
 
 
 def _in_process(
-    name: str, numbers: range, end: float, seed: int, counts: dict[str, Any], keep: Path | None
-) -> int:
-    """Run inputs in a process until all are done or it dies; returns the next one's number."""
+    name: str, numbers: range, seconds: float, seed: int, counts: dict[str, Any], keep: Path | None
+) -> tuple[int, float]:
+    """Run inputs in a process until all are done, it dies or their time is over.
+
+    Returns:
+        The next input's number, and the seconds since the first.
+    """
     here, there = multiprocessing.Pipe()
     # Without fork: what this process has mapped is no memory of the reader's.
     process = multiprocessing.get_context("spawn").Process(
@@ -75,7 +80,8 @@ def _in_process(
     process.start()
     there.close()
     number, waiting = numbers.start, 120.0  # imports and the valid file come first
-    while number < numbers.stop and time.monotonic() < end:
+    begun = time.monotonic()
+    while number < numbers.stop and (number == numbers.start or _since(begun) < seconds):
         try:
             answered = here.poll(waiting)
             kind, line = here.recv() if answered else ("hangs", "no answer")
@@ -83,6 +89,7 @@ def _in_process(
             answered, kind, line = False, "deaths", f"exit code {process.exitcode}"
         waiting = HANGING_SECONDS
         if kind == "ready":
+            begun = time.monotonic()
             continue
         counts["inputs"] += 1
         counts[kind] += 1
@@ -93,7 +100,11 @@ def _in_process(
             break
     process.kill()
     process.join()
-    return number
+    return number, _since(begun)
+
+
+def _since(begun: float) -> float:
+    return time.monotonic() - begun
 
 
 def _serve(there: Connection, name: str, numbers: range, seed: int, keep: Path | None) -> None:

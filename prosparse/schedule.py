@@ -228,7 +228,7 @@ def _stage(row: object, where: str) -> Stage:
     try:
         # YAML 1.1 takes 1e-3 for a string.
         factor = float(row["lambda"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ScheduleError(
             f"{where}: lambda is {row['lambda']!r}, expected a number of 0 or more"
         ) from error

@@ -149,3 +149,11 @@ def test_names_that_are_no_schedule(tmp_path: Path) -> None:
         find_schedule("2b")
     with refused(ScheduleError, "none.yaml", "--schedule"):
         find_schedule(str(tmp_path / "none.yaml"))
+
+
+def test_a_factor_of_more_digits_than_a_float_has(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.yaml"
+    stage = f"{{kind: substitution, lambda: 1{'0' * 400}, until_step: 10}}"
+    path.write_text(f"stages: [{stage}]")
+    with refused(ScheduleError, "lambda is 1", "expected a number of 0 or more"):
+        read_schedule(path)
