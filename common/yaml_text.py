@@ -8,7 +8,7 @@ from pathlib import Path
 from common.errors import PspError
 from common.files import LARGEST_DOCUMENT, read_whole
 
-_DEEPEST = 200
+_DEEPEST = 50
 _BRACKET = re.compile(rb"[\[\]{}]")
 _NESTED_IN_A_LINE = re.compile(rb"(?:[-?][ \t]+){%d}" % _DEEPEST)
 
@@ -25,7 +25,7 @@ def read_yaml_text(
         limit: likewise.
 
     Raises:
-        error: as `read_whole`, or values lie in each other hundreds of levels deep.
+        error: as `read_whole`, or values lie in each other dozens of levels deep.
     """
     data = read_whole(path, error, remedy, limit=limit)
     depth = 0
