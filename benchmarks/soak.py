@@ -24,9 +24,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 
 import click
 import torch
+from tqdm import tqdm
 
 from common.documents import read_text
 from common.errors import PspError
@@ -174,6 +176,8 @@ def in_child(work: Callable[[], object]) -> int:
     if pid:
         return pid
     torch.set_num_threads(1)
+    # Its own lock is shared with all children: one that is killed as it draws would stop them all.
+    tqdm.set_lock(RLock())
     status = 1
     try:
         for stream in (1, 2):

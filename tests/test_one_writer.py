@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import pytest
 import torch
 from conftest import refused
+from tqdm import tqdm
 
 import common.outputs
 from common.errors import OutputError, TraceError
@@ -287,6 +289,7 @@ def export_until(steps: int, config: ExportConfig) -> bool:
     if pid:
         return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     torch.set_num_threads(1)
+    tqdm.set_lock(RLock())  # its own is shared with all children, whoever is killed as he holds it
     left = [steps]
 
     def counted(real: Callable[..., object]) -> Callable[..., object]:
