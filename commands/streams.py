@@ -45,10 +45,15 @@ def printed() -> Iterator[None]:
     except OSError as error:
         if not _while_printing(error):
             raise
-        _forget_output()
+        _lead_nowhere(1)
         if error.errno != errno.EPIPE:
             tell(f"Error: cannot write standard output: {error.strerror}; print it somewhere else")
         raise SystemExit(1) from error
+    finally:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            _lead_nowhere(2)
 
 
 def tell(line: str) -> None:
@@ -66,8 +71,8 @@ def _while_printing(error: OSError) -> bool:
     return _PRINTER in frames
 
 
-def _forget_output() -> None:
-    """Lead standard output nowhere, or what is left of it fails again when Python ends."""
+def _lead_nowhere(stream: int) -> None:
+    """Lead a standard stream nowhere, or what is left of it fails again when Python ends."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, stream)
     os.close(nowhere)
