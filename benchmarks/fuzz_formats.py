@@ -262,7 +262,8 @@ def read_texts(path: Path) -> None:
 
 def make_provenance(path: Path) -> Path:
     """Write what an artifact was made with."""
-    from common.provenance import now, record
+    from common.clock import now
+    from common.provenance import record
 
     settings = {"tokens": 5, "layers": [1, 2]}
     record(

@@ -20,11 +20,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import RLock
+from typing import Any
 
 import click
 import torch
@@ -94,80 +96,80 @@ def writers(model: str, data: str, work: Path) -> list[Writer]:
     pieces = (text[at : at + _PIECE] for at in range(0, 40 * _PIECE, _PIECE))
     cut.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     traces = CollectConfig(
-        model=model, data=(str(cut),), out=work / "in" / "traces", tokens=1500, context=128
+        model=model,
+        data=(str(cut),),
+        out=work / "in" / "traces",
+        tokens=1500,
+        context=128,
+        shard_rows=300,
+        force=True,
     )
-    traces = replace(traces, shard_rows=300, force=True)
-    store = collect(traces)
     bounded = TrainConfig(
-        traces=store.path, out=work / "in" / "p", rank=32, recipe="svd", ffn_bytes=0.5, force=True
+        traces=collect(traces).path,
+        out=work / "in" / "p",
+        rank=32,
+        recipe="svd",
+        ffn_bytes=0.5,
+        force=True,
     )
     predictors = [
         train_predictors(replace(bounded, out=work / "in" / f"p{seed}", seed=seed)).path
         for seed in (0, 1)
     ]
-    t, p, e = (work / "out" / name for name in "tpe")
-    here = replace(traces, out=t / "traces")
-    train = replace(bounded, out=p / "predictors")
-    out = e / f"m{SUFFIX}"
-    exported = [
-        ExportConfig(model=model, predictors=each, out=out, force=True) for each in predictors
+    return [
+        *_collecting(replace(traces, out=work / "out" / "t" / "traces")),
+        *_training(replace(bounded, out=work / "out" / "p" / "predictors")),
+        _exporting(model, predictors, work / "out" / "e" / f"m{SUFFIX}"),
     ]
 
-    def read_traces() -> None:
-        opened = TraceStore.open(here.out)
+
+def _collecting(config: CollectConfig) -> Iterator[Writer]:
+    def read() -> None:
+        opened = TraceStore.open(config.out)
         opened.require_complete()
         for layer in opened.header.layers:
             opened.layer(layer)
             opened.weights(layer)
 
-    def read_predictors() -> None:
-        opened = PredictorArtifact.open(train.out)
+    older, again = replace(config, tokens=1800, seed=1), partial(collect, config)
+    resumed = partial(collect, replace(config, force=False, resume=True))
+    common: dict[str, Any] = {"place": config.out.parent, "write": again, "read": read}
+    yield Writer(name="collect", old=None, go_on=resumed, **common)
+    yield Writer(name="collect --force", old=partial(collect, older), go_on=again, **common)
+
+
+def _training(config: TrainConfig) -> Iterator[Writer]:
+    def read() -> None:
+        opened = PredictorArtifact.open(config.out)
         opened.require_complete()
         for layer in range(opened.header.n_layers):
             opened.layer(layer)
             opened.curves(layer)
 
-    def read_export() -> None:
+    def training(**changes: Any) -> Callable[[], object]:
+        return partial(train_predictors, replace(config, **changes))
+
+    again, resumed = training(), training(force=False, resume=True)
+    common: dict[str, Any] = {"place": config.out.parent, "read": read}
+    name, looser = "train-predictor", {"ffn_bytes": 0.7}
+    yield Writer(name=name, old=None, write=again, go_on=resumed, **common)
+    older = training(**looser, seed=1)
+    yield Writer(name=f"{name} --force", old=older, write=again, go_on=again, **common)
+    name, older = f"{name} --resume, another bound", training(**looser)
+    yield Writer(name=name, old=older, write=resumed, go_on=resumed, **common)
+
+
+def _exporting(model: str, predictors: list[Path], out: Path) -> Writer:
+    def read() -> None:
         finish_commit(out)
         check_outputs(out, Bundle.beside(out).written)
 
-    def resumed(config: CollectConfig) -> Callable[[], object]:
-        return lambda: collect(replace(config, force=False, resume=True))
-
-    def trained(config: TrainConfig) -> Callable[[], object]:
-        return lambda: train_predictors(replace(config, force=False, resume=True))
-
-    longer, looser = replace(here, tokens=1800, seed=1), replace(train, ffn_bytes=0.7)
-    return [
-        Writer(
-            name="collect", place=t, old=None, write=lambda: collect(here),
-            go_on=resumed(here), read=read_traces,
-        ),
-        Writer(
-            name="collect --force", place=t, old=lambda: collect(longer),
-            write=lambda: collect(here), go_on=lambda: collect(here), read=read_traces,
-        ),
-        Writer(
-            name="train-predictor", place=p, old=None, write=lambda: train_predictors(train),
-            go_on=trained(train), read=read_predictors,
-        ),
-        Writer(
-            name="train-predictor --force", place=p,
-            old=lambda: train_predictors(replace(looser, seed=1)),
-            write=lambda: train_predictors(train), go_on=lambda: train_predictors(train),
-            read=read_predictors,
-        ),
-        Writer(
-            name="train-predictor --resume, another bound", place=p,
-            old=lambda: train_predictors(looser), write=trained(train), go_on=trained(train),
-            read=read_predictors,
-        ),
-        Writer(
-            name="export-gguf --force", place=e, old=lambda: export(exported[1]),
-            write=lambda: export(exported[0]), go_on=lambda: export(exported[0]),
-            read=read_export,
-        ),
-    ]  # fmt: skip
+    new, old = (
+        partial(export, ExportConfig(model=model, predictors=each, out=out, force=True))
+        for each in predictors
+    )
+    name = "export-gguf --force"
+    return Writer(name=name, place=out.parent, old=old, write=new, go_on=new, read=read)
 
 
 def in_child(work: Callable[[], object]) -> int:

@@ -37,7 +37,8 @@ def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
         return show(compare(one, other), comparison_table, as_json=as_json)
     [path] = paths
     if (path / "head.json").is_file():
-        return show(HeadArtifact.open(path), head_table, as_json=as_json)
+        head = HeadArtifact.open(path)
+        return print_json(head) if as_json else echo(f"{head_table(head)}\n\n{made_table(path)}")
     if path.is_dir():
         return show(describe(path), described_table, as_json=as_json)
     document = inspect_file(path)

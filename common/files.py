@@ -51,8 +51,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the operating system refused a write, a sync or the rename.
     """
-    target = _resolved(path)
-    part = target.with_name(f".{target.name}.part")
+    part, target = part_of(path)
     with _cleared(path, part):
         yield part
         _sync(part)
@@ -73,8 +72,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the operating system refused a step.
     """
-    target = _resolved(path)
-    part = target.with_name(f".{target.name}.part")
+    part, target = part_of(path)
     with _cleared(path, part):
         if part.is_dir():
             shutil.rmtree(part)
@@ -85,9 +83,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync(target.parent)
 
 
-def _resolved(path: Path) -> Path:
-    """Follow a link, so that what is behind it is replaced as atomically as anything else."""
-    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+def part_of(path: Path) -> tuple[Path, Path]:
+    """Return the temporary name of an output, and the one that it gets.
+
+    A link is followed, so that what is behind it is replaced as atomically as anything else.
+    """
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    return target.with_name(f".{target.name}.part"), target
 
 
 @contextmanager

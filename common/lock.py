@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from common.clock import now
 from common.errors import OutputError, PspError
 
 _held: set[str] = set()
@@ -102,7 +103,9 @@ def _taken(file: Path) -> int | None:
     except ImportError:  # Windows has none
         return -1
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        # Nothing of somebody else's is written to, were the lock a link to it.
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(file, flags, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,16 +118,10 @@ def _taken(file: Path) -> int | None:
             if os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 break
         os.close(descriptor)
-    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+    holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     return descriptor
-
-
-def _now() -> str:
-    from datetime import datetime, timezone
-
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _told(file: Path) -> str:

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
 
+from common.clock import now
 from common.errors import PspError, ResultError
 from common.hashing import HashedFile
 from common.sealed import read_sealed, write_sealed
@@ -99,11 +99,6 @@ class Provenance(Closed):
     outputs: tuple[HashedFile, ...] = ()
 
 
-def now() -> str:
-    """Return the time in UTC, to the second."""
-    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def this_run(begun: str, *, resumed: bool = False) -> Made:
     """Return what is known of the process that is at work."""
     versions = {name: version for name in _PACKAGES if (version := package_version(name))}
@@ -134,7 +129,7 @@ def record(
 
     Args:
         path: the file.
-        begun: when the command was started, see `now`.
+        begun: when the command was started, see `common.clock`.
         artifact: what it is.
         identity: what others call it by.
         seed: of random numbers.

@@ -38,6 +38,18 @@ def read_sealed(path: Path, error: type[PspError], remedy: str) -> dict[str, Any
     return document
 
 
+def seal_of(path: Path) -> str | None:
+    """Return the checksum that a document states, None of one that cannot be read or has none.
+
+    By it others call an artifact whose index is sealed.
+    """
+    try:
+        stated = read_json(path, PspError, "").get(SEAL)
+    except PspError:
+        return None
+    return stated if isinstance(stated, str) else None
+
+
 def _checksum(document: Mapping[str, Any]) -> str:
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
     return xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass"))

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from architectures.model_files import compare_files, hashed_meanwhile
+from common.clock import now
 from common.errors import ExportError, PredictorError
 from common.files import atomic_directory, atomic_path, refuse_existing, remove_output
 from common.lock import locked
-from common.provenance import now
-from gguf_export.commit import begin_commit, end_commit, finish_commit
+from gguf_export.commit import begin_commit, end_commit, finish_commit, own_files
 from gguf_export.dense import dense_model, dense_types
 from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
@@ -23,7 +23,6 @@ from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allo
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
 from gguf_export.pwri.statistics import (
-    ACTIVATION_DIRECTORY,
     may_have_statistics,
     statistics_file,
 )
@@ -60,13 +59,8 @@ class Bundle:
     @classmethod
     def beside(cls, model_file: Path) -> Bundle:
         """Return the bundle of a model file."""
-        stem = model_file.name.removesuffix(SUFFIX)
-        return cls(
-            model_file,
-            model_file.with_name(f"{stem}.predictors"),
-            model_file.with_name(ACTIVATION_DIRECTORY),
-            dense_beside(model_file),
-        )
+        file, predictors, activation, dense, *_ = own_files(model_file)
+        return cls(file, predictors, activation, dense)
 
     def beside_others(self, *, counted: bool) -> Bundle:
         """Leave another model's statistics alone, whose name PowerInfer fixes.
@@ -134,7 +128,7 @@ class Bundle:
 
 def dense_beside(model_file: Path) -> Path:
     """Return the name of the dense file that goes with a model file."""
-    return model_file.with_name(f"{model_file.name.removesuffix(SUFFIX)}.dense.gguf")
+    return own_files(model_file)[3]
 
 
 def export(
@@ -237,8 +231,7 @@ def _unnamed(bundle: Bundle, dense: bool, predictors: PredictorSource) -> Iterat
             foreign = name == "activation_directory" and bundle.foreign_statistics
             if name not in paths and not foreign:
                 gone.append(getattr(bundle, name))
-        moves = {path: getattr(bundle, name) for name, path in paths.items()}
-        begin_commit(bundle.model_file, moves, gone)
+        begin_commit(bundle.model_file, [getattr(bundle, name) for name in paths], gone)
         for path in gone:
             remove_output(path)
     end_commit(bundle.model_file)

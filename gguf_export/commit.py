@@ -1,36 +1,40 @@
 """All files of an export get their names at once, or when somebody next looks.
 
 Before the first gets its name, `.NAME.commit` beside the exported file says which are going to. A
-process that is killed in between leaves it, and whoever opens the export next does the rest.
+process that is killed in between leaves it, and whoever opens the export next does the rest. What
+is said are names beside that file which exports give, never paths: it may come from a stranger.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, unquote_to_bytes
 
 from common.errors import OutputError
-from common.files import remove_output, write_error
+from common.files import part_of, remove_output, write_error
 from common.lock import writer_of
 from common.outputs import exchange
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, JsonError, parse, plain
+from gguf_export.manifest import manifest_path
+from gguf_export.pwri.gpu_index import index_path
+from gguf_export.pwri.statistics import ACTIVATION_DIRECTORY
+from gguf_export.settings import SUFFIX
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Commit(Closed):
-    """What is to be done.
+    """What is to be done, by numbers of the files that an export may write.
 
     Attributes:
-        moves: temporary names to final ones.
-        removals: what goes.
+        moves: those that get their names.
+        removals: those that go.
     """
 
-    moves: dict[str, str]
-    removals: tuple[str, ...]
+    moves: tuple[int, ...]
+    removals: tuple[int, ...]
 
 
 def commit_file(model_file: Path) -> Path:
@@ -38,15 +42,37 @@ def commit_file(model_file: Path) -> Path:
     return model_file.with_name(f".{model_file.name}.commit")
 
 
-def begin_commit(model_file: Path, moves: Mapping[Path, Path], removals: Iterable[Path]) -> None:
+def own_files(model_file: Path) -> list[Path]:
+    """Return whatever an export may write, in an order that never changes.
+
+    The exported file, predictors, statistics, the dense file, the manifest, the GPU index.
+    """
+    stem = model_file.name.removesuffix(SUFFIX)
+    return [
+        model_file,
+        model_file.with_name(f"{stem}.predictors"),
+        model_file.with_name(ACTIVATION_DIRECTORY),
+        model_file.with_name(f"{stem}.dense.gguf"),
+        manifest_path(model_file),
+        index_path(model_file),
+    ]
+
+
+def begin_commit(model_file: Path, moves: Collection[Path], removals: Collection[Path]) -> None:
     """Say what is going to be done; from here on it will be.
+
+    Args:
+        model_file: the exported file.
+        moves: which of `own_files` get their names.
+        removals: which go.
 
     Raises:
         OutputError: the system refused.
     """
+    own = own_files(model_file)
     document = _Commit(
-        moves={_spelt(os.path.abspath(part)): _spelt(_final(path)) for part, path in moves.items()},
-        removals=tuple(_spelt(os.path.abspath(path)) for path in removals),
+        moves=tuple(number for number, path in enumerate(own) if path in moves),
+        removals=tuple(number for number, path in enumerate(own) if path in removals),
     )
     write_sealed(commit_file(model_file), plain(document))
 
@@ -60,23 +86,21 @@ def finish_commit(model_file: Path) -> None:
     file = commit_file(model_file)
     if not file.is_file() or writer_of(model_file) is not None:
         return
-    remedy = "remove it and export again"
+    own, remedy = own_files(model_file), "remove it and export again"
     try:
         commit = parse(_Commit, read_sealed(file, OutputError, remedy))
+        if not all(0 <= number < len(own) for number in (*commit.moves, *commit.removals)):
+            raise JsonError("names files that no export has")
     except JsonError as error:
         raise OutputError(f"{file}: {error}", remedy) from error
-    here = file.resolve().parent
     try:
-        for path in map(_path, commit.removals):
-            if _near(path, here):
-                remove_output(path)
-        for name, final in commit.moves.items():
-            part, target = _path(name), _path(final)
-            if not part.exists() or part.parent != target.parent:
-                continue
+        for number in commit.removals:
+            remove_output(own[number])
+        for number in commit.moves:
+            part, target = part_of(own[number])
             if part.is_dir():
                 exchange(part, target)
-            else:
+            elif part.exists():
                 os.replace(part, target)
         file.unlink()
     except OSError as error:
@@ -90,21 +114,3 @@ def end_commit(model_file: Path) -> None:
         OutputError: the system refused.
     """
     remove_output(commit_file(model_file))
-
-
-def _spelt(path: str) -> str:
-    """Return a path as JSON has it, whatever bytes are in its name."""
-    return quote(os.fsencode(path))
-
-
-def _path(text: str) -> Path:
-    return Path(os.fsdecode(unquote_to_bytes(text)))
-
-
-def _final(path: Path) -> str:
-    return os.path.realpath(path) if os.path.islink(path) else os.path.abspath(path)
-
-
-def _near(path: Path, here: Path) -> bool:
-    """Whether a path is one beside the exported file, and no other."""
-    return path.parent.resolve() == here

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
 from architectures.model_files import hashed_meanwhile
+from common.clock import now
 from common.element_types import ELEMENT_NAMES
 from common.errors import ExportError
 from common.files import atomic_path, refuse_existing, remove_output
 from common.lock import locked
-from common.provenance import now
 from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, plan_model
 from gguf_export.pwri.element_types import FileTypes

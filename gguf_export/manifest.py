@@ -6,7 +6,6 @@ none, so that none vouches for a mixture of two exports.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from architectures.checkpoint import Checkpoint
 from common.errors import FormatError
 from common.hashing import HashedFile, hash_file
 from common.provenance import Ingredient, Provenance, read, record, shortened, spelt
-from common.sealed import SEAL, write_sealed
+from common.sealed import seal_of, write_sealed
 from common.typed_json import plain
 from gguf_export.settings import SUFFIX, ExportConfig
 
@@ -164,9 +163,6 @@ def _hashed(base: Path, outputs: Iterable[Path]) -> tuple[HashedFile, ...]:
 
 def _ingredient(path: Path) -> Ingredient:
     """Return predictors as an ingredient, by the checksum that their index states."""
-    identity, role = None, "predictors"
-    for index, kind in (("predictors.json", "predictors"), ("head.json", "head")):
-        if (path / index).is_file():
-            stated = json.loads((path / index).read_bytes()).get(SEAL)
-            identity, role = stated if isinstance(stated, str) else None, kind
+    role = "head" if (path / "head.json").is_file() else "predictors"
+    identity = seal_of(path / f"{role}.json")
     return Ingredient(role=role, name=shortened(str(path)), identity=identity)

@@ -14,7 +14,7 @@ from common.provenance import PROVENANCE, Made, Provenance, read
 from common.sealed import read_sealed
 from common.table import fact_table, layer_table, table
 from common.typed_json import plain
-from gguf_export.manifest import described, manifest_path
+from gguf_export.manifest import described
 
 _LONGEST = 60
 """Characters of a value in a table of differences."""
@@ -53,13 +53,12 @@ def describe(path: Path) -> Described:
     own = [each for each in files if each.name != PROVENANCE]
     names = [str(each.relative_to(path)) if path.is_dir() else each.name for each in own]
     hashes = (each.xxh3_128 for each in hash_files(own))
-    told = path / PROVENANCE if path.is_dir() else manifest_path(path)
     return Described(
         path=str(path),
         kind=kind,
         facts=facts,
         files=dict(zip(names, hashes, strict=True)),
-        provenance=read(told) if told.is_file() else None,
+        provenance=_provenance(path),
     )
 
 
@@ -69,7 +68,7 @@ def _facts(path: Path) -> tuple[str, dict[str, Any]]:
     from predictor.head.artifact import HeadArtifact
     from predictor.traces.store import TraceStore
     from predictor.traces.summary import trace_summary
-    from prosparse.training import _MARKER as MARKER
+    from prosparse.training import MARKER
 
     if not path.is_dir():
         return "file", inspect_file(path)
@@ -117,13 +116,19 @@ def described_table(found: Described) -> str:
     return "\n\n".join(parts)
 
 
-def made_table(file: Path) -> str:
-    """Return what an exported file was made with as text.
+def made_table(path: Path) -> str:
+    """Return what an artifact was made with as text.
 
     Raises:
-        ResultError: its manifest is damaged.
+        ResultError: what is told of it is damaged.
     """
-    return _made(described(file))
+    return _made(_provenance(path))
+
+
+def _provenance(path: Path) -> Provenance | None:
+    if not path.is_dir():
+        return described(path)
+    return read(path / PROVENANCE) if (path / PROVENANCE).is_file() else None
 
 
 def _made(provenance: Provenance | None) -> str:

@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.clock import now
 from common.files import sha256
 from common.hashing import HashedFile
-from common.provenance import PROVENANCE, Ingredient, now, record, shortened
-from common.sealed import SEAL
+from common.provenance import PROVENANCE, Ingredient, record, shortened
+from common.sealed import seal_of
 from common.text_sources.names import shown
 from common.typed_json import plain
+from predictor.artifact import INDEX, PredictorArtifact
+from predictor.head.artifact import INDEX as HEAD_INDEX
+from predictor.head.artifact import HeadArtifact
+from predictor.traces.store import TraceStore
 
 
 @dataclass
@@ -39,12 +44,8 @@ class Making:
         """
         return cls(begun=now(), settings=settings)
 
-    def traces(self, store: Any) -> None:
-        """Write what a store was made with, if it is complete.
-
-        Args:
-            store: a `TraceStore`.
-        """
+    def traces(self, store: TraceStore) -> None:
+        """Write what a store was made with, if it is complete."""
         if not store.progress.complete:
             return
         header = store.header
@@ -52,12 +53,12 @@ class Making:
             store.path, "traces", store.identity, [_model_of(store), _text_of(store, header.data)]
         )
 
-    def predictors(self, artifact: Any, store: Any) -> None:
+    def predictors(self, artifact: PredictorArtifact, store: TraceStore) -> None:
         """Write what predictors were made with.
 
         Args:
-            artifact: a `PredictorArtifact`.
-            store: the `TraceStore` that they were trained on.
+            artifact: they.
+            store: what they were trained on.
         """
         traces = Ingredient(role="traces", name=shortened(str(store.path)), identity=store.identity)
         ingredients = [traces, _model_of(store)]
@@ -66,16 +67,10 @@ class Making:
                 role="held-out text", name=_sources(self.settings.data), identity=None
             )
             ingredients.append(text)
-        self._record(
-            artifact.path, "predictors", seal_of(artifact.path / "predictors.json"), ingredients
-        )
+        self._record(artifact.path, "predictors", seal_of(artifact.path / INDEX), ingredients)
 
-    def head(self, artifact: Any) -> None:
-        """Write what a head's predictor was made with.
-
-        Args:
-            artifact: a `HeadArtifact`.
-        """
+    def head(self, artifact: HeadArtifact) -> None:
+        """Write what a head's predictor was made with."""
         header, settings = artifact.header, self.settings
         ingredients = [
             Ingredient(
@@ -88,7 +83,7 @@ class Making:
         if settings.traces is not None:
             name = shortened(str(settings.traces))
             ingredients.append(Ingredient(role="traces", name=name, identity=None))
-        self._record(artifact.path, "head", seal_of(artifact.path / "head.json"), ingredients)
+        self._record(artifact.path, "head", seal_of(artifact.path / HEAD_INDEX), ingredients)
 
     def sparsified(self) -> None:
         """Write what a sparsified model was made with."""
@@ -114,13 +109,7 @@ class Making:
         )
 
 
-def seal_of(index: Path) -> str | None:
-    """Return the checksum that a sealed document states, by which others call its artifact."""
-    stated = json.loads(index.read_bytes()).get(SEAL)
-    return stated if isinstance(stated, str) else None
-
-
-def _model_of(store: Any) -> Ingredient:
+def _model_of(store: TraceStore) -> Ingredient:
     header = store.header
     files: tuple[HashedFile, ...] = store.progress.model_files
     return Ingredient(
@@ -131,7 +120,7 @@ def _model_of(store: Any) -> Ingredient:
     )
 
 
-def _text_of(store: Any, data: Any) -> Ingredient:
+def _text_of(store: TraceStore, data: Any) -> Ingredient:
     texts = [shard.text_sha256 for shard in store.progress.shards]
     return Ingredient(role="text", name=_sources(data), identity=sha256(json.dumps(texts).encode()))
 

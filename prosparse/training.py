@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[str], None]
 Foresee = Callable[[Checkpoint], Iterable[str]]
-_MARKER = "training/sparsify.json"
+MARKER = "training/sparsify.json"
 _KEPT = 2
 """Checkpoints kept: the newest may be the one that a kill left unfinished."""
 _PATIENCE = 86_400
@@ -192,7 +192,7 @@ def _checkpointing(config: SparsifyConfig) -> dict[str, object]:
 
 def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> None:
     """Start the output, or make sure that it was started with the same settings."""
-    marker = config.out / _MARKER
+    marker = config.out / MARKER
     if config.resume:
         sources = [name for text in config.texts for name in names_of(text)]
         need_repeatable(sources, "--resume", "train anew, or from a file")
@@ -205,7 +205,7 @@ def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> No
                 "repeat those, or use --force to start over",
             )
     else:
-        refuse_existing(config.out, force=config.force, marker=_MARKER, resumable=True)
+        refuse_existing(config.out, force=config.force, marker=MARKER, resumable=True)
         # Nothing that cannot run costs an existing output.
         check_texts(config, checkpoint, processes)
         set_aside(config.out)

@@ -12,9 +12,10 @@ import pytest
 from click.testing import Result
 from conftest import refused
 
+from common.clock import now
 from common.errors import ResultError
 from common.hashing import HashedFile
-from common.provenance import PROVENANCE, Ingredient, now, read, record, shortened, source_commit
+from common.provenance import PROVENANCE, Ingredient, read, record, shortened, source_commit
 from gguf_export.bundle import Bundle
 from gguf_export.manifest import manifest_path
 from pipeline.artifacts import describe

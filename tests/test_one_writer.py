@@ -31,6 +31,7 @@ from common.outputs import (
     set_aside,
 )
 from common.provenance import PROVENANCE
+from common.sealed import write_sealed
 from gguf_export.bundle import Bundle, export
 from gguf_export.commit import commit_file, finish_commit
 from gguf_export.settings import ExportConfig
@@ -254,6 +255,26 @@ def test_what_must_be_written_in_place_keeps_the_old_one_beside(tmp_path: Path) 
         assert (kept_beside(out) / "is").read_text() == "0"
     drop_kept(out)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_is_said_to_be_done_names_no_other_files(exact_bundle: Bundle, tmp_path: Path) -> None:
+    file = Path(shutil.copy(exact_bundle.model_file, tmp_path))
+    for numbers in ((6,), (-1,)):
+        write_sealed(commit_file(file), {"moves": [], "removals": list(numbers)})
+        with refused(OutputError, "names files that no export has", "remove it"):
+            finish_commit(file)
+    write_sealed(commit_file(file), {"moves": [str(tmp_path / "x")], "removals": []})
+    with refused(OutputError, str(commit_file(file)), "remove it"):
+        finish_commit(file)
+    assert file.exists()
+
+
+def test_a_lock_that_is_a_link_writes_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    lock_file(tmp_path / "out").symlink_to(tmp_path / "mine")
+    with refused(OutputError, str(tmp_path / "out")), locked(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 @pytest.fixture

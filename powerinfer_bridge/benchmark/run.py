@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from datetime import datetime, timezone
 from pathlib import Path
 
+from common.clock import now
 from common.errors import PspError
 from common.files import write_bytes
 from common.lock import locked
@@ -110,7 +110,7 @@ def _document(
     continuations, same = compare_texts(samples)
     return Bench(
         tool_version=tool_version(),
-        created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created=now(),
         model=hyper.name,
         file=str(config.file),
         engine=arms[0].facts.engine,
