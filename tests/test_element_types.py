@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import ExportError
+from common.rounding import to_q8_0
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import SplitResult, split
 from gguf_export.pwri.element_types import FileTypes, encode, runnable
@@ -28,7 +29,7 @@ from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig, SplitConfig
 from gguf_files.elements import decode
 from gguf_files.reader import GGUFFile
-from powerinfer_bridge.engine.arithmetic import rounded, to_q8_0, to_q8_k
+from powerinfer_bridge.engine.arithmetic import rounded, to_q8_k
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from architectures.checkpoint import Checkpoint
 from common.errors import FormatError, PredictorError
 from common.head_sizes import misfit
+from common.rounding import through_q4_0, to_q4_0, to_q8_0
 from common.sealed import SEAL
 from gguf_export.plan import PlannedTensor
 from gguf_export.pwri.element_types import encode
@@ -40,7 +41,6 @@ from predictor.head.inputs import HeadInputs, InputsHeader, read_inputs, record_
 from predictor.head.measure import Text, always, fit_level, measure, perplexity
 from predictor.head.output_head import exported_head
 from predictor.head.price import LinearFit, best_level, levelled, worth
-from predictor.head.rounding import through_q4_0, to_q4_0, to_q8_0
 from predictor.head.rule import HeadPredictor, predictor_share
 from predictor.head.run import train_head
 from predictor.head.settings import HeadConfig, candidate_ranks

@@ -3,7 +3,7 @@
 The vector that multiplies a weight is rounded by the weight's type. Results are float32: a dot
 product of blocks is an exact sum of integers times both scales, which float32 reproduces up to the
 order of summation. Source: PowerInfer@d3ebd7c ggml.c:type_traits (`vec_dot_type`) and
-ggml-quants.c:quantize_row_q8_0, quantize_row_q8_1, quantize_row_q8_K_reference.
+ggml-quants.c:quantize_row_q8_1, quantize_row_q8_K_reference; the rest is in `common.rounding`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import torch
 from gguf import GGMLQuantizationType
 from torch.nn import functional
 
+from common.rounding import q8_steps, to_f16, to_q8_0
 from gguf_export.pwri.hyperparameters import Hyperparameters
 from gguf_files.pieces import pieces
 from gguf_files.reader import GGUFFile
 
-_Q8_0_BLOCK, _Q8_K_BLOCK = 32, 256
+_Q8_K_BLOCK = 256
 
 
 class Weights:
@@ -138,29 +139,10 @@ def rounded(x: torch.Tensor, kind: GGMLQuantizationType) -> torch.Tensor:
     return to_q8_0(x) if name.endswith("_0") else to_q8_1(x)
 
 
-def to_f16(x: torch.Tensor) -> torch.Tensor:
-    """Round float32 to the nearest float16 value, kept as float32."""
-    return x.half().float()
-
-
-def to_q8_0(x: torch.Tensor) -> torch.Tensor:
-    """Round to 8 bits in blocks of 32: the scale is a float16, ties go to even."""
-    blocks, largest = _blocks(x)
-    return (blocks * to_f16(largest / 127)).reshape(x.shape)
-
-
 def to_q8_1(x: torch.Tensor) -> torch.Tensor:
     """Round as `to_q8_0`, but the scale is a float32."""
-    blocks, largest = _blocks(x)
-    return (blocks * (largest / 127)).reshape(x.shape)
-
-
-def _blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return blocks of 32 as whole numbers up to 127, and the largest magnitude of each."""
-    blocks = x.reshape(-1, _Q8_0_BLOCK)
-    largest = blocks.abs().amax(1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
-    return (blocks * inverse).round(), largest
+    steps, largest = q8_steps(x)
+    return (steps * (largest / 127)).reshape(x.shape)
 
 
 def to_q8_k(x: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ import math
 import torch
 
 from architectures.rope import RopeScaling, yarn_magnitude
+from common.rounding import to_f16
 from gguf_export.pwri.hyperparameters import Hyperparameters
-from powerinfer_bridge.engine.arithmetic import Operators, to_f16
+from powerinfer_bridge.engine.arithmetic import Operators
 
 _FAST, _SLOW = 32, 1
 """Turns within the original context between which YaRN blends, where no option sets others

@@ -9,10 +9,10 @@ from typing import TypedDict
 
 import torch
 
+from common.rounding import to_q8_0
 from predictor.head.inputs import HeadInputs
 from predictor.head.output_head import batches, exported_head
 from predictor.head.price import LinearFit, best_level
-from predictor.head.rounding import to_q8_0
 from predictor.head.rule import HeadPredictor
 
 Rows = torch.Tensor

@@ -9,7 +9,7 @@ import torch
 
 from architectures.checkpoint import Checkpoint
 from common.errors import PredictorError
-from predictor.head.rounding import to_q4_0
+from common.rounding import to_q4_0
 
 _HEAD, _NORM = "output.weight", "output_norm.weight"
 _PART = 4096

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from predictor.head.rounding import to_q4_0, to_q8_0
+from common.rounding import to_q4_0, to_q8_0
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import logsigmoid
 
+from common.rounding import through_q4_0, to_q8_0
 from predictor.head.measure import Text
 from predictor.head.output_head import batch_rows
 from predictor.head.price import worth
-from predictor.head.rounding import through_q4_0, to_q8_0
 from predictor.head.rule import HeadPredictor
 from predictor.head.start import Moments, Wanted
 
