@@ -29,7 +29,8 @@ from benchmarks.shared import (
 from gguf_export.bundle import export
 from gguf_export.settings import ExportConfig
 from gguf_files.reader import GGUFFile
-from predictor.artifact import LayerPredictor, PredictorArtifact
+from predictor.artifact import PredictorArtifact
+from predictor.stored import LayerPredictor
 
 RANK = 1024
 

@@ -115,7 +115,8 @@ def make_predictors(path: Path) -> Path:
     """Write a model and predictors of psp's for it."""
     from architectures.checkpoint import Checkpoint
     from benchmarks.shared import made_header
-    from predictor.artifact import LayerPredictor, PredictorArtifact
+    from predictor.artifact import PredictorArtifact
+    from predictor.stored import LayerPredictor
 
     model = make_model(path / "model")
     artifact = PredictorArtifact(path / "made", made_header(model, RANK, "made by hand"))

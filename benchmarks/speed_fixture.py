@@ -34,7 +34,8 @@ from common.files import refuse_existing, write_error, write_json
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.element_types import OUTTYPES
 from gguf_export.settings import ExportConfig
-from predictor.artifact import LayerPredictor, PredictorArtifact
+from predictor.artifact import PredictorArtifact
+from predictor.stored import LayerPredictor
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 

@@ -79,15 +79,13 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     making.predictors(artifact, TraceStore.open(config.traces))
     if config.report is not None:
         traces = TraceStore.open(config.traces)
-        kind, force = config.predictor_type, config.force
-        report_predictors(
-            config.report, traces, artifact, draw=draw_report, predictor_type=kind, force=force
-        )
+        report_predictors(config.report, traces, artifact, draw=draw_report, force=config.force)
     layers = artifact.rows()
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         names = {"predictors": artifact.path, "recipe": artifact.header.recipe["name"]}
-        search = {"ranks": artifact.ranks, "search": artifact.search}
+        sizes = {"ranks": artifact.ranks, "types": artifact.types}
+        search = {**sizes, "search": artifact.search}
         return print_json({**names, **mean, **search, "layers": layers})
     echo(layer_table(layers, mean))
     if missing := artifact.missing:

@@ -40,19 +40,27 @@ class ElementType:
         """Return the length of a row as it is stored, such as a predictor's rank."""
         return length + -length % self.row_multiple
 
-    def relative(self, rank: int, *, d_model: int, d_ff: int, ffn_matrices: int) -> float:
-        """Return the bytes of a predictor of this type relative to its FFN in float16."""
+    def row_items(self, length: int) -> int:
+        """Return the items of a stored row: numbers, or bytes where they come in blocks."""
+        return length if self.block == 1 else length // self.block * self.block_bytes
+
+    def relative(
+        self, rank: int, *, d_model: int, d_ff: int, ffn_matrices: int, ffn: ElementType
+    ) -> float:
+        """Return the bytes of a predictor of this type relative to its FFN in another."""
         sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
-        return predictor_share(self.padded(rank), predictor_width=self.width, **sizes)
+        width = self.width / ffn.width
+        return predictor_share(self.padded(rank), predictor_width=width, **sizes)
 
 
+F16, Q4_0 = "f16", "q4_0"
 ELEMENT_TYPES = {
-    "f16": ElementType(
+    F16: ElementType(
         block=1, block_bytes=2, row_multiple=32, fine=True, gpu_block=32, gpu_rest=True
     ),
     # Rows of two blocks: the ARM kernels take them in pairs and would read past the row
     # (PowerInfer@d3ebd7c ggml-quants.c:ggml_vec_dot_q4_0_q8_0).
-    "q4_0": ElementType(
+    Q4_0: ElementType(
         block=32, block_bytes=18, row_multiple=64, fine=False, gpu_block=256, gpu_rest=False
     ),
 }

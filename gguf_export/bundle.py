@@ -16,10 +16,10 @@ from common.lock import locked
 from gguf_export.commit import begin_commit, end_commit, finish_commit, own_files
 from gguf_export.dense import dense_model, dense_types
 from gguf_export.manifest import manifest_path, write_manifest
-from gguf_export.plan import conversion_note, keeps_types, plan_model, plan_predictors
+from gguf_export.plan import conversion_note, plan_model, plan_predictors
 from gguf_export.predictor_kinds import open_predictors
 from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
-from gguf_export.pwri.element_types import FileTypes, intended_type, recipe_allows
+from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
 from gguf_export.pwri.statistics import (
@@ -30,6 +30,7 @@ from gguf_export.requirements import check_model, check_types, window_note
 from gguf_export.settings import SUFFIX, ExportConfig
 from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.vocabulary import POWERINFER
+from gguf_export.trained_types import following, predictor_types
 from gguf_export.writer import ModelWriter
 from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY, SMALLTHINKER
 
@@ -161,6 +162,7 @@ def _exported(
     begun, checkpoint = now(), Checkpoint.open(config.model)
     assert config.predictors is not None  # of another engine if it is
     predictors = open_predictors(config.predictors, checkpoint.shape)
+    config = following(config, checkpoint, predictors)
     ranks = _check_requirements(config, checkpoint, predictors)
     shape = checkpoint.shape
     vocabulary = read_vocabulary(checkpoint.directory, shape.vocab_size, checkpoint.config)
@@ -203,9 +205,8 @@ def _predictor_keys(predictors: PredictorSource, types: FileTypes) -> dict[str, 
         THRESHOLD_KEY: predictors.threshold,
         RECIPE_KEY: predictors.recipe,
     }
-    kept = predictors.file if keeps_types(predictors, types) else None
-    said = types.predictors if kept is None else intended_type(kept)
-    return keys if said is None else keys | {PREDICTOR_TYPE_KEY: said.lower()}
+    said = predictor_types(predictors, types)
+    return keys if said is None else keys | {PREDICTOR_TYPE_KEY: said}
 
 
 @contextmanager
@@ -255,8 +256,6 @@ def _check_requirements(
     if config.dense:
         dense_types(config, checkpoint)
     ranks = _check_fit(checkpoint, predictors)
-    if not keeps_types(predictors, config.types):
-        _check_precision(predictors, config.types)
     if config.vram_budget is not None and not predictors.counted:
         raise ExportError(
             f"{predictors.path}: comes without activation statistics, by which --vram-budget "
@@ -286,12 +285,3 @@ def _check_fit(checkpoint: Checkpoint, predictors: PredictorSource) -> list[int]
         if rank % BLOCK or not rank:
             raise ExportError(f"rank {rank} is no multiple of {BLOCK}", "PowerInfer cannot run it")
     return ranks
-
-
-def _check_precision(predictors: PredictorSource, types: FileTypes) -> None:
-    """Refuse to round predictors whose units differ from a constant by little."""
-    if not recipe_allows(predictors.recipe, types.predictors):
-        raise ExportError(
-            f"{predictors.path}: was trained for float16, {types.predictors} would spoil it",
-            f"pass --predictor-type f16, or train with --predictor-type {types.predictors}",
-        )

@@ -19,9 +19,9 @@ from architectures.checkpoint import Checkpoint
 from architectures.gguf_model.tensors import GGUFTensors
 from architectures.layouts import to_file
 from architectures.spec import ModelShape, TensorRule
-from common.element_types import ELEMENT_TYPES
+from common.element_types import ELEMENT_TYPES, F16, Q4_0
 from gguf_export.predictor_source import PredictorSource
-from gguf_export.pwri.element_types import FileTypes, runnable
+from gguf_export.pwri.element_types import OUTTYPES, FileTypes, runnable
 from gguf_export.pwri.schema import EMBEDDING, FC1, FC2, HEAD, parse_name
 from gguf_files.elements import PLAIN, data_size
 from gguf_files.names import DENSE_DOWN, DOWN
@@ -125,11 +125,15 @@ def plan_predictors(
         if predictors.file is not None and keeps_types(predictors, types):
             yield from (_copy(predictors.file, predictors.file.tensors[name]) for name in pair)
             continue
-        rank = ELEMENT_TYPES[types.predictors].padded(rank)
+        kind = types.predictors if predictors.kinds is None else predictors.kinds[layer]
+        rank = ELEMENT_TYPES[kind].padded(rank)
         shapes = (rank, model.d_model), (model.d_ff, rank)
-        for name, part, shape in zip(pair, ("fc1", "fc2"), shapes, strict=True):
+        for name, part, shape in zip(pair, (0, 1), shapes, strict=True):
             read = partial(_read_predictor, predictors, layer, part, shape)
-            yield PlannedTensor(name, shape, types.of(name, shape), read)
+            made = PlannedTensor(name, shape, OUTTYPES[kind], read)
+            as_stored = predictors.kinds is not None and kind == Q4_0
+            stored = partial(_stored_predictor, predictors, layer, part) if as_stored else None
+            yield replace(made, stored=stored)
 
 
 def keeps_types(predictors: PredictorSource, types: FileTypes) -> bool:
@@ -153,11 +157,18 @@ def _read_model(checkpoint: Checkpoint, rule: TensorRule, layer: int) -> torch.T
 
 
 def _read_predictor(
-    predictors: PredictorSource, layer: int, part: str, shape: tuple[int, ...]
+    predictors: PredictorSource, layer: int, part: int, shape: tuple[int, ...]
 ) -> torch.Tensor:
-    found: torch.Tensor = getattr(predictors.layer(layer), part)
+    stored = predictors.layer(layer)
+    found = (stored.fc1, stored.fc2)[part] if stored.kind == F16 else stored.numbers()[part]
     rows, columns = (want - have for want, have in zip(shape, found.shape, strict=True))
     return pad(found, (0, columns, 0, rows)) if rows or columns else found
+
+
+def _stored_predictor(predictors: PredictorSource, layer: int, part: int) -> npt.NDArray[np.uint8]:
+    stored = predictors.layer(layer)
+    blocks: npt.NDArray[np.uint8] = (stored.fc1, stored.fc2)[part].contiguous().numpy()
+    return blocks.reshape(-1)
 
 
 def conversion_note(tensors: Sequence[PlannedTensor], engine: str = "PowerInfer") -> str | None:

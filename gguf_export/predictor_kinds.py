@@ -13,6 +13,7 @@ from gguf import GGUFValueType
 
 from architectures.spec import ModelShape
 from architectures.tensor_files import TensorFiles, is_plain
+from common.element_types import F16
 from common.errors import PredictorError
 from common.files import read_json
 from gguf_export.predictor_source import (
@@ -27,7 +28,8 @@ from gguf_export.pwri.statistics import has_statistics, layer_statistics, read_s
 from gguf_files.names import FINGERPRINT_KEY, RECIPE_KEY
 from gguf_files.reader import GGUFFile
 from gguf_files.split_set import open_gguf
-from predictor.artifact import LayerPredictor, PredictorArtifact
+from predictor.artifact import PredictorArtifact
+from predictor.stored import LayerPredictor
 
 _PARTS = ("fc1.weight", "fc2.weight")
 _FETCH = "fetch the predictors again"
@@ -69,7 +71,15 @@ def open_predictors(path: Path, model: ModelShape | None = None) -> PredictorSou
         layer=artifact.layer,
         model=(header.model, header.model_fingerprint),
         model_files=artifact.model_files,
+        kinds=_kinds(artifact),
+        outtype=header.outtype if header.own_thresholds else None,
     )
+
+
+def _kinds(artifact: PredictorArtifact) -> tuple[str, ...] | None:
+    """Return the type of each layer; None if all are float16 and have no bound to keep."""
+    kinds = tuple(artifact.kind(layer) for layer in range(artifact.header.n_layers))
+    return kinds if artifact.header.own_thresholds or set(kinds) != {F16} else None
 
 
 Parts = Iterable[tuple[Path, str, object]]

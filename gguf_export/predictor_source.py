@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from architectures.spec import ModelShape
+from common.element_types import F16
 from common.errors import PredictorError
 from common.files import write_json
 from common.hashing import HashedFile
 from gguf_export.pwri.schema import BLOCK, DENSE_THRESHOLD
 from gguf_export.pwri.statistics import statistics_file, write_saved
 from gguf_files.reader import GGUFFile
-from predictor.artifact import LayerPredictor
+from predictor.stored import LayerPredictor
 
 NO_PREDICTORS = Path("none")
 """What a user passes for a file that computes every neuron."""
@@ -36,6 +37,9 @@ class PredictorSource:
         model: the model that they were made for and its fingerprint, where that is known.
         file: the file that holds them, from which they are copied as they are stored.
         model_files: the weights of that model, where they are known.
+        kinds: type of each layer where they are stored in what they were trained for, from which
+            they are copied; None where an export is free to choose.
+        outtype: type of the model for which their bound was measured; None if there is none.
     """
 
     path: Path
@@ -47,6 +51,8 @@ class PredictorSource:
     model: tuple[str, str] | None = None
     file: GGUFFile | None = None
     model_files: tuple[HashedFile, ...] = ()
+    kinds: tuple[str, ...] | None = None
+    outtype: str | None = None
 
     @property
     def empty(self) -> bool:
@@ -80,13 +86,12 @@ def read_ranks(predictors: PredictorSource, d_model: int, d_ff: int) -> list[int
     ranks = []
     for number in range(predictors.n_layers):
         layer = predictors.layer(number)
-        rank = len(layer.fc1)
+        rank, (fc1, fc2) = layer.rank, layer.shapes
         counts = d_ff if layer.activation_counts is None else len(layer.activation_counts)
-        shapes = (layer.fc1.shape, layer.fc2.shape, counts)
-        if shapes != ((rank, d_model), (d_ff, rank), d_ff):
+        if (fc1, fc2, counts) != ((rank, d_model), (d_ff, rank), d_ff):
             raise PredictorError(
-                f"{predictors.path}: layer {number} has fc1 {tuple(layer.fc1.shape)} and fc2 "
-                f"{tuple(layer.fc2.shape)}, the model needs (rank, {d_model}) and ({d_ff}, rank)",
+                f"{predictors.path}: layer {number} has fc1 {fc1} and fc2 {fc2}, the model needs "
+                f"(rank, {d_model}) and ({d_ff}, rank)",
                 "pass predictors of this model",
             )
         ranks.append(rank)
@@ -106,9 +111,9 @@ def write_directories(predictors: PredictorSource, directory: Path, statistics: 
     """
     for number in range(predictors.n_layers):
         layer = predictors.layer(number)
-        write_saved(
-            predictor_file(directory, number), {"fc1.weight": layer.fc1, "fc2.weight": layer.fc2}
-        )
+        # Numbers of Q4_0 have more digits than float16.
+        fc1, fc2 = (layer.fc1, layer.fc2) if layer.kind == F16 else layer.numbers()
+        write_saved(predictor_file(directory, number), {"fc1.weight": fc1, "fc2.weight": fc2})
         if predictors.counted:
             write_saved(statistics_file(statistics, number), layer.activation_counts)
     write_json(directory / "config.json", {"sparse_threshold": predictors.threshold})

@@ -96,7 +96,8 @@ class ExportConfig:
             "Element type of the matrices of the model; for llama.cpp also bf16 and q8_0, for "
             "smallthinker q4_0 alone.",
             _TYPES,
-            unset="f16; a GGUF model keeps what the engine runs; smallthinker: q4_0",
+            unset="what predictors were trained for; else f16, a GGUF model keeps what the engine "
+            "runs; smallthinker: q4_0",
         ),
     ] = None
     predictor_type: Annotated[
@@ -104,7 +105,7 @@ class ExportConfig:
         Option(
             "Element type of the matrices of predictors.",
             _TYPES,
-            unset="f16; those in a GGUF file keep theirs",
+            unset="as trained; those in a GGUF file keep theirs, others become f16",
         ),
     ] = None
     head_predictor: Annotated[

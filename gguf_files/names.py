@@ -22,6 +22,9 @@ PREDICTOR_TYPE_KEY = "psp.predictor_type"
 NOTE_KEY = "psp.note"
 """What a user must know of a dense file."""
 
+HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
+"""Matrices outside the blocks."""
+
 DOWN, DENSE_DOWN = "ffn_down_t", "ffn_down"
 """The down matrix in a sparse file, transposed, and in a dense one."""
 
@@ -36,6 +39,19 @@ ROUTER = "ffn_gate_inp"
 PROFILER = "lm_head_profiler.weight"
 """Of such a file for PowerInfer's second engine: the output head's predictor, both matrices one
 after the other, fc1 first (PowerInfer@d3ebd7c smallthinker/src/llama-model.cpp)."""
+
+
+def stays_float16(name: str, head: str) -> bool:
+    """Whether a matrix is F16 in a file of whatever type.
+
+    The head's rounding goes into every logit (as with `quantize --leave-output-tensor`); of OPT's
+    positions a token reads a single row.
+
+    Args:
+        name: its name in the file.
+        head: the matrix that makes logits: OPT's is its embedding.
+    """
+    return name in (head, POSITIONS)
 
 
 def expert_name(name: str) -> str:

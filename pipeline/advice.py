@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from architectures.checkpoint import Checkpoint
-from common.element_types import ELEMENT_TYPES
+from common.element_types import ELEMENT_TYPES, F16
 from common.machine import read_memory, weight_budget
 from common.units import decimal_size, parse_size, size
 from pipeline.costs import Cost, Costs
@@ -56,7 +56,8 @@ def advice(config: RunConfig, checkpoint: Checkpoint, text: TextPlan) -> Iterato
 
 
 def _ranks(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
-    shape, element = checkpoint.shape, ELEMENT_TYPES[config.predictor_type]
+    shape, ffn = checkpoint.shape, ELEMENT_TYPES[config.outtype or F16]
+    element = ELEMENT_TYPES.get(config.predictor_type, ELEMENT_TYPES[F16])
     rank = config.rank if isinstance(config.rank, int) else 0
     if isinstance(config.rank, tuple):
         rank = max(config.rank)
@@ -65,6 +66,7 @@ def _ranks(config: RunConfig, checkpoint: Checkpoint) -> Iterator[str]:
         d_model=shape.d_model,
         d_ff=shape.d_ff,
         ffn_matrices=checkpoint.architecture.ffn_matrices,
+        ffn=ffn,
     )
     if rank and share > _PREDICTOR_SHARE:
         yield (

@@ -25,7 +25,7 @@ from powerinfer_bridge.benchmark.inputs import read_prompts, room_for
 from powerinfer_bridge.benchmark.setup import check_threads
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from predictor.collection.collect import choose_template
-from predictor.training.run import check_ranks
+from predictor.training.checks import check_ranks
 from prosparse.activation import open_any
 
 _ZERO = ("relu", "fatrelu", "drelu")

@@ -16,8 +16,9 @@ from gguf_export.pwri.element_types import FileTypes
 from gguf_export.smallthinker.types import DENSE_TYPES
 from pipeline.probe import Rates
 from pipeline.steps import StepSettings
-from predictor.training.run import bound_of
-from predictor.training.settings import AUTO, RECIPES, candidate_ranks
+from predictor.size import Size
+from predictor.training.bounds import bound_of
+from predictor.training.settings import AUTO, RECIPES, possible_sizes
 
 _PASSES = 3
 """A training step's passes: one forward, two backward."""
@@ -165,7 +166,7 @@ class Costs:
         layer = rates.layer_fixed + rates.layer_row * rows
         if settings.rank == AUTO and RECIPES[settings.recipe].start != "random":
             scout = rates.layer_fixed + rates.layer_row * min(rows, _SCOUT_ROWS) / 2
-            layer += len(candidate_ranks(shape.d_model)) * scout
+            layer += len({size.rank for size in self._sizes}) * scout
         seconds = self._layers * layer / rates.jobs
         gate = 4 * shape.d_model * shape.d_ff
         memory = rates.jobs * (4 * gate + 4 * min(rows, _START_ROWS) * shape.d_model)
@@ -177,16 +178,24 @@ class Costs:
         return Cost(seconds=seconds, disk=self._layers * self._predictor(2), memory=memory)
 
     def _predictor(self, width: float) -> float:
-        """Return the bytes of a layer's predictor."""
-        shape, settings = self.checkpoint.shape, self.settings.train
-        ranks = settings.fixed_ranks or (candidate_ranks(shape.d_model)[-1],)
-        return width * sum(ranks) / len(ranks) * (shape.d_model + shape.d_ff)
+        """Return the bytes of a layer's predictor at most, by those of a number in float16."""
+        shape, ranks = self.checkpoint.shape, self.settings.train.fixed_ranks
+        largest = max(size.rank * ELEMENT_TYPES[size.kind].width for size in self._sizes)
+        mean = sum(ranks) / len(ranks) if ranks else largest
+        return width * mean * (shape.d_model + shape.d_ff)
+
+    @property
+    def _sizes(self) -> list[Size]:
+        """What a layer's predictor may be."""
+        settings = self.settings.train
+        bounded = bound_of(settings) is not None
+        return possible_sizes(settings, self.checkpoint.shape.d_model, bounded=bounded)
 
     @property
     def file(self) -> float:
         """Bytes of the PowerInfer file."""
         types = self.settings.export.types
-        predictor = self._predictor(2 * ELEMENT_TYPES[types.predictors].width)
+        predictor = self._predictor(2)
         return self._exported(types) + self._layers * predictor
 
     def _exported(self, types: FileTypes) -> float:

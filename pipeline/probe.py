@@ -30,7 +30,7 @@ from predictor.collection.collect import record, trace_header
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.store import TraceStore
 from predictor.training.run import layer_trainer
-from predictor.training.settings import TrainConfig, candidate_ranks
+from predictor.training.settings import TrainConfig, possible_sizes
 
 Made = TypeVar("Made")
 _TOKENS = 2048
@@ -145,11 +145,13 @@ def _training(store: TraceStore, train: TrainConfig, layers: int) -> tuple[float
     """Return seconds of a layer and of each of its rows, and how many layers go at once."""
     held = torch.arange(store.rows) >= (1 - train.holdout) * store.rows
     trainer = layer_trainer(replace(train, traces=store.path), store, held)
-    ranks = train.fixed_ranks or (candidate_ranks(store.header.d_model)[-1],)
+    bounded = trainer.bound is not None
+    sizes = possible_sizes(train, store.header.d_model, bounded=bounded)
+    largest = max(sizes, key=lambda size: size.rank)
     rows, epochs = len(trainer.train), max(trainer.recipe.epochs, 1)
     steps: list[float] = []
     stepped = partial(_clocked, steps)
-    _, seconds = _timed(lambda: trainer.run(0, max(ranks), stepped, _nothing))
+    _, seconds = _timed(lambda: trainer.run(0, largest, stepped, _nothing))
     pauses = [after - before for before, after in pairwise(steps)]
     if not pauses:
         return seconds, 0.0, trainer.jobs(layers)

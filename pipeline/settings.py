@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from common.element_types import ELEMENT_NAMES
 from common.errors import SettingsError
 from common.settings import (
     Device,
@@ -89,9 +88,9 @@ class RunConfig:
     )
     ffn_bytes: Annotated[float | None, option_of(TrainConfig, "ffn_bytes")] = TrainConfig.ffn_bytes
     outtype: Annotated[str | None, option_of(ExportConfig, "outtype")] = ExportConfig.outtype
-    predictor_type: Annotated[
-        str, option_of(ExportConfig, "predictor_type", unset=None, choices=ELEMENT_NAMES)
-    ] = TrainConfig.predictor_type
+    predictor_type: Annotated[str, option_of(TrainConfig, "predictor_type")] = (
+        TrainConfig.predictor_type
+    )
     dense: Annotated[
         bool,
         option_of(

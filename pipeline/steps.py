@@ -32,7 +32,8 @@ from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.reporting.report import report_predictors
 from predictor.traces.store import TraceStore
-from predictor.training.run import bound_of, train_predictors
+from predictor.training.bounds import bound_of
+from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 from prosparse.settings import SparsifyConfig
 from report.figures.predictors import draw_report
@@ -100,6 +101,7 @@ class StepSettings:
                 max_ppl_gap=config.max_ppl_gap,
                 ffn_bytes=config.ffn_bytes,
                 predictor_type=config.predictor_type,
+                outtype=config.outtype,
                 model=model,
                 device=config.device,
                 seed=config.seed,
@@ -109,7 +111,6 @@ class StepSettings:
                 predictors=layout.predictors,
                 out=layout.bundle.model_file,
                 outtype=config.outtype,
-                predictor_type=config.predictor_type,
                 dense=config.dense,
                 dense_arch=config.dense_arch,
                 dense_type=config.dense_type,
@@ -339,7 +340,6 @@ def _report(settings: StepSettings, layout: Layout) -> None:
         TraceStore.open(layout.traces),
         PredictorArtifact.open(layout.predictors),
         draw=draw_report,
-        predictor_type=settings.train.predictor_type,
         force=True,
     )
     write_page(settings.report)

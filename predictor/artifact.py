@@ -5,9 +5,9 @@ Layout of a directory::
     predictors.json             schema, model, recipe, threshold, one entry a finished layer, how
                                 its training went, the operating points that were tried, and
                                 the checksums of the files
-    layer-00.safetensors        fc1 (rank, d_model) float16, fc2 (d_ff, rank) float16,
-                                activation_counts (d_ff,) int64; thresholds (d_ff,) float32 if each
-                                neuron has its own
+    layer-00.safetensors        fc1 (rank, d_model), fc2 (d_ff, rank), both float16 or rows of Q4_0
+                                blocks (uint8); activation_counts (d_ff,) int64; thresholds (d_ff,)
+                                float32 if each neuron has its own
     curves-00.safetensors       what was measured at other thresholds, to choose others later
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from common.decisions import mean_metrics
+from common.element_types import ELEMENT_TYPES, F16
 from common.errors import TRAIN_AGAIN, PredictorError
 from common.hashing import HashedFile
 from common.lock import refuse_written
@@ -27,10 +28,13 @@ from common.outputs import changed_whole
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, parse, plain
 from common.version import tool_version
+from predictor.stored import LayerPredictor
 from predictor.tensor_files import load_tensors, save_tensors
 from results.predictors import SearchPoint
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+_READABLE = (4, SCHEMA_VERSION)
+"""Version 4 knew float16 only."""
 INDEX = "predictors.json"
 
 
@@ -55,6 +59,9 @@ class PredictorHeader(Closed):
         label_top_fraction: clipping of the training labels, or None.
         seed: seed of the run.
         own_thresholds: each neuron has a threshold of its own, chosen once all layers are trained.
+        predictor_type: that all are stored in, or `auto`: each layer has its own.
+        outtype: type of the model that they are for, by whose bytes theirs are counted and with
+            whose rounding a bound was measured.
     """
 
     model: str
@@ -72,22 +79,8 @@ class PredictorHeader(Closed):
     label_top_fraction: float | None
     seed: int
     own_thresholds: bool = False
-
-
-@dataclass(frozen=True)
-class LayerPredictor:
-    """One layer's predictor as it will be exported.
-
-    Attributes:
-        fc1: (rank, d_model) float16.
-        fc2: (d_ff, rank) float16.
-        activation_counts: (d_ff,) int64, tokens on which each neuron was active; None only for
-            predictors of others that come without.
-    """
-
-    fc1: torch.Tensor
-    fc2: torch.Tensor
-    activation_counts: torch.Tensor | None
+    predictor_type: str = F16
+    outtype: str = F16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +98,6 @@ class Epoch(Closed):
     held_out_error: float
 
 
-def fold_rows(fc2: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
-    """Divide each row of fc2 (d_ff, rank) by the size of its neuron's threshold, (d_ff,).
-
-    Returns:
-        float16 rows, for a threshold of 1 or -1; a row of zeros where the neuron's is infinite.
-    """
-    return (fc2.float() / thresholds.abs()[:, None]).half()
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Index:
     header: PredictorHeader
@@ -123,6 +107,7 @@ class _Index:
     epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     model_files: tuple[HashedFile, ...] = ()
+    types: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,6 +119,7 @@ class PredictorArtifact:
         header: what it was made for and from.
         layers: layer number to metrics, of the finished layers.
         ranks: layer number to rank, where ranks were chosen for each layer.
+        types: layer number to type, where types were.
         search: operating points that were tried.
         epochs: layer number to its epochs; none of layers that an older psp trained.
         files: name to checksum (XXH3); none of what an older psp wrote.
@@ -148,6 +134,7 @@ class PredictorArtifact:
     epochs: dict[int, tuple[Epoch, ...]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     model_files: tuple[HashedFile, ...] = ()
+    types: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -159,9 +146,10 @@ class PredictorArtifact:
         remedy = "pass a directory made by 'psp train-predictor'"
         document = read_sealed(path / INDEX, PredictorError, remedy)
         version = document.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if version not in _READABLE:
             raise PredictorError(
-                f"{path}: predictor schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
+                f"{path}: predictor schema version is {version!r}, this psp reads "
+                f"{' and '.join(map(str, _READABLE))}",
                 TRAIN_AGAIN,
             )
         try:
@@ -170,8 +158,9 @@ class PredictorArtifact:
             ranks = {int(layer): rank for layer, rank in index.ranks.items()}
             epochs = {int(layer): told for layer, told in index.epochs.items()}
             search = list(index.search)
+            types = {int(layer): _known_type(kind) for layer, kind in index.types.items()}
             files, model_files = index.files, index.model_files
-            return cls(path, index.header, layers, ranks, search, epochs, files, model_files)
+            return cls(path, index.header, layers, ranks, search, epochs, files, model_files, types)
         except (KeyError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
@@ -222,6 +211,7 @@ class PredictorArtifact:
                 "tool_version": tool_version(),
                 "header": asdict(self.header),
                 "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
+                "types": {str(layer): self.types[layer] for layer in sorted(self.types)},
                 "search": plain(self.search),
                 "layers": self.rows(),
                 "epochs": {
@@ -291,29 +281,47 @@ class PredictorArtifact:
         file = self._file(layer)
         tensors = self._load(file)
         header, rank = self.header, self.rank(layer)
+        element = ELEMENT_TYPES[self.kind(layer)]
+        dtype = torch.float16 if element.block == 1 else torch.uint8
         expected = {
-            "fc1": (rank, header.d_model),
-            "fc2": (header.d_ff, rank),
-            "activation_counts": (header.d_ff,),
+            "fc1": ((rank, element.row_items(header.d_model)), dtype),
+            "fc2": ((header.d_ff, element.row_items(rank)), dtype),
+            "activation_counts": ((header.d_ff,), torch.int64),
         }
         if header.own_thresholds and folded:
-            expected["thresholds"] = (header.d_ff,)
-        for name, shape in expected.items():
-            found = tuple(tensors[name].shape) if name in tensors else None
-            if found != shape:
+            expected["thresholds"] = ((header.d_ff,), torch.float32)
+        for name, wanted in expected.items():
+            tensor = tensors.get(name)
+            found = None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+            if found != wanted:
                 raise PredictorError(
-                    f"{file}: {name} has shape {found}, predictors.json implies {shape}",
+                    f"{file}: {name} is {_described(found)}, predictors.json implies "
+                    f"{_described(wanted)}",
                     TRAIN_AGAIN,
                 )
-        if "thresholds" in expected:
-            thresholds = tensors["thresholds"]
-            if not bool((thresholds * header.threshold > 0).all()):
-                raise PredictorError(
-                    f"{file}: thresholds do not all have the sign of {header.threshold:g}",
-                    "choose them again with 'psp train-predictor ... --resume'",
-                )
-            tensors["fc2"] = fold_rows(tensors["fc2"], thresholds)
-        return LayerPredictor(*(tensors[name] for name in ("fc1", "fc2", "activation_counts")))
+        predictor = LayerPredictor(*(tensors[n] for n in ("fc1", "fc2", "activation_counts")))
+        if "thresholds" not in expected:
+            return predictor
+        thresholds = tensors["thresholds"]
+        if not bool((thresholds * header.threshold > 0).all()):
+            raise PredictorError(
+                f"{file}: thresholds do not all have the sign of {header.threshold:g}",
+                "choose them again with 'psp train-predictor ... --resume'",
+            )
+        return predictor.folded(thresholds)
+
+    def kind(self, layer: int) -> str:
+        """Return the type of a layer, `f16` or `q4_0`.
+
+        Raises:
+            PredictorError: none was chosen for it.
+        """
+        kind = self.types.get(layer, self.header.predictor_type)
+        if kind not in ELEMENT_TYPES:
+            raise PredictorError(
+                f"{self.path}/predictors.json: no type of layer {layer}", TRAIN_AGAIN
+            )
+        return kind
 
     def rank(self, layer: int) -> int:
         """Return the rank of a layer.
@@ -333,3 +341,13 @@ class PredictorArtifact:
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
         return load_tensors(file, self.files.get(file.name), PredictorError, TRAIN_AGAIN)
+
+
+def _known_type(kind: str) -> str:
+    if kind not in ELEMENT_TYPES:
+        raise ValueError(f"type {kind!r} of a layer")
+    return kind
+
+
+def _described(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if found is None else f"{found[0]} {str(found[1]).removeprefix('torch.')}"

@@ -10,20 +10,29 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from common.element_types import F16, Q4_0
+from common.rounding import to_f16, to_q8_0
+
+_VECTORS = {F16: to_f16, Q4_0: to_q8_0}
+"""How the vector is rounded that multiplies a matrix of a type (ggml.c:type_traits)."""
+
 
 class Predictor(nn.Module):
     """A low-rank two-layer predictor of one FFN layer."""
 
-    def __init__(self, fc1: torch.Tensor, fc2: torch.Tensor) -> None:
+    def __init__(self, fc1: torch.Tensor, fc2: torch.Tensor, kind: str = F16) -> None:
         """Wrap weights.
 
         Args:
             fc1: (rank, d_model) float32.
             fc2: (d_ff, rank) float32.
+            kind: type that both are stored in, whose numbers they already are once the predictor is
+                to be measured.
         """
         super().__init__()
         self.fc1 = nn.Parameter(fc1)
         self.fc2 = nn.Parameter(fc2)
+        self.kind = kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return logits (rows, d_ff) for inputs (rows, d_model)."""
@@ -33,7 +42,8 @@ class Predictor(nn.Module):
         """Return the predictor with its weights on a device, detached; itself if they are."""
         if self.fc1.device == device:
             return self
-        return Predictor(self.fc1.detach().to(device), self.fc2.detach().to(device))
+        fc1, fc2 = self.fc1.detach().to(device), self.fc2.detach().to(device)
+        return Predictor(fc1, fc2, self.kind)
 
 
 def to_half(predictor: Predictor) -> Predictor:
@@ -59,13 +69,15 @@ def to_half(predictor: Predictor) -> Predictor:
 def logits_of(predictor: Predictor, inputs: torch.Tensor) -> torch.Tensor:
     """Return the logits (..., d_ff) of inputs (..., d_model) as PowerInfer rounds them.
 
-    The vector that multiplies a float16 matrix is rounded to float16 (ggml.c:ggml_vec_dot_f16).
+    Float16 matrices are multiplied with float16 vectors, Q4_0's with Q8_0's (ggml.c:type_traits);
+    sums are float32.
     """
-    hidden = torch.relu(linear(inputs.half().float(), predictor.fc1))
-    return linear(hidden.half().float(), predictor.fc2)
+    rounded = _VECTORS[predictor.kind]
+    hidden = torch.relu(linear(rounded(inputs), predictor.fc1))
+    return linear(rounded(hidden), predictor.fc2)
 
 
 @torch.inference_mode()
 def decide(predictor: Predictor, inputs: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return (rows, d_ff) bool for inputs (rows, d_model): true unless logit < threshold."""
-    return predictor.forward(inputs).lt(threshold).logical_not()
+    return logits_of(predictor, inputs).lt(threshold).logical_not()

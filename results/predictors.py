@@ -24,7 +24,13 @@ class PredictorMetrics(Metrics):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorLayer(PredictorMetrics, Layer):
-    """One layer's metrics."""
+    """One layer's metrics.
+
+    Attributes:
+        type: that its predictor is stored in; None of predictors of an older psp.
+    """
+
+    type: str | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,8 @@ class PredictorReport:
         threshold: the exported one.
         held_out_tokens: tokens that everything was measured on.
         average_precision_tokens: at most so many for average precision.
-        predictor_type: element type that will be exported.
+        predictor_type: element type that was asked for; `auto` lets each layer have its own.
+        outtype: element type of the model, relative to whose bytes predictors' are counted.
         mean: of the layers' metrics.
         search: what was explored; may be empty.
         curves: each layer under other thresholds, by ascending threshold.
@@ -122,6 +129,7 @@ class PredictorReport:
     curves: tuple[CurvePoint, ...]
     hot_neurons: tuple[HotShare, ...]
     epochs: tuple[EpochPoint, ...] = ()
+    outtype: str = "f16"
 
     def hot(self, layer: int | Literal["all"] = "all") -> HotNeurons | None:
         """Return a layer's curve, or that of all together; None if no neuron was ever active."""

@@ -22,9 +22,10 @@ from cli import main
 from common.errors import PspError
 from gguf_export.bundle import Bundle, export
 from gguf_export.settings import ExportConfig
-from predictor.artifact import LayerPredictor, PredictorArtifact, PredictorHeader
+from predictor.artifact import PredictorArtifact, PredictorHeader
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
+from predictor.stored import LayerPredictor
 from predictor.traces.store import TraceStore
 
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")

@@ -9,6 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from predictor.collection.recorder import row_importance
 from predictor.module import Predictor
+from predictor.size import Size
 from predictor.traces.packing import active_places, pack_active, pack_codes
 from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 from predictor.training.coordinates import Moments
@@ -82,7 +83,7 @@ def starting_at(
 ) -> Start:
     """Return the start of rank 32 as a training makes it."""
     sample = start_sample(recipe, train, generator)
-    return Starter(recipe, rows, sample).at(32, generator)
+    return Starter(recipe, rows, sample).at(Size("f16", 32), generator)
 
 
 def importance_loss(predictor: Predictor, rows: LabelledRows) -> float:

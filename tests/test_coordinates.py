@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import refused
 from planted import (
     D_FF,
     D_MODEL,
@@ -22,17 +20,12 @@ from planted import (
 )
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from common.errors import ExportError
-from gguf_export.bundle import export
-from gguf_export.settings import ExportConfig
 from predictor.module import Predictor, decide
 from predictor.traces.rows import LabelledRows, normalise_rms
-from predictor.traces.store import TraceStore
 from predictor.training.coordinates import Coordinates, Whitening, whitening_of
 from predictor.training.layer import train_layer
 from predictor.training.loss import Batch, loss_of, set_gradients
-from predictor.training.run import train_predictors
-from predictor.training.settings import PSP, TrainConfig
+from predictor.training.settings import PSP
 from predictor.training.start import (
     constant_start,
     directions_of,
@@ -247,21 +240,3 @@ def test_training_around_a_constant_beats_its_start_which_beats_pairs(rows: Labe
     untrained = loss(0, "constant")
     assert untrained < 0.8 * loss(0, "pairs")
     assert loss(8, "constant") < 0.95 * untrained
-
-
-def test_q4_0_is_trained_in_pairs_and_refused_for_what_was_not(
-    ranked_traces: TraceStore, model_dir: Path, tmp_path: Path
-) -> None:
-    settings = TrainConfig(traces=ranked_traces.path, out=tmp_path / "fine", rank=64, recipe="svd")
-    fine = train_predictors(settings)
-    assert fine.header.recipe["start"] == "constant"
-    coarse = train_predictors(replace(settings, out=tmp_path / "coarse", predictor_type="q4_0"))
-    assert coarse.header.recipe["start"] == "pairs"
-    out = tmp_path / "out" / "m.powerinfer.gguf"
-    config = ExportConfig(
-        model=str(model_dir), predictors=fine.path, out=out, predictor_type="q4_0"
-    )
-    with refused(ExportError, str(fine.path), "--predictor-type f16", "train with"):
-        export(config)
-    assert not out.exists()
-    assert export(replace(config, predictors=coarse.path)).model_file == out

@@ -17,6 +17,7 @@ from pretended import DEVICE, OnDevice, PretendedDevice, on_device, values
 from predictor.collection.recorder import measure_active, passes
 from predictor.collection.row_maker import Layer, RowMaker
 from predictor.module import Predictor, to_half
+from predictor.size import Size
 from predictor.thresholds.curves import measure_layer
 from predictor.traces.device_rows import StreamedRows, resident
 from predictor.traces.packing import pack_active, pack_codes
@@ -62,7 +63,8 @@ def trained(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Predictor, list[Any]]:
     generator, epochs = seeded(), list[Any]()
-    start = Starter(recipe, rows, start_sample(recipe, TRAIN, generator)).at(RANK, generator)
+    sample = start_sample(recipe, TRAIN, generator)
+    start = Starter(recipe, rows, sample).at(Size("f16", RANK), generator)
     predictor = train_layer(
         start,
         rows,

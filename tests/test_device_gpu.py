@@ -18,6 +18,7 @@ from predictor.collection.recorder import measure_active, passes
 from predictor.collection.row_maker import Layer, RowMaker
 from predictor.collection.settings import CollectConfig
 from predictor.module import to_half
+from predictor.size import Size
 from predictor.thresholds.curves import measure_layer
 from predictor.traces.device_rows import ResidentRows, StreamedRows, resident
 from predictor.traces.packing import codes_at, pack_active, unpack_active
@@ -93,7 +94,9 @@ def test_what_is_read_is_the_cpu_s(
 def test_training_waits_for_nothing(planted: Planted) -> None:
     rows = LabelledRows(resident(planted[0].pieces, CUDA), planted[1], normalise=True)
     generator, recipe = seeded(), replace(PSP, batch=128)
-    start = Starter(recipe, rows, start_sample(recipe, TRAIN, generator)).at(32, generator)
+    start = Starter(recipe, rows, start_sample(recipe, TRAIN, generator)).at(
+        Size("f16", 32), generator
+    )
     optimiser = torch.optim.AdamW(start.predictor.parameters(), lr=1e-3, fused=True)
 
     def epoch() -> None:
@@ -111,7 +114,9 @@ def test_a_layer_comes_out_as_on_the_cpu(
 ) -> None:
     def made(rows: ShardedRows) -> tuple[Any, Any]:
         labelled, generator = LabelledRows(rows, planted[1], normalise=True), seeded()
-        start = Starter(PSP, labelled, start_sample(PSP, TRAIN, generator)).at(32, generator)
+        start = Starter(PSP, labelled, start_sample(PSP, TRAIN, generator)).at(
+            Size("f16", 32), generator
+        )
         trained = train_layer(
             start,
             labelled,

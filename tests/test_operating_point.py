@@ -8,13 +8,13 @@ from conftest import refused
 
 from common.decisions import DecisionCounts
 from common.errors import PredictorError
-from predictor.artifact import fold_rows
 from predictor.module import Predictor, logits_of, to_half
+from predictor.size import Size
+from predictor.stored import LayerPredictor
 from predictor.thresholds.choose import (
     Bound,
     Priced,
     at_price,
-    best_ranks,
     fewest_bytes,
     least_error,
     price_bracket,
@@ -23,6 +23,7 @@ from predictor.thresholds.choose import (
 )
 from predictor.thresholds.curves import Curves, factors, mean_positive, reached, trace_curves
 from predictor.thresholds.predicted_model import Quality
+from predictor.thresholds.sizes import best_sizes
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 
@@ -178,11 +179,12 @@ def test_folded_thresholds_decide_as_the_thresholds_do(
         thresholds = sign * scale * torch.linspace(0.01, 3, 1012)
         apart = (logits - thresholds).abs() > 2**-10 * (hidden @ predictor.fc2.abs().T)
         assert apart.float().mean() > 0.99
-        scaled = Predictor(predictor.fc1, fold_rows(predictor.fc2, thresholds).float())
+        stored = LayerPredictor(predictor.fc1.half(), predictor.fc2.half(), None)
+        scaled = stored.folded(thresholds).predictor()
         found = logits_of(scaled, rows.rows.inputs_at(index)) >= sign
         assert torch.equal(found[apart], (logits >= thresholds)[apart])
         infinite = torch.full((1012,), sign * torch.inf)
-        ends = Predictor(predictor.fc1, fold_rows(predictor.fc2, infinite).float())
+        ends = stored.folded(infinite).predictor()
         assert ((logits_of(ends, rows.rows.inputs_at(index)) >= sign) == (sign < 0)).all()
 
 
@@ -252,17 +254,55 @@ def test_prices_are_bracketed_where_a_condition_ends() -> None:
 
 def test_a_rank_pays_where_it_saves_more_than_it_costs() -> None:
     """In layer 0 the larger rank halves what is computed, in layer 1 it changes nothing."""
-    low = hand_made()
+    low, small, large = hand_made(), Size("f16", 32), Size("f16", 64)
     better = Curves(low.thresholds, low.computed / 8, low.hits, low.missed, low.rows)
-    scouts = {0: {32: low, 64: better}, 1: {32: low, 64: low}}
+    scouts = {0: {small: low, large: better}, 1: {small: low, large: low}}
+
+    def cheap(size: Size) -> float:
+        return size.rank / 640
+
+    def dear(size: Size) -> float:
+        return size.rank / 32
+
     for bound in (Bound(max_ppl_gap=1e-9), Bound(ffn_bytes=0.6)):
-        assert best_ranks(scouts, lambda rank: rank / 640, 2, bound.leaves_room()) == {0: 64, 1: 32}
+        assert best_sizes(scouts, cheap, 2, bound.leaves_room()) == {0: large, 1: small}
     room = Bound(max_ppl_gap=1e-9).leaves_room()
-    dear = best_ranks(scouts, lambda rank: rank / 32, 2, room)
-    assert dear == {0: 32, 1: 32}
+    assert best_sizes(scouts, dear, 2, room) == {0: small, 1: small}
     # In VRAM, where it costs a tenth, the same rank pays again.
-    in_vram = best_ranks(scouts, lambda rank: rank / 32, 2, room, 0.05)
-    assert in_vram == {0: 64, 1: 32}
+    assert best_sizes(scouts, dear, 2, room, 0.05) == {0: large, 1: small}
+
+
+def test_a_rank_between_two_is_judged_by_both() -> None:
+    """What is computed falls evenly with the rank's logarithm, bytes rise with the rank."""
+    low = hand_made()
+    shares = {64: 1.0, 128: 0.5}
+    scouts = {
+        rank: Curves(low.thresholds, low.computed * share, low.hits, low.missed, low.rows)
+        for rank, share in shares.items()
+    }
+    # From 64 to 96 saves 0.29 of the density, from 96 to 128 another 0.21.
+    price = 0.25 * low.at(1e-12, -1).density / 32
+
+    def found(kind: str) -> Size:
+        curves = {Size(kind, rank): curve for rank, curve in scouts.items()}
+        room = Bound(max_ppl_gap=1e-9).leaves_room()
+        return best_sizes({0: curves}, lambda size: price * size.rank, 2, room)[0]
+
+    assert found("f16") == Size("f16", 96)
+    assert found("q4_0").rank in shares, "Q4_0 has no rank of 96"
+
+
+def test_the_cheaper_type_is_taken_where_both_do_the_same() -> None:
+    low, costs = hand_made(), {"f16": 0.2, "q4_0": 0.05}
+    room = Bound(max_ppl_gap=1e-9).leaves_room()
+
+    def found(of_q4_0: Curves, share: float) -> str:
+        scouts = {0: {Size("f16", 64): low, Size("q4_0", 64): of_q4_0}}
+        return best_sizes(scouts, lambda size: costs[size.kind] * share, 2, room)[0].kind
+
+    assert found(low, 1.0) == "q4_0"
+    worse = Curves(low.thresholds, low.computed * 2, low.hits, low.missed, low.rows)
+    assert found(worse, 0.01) == "f16"
 
 
 def test_a_measured_growth_that_contradicts_the_expected_one_counts(

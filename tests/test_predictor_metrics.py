@@ -12,7 +12,6 @@ import torch
 
 from common.decisions import DecisionCounts
 from common.element_types import ELEMENT_TYPES
-from predictor.artifact import LayerPredictor
 from predictor.module import Predictor, logits_of
 from predictor.reporting.metrics import (
     LayerMeasurement,
@@ -20,6 +19,7 @@ from predictor.reporting.metrics import (
     measure_predictor,
     sweep_thresholds,
 )
+from predictor.stored import LayerPredictor
 from predictor.traces.packing import pack_codes
 from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 
@@ -59,7 +59,7 @@ def rows_of(inputs: torch.Tensor, importance: torch.Tensor, bits: int = 4) -> La
 def measure(rows: LabelledRows, held: torch.Tensor = HELD, **changes: Any) -> LayerMeasurement:
     predictor = changes.pop("predictor", LayerPredictor(FC1.half(), FC2.half(), None))
     chosen: dict[str, Any] = {"layer": 3, "threshold": 0.0, "ffn_matrices": 3, "seed": 0}
-    return measure_predictor(rows, held, predictor, **{"element": F16} | chosen | changes)
+    return measure_predictor(rows, held, predictor, **{"ffn": F16} | chosen | changes)
 
 
 def test_every_metric_by_hand() -> None:
@@ -87,12 +87,12 @@ def test_a_logit_equal_to_the_threshold_is_computed() -> None:
     assert found.metrics["activation_recall"] == pytest.approx(1 / 4)
 
 
-def test_a_narrow_predictor_and_an_ungated_ffn_change_bytes_alone() -> None:
+def test_a_narrow_and_an_ungated_ffn_change_bytes_alone() -> None:
     rows = rows_of(INPUTS, IMPORTANCE)
     plain = measure(rows).metrics
-    # 2 units become 64, of 18 bytes in 64 a weight.
-    other = measure(rows, element=ELEMENT_TYPES["q4_0"], ffn_matrices=2).metrics
-    assert other.pop("ffn_bytes_ratio") == pytest.approx(18 / 64 * 64 * 6 / 16 + 5 / 8)
+    # 2 units are stored as 32, each weight in 64 bytes of 18 that one of the FFN takes.
+    other = measure(rows, ffn=ELEMENT_TYPES["q4_0"], ffn_matrices=2).metrics
+    assert other.pop("ffn_bytes_ratio") == pytest.approx(64 / 18 * 32 * 6 / 16 + 5 / 8)
     plain.pop("ffn_bytes_ratio")
     assert other == plain
 

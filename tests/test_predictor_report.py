@@ -79,6 +79,7 @@ def measured(layer: int, *, share: float = 0.1, importance: bool = True) -> Laye
     return LayerMeasurement(
         layer=layer,
         rank=32,
+        kind="f16",
         metrics=metrics,
         curve=curve,
         chosen=chosen,
@@ -137,7 +138,7 @@ def test_the_document_and_the_tables_say_the_same(
     document = json.loads((report / "report.json").read_text(), parse_constant=pytest.fail)
     assert plain(PREDICTORS.read(report)) == document
     assert document["model"] == "m"
-    assert document["layers"][1] == {"layer": 1, "rank": 32, **layers[1].metrics}
+    assert document["layers"][1] == {"layer": 1, "rank": 32, "type": "f16", **layers[1].metrics}
     recalls = [layer.metrics["activation_recall"] for layer in layers]
     assert document["mean"]["activation_recall"] == pytest.approx(sum(recalls) / 2)
     for name in PLOTS:

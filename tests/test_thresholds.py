@@ -117,10 +117,10 @@ def test_metrics_are_told_of_the_thresholds(
             ranked_traces.layer(number), ranked_traces.weights(number), normalise=True
         )
         layer = calibrated.layer(number)
-        predictor = Predictor(layer.fc1.float(), layer.fc2.float())
+        predictor, width = layer.predictor(), ELEMENT_TYPES[layer.kind].width
         counts = DecisionCounts()
         counts.add(rows.active(held), logits_of(predictor, rows.rows.inputs_at(held)) >= 1.0)
-        expected = counts.metrics(rank=len(layer.fc1), d_model=64, d_ff=1012)
+        expected = counts.metrics(rank=layer.rank, d_model=64, d_ff=1012, predictor_width=width)
         error = metrics.pop("ffn_output_error")
         assert metrics == pytest.approx(expected, abs=2e-3)
         assert error > 0
@@ -158,7 +158,7 @@ def test_points_without_a_finite_perplexity_are_kept_as_not_measured(
     artifact = PredictorArtifact.open(Path(shutil.copytree(calibrated.path, tmp_path / "p")))
     model: Any = Model()
     bound = Bound(max_ppl_gap=0.5)
-    choose_thresholds(artifact, bound, ELEMENT_TYPES["f16"], 3, lambda: model)
+    choose_thresholds(artifact, bound, 3, lambda: model)
     assert PredictorArtifact.open(artifact.path).search == artifact.search
     gaps = [point.ppl_gap for point in artifact.search]
     assert gaps.count(None) == 1

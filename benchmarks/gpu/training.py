@@ -19,9 +19,11 @@ import torch
 from benchmarks.gpu.kit import Figure, Kit, Step
 from benchmarks.gpu.profiling import watch
 from benchmarks.training import NOISE, documents, header, planted_layer
+from common.element_types import F16
 from predictor.collection.row_maker import Layer, RowMaker
 from predictor.collection.writing import Meanwhile
 from predictor.module import to_half
+from predictor.size import Size
 from predictor.thresholds.curves import measure_layer
 from predictor.traces.device_rows import StreamedRows
 from predictor.traces.rows import LabelledRows, LayerWeights
@@ -158,6 +160,7 @@ def _trainer(kit: Kit, store: TraceStore, sizes: _Sizes) -> LayerTrainer:
         traces=store.path,
         out=kit.work / "unused",
         rank=sizes.rank,
+        predictor_type=F16,
         max_ppl_gap=0.001,
         device=kit.device,
     )
@@ -165,15 +168,16 @@ def _trainer(kit: Kit, store: TraceStore, sizes: _Sizes) -> LayerTrainer:
 
 
 def _run(trainer: LayerTrainer, sizes: _Sizes) -> LayerResult:
-    return trainer.run(0, sizes.rank, lambda steps: None, lambda epochs: None)
+    return trainer.run(0, Size(F16, sizes.rank), lambda steps: None, lambda epochs: None)
 
 
 def _parts(kit: Kit, trainer: LayerTrainer, sizes: _Sizes) -> Iterator[Figure]:
     """The same calls as `LayerTrainer.run`'s, each by itself."""
     recipe, generator = trainer.recipe, trainer.generator(0)
+    size = Size(F16, sizes.rank)
     rows, opening = timed(kit, lambda: trainer.rows(0))
     sample = start_sample(recipe, trainer.train, generator)
-    start, starting = timed(kit, lambda: Starter(recipe, rows, sample).at(sizes.rank, generator))
+    start, starting = timed(kit, lambda: Starter(recipe, rows, sample).at(size, generator))
     steps: list[int] = []
     trained, training = timed(
         kit,
@@ -214,7 +218,7 @@ def _some_steps(trainer: LayerTrainer, rows: LabelledRows, sizes: _Sizes) -> Cal
     """Return training on a part of the rows, from a start that is made here."""
     generator, train = trainer.generator(0), trainer.train[:_PROFILED_ROWS]
     sample = start_sample(trainer.recipe, train, generator)
-    start = Starter(trainer.recipe, rows, sample).at(sizes.rank, generator)
+    start = Starter(trainer.recipe, rows, sample).at(Size(F16, sizes.rank), generator)
     return lambda: train_layer(
         start,
         rows,

@@ -15,9 +15,9 @@ from gguf import GGMLQuantizationType, GGUFValueType, quants
 
 from common.element_types import ELEMENT_TYPES
 from common.errors import ExportError, FormatError
-from gguf_export.pwri.schema import HEAD, POSITIONS, parse_name
+from gguf_export.pwri.schema import HEAD, parse_name
 from gguf_files.elements import PLAIN
-from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY
+from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY, stays_float16
 from gguf_files.reader import GGUFFile
 
 OUTTYPES = {name: GGMLQuantizationType[name.upper()] for name in ELEMENT_TYPES}
@@ -65,9 +65,6 @@ class FileTypes:
     def of(self, name: str, shape: tuple[int, ...], head: str = HEAD) -> GGMLQuantizationType:
         """Return the type of a tensor.
 
-        The head stays F16, whose rounding goes into every logit (as with `quantize
-        --leave-output-tensor`), and so do OPT's positions, of which a token reads a single row.
-
         Args:
             name: its name in the file.
             shape: numpy order; vectors are F32.
@@ -77,7 +74,7 @@ class FileTypes:
             return GGMLQuantizationType.F32
         if parse_name(name).role == "predictor":
             return OUTTYPES[self.predictors]
-        left = name in (head, POSITIONS)
+        left = stays_float16(name, head)
         return GGMLQuantizationType.F16 if left else OUTTYPES[self.weights]
 
 
@@ -104,10 +101,11 @@ def check_predictor_types(file: GGUFFile) -> str:
         if parse_name(name).role == "predictor" and len(info.shape) > 1
     }
     said = intended_type(file)
+    each = "" if said is None else said.upper()
     for name, kind in found.items() if said is not None else ():
-        if kind != said:
+        if kind != _of_layer(each, parse_name(name).layer or 0):
             raise FormatError(
-                f"{file.path}: tensor {name} is {kind}, the predictors were exported as {said}, "
+                f"{file.path}: tensor {name} is {kind}, the predictors were exported as {each}, "
                 "and rounding spoils them",
                 "run no quantize on the file, export it with --outtype q4_0 instead",
             )
@@ -115,16 +113,24 @@ def check_predictor_types(file: GGUFFile) -> str:
     return f"{kinds}, as exported" if said is not None else f"{kinds}, the file says no other"
 
 
-def intended_type(file: GGUFFile) -> str | None:
-    """Return the type that a file's predictors were exported in, such as `F16`; None if unknown.
+def _of_layer(said: str, layer: int) -> str | None:
+    kinds = said.split(",")
+    if len(kinds) == 1:
+        return kinds[0]
+    return kinds[layer] if layer < len(kinds) else None
 
-    Files from before the key tell it where a recipe knows float16 only.
+
+def intended_type(file: GGUFFile) -> str | None:
+    """Return the type that a file's predictors were exported in, such as `f16`; None if unknown.
+
+    Where layers differ it is one for each, with commas. Files from before the key tell it where a
+    recipe knows float16 only.
     """
     said = file.optional(PREDICTOR_TYPE_KEY, GGUFValueType.STRING, None)
     if said is not None:
-        return str(said).upper()
+        return str(said).lower()
     recipe = file.optional(RECIPE_KEY, GGUFValueType.STRING, "{}")
-    return None if recipe_allows(recipe, "q4_0") else "F16"
+    return None if recipe_allows(recipe, "q4_0") else "f16"
 
 
 def recipe_allows(recipe: str, kind: str) -> bool:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gguf_files.names import DOWN
+from gguf_files.names import EMBEDDING as EMBEDDING
+from gguf_files.names import HEAD as HEAD
+from gguf_files.names import POSITIONS as POSITIONS
 
 BLOCK = 32
 """Row sizes (d_model and rank) must be multiples of this."""
@@ -25,7 +28,6 @@ DENSE_THRESHOLD = -1e30
 
 FC1 = "blk.{layer}.fc1.weight"
 FC2 = "blk.{layer}.fc2.weight"
-HEAD, EMBEDDING, POSITIONS = "output.weight", "token_embd.weight", "position_embd.weight"
 
 Role = Literal["embedding", "attention", "norm", "predictor", "ffn", "output"]
 

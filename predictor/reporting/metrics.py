@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from common.decisions import DecisionCounts
-from common.element_types import ElementType
-from predictor.artifact import LayerPredictor
+from common.element_types import ELEMENT_TYPES, ElementType
 from predictor.module import Predictor, logits_of
+from predictor.stored import LayerPredictor
 from predictor.traces.rows import LabelledRows
 
 DECISIONS_AT_ONCE = 2**22
@@ -154,6 +154,7 @@ class LayerMeasurement:
     Attributes:
         layer: number of the layer.
         rank: hidden units of its predictor.
+        kind: its type.
         metrics: see `measure_predictor`.
         curve: the layer under a sweep of the global threshold.
         chosen: position in the curve of the threshold that will be exported.
@@ -162,6 +163,7 @@ class LayerMeasurement:
 
     layer: int
     rank: int
+    kind: str
     metrics: dict[str, float]
     curve: Curve
     chosen: int
@@ -181,7 +183,7 @@ def measure_predictor(
     layer: int,
     threshold: float,
     ffn_matrices: int,
-    element: ElementType,
+    ffn: ElementType,
     seed: int,
     at_once: int = DECISIONS_AT_ONCE,
 ) -> LayerMeasurement:
@@ -212,22 +214,22 @@ def measure_predictor(
         layer: number of the layer.
         threshold: a neuron is computed unless its logit is below this.
         ffn_matrices: matrices of the FFN, 3 if gated, else 2.
-        element: type that the predictor will be exported in.
+        ffn: type of the model's matrices.
         seed: seed of the sample for average precision.
         at_once: decisions of a batch and of that sample.
     """
     # A threshold other than 0 is in units of the residual itself.
     assert not rows.normalise
-    net = Predictor(predictor.fc1.float(), predictor.fc2.float())
+    net, element = predictor.predictor(), ELEMENT_TYPES[predictor.kind]
     batch = sample_rows(rows.d_ff, at_once)
     curve = _sweep(net, rows, torch.split(held, batch), threshold)
-    chosen, rank = curve.position(threshold), len(predictor.fc1)
+    chosen, rank = curve.position(threshold), predictor.rank
     metrics = curve.counts(chosen).metrics(
         rank=element.padded(rank),
-        d_model=predictor.fc1.shape[1],
+        d_model=net.fc1.shape[1],
         d_ff=rows.d_ff,
         ffn_matrices=ffn_matrices,
-        predictor_width=element.width,
+        predictor_width=element.width / ffn.width,
     )
     metrics["average_precision"] = _sampled_average_precision(net, rows, held, batch, seed)
     for name in ("missed_importance", "ffn_output_error"):
@@ -236,6 +238,7 @@ def measure_predictor(
     return LayerMeasurement(
         layer=layer,
         rank=rank,
+        kind=predictor.kind,
         metrics=metrics,
         curve=curve,
         chosen=chosen,

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from common.decisions import mean_metrics
-from common.element_types import ELEMENT_TYPES, ElementType
+from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import atomic_directory, refuse_existing
 from common.hot_neurons import SHARES, hot_neuron_curve
@@ -57,7 +57,6 @@ def report_predictors(
     artifact: PredictorArtifact,
     *,
     draw: Draw,
-    predictor_type: str = "f16",
     force: bool = False,
 ) -> PredictorReport:
     """Measure the finished layers of an artifact on its held-out documents and write the report.
@@ -67,7 +66,6 @@ def report_predictors(
         store: the traces that the artifact was trained from.
         artifact: the predictors.
         draw: writes the figures.
-        predictor_type: element type that will be exported.
         force: replace an older report.
 
     Returns:
@@ -77,7 +75,7 @@ def report_predictors(
         PspError: traces of another collection, no finished layer in them, or existing output.
     """
     refuse_existing(out, force=force, marker=PREDICTORS.name)
-    measured = measure_predictors(store, artifact, ELEMENT_TYPES[predictor_type])
+    measured = measure_predictors(store, artifact)
     header = artifact.header
     report = make_report(
         measured,
@@ -87,16 +85,15 @@ def report_predictors(
         threshold=header.threshold,
         held_out_tokens=int(store.holdout(header.holdout, header.seed).sum()),
         average_precision_tokens=sample_rows(header.d_ff),
-        predictor_type=predictor_type,
+        predictor_type=header.predictor_type,
+        outtype=header.outtype,
         epochs=tuple(_epochs(artifact)),
     )
     write_report(out, report, draw, force=force)
     return report
 
 
-def measure_predictors(
-    store: TraceStore, artifact: PredictorArtifact, element: ElementType
-) -> list[LayerMeasurement]:
+def measure_predictors(store: TraceStore, artifact: PredictorArtifact) -> list[LayerMeasurement]:
     """Measure every finished layer that the traces hold, one in memory at a time.
 
     Raises:
@@ -121,7 +118,7 @@ def measure_predictors(
             layer=layer,
             threshold=header.threshold,
             ffn_matrices=store.header.ffn_matrices,
-            element=element,
+            ffn=ELEMENT_TYPES[header.outtype],
             seed=header.seed,
         )
         for layer in tqdm(layers, unit="layer", desc="report", disable=None)
@@ -138,6 +135,7 @@ def make_report(
     held_out_tokens: int,
     average_precision_tokens: int,
     predictor_type: str,
+    outtype: str = "f16",
     epochs: Sequence[EpochPoint] = (),
 ) -> PredictorReport:
     """Return the document of measured layers, at least one; see `PredictorReport`."""
@@ -149,9 +147,13 @@ def make_report(
         held_out_tokens=held_out_tokens,
         average_precision_tokens=average_precision_tokens,
         predictor_type=predictor_type,
+        outtype=outtype,
         mean=PredictorMetrics(**mean_metrics([layer.metrics for layer in layers])),
         layers=tuple(
-            parse(PredictorLayer, {"layer": each.layer, "rank": each.rank, **each.metrics})
+            parse(
+                PredictorLayer,
+                {"layer": each.layer, "rank": each.rank, "type": each.kind, **each.metrics},
+            )
             for each in layers
         ),
         search=tuple(search),

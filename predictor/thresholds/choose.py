@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from common.element_types import ElementType
+from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.typed_json import parse, plain
-from predictor.artifact import PredictorArtifact, fold_rows
+from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor
 from predictor.thresholds.curves import Curves, LayerCurves, OperatingPoint
 from predictor.thresholds.predicted_model import PredictedModel, Quality
@@ -18,7 +18,7 @@ from results.predictors import SearchPoint
 
 _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40
-_SIGNS = (1, -1)
+SIGNS = (1, -1)
 _MEASUREMENTS = 5
 _CLOSE = 0.9
 """A measured divergence of this share of the bound is near enough."""
@@ -63,7 +63,6 @@ class Bound:
 def choose_thresholds(
     artifact: PredictorArtifact,
     bound: Bound,
-    stored: ElementType,
     ffn_matrices: int,
     open_model: Callable[[], PredictedModel],
 ) -> None:
@@ -72,7 +71,6 @@ def choose_thresholds(
     Args:
         artifact: complete, with curves.
         bound: what to keep to.
-        stored: type that predictors will be exported in.
         ffn_matrices: matrices of an FFN.
         open_model: loads the model; called only to keep to a gap.
 
@@ -83,7 +81,9 @@ def choose_thresholds(
     layers = {n: LayerCurves.read(artifact.curves(n)) for n in range(header.n_layers)}
     curves = {n: layer.train for n, layer in layers.items()}
     sizes = {"d_model": header.d_model, "d_ff": header.d_ff, "ffn_matrices": ffn_matrices}
-    costs = {n: stored.relative(artifact.rank(n), **sizes) for n in layers}
+    ffn = ELEMENT_TYPES[header.outtype]
+    stored = {n: ELEMENT_TYPES[artifact.kind(n)] for n in layers}
+    costs = {n: stored[n].relative(artifact.rank(n), ffn=ffn, **sizes) for n in layers}
     if bound.ffn_bytes is not None:
         chosen, points = price_for_bytes(curves, costs, bound.ffn_bytes)
     else:
@@ -96,8 +96,8 @@ def choose_thresholds(
         chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
     for n, point in chosen.points.items():
         counts = layers[n].holdout.counts(point.steps, layers[n].active)
-        rank = stored.padded(artifact.rank(n))
-        metrics = counts.metrics(rank=rank, predictor_width=stored.width, **sizes)
+        rank, width = stored[n].padded(artifact.rank(n)), stored[n].width / ffn.width
+        metrics = counts.metrics(rank=rank, predictor_width=width, **sizes)
         error = layers[n].holdout.choose(point.steps).error
         artifact.layers[n] = {**metrics, "ffn_output_error": error}
     artifact.search = [_finite(point) for point in points]
@@ -116,12 +116,10 @@ def folded(
     artifact: PredictorArtifact, points: Mapping[int, OperatingPoint]
 ) -> dict[int, Predictor]:
     """Return every layer's predictor with the thresholds of an operating point folded in."""
-    predictors = {}
-    for n, point in points.items():
-        layer = artifact.layer(n, folded=False)
-        fc2 = fold_rows(layer.fc2, point.thresholds)
-        predictors[n] = Predictor(layer.fc1.float(), fc2.float())
-    return predictors
+    return {
+        n: artifact.layer(n, folded=False).folded(point.thresholds).predictor()
+        for n, point in points.items()
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +190,7 @@ def _crossing(
 
 def fewest_bytes(curves: Mapping[int, Curves], costs: Mapping[int, float], error: float) -> Priced:
     """Return what keeps an error in the fewest bytes, or else comes nearest to it."""
-    found = [_crossing(curves, costs, s, lambda priced: priced.error <= error)[0] for s in _SIGNS]
+    found = [_crossing(curves, costs, s, lambda priced: priced.error <= error)[0] for s in SIGNS]
     return min(found, key=lambda priced: (max(priced.error, error), priced.ffn_bytes_ratio))
 
 
@@ -202,7 +200,7 @@ def least_error(
     """Return what misses least within a mean FFN bytes ratio, or else comes nearest to it."""
     found = [
         _crossing(curves, costs, s, lambda priced: priced.ffn_bytes_ratio > ffn_bytes)[1]
-        for s in _SIGNS
+        for s in SIGNS
     ]
     return min(found, key=lambda priced: (max(priced.ffn_bytes_ratio, ffn_bytes), priced.error))
 
@@ -299,43 +297,3 @@ def error_for(seen: Sequence[tuple[float, float]], growth: float) -> float:
         power = math.log(found / grown) / math.log(error / before)
     # Noise of the measured growth may turn the slope round.
     return float(error * (growth / found) ** (1 / min(max(power, 0.25), 2.0)))
-
-
-def best_ranks(
-    scouts: Mapping[int, Mapping[int, Curves]],
-    cost: Callable[[int], float],
-    d_ff: int,
-    enough: Callable[[float, float], bool],
-    weight: float = 1.0,
-) -> dict[int, int]:
-    """Choose the rank of each layer.
-
-    Args:
-        scouts: layer number, rank to curves of a quickly trained predictor.
-        cost: bytes of a predictor of some rank relative to the FFN.
-        d_ff: neurons of a layer.
-        enough: tells, of a mean FFN bytes ratio and an error summed over layers, whether the price
-            may still rise.
-        weight: what a predictor's byte costs relative to one of a neuron, in the choice alone.
-
-    Returns:
-        Layer number to rank.
-    """
-
-    def choose(price: float) -> dict[int, tuple[int, OperatingPoint]]:
-        """Let every layer take what costs least, whatever the others' sign."""
-        chosen = {}
-        for layer, ranks in scouts.items():
-            options = [(r, curve.at(price, s)) for r, curve in ranks.items() for s in _SIGNS]
-            chosen[layer] = min(
-                options,
-                key=lambda o: o[1].error + price * d_ff * (weight * cost(o[0]) + o[1].density),
-            )
-        return chosen
-
-    def fits(price: float) -> bool:
-        chosen = choose(price).values()
-        ratio = sum(cost(rank) + point.density for rank, point in chosen) / len(chosen)
-        return enough(ratio, sum(point.error for _, point in chosen))
-
-    return {layer: rank for layer, (rank, _) in choose(price_bracket(fits)[0]).items()}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from predictor.feedback import damped
 from predictor.module import Predictor
 
 _DAMPING = 1e-2
@@ -36,7 +37,7 @@ class Moments:
     @property
     def damped(self) -> torch.Tensor:
         """E[x xᵀ] in float64, with a small multiple of the identity added."""
-        return _damped(self.second, 1e-4)
+        return damped(self.second, 1e-4)
 
     @property
     def factor(self) -> torch.Tensor:
@@ -87,7 +88,7 @@ def whitening_of(moments: Moments) -> Whitening | None:
     along = second @ direction
     crossed = torch.outer(along, mean)
     covariance = second - crossed - crossed.T + (direction @ along) * torch.outer(mean, mean)
-    factor = torch.linalg.cholesky(_damped(covariance, _DAMPING))
+    factor = torch.linalg.cholesky(damped(covariance, _DAMPING))
     return Whitening(direction, mean, factor)
 
 
@@ -130,9 +131,3 @@ class Coordinates:
         rows = torch.cat([fc1 @ self.basis.T, self.basis[:, -1:].T])
         bias = fc2[:, -1:] - fc2[:, :-1] @ self.centres[:, None]
         return Predictor(rows, torch.cat([fc2[:, :-1], bias], dim=1))
-
-
-def _damped(matrix: torch.Tensor, share: float) -> torch.Tensor:
-    wide = matrix.double()
-    eye = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return wide + share * wide.diagonal().mean() * eye

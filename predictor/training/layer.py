@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from common.decisions import DecisionCounts
-from common.element_types import ELEMENT_TYPES
+from common.element_types import ELEMENT_TYPES, F16
 from common.errors import PredictorError
 from common.machine import device_named
-from predictor.artifact import Epoch, LayerPredictor
-from predictor.module import Predictor, decide, to_half
+from predictor.artifact import Epoch
+from predictor.module import Predictor, decide
+from predictor.size import Size
+from predictor.stored import LayerPredictor
 from predictor.thresholds.choose import Bound
 from predictor.thresholds.curves import LayerCurves, measure_layer
 from predictor.traces.rows import LabelledRows
@@ -60,7 +62,7 @@ def train_layer(
         on_epoch: called after every epoch; without it none is measured.
 
     Returns:
-        float32 predictor on the CPU; round it with `module.to_half` before it is measured.
+        float32 predictor on the CPU; `Starter.store` rounds it, before which it is not measured.
     """
     recipe, predictor = start.recipe, start.predictor
     rates = _rates(start)
@@ -149,7 +151,7 @@ def evaluate(predictor: Predictor, rows: LabelledRows, index: torch.Tensor) -> D
     """Count decisions at threshold 0 against the uncut labels of the chosen rows."""
     counts, predictor = DecisionCounts(), predictor.on(rows.device)
     for held, part in rows.parts(index, _EVALUATION_ROWS):
-        counts.add(held.active(part), decide(predictor, held.inputs(part), 0.0))
+        counts.add(held.active(part), decide(predictor, held.rows.inputs_at(part), 0.0))
     return counts
 
 
@@ -181,6 +183,7 @@ class LayerTrainer:
         bound: what thresholds must keep to, None where all are 0.
         train: (n,) int64, rows to train on.
         holdout: (m,) int64, rows of held-out documents.
+        outtype: type of the model that predictors are for.
     """
 
     config: TrainConfig
@@ -189,6 +192,7 @@ class LayerTrainer:
     bound: Bound | None
     train: torch.Tensor
     holdout: torch.Tensor
+    outtype: str = F16
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,7 +226,7 @@ class LayerTrainer:
     def run(
         self,
         layer: int,
-        rank: int,
+        size: Size,
         on_step: Callable[[int], object],
         on_epoch: Callable[[Sequence[Epoch]], object],
     ) -> LayerResult:
@@ -230,7 +234,7 @@ class LayerTrainer:
 
         Args:
             layer: its number.
-            rank: of its predictor.
+            size: of its predictor.
             on_step: see `train_layer`.
             on_epoch: called after every epoch with all so far.
 
@@ -247,21 +251,22 @@ class LayerTrainer:
                 epochs.append(epoch)
                 on_epoch(epochs)
 
-            predictor = self._trained(layer, rank, rows, on_step, told)
-            return self._measured(layer, rank, rows, predictor, epochs)
+            stored = self._trained(layer, size, rows, on_step, told)
+            return self._measured(layer, rows, stored, epochs)
 
     def _trained(
         self,
         layer: int,
-        rank: int,
+        size: Size,
         rows: LabelledRows,
         on_step: Callable[[int], object],
         on_epoch: Callable[[Epoch], object],
-    ) -> Predictor:
+    ) -> LayerPredictor:
         generator = self.generator(layer)
-        sample = start_sample(self.recipe, self.train, generator)
+        starter = Starter(self.recipe, rows, start_sample(self.recipe, self.train, generator))
+        start = starter.at(size, generator)
         trained = train_layer(
-            Starter(self.recipe, rows, sample).at(rank, generator),
+            start,
             rows,
             train=self.train,
             holdout=self.holdout,
@@ -272,34 +277,26 @@ class LayerTrainer:
         )
         if not all(torch.isfinite(weight).all() for weight in trained.parameters()):
             raise _diverged(layer)
-        return to_half(trained)
+        return starter.store(start, trained, size.kind)
 
     def _measured(
-        self,
-        layer: int,
-        rank: int,
-        rows: LabelledRows,
-        predictor: Predictor,
-        epochs: Sequence[Epoch],
+        self, layer: int, rows: LabelledRows, stored: LayerPredictor, epochs: Sequence[Epoch]
     ) -> LayerResult:
-        header, element = self.store.header, ELEMENT_TYPES[self.config.predictor_type]
+        header, element = self.store.header, ELEMENT_TYPES[stored.kind]
+        predictor = stored.predictor()
         metrics = evaluate(predictor, rows, self.holdout).metrics(
-            rank=element.padded(rank),
+            rank=element.padded(stored.rank),
             d_model=header.d_model,
             d_ff=header.d_ff,
             ffn_matrices=header.ffn_matrices,
-            predictor_width=element.width,
+            predictor_width=element.width / ELEMENT_TYPES[self.outtype].width,
         )
         curves = None
         if self.bound is not None:
             generator = self.generator(layer)
             curves = measure_layer(predictor, rows, self.train, self.holdout, generator)
-        stored = LayerPredictor(
-            fc1=predictor.fc1.detach().half(),
-            fc2=predictor.fc2.detach().half(),
-            activation_counts=rows.rows.counts,
-        )
-        return LayerResult(stored, metrics, curves, epochs)
+        counted = replace(stored, activation_counts=rows.rows.counts)
+        return LayerResult(counted, metrics, curves, epochs)
 
 
 def product_dtype(config: TrainConfig) -> torch.dtype:

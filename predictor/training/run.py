@@ -14,9 +14,10 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import choose_device
 from architectures.model_files import compare_files, weight_files
+from architectures.rounded import own_type, rounded
 from architectures.windows import LEAST_TOKENS
 from common.documents import look_at_documents
-from common.element_types import ELEMENT_TYPES
+from common.element_types import F16
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.hashing import hash_files
@@ -25,22 +26,23 @@ from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
 from predictor.artifact import INDEX, Epoch, PredictorArtifact, PredictorHeader
-from predictor.thresholds.choose import Bound, choose_thresholds
+from predictor.size import Size
+from predictor.thresholds.choose import choose_thresholds
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
-from predictor.traces.packing import RANKING_BITS
 from predictor.traces.store import TraceStore, choose_documents
+from predictor.training.bounds import bound_of
+from predictor.training.checks import check_activity, check_importance, check_outtype, check_ranks
 from predictor.training.layer import LayerResult, LayerTrainer
-from predictor.training.ranks import choose_ranks
 from predictor.training.settings import (
     AUTO,
     DEJAVU,
     RECIPES,
     TrainConfig,
-    candidate_ranks,
+    possible_sizes,
     published_rank,
 )
+from predictor.training.sizes import choose_sizes
 
-_DEFAULT_GAP = 0.001
 Note = Callable[[str], None]
 
 
@@ -80,20 +82,20 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
     trainer = layer_trainer(config, store)
     sizes, rows = (store.header.n_layers, store.header.d_model), len(trainer.train)
     check_ranks(trainer.config, *sizes, rows, store.path)
-    _check_importance(trainer)
-    _check_activity(store, layers)
+    check_importance(trainer)
+    check_activity(store, layers)
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
         _check_text(config, store, note)
+    check_outtype(trainer)
     artifact = _open_artifact(trainer)
-    _set_ranks(trainer, artifact, weight)
+    _set_sizes(trainer, artifact, weight)
     _train_missing(trainer, artifact, layers)
     if trainer.bound is not None and artifact.complete:
         choose_thresholds(
             artifact,
             trainer.bound,
-            ELEMENT_TYPES[config.predictor_type],
             store.header.ffn_matrices,
-            lambda: _held_out_model(config, store, note),
+            lambda: _held_out_model(config, trainer.outtype, store, note),
         )
         if (line := unpaid(artifact)) is not None:
             note(line)
@@ -137,29 +139,26 @@ def layer_trainer(
         TraceError: documents are to be chosen and there is a single one.
     """
     recipe = RECIPES[config.recipe]
-    if not ELEMENT_TYPES[config.predictor_type].fine:
-        recipe = recipe.with_pairs()
     if recipe.name == DEJAVU.name and config.rank == AUTO:
-        config = replace(config, rank=published_rank(store.header.d_model))
+        config = replace(config, rank=published_rank(store.header.d_model, config.predictor_type))
     held = store.holdout(config.holdout, config.seed) if held is None else held
     return LayerTrainer(
         config=config,
         store=store,
         recipe=recipe,
         bound=bound_of(config),
+        outtype=_outtype(config, store),
         train=(~held).nonzero()[:, 0],
         holdout=held.nonzero()[:, 0],
     )
 
 
-def bound_of(config: TrainConfig) -> Bound | None:
-    """Return what thresholds are chosen to keep to; None where every one is 0."""
-    gap = config.max_ppl_gap
-    if gap is None and config.ffn_bytes is None:
-        if config.rank != AUTO or config.recipe == DEJAVU.name:
-            return None
-        gap = _DEFAULT_GAP
-    return Bound(max_ppl_gap=gap, ffn_bytes=config.ffn_bytes)
+def _outtype(config: TrainConfig, store: TraceStore) -> str:
+    """Return the type that the model will be exported in."""
+    if config.outtype is not None:
+        return config.outtype
+    model = config.model or store.header.model
+    return own_type(Checkpoint.open(model)) if ".gguf" in model else F16
 
 
 def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
@@ -175,79 +174,6 @@ def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
     return list(config.layers)
 
 
-def check_ranks(
-    config: TrainConfig, n_layers: int, d_model: int, rows: int, source: str | Path
-) -> None:
-    """Refuse ranks that the model or the rows cannot fill, and another number than of layers.
-
-    Args:
-        config: settings.
-        n_layers: of the model.
-        d_model: its hidden size.
-        rows: to train on.
-        source: where they come from, for errors.
-
-    Raises:
-        PredictorError: naming the option.
-    """
-    if isinstance(config.rank, tuple) and len(config.rank) != n_layers:
-        raise PredictorError(
-            f"--rank names {len(config.rank)} ranks, the model has {n_layers} layers",
-            "pass one for each or a single one",
-        )
-    for rank in config.fixed_ranks:
-        if RECIPES[config.recipe].start != "random" and rank // 2 > d_model:
-            raise PredictorError(
-                f"rank {rank} exceeds twice d_model ({2 * d_model}), which is exact already",
-                "lower --rank",
-            )
-    largest = max(config.fixed_ranks or candidate_ranks(d_model))
-    if rows < largest:
-        raise PredictorError(
-            f"{source}: {rows} rows to train on are too few for rank {largest}",
-            "collect more --tokens, or pass a lower --rank",
-        )
-
-
-def _check_importance(trainer: LayerTrainer) -> None:
-    """Refuse traces without the importance that is asked for, with the bits to collect."""
-    store, recipe = trainer.store, trainer.recipe
-    bits = store.header.importance_bits
-    if recipe.importance and not bits:
-        raise PredictorError(
-            f"{store.path}: holds no importance, by which recipe {recipe.name} weighs",
-            "collect with --importance-bits 2, or pass --recipe dejavu",
-        )
-    if trainer.config.label_top_fraction is not None and bits < RANKING_BITS:
-        raise PredictorError(
-            f"{store.path}: its importance of {bits} bits cannot rank neurons",
-            f"collect with --importance-bits {RANKING_BITS}, or leave out --label-top-fraction",
-        )
-    if trainer.bound is not None and not bits:
-        raise PredictorError(
-            f"{store.path}: holds no importance, by which thresholds are chosen",
-            "collect with --importance-bits 2, or leave out the bound",
-        )
-
-
-def _check_activity(store: TraceStore, layers: list[int]) -> None:
-    """Refuse layers in which there is nothing to tell apart."""
-    sparsity = store.activation_sparsity()
-    for layer in layers:
-        if sparsity[layer] == 1:
-            raise PredictorError(
-                f"{store.path}: no neuron of layer {layer} was ever active, so its predictor has "
-                "nothing to learn from",
-                "collect from other text, or check the model's weights",
-            )
-        if sparsity[layer] == 0:
-            raise PredictorError(
-                f"{store.path}: every neuron of layer {layer} was always active, so there is "
-                "nothing to skip",
-                "make the model sparse first (psp sparsify)",
-            )
-
-
 def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
     config, store = trainer.config, trainer.store
     header = PredictorHeader(
@@ -261,6 +187,8 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
         rank=config.rank if isinstance(config.rank, int) else str(config.rank),
         threshold=0.0,
         own_thresholds=trainer.bound is not None,
+        predictor_type=config.predictor_type,
+        outtype=trainer.outtype,
         traces_identity=store.identity,
         recipe=asdict(trainer.recipe),
         holdout=config.holdout,
@@ -269,12 +197,14 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
     )
     if config.resume and (config.out / INDEX).exists():
         artifact = PredictorArtifact.open(config.out)
+        chosen_again = ("threshold", "outtype") if trainer.bound is not None else ("threshold",)
         for key, value in vars(header).items():
-            if key != "threshold" and getattr(artifact.header, key) != value:
+            if key not in chosen_again and getattr(artifact.header, key) != value:
                 raise PredictorError(
                     f"{config.out}: was trained with another {key}",
                     "use the same settings and traces, or --force to start over",
                 )
+        artifact.header = replace(artifact.header, outtype=header.outtype)
         return artifact
     refuse_existing(config.out, force=config.force, marker=INDEX, resumable=True)
     remove_output(config.out)
@@ -283,15 +213,17 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
     return artifact
 
 
-def _set_ranks(trainer: LayerTrainer, artifact: PredictorArtifact, weight: float) -> None:
-    """Settle the rank of every layer of the store that has none."""
-    rank, before = trainer.config.rank, dict(artifact.ranks)
-    if isinstance(rank, tuple):
-        artifact.ranks = dict(enumerate(rank))
-    missing = [layer for layer in trainer.store.header.layers if layer not in artifact.ranks]
-    if rank == AUTO and missing:
-        artifact.ranks |= choose_ranks(trainer, missing, weight)
-    if artifact.ranks != before:
+def _set_sizes(trainer: LayerTrainer, artifact: PredictorArtifact, weight: float) -> None:
+    """Settle the rank and the type of every layer of the store that has none."""
+    bounded, d_model = trainer.bound is not None, trainer.store.header.d_model
+    missing = [layer for layer in trainer.store.header.layers if layer not in artifact.types]
+    sizes = {n: possible_sizes(trainer.config, d_model, n, bounded=bounded) for n in missing}
+    chosen = {n: each[0] for n, each in sizes.items() if len(each) == 1}
+    if open_ := {n: each for n, each in sizes.items() if n not in chosen}:
+        chosen |= choose_sizes(trainer, open_, weight)
+    for layer, size in chosen.items():
+        artifact.ranks[layer], artifact.types[layer] = size.rank, size.kind
+    if chosen:
         artifact.write_header()
 
 
@@ -309,7 +241,8 @@ def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: l
                 go_on()
                 shown.step(layer, steps)
 
-            return trainer.run(layer, artifact.rank(layer), on_step, partial(shown.epoch, layer))
+            size = Size(artifact.kind(layer), artifact.rank(layer))
+            return trainer.run(layer, size, on_step, partial(shown.epoch, layer))
 
         for layer, result in several_at_once(work, missing, trainer.jobs(len(missing))):
             if result.curves is not None:
@@ -370,8 +303,10 @@ def _check_text(config: TrainConfig, store: TraceStore, note: Note) -> None:
         need_repeatable(header.data, f"the held-out part of {store.path}", "pass --data")
 
 
-def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> PredictedModel:
-    """Load the traces' model with held-out windows to run."""
+def _held_out_model(
+    config: TrainConfig, outtype: str, store: TraceStore, note: Note
+) -> PredictedModel:
+    """Load the traces' model, in the type that it will be exported in, with windows to run."""
     checkpoint = Checkpoint.open(config.model or store.header.model)
     for line in checkpoint.notes:
         note(line)
@@ -395,5 +330,7 @@ def _held_out_model(config: TrainConfig, store: TraceStore, note: Note) -> Predi
             f"{tokens} tokens of held-out text are too few to measure a perplexity gap",
             "collect from more text, raise --holdout, or pass --data",
         )
-    note(f"measuring the perplexity gap on {tokens} held-out tokens")
-    return PredictedModel(checkpoint, windows, config.device)
+    note(f"measuring the perplexity gap on {tokens} held-out tokens, the model in {outtype}")
+    # What a GGUF file stores in that type stays as it is, whatever else is in it.
+    as_asked = checkpoint if config.outtype is None else rounded(checkpoint, outtype)
+    return PredictedModel(as_asked, windows, config.device)

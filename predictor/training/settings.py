@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from common.element_types import ELEMENT_NAMES
+from common.element_types import ELEMENT_NAMES, ELEMENT_TYPES, F16, Q4_0
 from common.errors import PredictorError
 from common.settings import (
     MODEL_FORMS,
@@ -20,10 +20,9 @@ from common.settings import (
     text_option,
 )
 from common.text_sources.names import Sources
+from predictor.size import Size
 
 AUTO = "auto"
-RANK_MULTIPLE = 32
-"""Ranks that PowerInfer's kernels can run are multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,18 +131,44 @@ SVD = replace(PSP, name="svd", epochs=0)
 RECIPES = {recipe.name: recipe for recipe in (PSP, SVD, DEJAVU)}
 
 
-def published_rank(d_model: int) -> int:
+def published_rank(d_model: int, kind: str = AUTO) -> int:
     """Return the rank of `DEJAVU`: a quarter of d_model, cut to one that PowerInfer can run."""
-    quarter = d_model // 4
-    return max(RANK_MULTIPLE, quarter - quarter % RANK_MULTIPLE)
+    quarter, multiple = d_model // 4, ELEMENT_TYPES[F16 if kind == AUTO else kind].row_multiple
+    return max(multiple, quarter - quarter % multiple)
 
 
-def candidate_ranks(d_model: int) -> list[int]:
-    """Return powers of two times `RANK_MULTIPLE`, up to a quarter of d_model."""
-    ranks = [RANK_MULTIPLE]
+def candidate_ranks(d_model: int, kind: str = F16) -> list[int]:
+    """Return powers of two times what a type allows, up to a quarter of d_model."""
+    ranks = [ELEMENT_TYPES[kind].row_multiple]
     while 2 * ranks[-1] <= d_model // 4:
         ranks.append(2 * ranks[-1])
     return ranks
+
+
+def possible_sizes(
+    config: TrainConfig, d_model: int, layer: int = 0, *, bounded: bool
+) -> list[Size]:
+    """Return what a layer's predictor may be.
+
+    Types are weighed against each other where a bound says what either is worth. A float16
+    predictor of half the lowest rank of Q4_0 takes more bytes than one of that, so it is none of
+    them.
+
+    Args:
+        config: settings.
+        d_model: hidden size.
+        layer: number of the layer.
+        bounded: whether thresholds are chosen by a bound.
+    """
+    kinds = [config.predictor_type]
+    if config.predictor_type == AUTO:
+        coarse = bounded and config.recipe != DEJAVU.name
+        fits = d_model % ELEMENT_TYPES[Q4_0].row_multiple == 0
+        kinds = [Q4_0, F16] if coarse and fits else [F16]
+    if not (ranks := config.fixed_ranks):
+        return [Size(kind, rank) for kind in kinds for rank in candidate_ranks(d_model, kinds[0])]
+    rank = ranks[layer] if len(ranks) > 1 else ranks[0]
+    return [Size(k, rank) for k in kinds if rank % ELEMENT_TYPES[k].row_multiple == 0]
 
 
 def rank_of(text: str) -> int | str | tuple[int, ...]:
@@ -197,8 +222,21 @@ class TrainConfig:
     ] = None
     predictor_type: Annotated[
         str,
-        Option("Type that will be exported, by which bytes are counted.", choices=ELEMENT_NAMES),
-    ] = "f16"
+        Option(
+            "Element type that they are stored in. auto: whichever keeps the bound in fewer bytes, "
+            "f16 without a bound.",
+            choices=(AUTO, *ELEMENT_NAMES),
+        ),
+    ] = AUTO
+    outtype: Annotated[
+        str | None,
+        Option(
+            "Element type that the model will be exported in: a gap is measured with its rounding, "
+            "bytes are relative to it.",
+            choices=ELEMENT_NAMES,
+            unset="f16; a GGUF model's own",
+        ),
+    ] = None
     model: Annotated[
         str | None, Option("To measure with.", MODEL_FORMS, unset="the traces' own")
     ] = None
@@ -255,11 +293,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse settings that no model can have."""
         check_settings(self, PredictorError)
+        kind = F16 if self.predictor_type == AUTO else self.predictor_type
+        multiple = ELEMENT_TYPES[kind].row_multiple
         for rank in self.fixed_ranks:
-            if rank < RANK_MULTIPLE or rank % RANK_MULTIPLE:
+            if rank < multiple or rank % multiple:
                 raise PredictorError(
-                    f"rank {rank} cannot run in PowerInfer",
-                    f"use a positive multiple of {RANK_MULTIPLE}",
+                    f"rank {rank} cannot run in PowerInfer in type {kind}",
+                    f"use a positive multiple of {multiple}",
                 )
         if isinstance(self.rank, str) and self.rank != AUTO:
             raise PredictorError(f"rank {self.rank!r}: pass a number, a list or {AUTO}")

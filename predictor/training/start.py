@@ -9,11 +9,15 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from common.element_types import F16
 from predictor.module import Predictor
+from predictor.size import Size
+from predictor.stored import LayerPredictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.coordinates import Coordinates, Moments, whitening_of
 from predictor.training.loss import Batch, loss_of, read_batches
 from predictor.training.settings import Recipe
+from predictor.training.storing import constant_units, in_float16, in_q4_0
 
 _MOMENT_ROWS = 32768
 _START_ROWS = 8192
@@ -72,14 +76,15 @@ class Starter:
         """
         self._recipe, self._rows, self._sample = recipe, rows, sample
 
-    def at(self, rank: int, generator: torch.Generator) -> Start:
-        """Return the start of a rank.
+    def at(self, size: Size, generator: torch.Generator) -> Start:
+        """Return the start of a predictor of some size.
 
         Args:
-            rank: ReLU units.
+            size: its type and rank; where the type takes the constant apart in several units, there
+                are fewer of them to train.
             generator: source of a random start; others draw nothing.
         """
-        gate = self._rows.weights.gate
+        gate, rank = self._rows.weights.gate, size.rank
         if self._recipe.start == "random":
             drawn = random_start(rank, gate.shape[1], len(gate), generator)
             return Start(self._recipe, drawn.to(self._rows.device))
@@ -87,10 +92,11 @@ class Starter:
         if not constant or self._whitened is None:
             factor, directions = self._paired
             return Start(self._recipe.with_pairs(), pairs_start(directions, factor, rank))
-        rows, seen = self._rows.at_hand(self._sample[:_START_ROWS])
+        rows, seen = self._seen
         x = rows.inputs(seen)
         basis, directions = self._whitened
-        predictor, coordinates = constant_start(directions, basis, rank, x)
+        units = rank + 1 - constant_units(size.kind)
+        predictor, coordinates = constant_start(directions, basis, units, x)
         _settle(
             predictor,
             coordinates,
@@ -99,6 +105,29 @@ class Starter:
             read_batches(self._recipe, rows, seen[:_SETTLE_ROWS]),
         )
         return Start(self._recipe, predictor, coordinates)
+
+    def store(self, start: Start, trained: Predictor, kind: str) -> LayerPredictor:
+        """Return a trained predictor as it is stored.
+
+        Args:
+            start: what it was trained from.
+            trained: of the inputs themselves, float32.
+            kind: type to store it in.
+        """
+        if kind == F16:
+            return in_float16(trained)
+        rows, seen = self._seen
+        length = 1.0
+        if self._recipe.normalise and len(seen):
+            length = float(rows.rows.inputs_at(seen).square().mean().sqrt())
+        constant = start.coordinates is not None
+        fitted = self._recipe.start != "random"
+        return in_q4_0(trained, rows.inputs(seen), length, constant=constant, refit=fitted)
+
+    @property
+    def _seen(self) -> tuple[LabelledRows, torch.Tensor]:
+        """Rows that stand for all, and their index in them."""
+        return self._rows.at_hand(self._sample[:_START_ROWS])
 
     @cached_property
     def _moments(self) -> Moments:
