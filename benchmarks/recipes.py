@@ -21,10 +21,12 @@ import click
 import torch
 
 from architectures.checkpoint import Checkpoint
+from architectures.rounded import rounded
 from architectures.windows import document_windows
 from benchmarks.shared import print_line
 from common.decisions import mean_metrics
-from common.typed_json import plain
+from common.element_types import ELEMENT_NAMES
+from common.typed_json import plain as as_plain
 from gguf_export.bundle import export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
@@ -33,7 +35,6 @@ from powerinfer_bridge.engine.engine import Engine
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from predictor.module import Predictor
 from predictor.thresholds.predicted_model import PredictedModel
 from predictor.training.run import train_predictors
 from predictor.training.settings import RECIPES, TrainConfig, published_rank
@@ -45,7 +46,10 @@ QUARTER = "quarter"
 
 ROWS: dict[str, dict[str, Any]] = {
     "dejavu": {"recipe": "dejavu", "rank": "auto"},
+    "dejavu-q4_0": {"recipe": "dejavu", "rank": "auto", "predictor_type": "q4_0"},
     "psp": {"recipe": "psp", "rank": "auto"},
+    "psp-f16": {"recipe": "psp", "rank": "auto", "predictor_type": "f16"},
+    "psp-rank-64-q4_0": {"recipe": "psp", "rank": 64, "predictor_type": "q4_0"},
     "psp-as-dejavu": {"recipe": "psp", "rank": QUARTER, "bytes_of": "dejavu"},
     "psp-1-as-dejavu": {"recipe": "psp", "rank": QUARTER, "bytes_of": "dejavu", "epochs": 1},
     "svd-as-dejavu": {"recipe": "svd", "rank": QUARTER, "bytes_of": "dejavu"},
@@ -79,6 +83,7 @@ the text's bytes are another row's within this share, or so often."""
 @click.option("--tokens", default=100_000, show_default=True)
 @click.option("--chunks", default=256, show_default=True, help="Perplexity windows, at most.")
 @click.option("--row", "rows", multiple=True, type=click.Choice(list(ROWS)), help="[default: all]")
+@click.option("--outtype", type=click.Choice(ELEMENT_NAMES), default="f16", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Keep traces and files here.")
 def main(
@@ -88,6 +93,7 @@ def main(
     tokens: int,
     chunks: int,
     rows: tuple[str, ...],
+    outtype: str,
     seed: int,
     work: Path | None,
 ) -> None:
@@ -107,18 +113,20 @@ def main(
             )
         )
         dense, read = None, dict[str, float]()
-        model_on_text = masked_model(model, text, chunks)
+        model_on_text = masked_model(model, outtype, text, chunks)
         for name in rows or tuple(ROWS):
             out = directory / f"predictors-{name}"
             file = directory / f"export-{name}" / "model.powerinfer.gguf"
             values, wanted = settings(name, read, store.header.d_model)
+            values["outtype"] = outtype
             start = time.perf_counter()
             artifact = train_predictors(
                 TrainConfig(traces=store.path, out=out, seed=seed, force=True, **values)
             )
             seconds = time.perf_counter() - start
             for tries in range(1, TRIES + 1):
-                export(ExportConfig(model=model, predictors=out, out=file, force=True))
+                plain = ExportConfig(model=model, predictors=out, out=file, force=True)
+                export(replace(plain, outtype=outtype))
                 engine = Engine(file)
                 counts = engine.count()
                 sparse = engine_perplexity(engine, text, CONTEXT, chunks, name)
@@ -134,14 +142,14 @@ def main(
                 all_neurons = engine.with_threshold(DENSE_THRESHOLD)
                 dense = engine_perplexity(all_neurons, text, CONTEXT, chunks, "dense")
             layers = {n: artifact.layer(n) for n in range(len(counts))}
-            quality = model_on_text.quality(
-                {n: Predictor(p.fc1.float(), p.fc2.float()) for n, p in layers.items()},
-                artifact.header.threshold,
-            )
+            predictors = {n: each.predictor() for n, each in layers.items()}
+            quality = model_on_text.quality(predictors, artifact.header.threshold)
             row = {
                 "row": name,
                 **ROWS[name],
+                "outtype": outtype,
                 "ranks": [artifact.rank(layer) for layer in range(len(counts))],
+                "types": [artifact.kind(layer) for layer in range(len(counts))],
                 "tokens": store.rows,
                 "holdout": mean_metrics(list(artifact.layers.values())),
                 **vars(metrics),
@@ -149,7 +157,7 @@ def main(
                 "ppl_dense": dense,
                 "ppl_sparse": sparse,
                 "ppl_gap": sparse / dense - 1,
-                "search": plain(artifact.search),
+                "search": as_plain(artifact.search),
                 "seconds": seconds,
                 "threads": torch.get_num_threads(),
             }
@@ -178,9 +186,9 @@ def settings(
     return values, wanted
 
 
-def masked_model(model: str, text: str, chunks: int) -> PredictedModel:
+def masked_model(model: str, outtype: str, text: str, chunks: int) -> PredictedModel:
     """Return the model with windows of the text, begun as PowerInfer begins them."""
-    checkpoint = Checkpoint.open(model)
+    checkpoint = rounded(Checkpoint.open(model), outtype)
     tokenizer = checkpoint.tokenizer()
     windows = islice(document_windows([text], tokenizer, CONTEXT, as_powerinfer=True), chunks)
     return PredictedModel(checkpoint, [window for _, window in windows], "cpu")
