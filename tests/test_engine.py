@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TEXT, ModelMaker, write_predictors
+from exact_sums import ExactSums
 
 from architectures.tokenizer import load_tokenizer
 from common.errors import EngineError
@@ -93,15 +94,28 @@ def test_variants_equal_transformers(
     torch.testing.assert_close(ours, reference_logits(model, tokens), atol=LOGIT_TOLERANCE, rtol=0)
 
 
+def test_within_exact_sums_a_product_has_no_order() -> None:
+    """Of 512 float32 numbers it has."""
+    left, right = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(0))
+    orders = [torch.randperm(512, generator=torch.Generator().manual_seed(n)) for n in range(20)]
+    plain = [left @ right.T] + [left[:, order] @ right[:, order].T for order in orders]
+    with ExactSums():
+        exact = [left @ right.T] + [left[:, order] @ right[:, order].T for order in orders]
+    assert not all(torch.equal(plain[0], product) for product in plain)
+    assert all(torch.equal(exact[0], product) for product in exact)
+    assert exact[0].dtype == torch.float32
+
+
 def test_cache_gives_the_same_logits_as_one_pass(model_dir: Path, exact_bundle: Bundle) -> None:
     tokens = tokens_of(model_dir, 30)
     engine = Engine(exact_bundle.model_file)
-    whole = engine.forward(tokens, KVCache(engine.hyper.n_layers))
     cache = KVCache(engine.hyper.n_layers)
-    parts = [engine.forward(tokens[:17], cache)]
-    # One token at a time takes the path that gathers predicted neurons only.
-    parts += [engine.forward([token], cache) for token in tokens[17:]]
-    torch.testing.assert_close(torch.cat(parts), whole, atol=5e-3, rtol=0)
+    with ExactSums():
+        whole = engine.forward(tokens, KVCache(engine.hyper.n_layers))
+        parts = [engine.forward(tokens[:17], cache)]
+        # One token at a time takes the path that gathers predicted neurons only.
+        parts += [engine.forward([token], cache) for token in tokens[17:]]
+    assert torch.equal(torch.cat(parts), whole)
     assert cache.length == 30
 
 
