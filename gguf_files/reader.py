@@ -48,6 +48,9 @@ _SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_LENGTH = struct.Struct("<Q")
+"""Of a string."""
+
 _MAX_DIMS = 4
 _REMEDY = "the file is damaged or foreign, fetch or export the file again"
 _ANOTHER = "pass a file made by 'psp export-gguf'"
@@ -203,12 +206,29 @@ class GGUFFile:
 
     def _array(self, name: str, element: GGUFValueType) -> Any:
         if element is GGUFValueType.STRING:
-            return [self._string(name) for _ in range(self._count(name, least=8))]
+            return self._strings(name)
         if element is GGUFValueType.ARRAY:
             raise self.error(f"{name} is an array of arrays, which PowerInfer does not read")
         code = _SCALARS[element]
         count = self._count(name, least=struct.calcsize(code))
         return self._take(count * struct.calcsize(code), name).view(np.dtype(code)).copy()
+
+    def _strings(self, what: str) -> list[bytes]:
+        """Read as many as a count says, in few calls: a vocabulary has up to 260,000."""
+        count, size = self._count(what, least=8), len(self._bytes)
+        found, at = list[bytes](), self._at
+        with self._bytes.data as stored:
+            for _ in range(count):
+                if at + _LENGTH.size > size:
+                    raise self.error(f"ends inside length of {what}")
+                [length] = _LENGTH.unpack_from(stored, at)
+                at += _LENGTH.size
+                if length > size - at:
+                    raise self.error(f"length of {what} {length} is more than the file can hold")
+                found.append(stored[at : at + length].tobytes())
+                at += length
+        self._at = at
+        return found
 
     def _alignment(self) -> int:
         value = self.values.get("general.alignment")
