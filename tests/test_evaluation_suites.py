@@ -13,10 +13,8 @@ from common.errors import DataError
 from evaluation.suites.card import (
     AVERAGE,
     CARD,
-    CODE_TASKS,
     PUBLISHED,
     PUBLISHED_SPARSITY,
-    card_tasks,
 )
 from evaluation.suites.tiny import HELD_OUT_BYTES, NAMES, library_text, write_tiny
 from evaluation.tasks.loading import chance_of, load_tasks, primary_metric
@@ -32,14 +30,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _rows(directory: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
-
-
-def test_the_cards_tasks_are_lm_evals() -> None:
-    from lm_eval.tasks import TaskManager
-
-    index = TaskManager().task_index
-    assert set(card_tasks(allow_code=True)) <= set(index)
-    assert set(card_tasks(allow_code=True)) - set(card_tasks(allow_code=False)) == set(CODE_TASKS)
 
 
 def test_published_averages_are_means_of_their_columns() -> None:
