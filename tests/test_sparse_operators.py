@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,7 +114,12 @@ def test_the_cpu_needs_no_triton() -> None:
         "from sparse_operators import sparse_down;"
         "print(sparse_down(torch.ones(1, 2), torch.ones(2, 3)).tolist())"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain = os.environ | {
+        "NUMBA_DISABLE_JIT": "1"
+    }  # compiling takes seconds and is no subject here
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain
+    )
     assert found.stdout.strip() == "[[2.0, 2.0, 2.0]]"
 
 

@@ -130,7 +130,10 @@ def test_every_way_up(
 def test_every_way_down(
     kernels: Call, dtype: torch.dtype, sparsity: float, cut: dict[str, Any]
 ) -> None:
-    scores, _, _, w2t = ffn_inputs(1, 100, 2500, dtype, sparsity)
+    # All of 2,500 rows take the interpreter 3 to 7 s; the second 1,024 begin within 1,100.
+    dense = sparsity == 0 and not isinstance(kernels, interpreted.Cuda)
+    d_ff = 1100 if dense else 2500
+    scores, _, _, w2t = ffn_inputs(1, 100, d_ff, dtype, sparsity)
     x1 = scores.relu()
     y = kernels("down_as", x1, poisoned(w2t, x1 != 0), cut, module="interpreted")
     assert error(y, reference.down(*doubles(x1, w2t))) <= 2 * BOUNDS[dtype]
