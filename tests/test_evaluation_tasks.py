@@ -40,7 +40,7 @@ def _one_index() -> Iterator[None]:
         for path in paths:
             if Path(path) == Path(manager.__file__).parent:
                 known.update({} if known else own([path], **options))
-                index |= copy.deepcopy(known)
+                index |= {name: copy.copy(entry) for name, entry in known.items()}
             else:
                 index |= own([path], **options)
         return index
