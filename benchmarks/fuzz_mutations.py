@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -33,7 +34,7 @@ def mutated(data: bytes, suffix: str, random: Random) -> bytes:
     for _ in range(random.randint(1, 3)):
         structured = random.random() < 2 / 3
         if structured and suffix in _DOCUMENTS:
-            data = _document(data, random)
+            data = _document(data, suffix, random)
         elif structured and suffix == ".safetensors":
             data = _safetensors(data, random)
         else:
@@ -41,22 +42,50 @@ def mutated(data: bytes, suffix: str, random: Random) -> bytes:
     return data
 
 
-def _document(data: bytes, random: Random) -> bytes:
-    lines = data.splitlines(keepends=True)
+def _document(data: bytes, suffix: str, random: Random) -> bytes:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
-        if not lines:
-            return data
-        at = random.randrange(len(lines))
-        changed = random.choice([[], lines[at : at + 1] * 2, [_bytes(lines[at], random)]])
-        return b"".join([*lines[:at], *changed, *lines[at + 1 :]])
+        return _lines(data, random)
+    if suffix == ".yaml" and random.random() < 0.05:
+        return _with_aliases(document, random)
     if isinstance(document, dict) and random.random() < 0.7:
         document.pop("xxh3_128", None)  # or the checksum refuses it before its reader sees it
     text = json.dumps(_changed(document, random)).encode("utf-8", "surrogatepass")
     if random.random() < 0.02:
         text = text.replace(b": ", b": " + random.choice([b"[", b'{"a":']) * 100_000, 1)
     return text
+
+
+def _lines(data: bytes, random: Random) -> bytes:
+    """Remove, double or damage one line; of JSON in most cases by its tree."""
+    lines = data.splitlines(keepends=True)
+    if not lines:
+        return data
+    at = random.randrange(len(lines))
+    what = random.randrange(6)
+    changed = [[], lines[at : at + 1] * 2, [_bytes(lines[at], random)]]
+    if what >= len(changed) and lines[at].startswith((b"{", b"[")):
+        with suppress(ValueError, RecursionError):
+            json.loads(lines[at])
+            changed = [[_document(lines[at], ".json", random) + b"\n"]]
+    return b"".join([*lines[:at], *changed[what % len(changed)], *lines[at + 1 :]])
+
+
+def _with_aliases(document: Any, random: Random) -> bytes:
+    """Write YAML in which a value stands for others, more of them with each of a few levels."""
+    places = [(holder, key) for holder, key in _places(document) if isinstance(holder, dict)]
+    if not places:
+        return json.dumps(document).encode()
+    holder, key = random.choice(places)
+    holder[key] = "ALIASED"
+    levels, width = random.choice([1, 3, 8]), random.choice([1, 2, 10])
+    value = "&a0 [1]"
+    for level in range(1, levels):
+        value = f"&a{level} [{value}{f', *a{level - 1}' * width}]"
+    if random.random() < 0.2:
+        value = f"&self [{value}, *self]"
+    return json.dumps(document).replace('"ALIASED"', value).encode("utf-8", "surrogatepass")
 
 
 def _safetensors(data: bytes, random: Random) -> bytes:

@@ -1,13 +1,18 @@
-"""Formats of results for `benchmarks.fuzz`: a head's predictor, an estimate, a GPU index."""
+"""Formats of results for `benchmarks.fuzz`: a report's documents, a head, a GPU index."""
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.fuzz_formats import D_FF, FORMATS, RANK, Format, make_exported
+from benchmarks.fuzz_examples import example
+from benchmarks.fuzz_formats import D_FF, RANK, Format, make_exported
+from report.runs import FILES
+from results.parts import ResultFile
 
 
 def make_head(path: Path) -> Path:
@@ -76,9 +81,25 @@ def read_index(path: Path) -> object:
     return read_gpu_index(path / "m.gpuidx", 1, D_FF)
 
 
+def make_result(path: Path, file: ResultFile[Any]) -> Path:
+    """Write a result of one kind, every optional part in it."""
+    (path / file.name).write_text(json.dumps(example(file.content)))
+    return path
+
+
+def read_result(path: Path) -> None:
+    """Read it and draw its page."""
+    from report.page import render
+    from report.runs import load_runs
+
+    assert render(load_runs([path]))
+
+
 RESULTS = {
-    "estimate.json": Format(make_estimate, ("run/*.json",), read_estimate),
+    "estimate of a file": Format(make_estimate, ("run/*.json",), read_estimate),
     "gpu index": Format(make_index, ("*",), read_index),
     "head.json": Format(make_head, ("head/*",), read_head),
 }
-ALL_FORMATS = FORMATS | RESULTS
+PAGES = {
+    file.name: Format(partial(make_result, file=file), ("*.json",), read_result) for file in FILES
+}

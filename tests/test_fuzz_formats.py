@@ -12,9 +12,8 @@ from damages import little_memory
 
 from architectures import piece_tokenizer
 from architectures.piece_tokenizer import open_pieces
-from benchmarks.fuzz import one, outcome
+from benchmarks.fuzz import FORMATS, one, outcome
 from benchmarks.fuzz_mutations import mutated
-from benchmarks.fuzz_results import ALL_FORMATS as FORMATS
 from common.errors import CheckpointError, DataError, PredictorError
 
 QUICK = [
