@@ -169,7 +169,8 @@ def read_whole(
         said = getattr(problem, "strerror", None) or problem
         raise error(f"{path}: {said}", remedy) from problem
     if len(data) > limit:
-        raise error(f"{path}: more than {limit >> 20} MiB, which no such file has", remedy)
+        most = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
+        raise error(f"{path}: more than {most}, which no such file has", remedy)
     return data
 
 

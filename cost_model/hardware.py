@@ -15,7 +15,7 @@ from common.errors import PspError
 from common.files import write_bytes
 from common.typed_json import LEFT_OUT, Closed, Count, JsonError, Positive, Range, parse, plain
 from common.units import GIB
-from common.yaml_text import read_yaml_text
+from common.yaml_text import parse_yaml, read_yaml_text
 
 THIS = "this"
 
@@ -32,7 +32,6 @@ ASSUMED_THREADS = 8
 """CPU threads where a description names no number."""
 
 _GB = 1e9
-_LARGEST_FILE = 1 << 20
 
 # Above 1e15 no figure here means anything.
 _Figure = Annotated[float, Range(0, 1e15, open=True)]
@@ -315,9 +314,9 @@ def _presets() -> dict[str, object]:
 def _read_yaml(path: Path) -> object:
     import yaml
 
-    data = read_yaml_text(path, HardwareError, "check --hardware", limit=_LARGEST_FILE)
+    data = read_yaml_text(path, HardwareError, "check --hardware")
     try:
-        return yaml.safe_load(data)
+        return parse_yaml(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Besides its own errors the parser lets through those of impossible dates and encodings.
         reason = " ".join(str(error).split())[:200]

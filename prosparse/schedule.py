@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import PspError, reason
-from common.yaml_text import read_yaml_text
+from common.yaml_text import parse_yaml, read_yaml_text
 
 KINDS = ("substitution", "warmup", "progressive", "decay", "sft")
 _KEYS = ("kind", "lambda", "until_step")
-_MOST_BYTES = 1 << 20
 _SHAPE = "expected stages: a list of {kind, lambda, until_step}"
 
 
@@ -210,9 +209,9 @@ def read_schedule(path: Path) -> Schedule:
     """
     import yaml  # type: ignore[import-untyped,unused-ignore]
 
-    data = read_yaml_text(path, ScheduleError, "check --schedule", limit=_MOST_BYTES)
+    data = read_yaml_text(path, ScheduleError, "check --schedule")
     try:
-        document = yaml.safe_load(data)
+        document = parse_yaml(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # Besides its own errors the parser lets through those of impossible dates and encodings.
         raise ScheduleError(f"{path}: not valid YAML ({reason(error)})", _SHAPE) from error

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import Result
 from conftest import refused
 
@@ -28,7 +29,7 @@ from common.files import (
     write_error,
     write_json,
 )
-from common.yaml_text import read_yaml_text
+from common.yaml_text import parse_yaml, read_yaml_text
 from gguf_export.bundle import Bundle
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -451,3 +452,17 @@ def test_yaml_of_dozens_of_levels_is_refused_unparsed(tmp_path: Path, nested: st
         read_yaml_text(file, DataError, "do that")
     file.write_text("stages: [" + "{a: [1]}, " * 500 + "]")
     assert read_yaml_text(file, DataError, "do that") == file.read_bytes()
+
+
+def test_yaml_whose_aliases_grow_is_refused() -> None:
+    """What they stand for takes no memory, but minutes of whoever goes through it."""
+    assert parse_yaml(b"a: &a [1, 2]\nb: {<<: &c {d: *a}, e: *a}") == {
+        "a": [1, 2],
+        "b": {"d": [1, 2], "e": [1, 2]},
+    }
+    assert parse_yaml(b"# nothing") is None
+    levels = "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]\n" for n in range(1, 5))
+    with pytest.raises(yaml.YAMLError, match="aliases add more than 10000 values"):
+        parse_yaml(f"a0: &a0 [1]\n{levels}".encode())
+    with pytest.raises(yaml.YAMLError, match="a value holds itself"):
+        parse_yaml(b"a: &a {b: [*a]}")

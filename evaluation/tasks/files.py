@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from common.errors import DataError, reason
-from common.yaml_text import read_yaml_text
+from common.yaml_text import parse_yaml, read_yaml_text, safe_loader
 
 LOCAL_KINDS = ("json", "csv", "parquet", "text", "arrow")
 """Readers of the datasets library that take files of this disk (`dataset_path` of a task)."""
@@ -40,6 +40,8 @@ def read_raw(path: Path) -> dict[str, Any]:
     """
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    if not Path(path).resolve().is_relative_to(built_in()):
+        list(_included(path, set()))  # within limits, which lm-eval's own reader has not
     try:
         return dict(load_yaml(path, resolve_func=False))
     except Exception as error:  # of YAML, of files that it includes, of lm-eval
@@ -80,25 +82,28 @@ def _included(path: Path, seen: set[Path]) -> Iterator[Path]:
     seen.add(path)
     yield path
     include = _without_tags(path).get("include") or []
-    for name in [include] if isinstance(include, str) else include:
+    names = include if isinstance(include, list) else [include]
+    for name in names:
+        if not isinstance(name, str) or "\0" in name or not (path.parent / name).is_file():
+            raise DataError(f"{path}: not a task file (include: {name!r:.80} is no file)", _MEND)
         yield from _included(path.parent / name, seen)
 
 
 def _without_tags(path: Path) -> dict[str, Any]:
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+    class Loader(safe_loader()):  # type: ignore[misc]
         """Takes a tagged value for its text."""
 
     Loader.add_constructor("!function", lambda loader, node: str(node.value))
     data = read_yaml_text(path, DataError, _MEND)
     try:
-        found = yaml.load(data, Loader=Loader)
+        found = parse_yaml(data, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a task file ({_where(error)})", _MEND) from error
     return found if isinstance(found, dict) else {}
 
 
 def _code_in(path: Path) -> str | None:
-    for event in yaml.parse(read_yaml_text(path, DataError, _MEND)):
+    for event in yaml.parse(read_yaml_text(path, DataError, _MEND), Loader=safe_loader()):
         if getattr(event, "tag", None) == "!function":
             return f"!function {getattr(event, 'value', '')}, line {event.start_mark.line + 1}"
     return next((key for key in _CODE_KEYS if key in _without_tags(path)), None)
