@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import OutputError, PspError
 
@@ -160,18 +160,37 @@ def read_whole(
     Raises:
         error: missing, unreadable, no plain file, or larger than `limit`.
     """
-    try:
-        with open(path, "rb", opener=None if piped else _at_once) as file:
-            if not piped and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path}: no plain file", remedy)
-            data = file.read(limit + 1)
-    except (OSError, ValueError) as problem:  # a NUL in its name is a ValueError
-        said = getattr(problem, "strerror", None) or problem
-        raise error(f"{path}: {said}", remedy) from problem
+    with opened(path, error, remedy, piped=piped) as file:
+        data = file.read(limit + 1)
     if len(data) > limit:
         most = f"{limit >> 20} MiB" if limit >> 20 else f"{limit >> 10} KiB"
         raise error(f"{path}: more than {most}, which no such file has", remedy)
     return data
+
+
+@contextmanager
+def opened(
+    path: Path, error: type[PspError], remedy: str, *, piped: bool = False
+) -> Iterator[BinaryIO]:
+    """Open a plain file to read its bytes, and say in one line what the system refuses.
+
+    Args:
+        path: as for `read_whole`, like the others.
+        error: likewise.
+        remedy: likewise.
+        piped: likewise.
+
+    Raises:
+        error: missing, no plain file, or unreadable.
+    """
+    try:
+        with open(path, "rb", opener=None if piped else _at_once) as file:
+            if not piped and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise error(f"{path}: no plain file", remedy)
+            yield file
+    except (OSError, ValueError) as problem:  # a NUL in its name is a ValueError
+        said = getattr(problem, "strerror", None) or problem
+        raise error(f"{path}: {said}", remedy) from problem
 
 
 def _at_once(path: str, flags: int) -> int:

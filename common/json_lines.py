@@ -1,7 +1,7 @@
 """Journals: JSON objects, a line each, of which the first says what the others are of.
 
 An entry is on disk once `append` returns. A last line without its end is what a killed process was
-writing; it is dropped.
+writing; it is dropped. Each line has a checksum as documents have it, see `common.sealed`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import OutputError
-from common.files import write_bytes, write_error
-from common.typed_json import parse, plain
+from common.files import LARGEST_DOCUMENT, opened, write_bytes, write_error
+from common.sealed import sealed, unsealed
+from common.typed_json import JsonError, parse, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,37 +59,65 @@ class JournalKind:
         head = _Head(kind=self.kind, schema_version=self.schema_version, identity=identity)
         write_bytes(file, line_of(plain(head)))
 
-    def reopen(self, file: Path, identity: Mapping[str, object]) -> list[bytes]:
-        """Return the entries of a journal, each a line, ready for more.
+    def reopen(self, file: Path, identity: Mapping[str, object]) -> list[dict[str, Any]]:
+        """Return the entries of a journal, which is ready for more then.
 
         Raises:
-            OutputError: it is none, of another kind, version or identity, or cannot be read.
+            OutputError: it is none, of another kind, version or identity, a line of it is damaged,
+                or it cannot be read.
         """
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise write_error(file, error) from error
-        whole = content[: content.rfind(b"\n") + 1]
-        first, *entries = whole.splitlines() or [b""]
-        self._demand(file, first, identity)
-        if whole != content:
-            write_bytes(file, whole)
+        entries: list[dict[str, Any]] = []
+        kept = 0
+        with opened(file, OutputError, self.elsewhere) as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(LARGEST_DOCUMENT), b""), 1):
+                if not line.endswith(b"\n") and number > 1 and not stream.read(1):
+                    break  # the last one, unfinished
+                entry = self._entry(file, line, number)
+                if number == 1:
+                    self._demand(file, entry, identity)
+                else:
+                    entries.append(entry)
+                kept += len(line)
+            unfinished = stream.seek(0, os.SEEK_END) > kept
+        if not kept:
+            raise self._none(file)
+        if unfinished:
+            _cut(file, kept)
         return entries
 
     def damaged(self, file: Path, problem: str) -> OutputError:
         """Return the error of a journal that holds something else than it should."""
         return OutputError(f"{file}: {problem}", self.again)
 
-    def _demand(self, file: Path, first: bytes, identity: Mapping[str, object]) -> None:
+    def damaged_line(self, file: Path, number: int) -> OutputError:
+        """Return the error of a line, counted from 1."""
+        return self.damaged(file, f"line {number} is damaged")
+
+    def _entry(self, file: Path, line: bytes, number: int) -> dict[str, Any]:
         try:
-            head = parse(_Head, json.loads(first))
+            entry = json.loads(line) if line.endswith(b"\n") else None
         except (ValueError, RecursionError):
-            head = None
-        if head is None or head.kind != self.kind:
-            raise OutputError(f"{file}: is no {self.owner}'s journal", self.elsewhere)
+            entry = None
+        if not isinstance(entry, dict):
+            raise self._none(file) if number == 1 else self.damaged_line(file, number)
+        try:
+            return unsealed(entry)
+        except ValueError as error:
+            raise self.damaged_line(file, number) from error
+
+    def _none(self, file: Path) -> OutputError:
+        return OutputError(f"{file}: is no {self.owner}'s journal", self.elsewhere)
+
+    def _demand(self, file: Path, first: object, identity: Mapping[str, object]) -> None:
+        try:
+            head = parse(_Head, first)
+        except JsonError as error:
+            raise self._none(file) from error
+        if head.kind != self.kind:
+            raise self._none(file)
         if head.schema_version != self.schema_version:
             raise OutputError(f"{file}: is of another version of psp", self.again)
-        begun, now = _flat(head.identity), _flat(json.loads(line_of(identity)))
+        begun, now = _flat(head.identity), _flat(json.loads(json.dumps(identity)))
         for key in [*begun, *now]:
             if begun.get(key) != now.get(key):
                 raise OutputError(
@@ -118,7 +148,14 @@ def append(file: Path, entry: Mapping[str, object]) -> None:
 
 def line_of(entry: Mapping[str, object]) -> bytes:
     """Return an entry's line; bytes of a prompt that are no characters stay as ASCII escapes."""
-    return json.dumps(entry, ensure_ascii=True).encode() + b"\n"
+    return json.dumps(sealed(entry), ensure_ascii=True).encode() + b"\n"
+
+
+def _cut(file: Path, size: int) -> None:
+    try:
+        os.truncate(file, size)
+    except OSError as error:
+        raise write_error(file, error) from error
 
 
 def _flat(value: object, name: str = "") -> dict[str, object]:

@@ -20,9 +20,27 @@ SEAL = "xxh3_128"
 """Key of the checksum."""
 
 
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document, ready for JSON, with its checksum."""
+    return {**document, SEAL: _checksum(document)}
+
+
+def unsealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document without its checksum.
+
+    Raises:
+        ValueError: it is another one's.
+    """
+    held = dict(document)
+    stated = held.pop(SEAL, None)
+    if stated is not None and stated != _checksum(held):
+        raise ValueError("damaged (its checksum differs)")
+    return held
+
+
 def write_sealed(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document with its checksum, whole or not at all."""
-    write_json(path, {**document, SEAL: _checksum(document)})
+    write_json(path, sealed(document))
 
 
 def read_sealed(path: Path, error: type[PspError], remedy: str) -> dict[str, Any]:
@@ -32,10 +50,10 @@ def read_sealed(path: Path, error: type[PspError], remedy: str) -> dict[str, Any
         error: as `read_json`, or the checksum is another one; the line ends in `remedy`.
     """
     document = read_json(path, error, remedy)
-    stated = document.pop(SEAL, None)
-    if stated is not None and stated != _checksum(document):
-        raise error(f"{path}: damaged (its checksum differs)", remedy)
-    return document
+    try:
+        return unsealed(document)
+    except ValueError as problem:
+        raise error(f"{path}: {problem}", remedy) from problem
 
 
 def seal_of(path: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,19 +88,18 @@ class Answers:
             before = self.zeros or Zeros()
             self.zeros = Zeros(before.zero + batch.zero, before.total + batch.total)
 
-    def read(self, lines: Sequence[bytes]) -> None:
+    def read(self, entries: Sequence[object]) -> None:
         """Take what an earlier process kept.
 
         Raises:
             OutputError: a line that is damaged.
         """
         assert self.file is not None
-        for number, line in enumerate(lines, 2):
+        for number, entry in enumerate(entries, 2):
             try:
-                batch = parse(Batch, json.loads(line))
-                self._take(batch)
-            except (ValueError, RecursionError) as error:
-                raise KIND.damaged(self.file, f"line {number} is damaged") from error
+                self._take(parse(Batch, entry))
+            except ValueError as error:
+                raise KIND.damaged_line(self.file, number) from error
 
 
 def open_answers(

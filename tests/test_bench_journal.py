@@ -101,6 +101,37 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
         reopen(tmp_path / "out")
 
 
+def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
+    reopen(tmp_path / "out").remember("all", float, lambda: 12.5)
+    file = tmp_path / "out" / "samples.jsonl"
+    whole = file.read_bytes()
+    for digits, others, line in ((b"12.5", b"12.4", 2), (b'"ab"', b'"ac"', 1)):
+        file.write_bytes(whole.replace(digits, others))
+        with refused(OutputError, f"samples.jsonl: line {line} is damaged", "--force"):
+            reopen(tmp_path / "out")
+
+
+def test_a_journal_without_checksums_is_of_an_older_psp(tmp_path: Path) -> None:
+    reopen(tmp_path / "out").remember("all", float, lambda: 12.5)
+    file = tmp_path / "out" / "samples.jsonl"
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+    assert all(line.pop("xxh3_128") for line in lines)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert reopen(tmp_path / "out").quality == {"all": 12.5}
+
+
+def test_a_line_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    reopen(tmp_path / "out")
+    file = tmp_path / "out" / "samples.jsonl"
+    os.truncate(file, 1 << 40)  # sparse: it takes no room
+    with refused(OutputError, "samples.jsonl: line 2 is damaged"):
+        reopen(tmp_path / "out")
+    file.unlink()
+    os.mkfifo(file)
+    with refused(OutputError, "no plain file"):
+        reopen(tmp_path / "out")
+
+
 def test_a_figure_of_another_type_is_named(tmp_path: Path) -> None:
     reopen(tmp_path / "out").remember("all", str, lambda: "much")
     with refused(OutputError, "samples.jsonl: 'all': expected a number, found 'much'", "--force"):

@@ -7,7 +7,6 @@ line without its end is what a killed process was writing; it is dropped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,22 +117,27 @@ class Journal:
             return
         append(self._file, entry)
 
-    def take(self, line: bytes, number: int) -> None:
-        """Read an entry that an earlier process wrote.
+    def take(self, entry: object, number: int) -> None:
+        """Keep an entry that an earlier process wrote.
+
+        Args:
+            entry: as read.
+            number: of its line.
 
         Raises:
             OutputError: it is none.
         """
+        assert self._file is not None
         try:
-            entry = parse(_Entry, json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise self._damaged(f"line {number} is damaged") from error
-        if entry.sample is not None:
-            self.samples.append(entry.sample)
-        elif entry.quality is not None:
-            self.quality[entry.quality.name] = entry.quality.value
+            found = parse(_Entry, entry)
+        except JsonError as error:
+            raise _KIND.damaged_line(self._file, number) from error
+        if found.sample is not None:
+            self.samples.append(found.sample)
+        elif found.quality is not None:
+            self.quality[found.quality.name] = found.quality.value
         else:
-            raise self._damaged(f"line {number} is damaged")
+            raise _KIND.damaged_line(self._file, number)
 
     def _damaged(self, problem: str) -> OutputError:
         assert self._file is not None
@@ -188,6 +192,6 @@ def open_journal(
 
 def _reopen(file: Path, identity: Mapping[str, object]) -> Journal:
     journal = Journal(file)
-    for number, line in enumerate(_KIND.reopen(file, identity), 2):
-        journal.take(line, number)
+    for number, entry in enumerate(_KIND.reopen(file, identity), 2):
+        journal.take(entry, number)
     return journal

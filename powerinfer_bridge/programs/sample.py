@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from common.typed_json import Positive, Range
 from powerinfer_bridge.programs.process import Finished
 
 
@@ -14,12 +15,12 @@ class Phase:
     """One phase of a run: processing the prompt, or decoding.
 
     Attributes:
-        seconds: its duration, above 0.
-        tokens: tokens evaluated in it, at least 1.
+        seconds: its duration.
+        tokens: tokens evaluated in it.
     """
 
-    seconds: float
-    tokens: int
+    seconds: Positive
+    tokens: Annotated[int, Range(1)]
 
     @property
     def tokens_per_second(self) -> float:
