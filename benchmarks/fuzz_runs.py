@@ -55,11 +55,11 @@ def read_answers(path: Path) -> object:
 
 def make_sparsified(path: Path) -> Path:
     """Write what `psp sparsify` marks its directory with, and its log."""
-    from common.files import write_json
+    from common.sealed import write_sealed
     from prosparse.training import MARKER
 
     settings = {"model": "m", "seed": 0, "schedule": [["sft", 0.0, 20]]}
-    write_json(path / MARKER, {"schema_version": 1, "settings": settings})
+    write_sealed(path / MARKER, {"schema_version": 1, "settings": settings})
     step: dict[str, Any] = {"step": 1, "stage": 0, "kind": "sft", "lambda": 0.0, "lm_loss": 2.5}
     lines = [step | {"sparsity": [0.5, 0.5]}, step | {"ppl": 7.5, "sparsity": [0.5, 0.5]}]
     log = path / "training" / "log.jsonl"

@@ -20,9 +20,10 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
-from common.files import read_json, refuse_existing, write_json
+from common.files import refuse_existing
 from common.lock import locked
 from common.outputs import drop_kept, set_aside
+from common.sealed import read_sealed, write_sealed
 from common.text_sources.names import names_of, need_repeatable
 from prosparse.activation import open_with_relu, set_activation
 from prosparse.regulariser import L1Regulariser
@@ -197,7 +198,7 @@ def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> No
         sources = [name for text in config.texts for name in names_of(text)]
         need_repeatable(sources, "--resume", "train anew, or from a file")
     if config.resume and marker.exists():
-        found = read_json(marker, OutputError, "use --force to start over")
+        found = read_sealed(marker, OutputError, "use --force to start over")
         if found.get("settings") != config.document(processes)["settings"]:
             raise OutputError(
                 f"{marker}: the run was begun with other settings or another number of processes "
@@ -209,7 +210,7 @@ def _begin(config: SparsifyConfig, checkpoint: Checkpoint, processes: int) -> No
         # Nothing that cannot run costs an existing output.
         check_texts(config, checkpoint, processes)
         set_aside(config.out)
-        write_json(marker, config.document(processes))
+        write_sealed(marker, config.document(processes))
 
 
 def _train(config: SparsifyConfig, checkpoint: Checkpoint, arguments: Any, report: Report) -> None:

@@ -19,21 +19,52 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from common.errors import OutputError
+from common.files import read_whole
 from prosparse.schedule import Schedule
 
 Line = dict[str, Any]
 """A line, as above."""
 
+_AGAIN = "use --force to train anew"
 _LAYER = "sparsity_layer_"
 _COPIED = ("loss", "lm_loss", "l1", "learning_rate", "grad_norm")
 
 
 def read_log(path: Path) -> list[Line]:
-    """Return the lines of a log; one that a killed process did not finish is left out."""
-    if not path.is_file():
+    """Return the lines of a log; one that a killed process did not finish is left out.
+
+    Raises:
+        OutputError: unreadable, or a line is damaged.
+    """
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    log: list[Line] = []
+    lines = read_whole(path, OutputError, _AGAIN).splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if not _is_line(entry) or len(entry["sparsity"]) != len((log or [entry])[0]["sparsity"]):
+            raise OutputError(f"{path}: line {number} is damaged", _AGAIN)
+        log.append(entry)
+    return log
+
+
+def _is_line(entry: Any) -> bool:
+    """Whether a value has what others read of a line; a loss may be no finite number."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("sparsity"), list):
+        return False
+    figures = [entry.get("lambda"), entry.get("ppl", 0.0), *entry["sparsity"]]
+    steps = [entry.get("step"), entry.get("stage")]
+    return (
+        bool(entry["sparsity"])
+        and all(type(each) is int and each >= 0 for each in steps)
+        and all(type(each) in (int, float) for each in figures)
+    )
 
 
 def last_evaluation(log: Sequence[Line]) -> Line:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.errors import CheckpointError, DataError, OutputError, PspError, SparsityError
+from common.sealed import write_sealed
 from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
@@ -257,6 +258,12 @@ def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) 
     marker = config.training / "sparsify.json"
     begun = marker.read_text()
     marker.write_text(begun.replace('"processes": 1', '"processes": 2'))
+    with refused(OutputError, "sparsify.json: damaged", "--force"):
+        sparsify(replace(config, resume=True))
+    document = json.loads(begun)
+    document["settings"]["processes"] = 2
+    del document["xxh3_128"]
+    write_sealed(marker, document)
     with refused(OutputError, "another number of processes than 1"):
         sparsify(replace(config, resume=True))
     marker.write_text(begun)
@@ -264,6 +271,19 @@ def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) 
         sparsify(config)
     sparsify(replace(config, force=True, seed=1))
     assert not same(before, weights(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", "1"), ("sparsity", [0.5]), ("sparsity", []), ("lambda", None)]
+)
+def test_a_damaged_log_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    line = {"step": 1, "stage": 0, "lambda": 0.0, "sparsity": [0.5, 0.5], "lm_loss": math.inf}
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f"{json.dumps(each)}\n" for each in (line, line)) + "{")
+    assert read_log(log) == [line, line]  # the unfinished one is left out
+    log.write_text("".join(f"{json.dumps(each)}\n" for each in (line, line | {key: value})))
+    with refused(OutputError, "log.jsonl: line 2 is damaged", "--force"):
+        read_log(log)
 
 
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(config: SparsifyConfig) -> None:
