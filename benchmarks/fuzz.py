@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import shutil
 import tempfile
 import time
 import traceback
@@ -23,15 +24,15 @@ from typing import Any
 
 from benchmarks.fuzz_exports import EXPORTS
 from benchmarks.fuzz_formats import FORMATS as MADE
-from benchmarks.fuzz_formats import Format
-from benchmarks.fuzz_mutations import mutated
+from benchmarks.fuzz_formats import SECONDS, Format
+from benchmarks.fuzz_mutations import STAND_INS, mutated
 from benchmarks.fuzz_results import PAGES, RESULTS
 from benchmarks.fuzz_runs import RUNS
+from common.files import remove_output
 
 FORMATS = MADE | RESULTS | EXPORTS | RUNS | PAGES
 """By name; those that take long to read are last."""
 
-SLOW_SECONDS = 2.0
 HANGING_SECONDS = 20.0
 ALLOWED_BYTES = 512 << 20
 COUNTED = ("inputs", "accepted", "refused", "tracebacks", "hangs", "allocations", "deaths")
@@ -138,6 +139,8 @@ def one(
 ) -> tuple[str, str]:
     """Damage one file of a format and read it.
 
+    The first inputs put what is no such file at all in the place of each; see `STAND_INS`.
+
     Args:
         each: the format.
         directory: where its valid files are; they are again after it.
@@ -149,21 +152,27 @@ def one(
         What came of it, one of `COUNTED`, and a line about it.
     """
     random = Random(f"{seed} {number}")
-    file = random.choice(each.files(directory))
+    files = each.files(directory)
+    which, stand_in = divmod(number, len(STAND_INS))
+    file = files[which] if which < len(files) else random.choice(files)
     whole = file.read_bytes()
-    content = mutated(whole, file.suffix, random)
-    _replace(file, content)
+    file.unlink()  # an old one may still be mapped
+    if which < len(files):
+        STAND_INS[stand_in](file, whole)
+    else:
+        file.write_bytes(mutated(whole, file.suffix, random))
     try:
-        kind, line = outcome(lambda: each.read(directory))
+        kind, line = outcome(lambda: each.read(directory), each.seconds)
+        if keep is not None and kind not in ("accepted", "refused") and which >= len(files):
+            keep.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, keep / f"{seed}-{number}-{file.name}")
     finally:
-        _replace(file, whole)
-    if keep is not None and kind not in ("accepted", "refused"):
-        keep.mkdir(parents=True, exist_ok=True)
-        (keep / f"{seed}-{number}-{file.name}").write_bytes(content)
+        remove_output(file)
+        file.write_bytes(whole)
     return kind, line
 
 
-def outcome(read: Callable[[], object]) -> tuple[str, str]:
+def outcome(read: Callable[[], object], allowed: float = SECONDS) -> tuple[str, str]:
     """Run a reader: one line with a remedy or an answer, in time and with little memory."""
     from common.errors import PspError
 
@@ -179,8 +188,8 @@ def outcome(read: Callable[[], object]) -> tuple[str, str]:
     except MemoryError:
         kind, line = "allocations", _last_line()
     except Exception as error:
-        kind, line = "tracebacks", f"{type(error).__name__} {error} {_last_line()}"
-    if time.monotonic() - begun > SLOW_SECONDS:
+        kind, line = "tracebacks", f"{type(error).__name__} at {_last_line()}"
+    if time.monotonic() - begun > allowed:
         return "hangs", f"{time.monotonic() - begun:.1f} s"
     return kind, line[:300]
 
@@ -193,12 +202,6 @@ def _last_line() -> str:
     frames = traceback.extract_tb(sys.exc_info()[2])
     ours = [frame for frame in frames if frame.filename.startswith(root)]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a new file: an old one may still be mapped."""
-    file.unlink(missing_ok=True)
-    file.write_bytes(content)
 
 
 def _mapped() -> int:

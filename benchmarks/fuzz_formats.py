@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 Reader = Callable[[Path], object]
 TEXT = "The quick brown fox jumps over the lazy dog.\ndef f(x): return [y ** 2 for y in range(x)]\n"
 D_MODEL, D_FF, RANK = 32, 1001, 32
+SECONDS = 2.0
+"""That reading a small file may take."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class Format:
         make: writes valid files into a directory, which it returns.
         damaged: patterns of the files that are damaged; the others only belong to them.
         read: everything that psp does to read them; takes the directory.
+        seconds: that this may take.
     """
 
     make: Callable[[Path], Path]
     damaged: tuple[str, ...]
     read: Reader
+    seconds: float = SECONDS
 
     def files(self, directory: Path) -> list[Path]:
         """Return the files that are damaged, in order."""

@@ -8,9 +8,11 @@ bytes whatever it is.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -21,6 +23,42 @@ VALUES: list[Any] = [
     *([], {}, [[]], {"": None}, ["x"] * 1000),
 ]
 _DOCUMENTS = (".json", ".yaml", ".jsonl")
+
+
+def _no_file(file: Path, whole: bytes) -> None:
+    """Leave nothing there."""
+
+
+def _dead_link(file: Path, whole: bytes) -> None:
+    file.symlink_to("nowhere")
+
+
+def _endless(file: Path, whole: bytes) -> None:
+    file.symlink_to("/dev/zero")
+
+
+def _pipe(file: Path, whole: bytes) -> None:
+    """A named pipe into which nobody writes."""
+    os.mkfifo(file)
+
+
+def _directory(file: Path, whole: bytes) -> None:
+    file.mkdir()
+
+
+def _huge(file: Path, whole: bytes) -> None:
+    """The valid file and a terabyte of nothing behind it, which takes no room on the disk."""
+    file.write_bytes(whole)
+    os.truncate(file, 1 << 40)
+
+
+def _all_nothing(file: Path, whole: bytes) -> None:
+    file.touch()
+    os.truncate(file, 1 << 40)
+
+
+STAND_INS = (_no_file, _dead_link, _endless, _pipe, _directory, _huge, _all_nothing)
+"""What may stand where a file should; each takes its path and the content of a valid one."""
 
 
 def mutated(data: bytes, suffix: str, random: Random) -> bytes:

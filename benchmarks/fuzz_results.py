@@ -12,7 +12,11 @@ import torch
 from benchmarks.fuzz_examples import example
 from benchmarks.fuzz_formats import D_FF, RANK, Format, make_exported
 from report.runs import FILES
+from results.estimate import ESTIMATE
 from results.parts import ResultFile
+
+PAGE_SECONDS = 10.0
+"""Damage can make a hundred arms of one, which all are drawn."""
 
 
 def make_head(path: Path) -> Path:
@@ -53,17 +57,8 @@ def make_estimate(path: Path) -> Path:
     file = make_exported(path) / "m.powerinfer.gguf"
     hardware = "a100-80g+ddr4-8ch"
     estimate(EstimateConfig(file=file, hardware=hardware, density=0.2, out=path / "run"))
+    (path / "run" / ESTIMATE.name).rename(path / ESTIMATE.name)
     return path
-
-
-def read_estimate(path: Path) -> None:
-    """Read it as a report does, and show it."""
-    from powerinfer_bridge.estimate.table import estimate_table
-    from report.runs import load_runs
-
-    [run] = load_runs([path / "run"])
-    assert run.estimate is not None
-    estimate_table(run.estimate)
 
 
 def make_index(path: Path) -> Path:
@@ -96,10 +91,10 @@ def read_result(path: Path) -> None:
 
 
 RESULTS = {
-    "estimate of a file": Format(make_estimate, ("run/*.json",), read_estimate),
     "gpu index": Format(make_index, ("*",), read_index),
     "head.json": Format(make_head, ("head/*",), read_head),
 }
 PAGES = {
-    file.name: Format(partial(make_result, file=file), ("*.json",), read_result) for file in FILES
-}
+    file.name: Format(partial(make_result, file=file), (file.name,), read_result, PAGE_SECONDS)
+    for file in FILES
+} | {ESTIMATE.name: Format(make_estimate, (ESTIMATE.name,), read_result, PAGE_SECONDS)}
