@@ -443,6 +443,16 @@ def test_documents_without_end_or_of_no_end_of_bytes_are_refused(tmp_path: Path)
         read_whole(tmp_path / "huge", DataError, "do that", limit=1 << 20)
 
 
+def test_json_that_grows_in_memory_is_refused_unparsed(tmp_path: Path) -> None:
+    """A list takes 2 bytes of text and 64 of memory; 64 MiB of them would take 1.4 GB."""
+    file = tmp_path / "lists.json"
+    file.write_bytes(b'{"a": [' + b"[]," * 4_000_000 + b"[]]}")
+    with refused(DataError, "more values than any such file has", "do that"):
+        read_json(file, DataError, "do that")
+    file.write_bytes(b'{"a": "' + b"x" * 4_000_000 + b'"}')
+    assert len(read_json(file, DataError, "do that")["a"]) == 4_000_000
+
+
 @pytest.mark.parametrize("nested", ["[", "{a: ", "- ", "? "])
 def test_yaml_of_dozens_of_levels_is_refused_unparsed(tmp_path: Path, nested: str) -> None:
     """PyYAML took 45 s over 100 kB of brackets; here are as many levels as do no harm."""

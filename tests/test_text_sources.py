@@ -432,3 +432,24 @@ def test_a_look_meets_what_the_run_would_and_no_more(tmp_path: Path) -> None:
     look_at_documents(str(tmp_path), "text", "none", 1000, notes.append)
     (line,) = notes  # of rows the run has the last word
     assert line == f"{tmp_path}: passed over {tmp_path / 'README.md'}, of no kind of text"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("text")
+    os.mkfifo(tmp_path / "folder" / "b.txt")
+    (tmp_path / "endless.jsonl").symlink_to("/dev/zero")
+    with refused("b.txt: no plain file", "remove it"):
+        read_text(str(tmp_path / "folder"))
+    for name in ("folder/b.txt", "endless.jsonl"):
+        with refused(f"{name}: no plain file", "--data -"):
+            read_text(str(tmp_path / name))
+
+
+def test_a_huge_file_without_lines_is_refused_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "huge.jsonl"
+    file.touch()
+    os.truncate(file, 1 << 40)  # sparse: it takes no room
+    with refused("huge.jsonl:1: longer than 134 MB"):
+        read_text(str(file))

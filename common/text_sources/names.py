@@ -154,8 +154,10 @@ def _file(name: str) -> TextFile:
             f"expected {kinds}, all but the last also with {' or '.join(COMPRESSIONS)} behind, "
             "a folder, a quoted pattern, - or hf:NAME",
         )
-    if file is None or not os.path.isfile(name):
+    if file is None or not os.path.exists(name):
         raise DataError(f"{name}: no such file", "check --data")
+    if not os.path.isfile(name):
+        raise DataError(f"{name}: no plain file", "pipe its text in, with --data -")
     return file
 
 
@@ -173,6 +175,9 @@ def _folder(name: str, notes: list[str]) -> list[TextFile]:
         raise DataError(
             f"{name}: holds no file of text{held}", f"expected files {', '.join(KINDS)}"
         )
+    for file in found:
+        if not os.path.isfile(file.place):  # a pipe, a device or a link that leads nowhere
+            raise DataError(f"{file.place}: no plain file", "remove it, or pass others by a pattern")
     if others:
         notes.append(f"{name}: passed over {_some(others)}, of no kind of text")
     return _alike(name, found)
