@@ -28,6 +28,7 @@ from benchmarks.fuzz_formats import SECONDS, Format
 from benchmarks.fuzz_mutations import STAND_INS, mutated
 from benchmarks.fuzz_results import PAGES, RESULTS
 from benchmarks.fuzz_runs import RUNS
+from benchmarks.shared import own_bytes
 from common.files import remove_output
 
 FORMATS = MADE | RESULTS | EXPORTS | RUNS | PAGES
@@ -127,8 +128,8 @@ def _serve(there: Connection, name: str, numbers: range, seed: int, keep: Path |
     with tempfile.TemporaryDirectory() as made:
         directory, made_format = Path(made), FORMATS[name]
         made_format.read(made_format.make(directory))  # which imports what it takes
-        limit = _mapped() + ALLOWED_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit = own_bytes() + ALLOWED_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         there.send(("ready", ""))
         for number in numbers:
             there.send(one(made_format, directory, seed, number, keep))
@@ -202,11 +203,6 @@ def _last_line() -> str:
     frames = traceback.extract_tb(sys.exc_info()[2])
     ours = [frame for frame in frames if frame.filename.startswith(root)]
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
-
-
-def _mapped() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
 
 
 if __name__ == "__main__":

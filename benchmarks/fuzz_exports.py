@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from benchmarks.fuzz_formats import Format, make_exported, make_model, make_predictors, read_model
 
-DENSE, SET = "m.dense.gguf", "m-0000*-of-00002.gguf"
+DENSE, SECOND, SET = "m.dense.gguf", "m.smallthinker.gguf", "m-0000*-of-00002.gguf"
 
 
 def make_dense(path: Path, arch: str) -> Path:
@@ -27,8 +28,7 @@ def make_second_engine(path: Path) -> Path:
     from gguf_export.settings import SECOND_ENGINE, ExportConfig
 
     model = make_model(path / "model", intermediate_size=2048)
-    out = path / "m.smallthinker.gguf"
-    export_single(ExportConfig(model=str(model), out=out, engine=SECOND_ENGINE))
+    export_single(ExportConfig(model=str(model), out=path / SECOND, engine=SECOND_ENGINE))
     return path
 
 
@@ -52,16 +52,15 @@ def make_set(path: Path) -> Path:
     return path
 
 
-def read_expert_file(path: Path) -> None:
+def read_expert_file(path: Path, name: str) -> None:
     """Inspect and verify a file of arch `smallthinker`."""
     from gguf_export.pwri.inspection import inspect_file, inspection_table
     from powerinfer_bridge.verify.verification import verification_table, verify
 
-    [file] = [*path.glob(DENSE), *path.glob("*.smallthinker.gguf")]
-    report = verify(file)
+    report = verify(path / name)
     assert verification_table(report)
     json.dumps(report.document(), allow_nan=False)
-    assert inspection_table(inspect_file(file))
+    assert inspection_table(inspect_file(path / name))
 
 
 def read_gguf_model(path: Path) -> None:
@@ -89,11 +88,11 @@ def read_manifest(path: Path) -> None:
 
 
 EXPORTS = {
-    "dense llama": Format(lambda path: make_dense(path, "llama"), (DENSE,), read_gguf_model),
+    "dense llama": Format(partial(make_dense, arch="llama"), (DENSE,), read_gguf_model),
     "dense smallthinker": Format(
-        lambda path: make_dense(path, "smallthinker"), (DENSE,), read_expert_file
+        partial(make_dense, arch="smallthinker"), (DENSE,), partial(read_expert_file, name=DENSE)
     ),
     "export manifest": Format(make_exported, ("*.manifest.json",), read_manifest),
     "gguf set": Format(make_set, (SET,), read_gguf_model),
-    "second engine": Format(make_second_engine, ("*.gguf",), read_expert_file),
+    "second engine": Format(make_second_engine, (SECOND,), partial(read_expert_file, name=SECOND)),
 }

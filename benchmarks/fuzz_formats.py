@@ -136,11 +136,11 @@ def read_predictors(path: Path) -> None:
     from pipeline.artifacts import describe, described_table
     from predictor.artifact import PredictorArtifact
 
-    described_table(describe(path / "made"))
     artifact = PredictorArtifact.open(path / "made")
     artifact.require_complete()
     for layer in range(min(artifact.header.n_layers, 4)):
         artifact.layer(layer)
+    described_table(describe(path / "made"))
 
 
 def make_exported(path: Path) -> Path:

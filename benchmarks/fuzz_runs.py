@@ -72,8 +72,8 @@ def read_sparsified(path: Path) -> None:
     from pipeline.artifacts import describe, described_table
     from prosparse.training_log import last_evaluation, read_log
 
-    assert described_table(describe(path))
     last_evaluation(read_log(path / "training" / "log.jsonl"))
+    assert described_table(describe(path))
 
 
 def make_tasks(path: Path) -> Path:

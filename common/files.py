@@ -197,6 +197,18 @@ def opened(
         raise error(f"{path}: {said}", remedy) from problem
 
 
+def refuse_special(path: Path, error: type[PspError], remedy: str) -> None:
+    """Refuse a pipe or a device in a file's place, which a library would wait for or not end.
+
+    Raises:
+        error: it is one; of a directory and what cannot be seen whoever reads it says why.
+    """
+    with suppress(OSError, ValueError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise error(f"{path}: no plain file", remedy)
+
+
 def _at_once(path: str, flags: int) -> int:
     """Open a file without waiting for whoever writes into it, were it a named pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

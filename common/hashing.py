@@ -14,6 +14,7 @@ from xxhash import xxh3_128
 
 from common.cache import cache_directory
 from common.errors import DataError, OutputError
+from common.files import refuse_special
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, parse, plain
 
@@ -61,6 +62,7 @@ def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
         DataError: it cannot be read.
     """
     state, size = xxh3_128(), 0
+    refuse_special(path, DataError, "check that the file can be read")
     try:
         total = path.stat().st_size
         with (

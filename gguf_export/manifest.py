@@ -7,7 +7,8 @@ none, so that none vouches for a mixture of two exports.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def manifest_path(file: Path) -> Path:
     """Return where what is known of an exported file is, or of a dense file that goes with it."""
     own = file.with_name(f"{file.name}{MANIFEST}")
     sparse = file.with_name(f"{file.name.removesuffix('.dense.gguf')}{SUFFIX}{MANIFEST}")
-    return sparse if file.name.endswith(".dense.gguf") and not own.exists() else own
+    dense = file.name.endswith(".dense.gguf")
+    return sparse if dense and not os.path.lexists(own) else own
 
 
 def write_manifest(
@@ -70,7 +72,7 @@ def write_manifest(
         seed=None,
         settings=plain(config),
         ingredients=[model, *(_ingredient(each) for each in sources if each is not None)],
-        outputs=_hashed(path.parent, outputs),
+        outputs=[_hashed(*each) for each in _files(path.parent, outputs)],
     )
     return path
 
@@ -82,11 +84,10 @@ def add_output(file: Path, output: Path) -> None:
         ResultError: the manifest is damaged.
         OutputError: the system refused.
     """
-    path = manifest_path(file)
-    if not path.is_file():
+    path, known = manifest_path(file), described(file)
+    if known is None:
         return
-    known = read(path)
-    [added] = _hashed(path.parent, [output])
+    [added] = (_hashed(*each) for each in _files(path.parent, [output]))
     kept = (each for each in known.outputs if each.name != added.name)
     write_sealed(path, plain(replace(known, outputs=(*kept, added))))
 
@@ -106,18 +107,20 @@ def check_outputs(file: Path, outputs: Iterable[Path], remedy: str = _AGAIN) -> 
         FormatError: one holds something else than was exported.
         ResultError: the manifest is damaged.
     """
-    path = manifest_path(file)
-    if not path.is_file():
+    path, made = manifest_path(file), described(file)
+    if made is None:
         return "no manifest, nothing to compare with"
-    known = {each.name: each for each in read(path).outputs}
-    found = [each for each in _hashed(path.parent, outputs) if each.name in known]
-    for each in found:
-        if each != known[each.name]:
+    known = {each.name: each for each in made.outputs}
+    compared = 0
+    for name, each in _files(path.parent, outputs):
+        if name not in known:
+            continue
+        if not _holds(each, known[name]):
             raise FormatError(
-                f"{path.parent / each.name}: damaged (not what {path.name} says was exported)",
-                remedy,
+                f"{path.parent / name}: damaged (not what {path.name} says was exported)", remedy
             )
-    return f"{len(found)} files hold what was exported"
+        compared += 1
+    return f"{compared} files hold what was exported"
 
 
 def refuse_damaged(file: Path, digest: str) -> None:
@@ -143,22 +146,32 @@ def described(file: Path) -> Provenance | None:
     """Return what an exported file was made with, None where that is not known.
 
     Raises:
-        ResultError: its manifest is damaged.
+        ResultError: its manifest is damaged, or something else is in its place.
     """
     path = manifest_path(file)
-    return read(path) if path.is_file() else None
+    return read(path) if os.path.lexists(path) else None
 
 
-def _hashed(base: Path, outputs: Iterable[Path]) -> tuple[HashedFile, ...]:
-    found = []
+def _files(base: Path, outputs: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield files and those of directories, with their names relative to a directory."""
     for output in outputs:
         inside = output.is_dir()
         files = sorted(each for each in output.iterdir() if each.is_file()) if inside else [output]
         for each in files:
-            size, digest = hash_file(each)
-            name = spelt(Path(os.path.relpath(each, base)).as_posix())
-            found.append(HashedFile(name=name, bytes=size, xxh3_128=digest))
-    return tuple(found)
+            yield spelt(Path(os.path.relpath(each, base)).as_posix()), each
+
+
+def _holds(path: Path, known: HashedFile) -> bool:
+    """Whether a file is what is known of it; one of another size, maybe terabytes, is not read."""
+    with suppress(OSError):  # which its hash tells
+        if path.stat().st_size != known.bytes:
+            return False
+    return _hashed(known.name, path) == known
+
+
+def _hashed(name: str, path: Path) -> HashedFile:
+    size, digest = hash_file(path)
+    return HashedFile(name=name, bytes=size, xxh3_128=digest)
 
 
 def _ingredient(path: Path) -> Ingredient:

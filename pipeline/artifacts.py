@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def made_table(path: Path) -> str:
 def _provenance(path: Path) -> Provenance | None:
     if not path.is_dir():
         return described(path)
-    return read(path / PROVENANCE) if (path / PROVENANCE).is_file() else None
+    return read(path / PROVENANCE) if os.path.lexists(path / PROVENANCE) else None
 
 
 def _made(provenance: Provenance | None) -> str:

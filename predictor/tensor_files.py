@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from xxhash import xxh3_128_hexdigest
 
 from common.errors import PspError
-from common.files import write_bytes
+from common.files import refuse_special, write_bytes
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -42,7 +42,10 @@ def load_tensors(
     Raises:
         error: missing, damaged, or not the file that the index counts.
     """
+    refuse_special(file, error, remedy)
     try:
+        with safe_open(file, framework="pt"):
+            pass  # a header that promises another size is refused before the data are read
         data = file.read_bytes()
         found: dict[str, torch.Tensor] = load(data)
     except (SafetensorError, OSError) as problem:

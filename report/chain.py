@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def _found(directory: Path) -> Iterator[tuple[Path, Provenance]]:
     places = [directory, *sorted(path for path in directory.iterdir() if path.is_dir())]
     for place in places:
         files = [place / PROVENANCE, *sorted(place.glob(f"*{_MANIFEST}"))]
-        for file in (each for each in files if each.is_file()):
+        for file in (each for each in files if os.path.lexists(each)):
             made = read(file)
             if made.artifact in _ORDER:
                 yield file, made

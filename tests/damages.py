@@ -11,21 +11,24 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.shared import own_bytes
+
 LIES = [0, 1, 3, 31, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
 ALLOWED_BYTES = 256 << 20
 
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """Refuse the process more memory than a small damaged file has any right to ask for."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + ALLOWED_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    """Refuse the process more memory than a small damaged file has any right to ask for.
+
+    Files that it maps do not count, however large they say they are.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (own_bytes() + ALLOWED_BYTES, hard))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def truncated(data: bytes, at: int) -> bytes:

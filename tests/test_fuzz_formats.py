@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from random import Random
 
@@ -13,16 +14,19 @@ from damages import little_memory
 from architectures import piece_tokenizer
 from architectures.piece_tokenizer import open_pieces
 from benchmarks.fuzz import FORMATS, one, outcome
-from benchmarks.fuzz_mutations import mutated
+from benchmarks.fuzz_mutations import STAND_INS, mutated
 from common.errors import CheckpointError, DataError, PredictorError
 
 QUICK = [
-    "gpu index",
-    "head.json",
+    "answers",
     "foreign predictors",
     "foreign safetensors",
+    "gpu index",
+    "head.json",
     "provenance.json",
+    "samples.jsonl",
     "settings",
+    "sparsified",
     "texts",
 ]
 
@@ -32,11 +36,26 @@ def test_damaged_files_cost_a_line(name: str, tmp_path: Path) -> None:
     each = FORMATS[name]
     each.read(each.make(tmp_path))
     with little_memory():
-        found = [one(each, tmp_path, 0, number) for number in range(60)]
+        first = len(STAND_INS) * len(each.files(tmp_path))
+        found = [one(each, tmp_path, 0, first + number) for number in range(60)]
     others = [pair for pair in found if pair[0] not in ("accepted", "refused")]
     assert not others
     assert sum(kind == "refused" for kind, _ in found) > 20
     each.read(tmp_path)  # all files are as they were
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["head.json", "samples.jsonl"])
+def test_what_is_no_such_file_costs_a_line(name: str, tmp_path: Path) -> None:
+    """A pipe, an endless or a huge file, a directory, a dead link or nothing in a file's place."""
+    each = FORMATS[name]
+    each.read(each.make(tmp_path))
+    with little_memory():
+        count = len(STAND_INS) * len(each.files(tmp_path))
+        found = [one(each, tmp_path, 0, number) for number in range(count)]
+    assert {kind for kind, _ in found} <= {"accepted", "refused"}
+    assert sum(kind == "refused" for kind, _ in found) >= count - 1  # a journal begins anew
+    each.read(tmp_path)
 
 
 def test_inputs_are_the_same_every_time_and_others_than_the_file() -> None:

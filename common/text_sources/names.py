@@ -177,7 +177,9 @@ def _folder(name: str, notes: list[str]) -> list[TextFile]:
         )
     for file in found:
         if not os.path.isfile(file.place):  # a pipe, a device or a link that leads nowhere
-            raise DataError(f"{file.place}: no plain file", "remove it, or pass others by a pattern")
+            raise DataError(
+                f"{file.place}: no plain file", "remove it, or pass others by a pattern"
+            )
     if others:
         notes.append(f"{name}: passed over {_some(others)}, of no kind of text")
     return _alike(name, found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from os.path import isfile
+from os.path import isfile, lexists
 from pathlib import Path
 from shlex import quote
 
@@ -65,7 +65,7 @@ def verify(
         _ = opened.file  # says what is there instead
     with suppress(FormatError):  # which is a finding
         opened = open_model_file(path)
-    if manifest_path(path).is_file():
+    if lexists(manifest_path(path)):
         report.check("checksum", lambda: check_outputs(path, [path]))
     mixture = isinstance(opened, MixtureFile)
     checkpoint = None if model is None else Checkpoint.open(model, experts=mixture)

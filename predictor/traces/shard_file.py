@@ -30,7 +30,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from common.errors import COLLECT_AGAIN, TraceError
-from common.files import write_error
+from common.files import refuse_special, write_error
 from predictor.traces.packing import shift_codes, unpack_active
 
 _PREFIX = 1024
@@ -247,6 +247,7 @@ def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
     Raises:
         TraceError: missing or damaged.
     """
+    refuse_special(path, TraceError, COLLECT_AGAIN)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
@@ -293,6 +294,7 @@ def stated_digest(path: Path) -> str:
     Raises:
         TraceError: missing or damaged.
     """
+    refuse_special(path, TraceError, COLLECT_AGAIN)
     try:
         with safe_open(path, framework="pt") as file:
             return str((file.metadata() or {}).get("xxh3_128"))
