@@ -92,12 +92,15 @@ class Answers:
         """Take what an earlier process kept.
 
         Raises:
-            OutputError: a line that is damaged.
+            OutputError: a line that is damaged, or that repeats earlier ones.
         """
         assert self.file is not None
         for number, entry in enumerate(entries, 2):
             try:
-                self._take(parse(Batch, entry))
+                batch = parse(Batch, entry)
+                if self.known.keys() >= set(batch.keys):
+                    raise ValueError("all of it was answered before")
+                self._take(batch)
             except ValueError as error:
                 raise KIND.damaged_line(self.file, number) from error
 

@@ -16,9 +16,10 @@ from conftest import refused
 
 from common.errors import EngineError, OutputError
 from gguf_export.bundle import Bundle
-from powerinfer_bridge.benchmark.journal import Journal, open_journal
+from powerinfer_bridge.benchmark.journal import Journal, Sample, open_journal
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
+from powerinfer_bridge.programs.sample import Phase, RunSample
 from results.bench import BENCH
 
 Psp = Callable[..., Result]
@@ -109,6 +110,20 @@ def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
         file.write_bytes(whole.replace(digits, others))
         with refused(OutputError, f"samples.jsonl: line {line} is damaged", "--force"):
             reopen(tmp_path / "out")
+
+
+def test_a_run_that_stands_there_twice_is_no_second_one(tmp_path: Path) -> None:
+    journal = reopen(tmp_path / "out")
+    for round_ in (1, 2):
+        run = RunSample(
+            load_seconds=None, prompt=None, decode=Phase(seconds=1, tokens=4), wall_seconds=2
+        )
+        journal.add(Sample(arm="predicted", round=round_, prompt=0, run=run))
+    file = tmp_path / "out" / "samples.jsonl"
+    assert len(reopen(tmp_path / "out").samples) == 2
+    file.write_bytes(file.read_bytes() + file.read_bytes().splitlines(keepends=True)[1])
+    with refused(OutputError, "samples.jsonl: line 4 is damaged"):
+        reopen(tmp_path / "out")
 
 
 def test_a_journal_without_checksums_is_of_an_older_psp(tmp_path: Path) -> None:

@@ -269,7 +269,7 @@ def test_damaged_answers_are_refused(
     from common.json_lines import line_of
     from common.typed_json import plain
 
-    for wrong in (b"{}\n", b"nonsense\n", line_of(plain(batch))):
+    for wrong in (b"{}\n", b"nonsense\n", line_of(plain(batch)), lines[-1]):
         file.write_bytes(b"".join([*lines, wrong]))
         with refused(OutputError, f"line {len(lines) + 1} is damaged", "--force"):
             evaluate(settings(output_path=out, limit=2, resume=True))

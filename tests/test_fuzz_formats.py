@@ -15,7 +15,9 @@ from architectures import piece_tokenizer
 from architectures.piece_tokenizer import open_pieces
 from benchmarks.fuzz import FORMATS, one, outcome
 from benchmarks.fuzz_mutations import STAND_INS, mutated
-from common.errors import CheckpointError, DataError, PredictorError
+from common.errors import CheckpointError, DataError, PredictorError, TraceError
+from common.hashing import hash_file
+from predictor.traces.shard_file import read_tensors
 
 QUICK = [
     "answers",
@@ -103,3 +105,13 @@ def test_a_perplexity_of_zero_is_no_measurement(tmp_path: Path) -> None:
     index.write_text(json.dumps(document))
     with refused(PredictorError, "ppl_levelled"):
         each.read(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_nobody_waits_for_a_pipe(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with refused(TraceError, "pipe: no plain file"):
+        read_tensors(pipe)
+    with refused(DataError, "pipe: no plain file"):
+        hash_file(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from click.testing import Result
 from conftest import refused
 
-from common.errors import FormatError
+from common.errors import FormatError, ResultError
 from common.provenance import read
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import split
@@ -104,3 +105,17 @@ def test_a_file_of_others_has_nothing_to_compare_with(bundle: Bundle, psp: Psp) 
     assert "checksum" not in shown.output
     config = SplitConfig(file=bundle.model_file, vram_budget="1GiB", force=True)
     assert split(config).gpu_index.exists()
+
+
+def test_a_manifest_that_is_no_file_is_not_taken_for_none(bundle: Bundle) -> None:
+    bundle.manifest.unlink()
+    assert "no manifest" in check_outputs(bundle.model_file, [bundle.model_file])
+    bundle.manifest.symlink_to("nowhere")
+    with refused(ResultError, "manifest.json: No such file"):
+        check_outputs(bundle.model_file, [bundle.model_file])
+
+
+def test_a_file_of_another_size_is_not_read(bundle: Bundle) -> None:
+    os.truncate(bundle.model_file, 1 << 40)  # sparse: it takes no room, and an hour to hash
+    with refused(FormatError, bundle.model_file.name, "damaged"):
+        check_outputs(bundle.model_file, [bundle.model_file])

@@ -47,6 +47,11 @@ class Sample:
     prompt: int
     run: RunSample
 
+    @property
+    def which(self) -> tuple[str, int, int]:
+        """What tells it from all others."""
+        return self.arm, self.round, self.prompt
+
     def row(self) -> SampleRow:
         """Return the figures as results list them."""
         run, prompt = self.run, self.run.prompt
@@ -87,6 +92,7 @@ class Journal:
         self.samples: list[Sample] = []
         self.quality: dict[str, object] = {}
         self._file = file
+        self._taken: set[tuple[str, int, int]] = set()
 
     def add(self, sample: Sample) -> None:
         """Keep a finished run."""
@@ -125,15 +131,16 @@ class Journal:
             number: of its line.
 
         Raises:
-            OutputError: it is none.
+            OutputError: it is none, or a run that an earlier one is of too.
         """
         assert self._file is not None
         try:
             found = parse(_Entry, entry)
         except JsonError as error:
             raise _KIND.damaged_line(self._file, number) from error
-        if found.sample is not None:
+        if found.sample is not None and found.sample.which not in self._taken:
             self.samples.append(found.sample)
+            self._taken.add(found.sample.which)
         elif found.quality is not None:
             self.quality[found.quality.name] = found.quality.value
         else:
