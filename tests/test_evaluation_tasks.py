@@ -230,7 +230,11 @@ def test_no_questions_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["task: [", "task: x\n  y: z", "- 1\n", "include: no.yaml\n", "\0"]
+    "text",
+    [
+        *("task: [", "task: x\n  y: z", "- 1\n", "include: no.yaml\n", "include: 5\n", "\0"),
+        *("tag: 5\n", "tag: [[1]]\n", "task: &a [*a]\n"),
+    ],
 )
 def test_a_broken_file_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
@@ -313,3 +317,7 @@ def test_silence_is_put_back() -> None:
         raise DataError("a task's")
     assert (logger.level, datasets.are_progress_bars_disabled()) == (level, bars)
     assert lm_eval_task.tqdm is bar
+
+
+def test_a_task_file_that_is_not_there_is_told_without_a_look_at_all_tasks() -> None:
+    assert "nowhere/own.yaml: no such file" in _refused(["nowhere/own.yaml"])

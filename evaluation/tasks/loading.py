@@ -125,10 +125,12 @@ def _manager(names: Sequence[str], extra: Sequence[Path]) -> Any:
         if isinstance(raw.get("task"), str):
             _refuse_twin(raw["task"], path, owner)
         known |= {str(raw[key]) for key in ("task", "group") if isinstance(raw.get(key), str)}
-        tags = raw.get("tag") or []
-        known |= {tags} if isinstance(tags, str) else set(tags)
+        known |= _tags(raw, path)
         members |= set(_members(raw))
     asked = {name for name in names if not Path(name).exists()}
+    for name in sorted(asked):
+        if name.endswith((".yaml", ".yml")):  # no task's name, and looking among all takes 20 s
+            raise DataError(f"{name}: no such file", "mend --tasks")
     return TaskManager(
         include_path=[str(each) for each in [*extra, *directories]] or None,
         include_defaults=not (asked | members) <= known,
@@ -141,6 +143,14 @@ def _refuse_twin(name: str, path: Path, owner: dict[str, Path]) -> None:
     first = owner.setdefault(name, path)
     if first != path and not path.is_relative_to(built_in()):
         raise DataError(f"task {name}: is in {first} and in {path}", "rename one of them")
+
+
+def _tags(raw: Mapping[str, Any], path: Path) -> set[str]:
+    found = raw.get("tag") or []
+    tags = found if isinstance(found, list) else [found]
+    if not all(isinstance(each, str) for each in tags):
+        raise DataError(f"{path}: not a task file (tag: {found!r:.80} is no name)", "mend the file")
+    return set(tags)
 
 
 def _members(raw: Mapping[str, Any]) -> Iterator[str]:
