@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
-from benchmarks.fuzz_formats import Format, make_exported, make_model, make_predictors, read_model
+from benchmarks.fuzz_formats import (
+    Format,
+    make_exported,
+    make_model,
+    make_predictors,
+    read_exported,
+    read_model,
+)
 
 DENSE, SECOND, SET = "m.dense.gguf", "m.smallthinker.gguf", "m-0000*-of-00002.gguf"
 
@@ -52,17 +58,6 @@ def make_set(path: Path) -> Path:
     return path
 
 
-def read_expert_file(path: Path, name: str) -> None:
-    """Inspect and verify a file of arch `smallthinker`."""
-    from gguf_export.pwri.inspection import inspect_file, inspection_table
-    from powerinfer_bridge.verify.verification import verification_table, verify
-
-    report = verify(path / name)
-    assert verification_table(report)
-    json.dumps(report.document(), allow_nan=False)
-    assert inspection_table(inspect_file(path / name))
-
-
 def read_gguf_model(path: Path) -> None:
     """Read a file, or a set by its second one, as a model: weights, tokenizer, fingerprint."""
     from gguf_export.pwri.inspection import inspect_file, inspection_table
@@ -90,9 +85,9 @@ def read_manifest(path: Path) -> None:
 EXPORTS = {
     "dense llama": Format(partial(make_dense, arch="llama"), (DENSE,), read_gguf_model),
     "dense smallthinker": Format(
-        partial(make_dense, arch="smallthinker"), (DENSE,), partial(read_expert_file, name=DENSE)
+        partial(make_dense, arch="smallthinker"), (DENSE,), partial(read_exported, name=DENSE)
     ),
     "export manifest": Format(make_exported, ("*.manifest.json",), read_manifest),
     "gguf set": Format(make_set, (SET,), read_gguf_model),
-    "second engine": Format(make_second_engine, (SECOND,), partial(read_expert_file, name=SECOND)),
+    "second engine": Format(make_second_engine, (SECOND,), partial(read_exported, name=SECOND)),
 }

@@ -154,16 +154,19 @@ def make_exported(path: Path) -> Path:
     return path
 
 
-def read_exported(path: Path) -> None:
-    """Inspect and verify an exported file, alone and with its model."""
+def read_exported(path: Path, name: str = "m.powerinfer.gguf") -> None:
+    """Inspect and verify an exported file; what verify finds refuses it."""
+    from common.errors import FormatError
     from gguf_export.pwri.inspection import inspect_file, inspection_table
     from powerinfer_bridge.verify.verification import verification_table, verify
 
-    file = path / "m.powerinfer.gguf"
+    file = path / name
     report = verify(file)
     assert verification_table(report)
     json.dumps(report.document(), allow_nan=False)
     assert inspection_table(inspect_file(file))
+    if not report.ok:
+        raise FormatError(f"{file}: verify finds damage", "export again")
 
 
 def make_foreign(path: Path) -> Path:
