@@ -233,6 +233,7 @@ def test_no_questions_are_told(tmp_path: Path) -> None:
     "text",
     [
         *("task: [", "task: x\n  y: z", "- 1\n", "include: no.yaml\n", "include: 5\n", "\0"),
+        *(f"include: {'x' * 300}\n", "include: [own, 5]\n", 'include: "\\0"\n'),
         *("tag: 5\n", "tag: [[1]]\n", "task: &a [*a]\n"),
     ],
 )

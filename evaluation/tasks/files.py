@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _included(path: Path, seen: set[Path]) -> Iterator[Path]:
     include = _without_tags(path).get("include") or []
     names = include if isinstance(include, list) else [include]
     for name in names:
-        if not isinstance(name, str) or "\0" in name or not (path.parent / name).is_file():
+        if not isinstance(name, str) or not os.path.isfile(path.parent / name):
             raise DataError(f"{path}: not a task file (include: {name!r:.80} is no file)", _MEND)
         yield from _included(path.parent / name, seen)
 
