@@ -17,7 +17,8 @@ def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
     """Print what an artifact is, and what it was made with; of two, how they differ.
 
     Of an exported file: keys, tensors, types, predictor ranks and bytes by kind. Of a directory
-    with traces, predictors, a head's predictor or a sparsified model: what it says of itself.
+    with traces, predictors, a head's predictor, a sparsified model or results: what it says of
+    itself.
     """
     from gguf_export.pwri.inspection import inspect_file, inspection_table
     from pipeline.artifacts import (

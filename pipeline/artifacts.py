@@ -12,7 +12,7 @@ from common.decisions import mean_metrics
 from common.errors import ResultError
 from common.hashing import hash_files
 from common.provenance import PROVENANCE, Made, Provenance, read
-from common.sealed import read_sealed
+from common.sealed import read_sealed, seal_of
 from common.table import fact_table, layer_table, table
 from common.typed_json import plain
 from gguf_export.manifest import described
@@ -30,8 +30,11 @@ class Described:
 
     Attributes:
         path: where it is.
-        kind: `traces`, `predictors`, `head`, `sparsified model`, or `file` for one in GGUF.
+        kind: `traces`, `predictors`, `head`, `sparsified model`, `results` in a JSON document, or
+            `file` for one in GGUF.
         facts: what it says of itself, JSON-ready.
+        sealed: whether its index, or every result, states its own checksum; None of a `file`, whose
+            manifest vouches for it.
         files: hash of each of its files, by name.
         provenance: what it was made with, None where that is not known.
     """
@@ -39,6 +42,7 @@ class Described:
     path: str
     kind: str
     facts: dict[str, Any]
+    sealed: bool | None
     files: dict[str, str]
     provenance: Provenance | None
 
@@ -49,7 +53,7 @@ def describe(path: Path) -> Described:
     Raises:
         PspError: it is none, or damaged.
     """
-    kind, facts = _facts(path)
+    kind, indices, facts = _facts(path)
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     own = [each for each in files if each.name != PROVENANCE]
     names = [str(each.relative_to(path)) if path.is_dir() else each.name for each in own]
@@ -58,32 +62,39 @@ def describe(path: Path) -> Described:
         path=str(path),
         kind=kind,
         facts=facts,
+        sealed=all(seal_of(each) is not None for each in indices) if indices else None,
         files=dict(zip(names, hashes, strict=True)),
         provenance=_provenance(path),
     )
 
 
-def _facts(path: Path) -> tuple[str, dict[str, Any]]:
+def _facts(path: Path) -> tuple[str, list[Path], dict[str, Any]]:
+    """Return an artifact's kind, its documents that may be sealed, and what they say."""
     from gguf_export.pwri.inspection import inspect_file
     from predictor.artifact import PredictorArtifact
     from predictor.head.artifact import HeadArtifact
     from predictor.traces.store import TraceStore
     from predictor.traces.summary import trace_summary
     from prosparse.training import MARKER
+    from report.runs import FILES
 
     if not path.is_dir():
-        return "file", inspect_file(path)
-    if (path / "manifest.json").is_file():
-        return "traces", _without(trace_summary(TraceStore.open(path)), "traces")
-    if (path / "predictors.json").is_file():
-        return "predictors", _predictors(PredictorArtifact.open(path))
-    if (path / "head.json").is_file():
+        return "file", [], inspect_file(path)
+    if (index := path / "manifest.json").is_file():
+        return "traces", [index], _without(trace_summary(TraceStore.open(path)), "traces")
+    if (index := path / "predictors.json").is_file():
+        return "predictors", [index], _predictors(PredictorArtifact.open(path))
+    if (index := path / "head.json").is_file():
         head = HeadArtifact.open(path)
-        return "head", {"header": plain(head.header), "chosen": plain(head.chosen)}
-    if (path / MARKER).is_file():
-        return "sparsified model", read_sealed(path / MARKER, ResultError, "sparsify it again")
+        return "head", [index], {"header": plain(head.header), "chosen": plain(head.chosen)}
+    if (index := path / MARKER).is_file():
+        facts = read_sealed(index, ResultError, "sparsify it again")
+        return "sparsified model", [index], facts
+    if results := [each for each in FILES if (path / each.name).is_file()]:
+        facts = {each.path(path).stem: plain(each.read(path)) for each in results}
+        return "results", [each.path(path) for each in results], facts
     raise ResultError(
-        f"{path}: holds no traces, predictors or sparsified model",
+        f"{path}: holds no traces, predictors, sparsified model or results",
         "pass a directory that psp made, or an exported file",
     )
 
@@ -110,6 +121,10 @@ def described_table(found: Described) -> str:
         key.removeprefix("header."): value
         for key, value in _flat(_without(found.facts, "layers", "mean", "search", "ranks"))
     }
+    if found.kind == "results":  # their tables are for the page
+        flat = {key: value for key, value in flat.items() if "[" not in key}
+    if found.sealed is False:
+        flat["checksum"] = "none (an older psp made it)"
     parts = [fact_table({"what": found.kind, **{k: str(v) for k, v in flat.items()}})]
     if isinstance(layers, list) and layers:
         parts.append(layer_table(layers, found.facts.get("mean")))

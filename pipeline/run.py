@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from common.errors import OutputError
-from common.files import read_json
+from common.sealed import read_sealed
 from common.table import fact_table
 from common.typed_json import plain
 from common.units import parse_size
@@ -117,7 +117,7 @@ def _outcome(prepared: Prepared) -> Outcome:
         layout=layout,
         taken={step.name: prepared.state.steps[step.name].seconds for step in prepared.steps},
         bench=BENCH.read(layout.result),
-        verified=read_json(layout.verified, OutputError, "pass --force to start over"),
+        verified=read_sealed(layout.verified, OutputError, "pass --force to start over"),
         vram_budget=prepared.config.vram_budget,
     )
 

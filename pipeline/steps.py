@@ -9,7 +9,7 @@ from pathlib import Path
 
 from architectures.source import Source
 from common.errors import ExportError
-from common.files import write_json
+from common.sealed import write_sealed
 from common.text_sources.names import DATASET, Sources, names_of
 from common.typed_json import plain
 from common.version import package_version, tool_version
@@ -331,7 +331,7 @@ def _verify(config: ExportConfig, target: Path) -> None:
                 f"{config.out}: failed verification at '{name}' ({outcome.detail})",
                 outcome.remedy or "see docs/verify.md",
             )
-    write_json(target, report.document())
+    write_sealed(target, report.document())
 
 
 def _report(settings: StepSettings, layout: Layout) -> None:

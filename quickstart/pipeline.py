@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.errors import OutputError
-from common.files import read_json, write_json
+from common.sealed import read_sealed, write_sealed
 from common.version import tool_version
 from pipeline.layout import Layout
 from pipeline.plan import prepare
@@ -126,7 +126,7 @@ def _claim(config: QuickstartConfig) -> None:
     settings = {"size": config.size, "seed": config.seed}
     marker = config.out / "quickstart.json"
     if marker.exists():
-        found = read_json(marker, OutputError, "choose another --out").get("settings")
+        found = read_sealed(marker, OutputError, "choose another --out").get("settings")
         if found != settings:
             raise OutputError(
                 f"{config.out}: holds a quickstart with {found}, not {settings}",
@@ -135,7 +135,7 @@ def _claim(config: QuickstartConfig) -> None:
         return
     if config.out.exists() and not (config.out.is_dir() and not any(config.out.iterdir())):
         raise OutputError(f"{config.out}: exists and is no quickstart", "choose another --out")
-    write_json(marker, {"settings": settings, "tool_version": tool_version()})
+    write_sealed(marker, {"settings": settings, "tool_version": tool_version()})
 
 
 def _run(config: QuickstartConfig, size: Size, paths: Paths) -> Bench:

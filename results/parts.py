@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 from common.errors import ResultError
-from common.files import write_json
+from common.sealed import write_sealed
 from common.typed_json import (
     Count,
     Misfit,
@@ -62,12 +62,12 @@ class ResultFile(Generic[Document]):
         )
 
     def write(self, directory: Path, document: Document) -> None:
-        """Write a document into a directory, whole or not at all.
+        """Write a document into a directory with its checksum, whole or not at all.
 
         Raises:
             OutputError: the system refused it.
         """
-        write_json(directory / self.name, plain(document))
+        write_sealed(directory / self.name, plain(document))
 
 
 Amount = Annotated[float, Range(0)]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import made_up_results
 import pytest
 from click.testing import Result
 from conftest import refused
@@ -16,6 +17,7 @@ from common.clock import now
 from common.errors import ResultError
 from common.hashing import HashedFile
 from common.provenance import PROVENANCE, Ingredient, read, record, shortened, source_commit
+from common.sealed import seal_of
 from gguf_export.bundle import Bundle
 from gguf_export.manifest import manifest_path
 from pipeline.artifacts import describe
@@ -23,6 +25,7 @@ from predictor.artifact import PredictorArtifact
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
+from results.bench import BENCH
 
 Psp = Callable[..., Result]
 MODEL = Ingredient(
@@ -180,12 +183,27 @@ def test_two_are_compared(
     assert "files that differ: layer-00.safetensors" in table
 
 
+def test_results_are_sealed_shown_and_compared(psp: Psp, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / BENCH.name).write_text(json.dumps(made_up_results.bench(seed=seed)))
+    old = psp("inspect", tmp_path / "a").stdout
+    assert re_in(old, "results", "bench.model", "Made-up-7B", "checksum", "none (an older psp")
+    assert "samples[" not in old
+    BENCH.write(tmp_path / "b", BENCH.read(tmp_path / "b"))
+    assert seal_of(tmp_path / "b" / BENCH.name) is not None
+    new = psp("inspect", tmp_path / "b").stdout
+    assert "checksum" not in new
+    document = json.loads(psp("inspect", tmp_path / "a", tmp_path / "b", "--json").stdout)
+    assert "bench.activation_recall" in {each["what"] for each in document["differences"]}
+
+
 def test_bad_input_is_one_line(
     psp: Psp, traces: TraceStore, predictors: PredictorArtifact, tmp_path: Path
 ) -> None:
     for arguments, code, part in (
         ((traces.path, predictors.path), 1, "compare like with like"),
-        ((tmp_path,), 1, "holds no traces, predictors or sparsified model"),
+        ((tmp_path,), 1, "holds no traces, predictors, sparsified model or results"),
         ((tmp_path / "none",), 1, "none"),
         ((traces.path,) * 3, 2, "these are more"),
     ):

@@ -18,6 +18,7 @@ from conftest import TEXT, refused
 from xxhash import xxh3_128
 
 from common.errors import ResultError
+from common.sealed import read_sealed
 from common.typed_json import plain
 from gguf_export.bundle import Bundle
 from powerinfer_bridge.benchmark.run import bench
@@ -44,8 +45,7 @@ def written(exact_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def document(written: Path) -> Document:
-    found: Document = json.loads((written / "bench.json").read_text(encoding="utf-8"))
-    return found
+    return read_sealed(written / "bench.json", ResultError, "")
 
 
 FREE = ("settings", "environment", "device", "bytes")

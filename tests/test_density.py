@@ -19,6 +19,7 @@ from benchmarks import density
 from benchmarks.density import DensityConfig, label, lines, run
 from benchmarks.exact_density import FixtureShape
 from common.errors import EngineError, ExportError, OutputError, ResultError
+from common.sealed import read_sealed
 from common.typed_json import parse, plain
 from powerinfer_bridge.benchmark.setup import this_machine
 from report.figures.speed import density_figure
@@ -97,13 +98,12 @@ def swept(tokenizer_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> D
 @pytest.fixture
 def document(swept: DensityConfig) -> dict[str, Any]:
     """Return what the finished sweep holds."""
-    found: dict[str, Any] = json.loads((swept.out / "density.json").read_text())
-    return found
+    return read_sealed(swept.out / "density.json", ResultError, "")
 
 
 def test_points_hold_what_the_benchmark_said(config: DensityConfig) -> None:
     sweep = run(replace(config, llama_cpp_bin="llama"), FakeBench(estimate=True))
-    document = json.loads((config.out / "density.json").read_text())
+    document = read_sealed(config.out / "density.json", ResultError, "")
     assert document == plain(sweep)
     assert DENSITY.read(config.out) == sweep
     assert (document["kind"], document["schema_version"]) == ("psp.density", 1)
@@ -169,7 +169,7 @@ def test_other_settings_do_not_mix(
     with refused(OutputError, "density.json", f"another {key};", "another --out"):
         run(replace(swept, **changes), bench)
     assert not bench.asked
-    assert document == json.loads((swept.out / "density.json").read_text())
+    assert document == read_sealed(swept.out / "density.json", ResultError, "")
 
 
 def test_machines_do_not_mix(

@@ -15,6 +15,7 @@ from conftest import refused
 from made_up_results import Document
 
 from common.errors import EngineError, OutputError, PspError, ResultError
+from common.sealed import read_sealed
 from common.typed_json import parse, plain
 from cost_model.model_bytes import LayerPlace, Place, on_cpu
 from cost_model.roofline import PARTS
@@ -347,7 +348,7 @@ def test_outputs_are_kept(exact_bundle: Bundle, cpu: str, tmp_path: Path) -> Non
         "out": tmp_path / "o",
     }
     document = estimated(EstimateConfig(**config))
-    assert json.loads((tmp_path / "o" / "estimate.json").read_text()) == document
+    assert read_sealed(tmp_path / "o" / "estimate.json", ResultError, "") == document
     with refused(OutputError, "estimate.json exists", "--force"):
         estimate(EstimateConfig(**config))
     estimate(EstimateConfig(**config, force=True))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import made_up_evaluation
+import made_up_results
 import pytest
 from conftest import refused
 
@@ -16,6 +20,10 @@ from predictor.artifact import PredictorArtifact
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
+from report.runs import load_runs
+from results.bench import BENCH
+from results.evaluation import EVALUATION
+from results.parts import ResultFile
 
 PLACES = 60
 """Of each file, at most, chosen by chance."""
@@ -77,6 +85,18 @@ def test_of_predictors_before_they_are_exported(ranked_traces: TraceStore, tmp_p
 
     found = unnoticed(copy, use)
     assert not [place for place in found if not harmless(place, copy)], found
+
+
+def test_of_results_before_they_are_shown(tmp_path: Path) -> None:
+    kinds: tuple[tuple[ResultFile[Any], Callable[[], object]], ...] = (
+        (BENCH, made_up_results.bench),
+        (EVALUATION, made_up_evaluation.evaluation),
+    )
+    for kind, made in kinds:
+        (tmp_path / kind.name).write_text(json.dumps(made()))
+        kind.write(tmp_path, kind.read(tmp_path))
+    found = unnoticed(tmp_path, lambda: load_runs([tmp_path]))
+    assert not [place for place in found if not harmless(place, tmp_path)], found
 
 
 def harmless(place: str, directory: Path) -> bool:

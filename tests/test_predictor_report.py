@@ -18,7 +18,8 @@ from conftest import exact, refused, write_predictors
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common.errors import OutputError, PredictorError
+from common.errors import OutputError, PredictorError, PspError
+from common.sealed import SEAL, read_sealed
 from common.typed_json import plain
 from predictor.artifact import Epoch, PredictorArtifact
 from predictor.reporting.metrics import LayerMeasurement, Sweep, sweep_thresholds
@@ -136,7 +137,7 @@ def test_the_document_and_the_tables_say_the_same(
     report: Path, layers: list[LayerMeasurement]
 ) -> None:
     document = json.loads((report / "report.json").read_text(), parse_constant=pytest.fail)
-    assert plain(PREDICTORS.read(report)) == document
+    assert plain(PREDICTORS.read(report)) == read_sealed(report / "report.json", PspError, "")
     assert document["model"] == "m"
     assert document["layers"][1] == {"layer": 1, "rank": 32, "type": "f16", **layers[1].metrics}
     recalls = [layer.metrics["activation_recall"] for layer in layers]
@@ -228,7 +229,8 @@ def test_whatever_was_measured_can_be_drawn(
     report = report_of(layers, points)
     write_report(tmp_path / "out", report, nothing)
     text = (tmp_path / "out" / "report.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == plain(report)  # JSON has no NaN
+    document = json.loads(text, parse_constant=pytest.fail)  # JSON has no NaN
+    assert document.keys() == {*plain(report), SEAL}
     assert len(report.layers) == len(layers)
     assert PREDICTORS.read(tmp_path / "out") == report
     figures: list[Callable[[], Figure]] = [
@@ -290,7 +292,7 @@ def test_exact_predictors_miss_next_to_nothing(
     artifact.search = list(POINTS)
     artifact.epochs[1] = (Epoch(loss=0.5, held_out_loss=0.6, held_out_error=0.1),)
     report = report_predictors(tmp_path / "out", traces, artifact, draw=nothing)
-    assert plain(report) == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert plain(report) == read_sealed(tmp_path / "out" / "report.json", PspError, "")
     assert [layer.layer for layer in report.layers] == [0, 1]
     mean = report.mean
     assert mean.activation_recall > 0.999

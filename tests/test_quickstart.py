@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from cli import main
-from common.errors import OutputError
+from common.errors import OutputError, ResultError
+from common.sealed import read_sealed
 from common.typed_json import plain
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine.engine import Engine, generate
@@ -62,7 +63,7 @@ def test_second_run_reuses_every_step(finished: tuple[QuickstartConfig, str]) ->
     before = {path: path.stat().st_mtime_ns for path in files}
     result, paths = quickstart(config)
     assert {path: path.stat().st_mtime_ns for path in files} == before
-    assert plain(result) == json.loads(paths.result.read_text())
+    assert plain(result) == read_sealed(paths.result, ResultError, "")
 
 
 def test_evaluate_asks_model_predictors_and_file(finished: tuple[QuickstartConfig, str]) -> None:

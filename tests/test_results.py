@@ -15,6 +15,7 @@ from made_up_density import density
 from made_up_results import Document, bench, estimate, predictor_report
 
 from common.errors import ResultError
+from common.sealed import read_sealed
 from results.bench import BENCH, Bench, round_speeds
 from results.density import DENSITY
 from results.estimate import ESTIMATE
@@ -41,7 +42,7 @@ def test_what_is_read_is_written_again_in_the_same_order(tmp_path: Path, name: s
     document = file.read(put(tmp_path, file, make()))
     (tmp_path / "again").mkdir()
     file.write(tmp_path / "again", document)
-    written = json.loads((tmp_path / "again" / file.name).read_text())
+    written = read_sealed(tmp_path / "again" / file.name, ResultError, "")
     assert json.dumps(written) == json.dumps(make())
     assert file.read(tmp_path / "again" / file.name) == document
 
@@ -79,7 +80,7 @@ def test_what_a_report_does_not_know_is_not_in_it(tmp_path: Path) -> None:
         row.pop("missed_importance")
         row.pop("ffn_output_error")
     PREDICTORS.write(tmp_path, PREDICTORS.read(put(tmp_path, PREDICTORS, found)))
-    assert json.loads((tmp_path / "report.json").read_text()) == found
+    assert read_sealed(tmp_path / "report.json", ResultError, "") == found
 
 
 def test_a_report_without_epochs_is_one_of_an_older_psp(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from conftest import refused
 from processes import wait_for
 
 from common.errors import PredictorError
+from common.sealed import SEAL, read_sealed, write_sealed
 from gguf_export.pwri.statistics import read_statistics, write_statistics
 from vllm_plugin import statistics
 from vllm_plugin.statistics import Statistics
@@ -46,7 +47,7 @@ def test_counts_are_written_as_powerinfers_files(tmp_path: Path) -> None:
     assert (found["tokens"], found["model"]) == (4, MODEL)
     assert found["activation_sparsity"] == pytest.approx(1 - 21 / (2 * 6 * 4))
     # nothing but counts
-    assert set(found) == {"kind", "schema_version", "tokens", "activation_sparsity", "model"}
+    assert set(found) == {"kind", "schema_version", "tokens", "activation_sparsity", "model", SEAL}
 
 
 def test_a_server_that_saw_no_token_writes_nothing(tmp_path: Path) -> None:
@@ -122,8 +123,8 @@ def test_two_servers_do_not_count_in_one_place(tmp_path: Path) -> None:
 
 def test_counts_beyond_the_tokens_are_refused(tmp_path: Path) -> None:
     made(tmp_path, grown()).close()
-    facts_ = facts(tmp_path) | {"tokens": 3}
-    (tmp_path / "statistics.json").write_text(json.dumps(facts_))
+    file = tmp_path / "statistics.json"
+    write_sealed(file, read_sealed(file, PredictorError, "") | {"tokens": 3})
     with refused(PredictorError, "counts more tokens than statistics.json"):
         made(tmp_path, grown())
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import PredictorError, PspError, printable
-from common.files import read_json, write_json
+from common.sealed import read_sealed, write_sealed
 from gguf_export.pwri.statistics import read_statistics, write_statistics
 from vllm_plugin.register import LOGGER
 
@@ -93,7 +93,7 @@ class Statistics:
         before = torch.zeros(n_layers, d_ff + 1, dtype=torch.int64)
         file = self.directory / FILE
         if file.exists():
-            found = read_json(file, PredictorError, _OTHER)
+            found = read_sealed(file, PredictorError, _OTHER)
             tokens = found.get("tokens")
             if found.get("kind") != _KIND or not isinstance(tokens, int):
                 raise PredictorError(f"{file}: is not the plugin's", _OTHER)
@@ -144,7 +144,7 @@ class Statistics:
             write_statistics(self.directory, [layer[:-1].clone() for layer in counts])
             sparsity = 1 - counts[:, :-1].double().mean().item() / tokens
             facts = {"tokens": tokens, "activation_sparsity": sparsity, "model": self.model}
-            write_json(self.directory / FILE, {"kind": _KIND, "schema_version": 1, **facts})
+            write_sealed(self.directory / FILE, {"kind": _KIND, "schema_version": 1, **facts})
             self._written = counts
         except PspError as error:
             logging.getLogger(LOGGER).warning("activation statistics are not written: %s", error)
