@@ -131,6 +131,28 @@ def test_readers_are_told_that_it_is_not_finished_yet(traces: TraceStore, tmp_pa
         store.require_complete()
 
 
+def test_a_reader_in_use_mixes_no_two_collections(
+    ranked_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, other = (
+        Path(shutil.copytree(ranked_traces.path, tmp_path / name)) for name in ("t", "new")
+    )
+    store = TraceStore.open(other)
+    shard = store.progress.shards[0]
+    store._commit(shards=(replace(shard, text_sha256="0" * 64), *store.progress.shards[1:]))
+    real = TraceStore.layer
+
+    def layer(self: TraceStore, number: int, *device: Any) -> Any:
+        if number == 1:  # as `collect --force` ends beside a training
+            exchange(other, here)
+        return real(self, number, *device)
+
+    monkeypatch.setattr(TraceStore, "layer", layer)
+    config = TrainConfig(traces=here, out=tmp_path / "p", rank=32, recipe="svd")
+    with refused(TraceError, str(here), "was replaced while it was read", "start again"):
+        train_predictors(config)
+
+
 @pytest.fixture
 def wanted(model_dir: Path, data_file: Path, tmp_path: Path) -> CollectConfig:
     return CollectConfig(

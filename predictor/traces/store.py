@@ -196,12 +196,42 @@ class TraceStore:
             digests.append(xxhash.xxh3_128_hexdigest(data))
         self._commit(weights=tuple(digests))
 
+    @contextmanager
+    def _one_collection(self) -> Iterator[None]:
+        """Read files that are all of the collection that was opened.
+
+        Files are opened by name, and `collect --force` exchanges the directory as a whole: if the
+        manifest is the same afterwards, so were they.
+
+        Raises:
+            TraceError: another one has taken its place.
+        """
+        try:
+            yield
+        except TraceError:
+            self._refuse_replaced()
+            raise
+        self._refuse_replaced()
+
+    def _refuse_replaced(self) -> None:
+        try:
+            same = read_manifest(self.path) == (self.header, self.progress)
+        except TraceError:
+            same = False
+        if not same:
+            raise TraceError(f"{self.path}: was replaced while it was read", "start again")
+
     def weights(self, layer: int) -> LayerWeights:
         """Read what `save_weights` stored.
 
         Raises:
-            TraceError: missing, damaged or of other sizes than the manifest says.
+            TraceError: missing, damaged, of other sizes than the manifest says, or replaced since
+                the store was opened.
         """
+        with self._one_collection():
+            return self._read_weights(layer)
+
+    def _read_weights(self, layer: int) -> LayerWeights:
         file = self._layer_file(layer, "weights")
         tensors = read_tensors(file)
         stated = dict(zip(self.header.layers, self.progress.weights, strict=False)).get(layer)
@@ -226,17 +256,18 @@ class TraceStore:
             device: where rows are computed with; a GPU's memory holds them if they fit.
 
         Raises:
-            TraceError: the layer was not recorded, or a shard is missing, damaged or does not fit
-                the manifest.
+            TraceError: the layer was not recorded, a shard is missing, damaged or does not fit the
+                manifest, or the store was replaced since it was opened.
         """
         if layer not in self.header.layers:
             raise TraceError(f"{self.path}: layer {layer} was not collected", "see --layers")
         if not self.progress.shards:
             raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
-        self._vouch(layer)
-        pieces = [
-            self._mapped(layer, n, shard.rows) for n, shard in enumerate(self.progress.shards)
-        ]
+        with self._one_collection():
+            self._vouch(layer)
+            pieces = [
+                self._mapped(layer, n, shard.rows) for n, shard in enumerate(self.progress.shards)
+            ]
         if device.type == "cuda":
             return rows_for(device, pieces, lambda: list(map(_counted, pieces)))
         return ShardedRows(*map(_counted, pieces))
@@ -271,10 +302,11 @@ class TraceStore:
         """Return every recorded layer's activation sparsity over all rows, from stored counts."""
         decisions = self.rows * self.header.d_ff
         sparsity = {}
-        for layer in self.header.layers:
-            files = (self._shard_file(layer, n) for n in range(len(self.progress.shards)))
-            active = sum(int(shard_counts(file).sum()) for file in files)
-            sparsity[layer] = 1 - active / decisions
+        with self._one_collection():
+            for layer in self.header.layers:
+                files = (self._shard_file(layer, n) for n in range(len(self.progress.shards)))
+                active = sum(int(shard_counts(file).sum()) for file in files)
+                sparsity[layer] = 1 - active / decisions
         return sparsity
 
     def check(self) -> None:
