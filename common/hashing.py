@@ -46,6 +46,7 @@ class HashedFile(Closed):
 class _Remembered(Closed):
     bytes: Count
     mtime_ns: int
+    ctime_ns: int
     inode: Count
     xxh3_128: str
 
@@ -87,7 +88,10 @@ def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
 
 
 def hash_files(paths: Iterable[Path]) -> tuple[HashedFile, ...]:
-    """Hash files in order, large ones only if size, time or inode have changed since.
+    """Hash files in order, large ones only if size, times or inode have changed since.
+
+    One of the times is the system's own, that nobody can set back: a copy that keeps the time of
+    what it is of, or a clock that goes back, hides no change.
 
     What is remembered lies in `hashes.json` of psp's cache directory; where that cannot be written
     every file is read.
@@ -100,9 +104,12 @@ def hash_files(paths: Iterable[Path]) -> tuple[HashedFile, ...]:
     for path in paths:
         key, facts = str(path.resolve()), _facts(path)
         known = memory.pop(key, None)
-        if known is None or (known.bytes, known.mtime_ns, known.inode) != facts:
+        if known is None or (known.mtime_ns, known.ctime_ns, known.inode, known.bytes) != facts:
             size, digest = hash_file(path)
-            known = _Remembered(bytes=size, mtime_ns=facts[1], inode=facts[2], xxh3_128=digest)
+            modified, changed, inode, _ = facts
+            known = _Remembered(
+                bytes=size, mtime_ns=modified, ctime_ns=changed, inode=inode, xxh3_128=digest
+            )
         if known.bytes >= _KEPT:
             memory[key] = known
         found.append(HashedFile(name=path.name, bytes=known.bytes, xxh3_128=known.xxh3_128))
@@ -113,14 +120,14 @@ def hash_files(paths: Iterable[Path]) -> tuple[HashedFile, ...]:
     return tuple(found)
 
 
-def _facts(path: Path) -> tuple[int, int, int]:
+def _facts(path: Path) -> tuple[int, int, int, int]:
     try:
         facts = os.stat(path)
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or error}", "check that the file can be read"
         ) from error
-    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+    return facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino, facts.st_size
 
 
 def _recall() -> dict[str, _Remembered]:

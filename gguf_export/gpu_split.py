@@ -18,7 +18,7 @@ from common.lock import locked
 from common.table import fact_table
 from common.units import parse_size
 from gguf_export.commit import finish_commit
-from gguf_export.manifest import add_output, check_outputs
+from gguf_export.manifest import changed_output, check_outputs
 from gguf_export.pwri.gpu_index import (
     GROUPS,
     Groups,
@@ -98,9 +98,9 @@ def _split(config: SplitConfig) -> SplitResult:
     target = index_path(config.file)
     if not config.force and os.path.lexists(target):
         raise ExportError(f"{target} exists", "pass --force to replace it")
-    write_gpu_index(target, chosen, used, groups)
-    read_gpu_index(target, hyper.n_layers, hyper.d_ff, groups)  # verifies it
-    add_output(config.file, target)
+    with changed_output(config.file, target):
+        write_gpu_index(target, chosen, used, groups)
+        read_gpu_index(target, hyper.n_layers, hyper.d_ff, groups)  # verifies it
     shares = tuple(float(mask.double().mean()) for mask in chosen)
     return SplitResult(
         gpu_index=target,

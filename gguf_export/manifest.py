@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
-from common.errors import FormatError
+from common.errors import FormatError, OutputError
 from common.hashing import HashedFile, hash_file
 from common.provenance import Ingredient, Provenance, read, record, shortened, spelt
 from common.sealed import seal_of, write_sealed
@@ -77,19 +77,32 @@ def write_manifest(
     return path
 
 
-def add_output(file: Path, output: Path) -> None:
-    """Vouch for one more file that goes with an exported one, where that has a manifest.
+@contextmanager
+def changed_output(file: Path, output: Path) -> Iterator[None]:
+    """Write one more file that goes with an exported one, and vouch for it if that has a manifest.
+
+    Nothing is said of the file meanwhile, so that a kill leaves none that differs.
 
     Raises:
         ResultError: the manifest is damaged.
         OutputError: the system refused.
     """
-    path, known = manifest_path(file), described(file)
-    if known is None:
+    path = manifest_path(file)
+    if not path.is_file():
+        yield
         return
-    [added] = (_hashed(*each) for each in _files(path.parent, [output]))
-    kept = (each for each in known.outputs if each.name != added.name)
-    write_sealed(path, plain(replace(known, outputs=(*kept, added))))
+    known, name = read(path), _name(path.parent, output)
+    others = tuple(each for each in known.outputs if each.name != name)
+    if others != known.outputs:
+        write_sealed(path, plain(replace(known, outputs=others)))
+    try:
+        yield
+    except BaseException:
+        with suppress(OutputError):
+            write_sealed(path, plain(known))
+        raise
+    outputs = (*others, *_hashed(path.parent, [output]))
+    write_sealed(path, plain(replace(known, outputs=outputs)))
 
 
 def check_outputs(file: Path, outputs: Iterable[Path], remedy: str = _AGAIN) -> str:
@@ -158,7 +171,7 @@ def _files(base: Path, outputs: Iterable[Path]) -> Iterator[tuple[str, Path]]:
         inside = output.is_dir()
         files = sorted(each for each in output.iterdir() if each.is_file()) if inside else [output]
         for each in files:
-            yield spelt(Path(os.path.relpath(each, base)).as_posix()), each
+            yield _name(base, each), each
 
 
 def _holds(path: Path, known: HashedFile) -> bool:
@@ -172,6 +185,10 @@ def _holds(path: Path, known: HashedFile) -> bool:
 def _hashed(name: str, path: Path) -> HashedFile:
     size, digest = hash_file(path)
     return HashedFile(name=name, bytes=size, xxh3_128=digest)
+
+
+def _name(base: Path, file: Path) -> str:
+    return spelt(Path(os.path.relpath(file, base)).as_posix())
 
 
 def _ingredient(path: Path) -> Ingredient:

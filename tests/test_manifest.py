@@ -12,7 +12,8 @@ import pytest
 from click.testing import Result
 from conftest import refused
 
-from common.errors import FormatError, ResultError
+import gguf_export.gpu_split
+from common.errors import FormatError, OutputError, ResultError
 from common.provenance import read
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import split
@@ -67,6 +68,23 @@ def test_damaged_statistics_split_nothing(psp: Psp, bundle: Bundle) -> None:
     flip(index, 4000)
     with refused(FormatError, index.name, "damaged"):
         check_outputs(bundle.model_file, [index])
+
+
+def test_a_split_that_cannot_be_written_leaves_the_old_one_vouched_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SplitConfig(file=bundle.model_file, vram_budget="1GiB", force=True)
+    index, said = split(config).gpu_index, list[bool]()
+
+    def fail(*given: object) -> None:
+        said.append(index.name in {each.name for each in read(bundle.manifest).outputs})
+        raise OutputError("disk full", "free some")
+
+    monkeypatch.setattr(gguf_export.gpu_split, "write_gpu_index", fail)
+    with refused(OutputError, "disk full"):
+        split(config)
+    assert said == [False], "killed here, it would vouch for an index that is another by now"
+    assert check_outputs(bundle.model_file, [index]) == "1 files hold what was exported"
 
 
 def test_a_damaged_file_is_not_benchmarked(psp: Psp, bundle: Bundle) -> None:
