@@ -87,11 +87,11 @@ def changed_output(file: Path, output: Path) -> Iterator[None]:
         ResultError: the manifest is damaged.
         OutputError: the system refused.
     """
-    path = manifest_path(file)
-    if not path.is_file():
+    path, known = manifest_path(file), described(file)
+    if known is None:
         yield
         return
-    known, name = read(path), _name(path.parent, output)
+    name = _name(path.parent, output)
     others = tuple(each for each in known.outputs if each.name != name)
     if others != known.outputs:
         write_sealed(path, plain(replace(known, outputs=others)))
@@ -101,8 +101,8 @@ def changed_output(file: Path, output: Path) -> Iterator[None]:
         with suppress(OutputError):
             write_sealed(path, plain(known))
         raise
-    outputs = (*others, *_hashed(path.parent, [output]))
-    write_sealed(path, plain(replace(known, outputs=outputs)))
+    [added] = (_hashed(*each) for each in _files(path.parent, [output]))
+    write_sealed(path, plain(replace(known, outputs=(*others, added))))
 
 
 def check_outputs(file: Path, outputs: Iterable[Path], remedy: str = _AGAIN) -> str:

@@ -8,8 +8,10 @@ searched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 from common.errors import SparsityError
+from common.lock import locked
 from prosparse.activation import Opened, has_one_gate, open_any, shifted
 from prosparse.gate_statistics import gate_statistics
 from prosparse.measurement import Measurement
@@ -32,6 +34,11 @@ def shift(config: SparsityConfig, note: Note = lambda line: None) -> SparsityRes
         SparsityError: not a ReLU or FATReLU model with one gate, or the bound is out of reach.
         PspError: the model or the text cannot be used, or `out` may not be written.
     """
+    with nullcontext() if config.out is None else locked(config.out):
+        return _shift(config, note)
+
+
+def _shift(config: SparsityConfig, note: Note) -> SparsityResult:
     bound = config.max_ppl_gap
     assert bound is not None
     opened = _open_sparse(config.model)

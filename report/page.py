@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.errors import ResultError
 from common.files import refuse_existing, write_bytes
+from common.lock import locked
 from common.typed_json import plain
 from common.units import size
 from common.version import tool_version
@@ -127,7 +128,8 @@ def write_page(config: ReportConfig) -> list[Run]:
         raise ResultError("no directory", f"name one that '{BENCH.maker}' made")
     refuse_existing(config.out, force=config.force)
     runs = load_runs(config.directories)
-    write_bytes(config.out, render(runs).encode())
+    with locked(config.out):
+        write_bytes(config.out, render(runs).encode())
     return runs
 
 

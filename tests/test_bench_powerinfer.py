@@ -12,11 +12,14 @@ from bench_programs import FakePrograms
 from click.testing import Result
 from conftest import refused
 
+import powerinfer_bridge.benchmark.run
 from common.errors import CheckpointError, EngineError, FormatError, PspError
+from common.outputs import kept_beside
 from common.typed_json import plain
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_export.settings import ExportConfig
+from powerinfer_bridge.benchmark.journal import JOURNAL
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from results.bench import BENCH
@@ -76,6 +79,29 @@ def test_speeds_are_those_of_the_programs(run: Callable[..., dict[str, Any]], de
     own = [arm["speedup"] and arm["speedup"]["ratio"] for arm in found["arms"]]
     assert own == [None, pytest.approx(2.0), pytest.approx(0.5)]
     assert found["arms"][0]["load_seconds"] == pytest.approx(0.05)
+
+
+def test_what_force_replaces_is_kept_until_the_new_one_is_complete(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (JOURNAL, BENCH.name):
+        (out / name).write_text("old")
+    kept = kept_beside(out) / BENCH.name
+
+    def fail(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(powerinfer_bridge.benchmark.run, "measure_quality", fail)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                run(out=out, force=True)
+            assert kept.read_text() == "old"
+            assert not (out / BENCH.name).exists()
+    assert len(run(out=out, resume=True)["samples"]) == 2
+    assert not kept.parent.exists()
 
 
 def test_arms_alternate_in_every_round_and_warm_up_is_not_kept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
+import made_up_results
 import pytest
 import torch
 from conftest import refused
@@ -34,14 +36,26 @@ from common.provenance import PROVENANCE
 from common.sealed import write_sealed
 from gguf_export.bundle import Bundle, export
 from gguf_export.commit import commit_file, finish_commit
-from gguf_export.settings import ExportConfig
+from gguf_export.gpu_split import split
+from gguf_export.settings import ExportConfig, SplitConfig
+from powerinfer_bridge.benchmark.run import bench
+from powerinfer_bridge.benchmark.settings import BenchConfig
+from powerinfer_bridge.estimate.run import estimate
+from powerinfer_bridge.estimate.settings import EstimateConfig
 from powerinfer_bridge.verify.verification import verify
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
+from predictor.reporting.report import write_report
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
+from prosparse.settings import SparsityConfig
+from prosparse.threshold_shift import shift
+from report.page import write_page
+from report.settings import ReportConfig
+from results.bench import BENCH
+from results.predictors import PREDICTORS
 
 HOLDER = """
 import sys, time
@@ -98,6 +112,37 @@ def test_a_second_writer_is_told_of_the_first(
     export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out))
     assert not lock_file(out).exists()
     assert verify(out).ok
+
+
+def test_every_command_that_writes_is_refused_what_another_writes(
+    model_dir: Path, exact_bundle: Bundle, text_file: Path, tmp_path: Path
+) -> None:
+    file, out = exact_bundle.model_file, tmp_path / "out"
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / BENCH.name).write_text(json.dumps(made_up_results.bench()))
+    results = (tmp_path / "results",)
+    settings: dict[str, Any] = {"model": str(model_dir), "data": str(text_file)}
+    writers: dict[Path, list[Callable[[], object]]] = {
+        file: [lambda: split(SplitConfig(file=file, vram_budget="1GiB"))],
+        out: [
+            lambda: bench(BenchConfig(file=file, data=str(text_file), out=out)),
+            lambda: estimate(EstimateConfig(file=file, hardware="h100", density=0.1, out=out)),
+            lambda: shift(SparsityConfig(**settings, max_ppl_gap=0.1, out=out)),
+            lambda: write_page(ReportConfig(directories=results, out=out)),
+            lambda: write_report(out, PREDICTORS.read(_reported(tmp_path)), draw=lambda *_: None),
+        ],
+    }
+    for place, each in writers.items():
+        with locked(place):
+            for write in each:
+                with refused(OutputError, f"{place}: is being written by pid {os.getpid()}"):
+                    write()
+    assert not out.exists()
+
+
+def _reported(directory: Path) -> Path:
+    (directory / PREDICTORS.name).write_text(json.dumps(made_up_results.predictor_report()))
+    return directory
 
 
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:

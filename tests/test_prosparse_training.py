@@ -19,9 +19,12 @@ import torch
 from conftest import ModelMaker, refused
 from safetensors.torch import load_file
 
+import prosparse.training
 from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from common.errors import CheckpointError, DataError, OutputError, PspError, SparsityError
+from common.lock import locked
+from common.outputs import kept_beside
 from common.sealed import write_sealed
 from prosparse.saving import MARK, drop_unfinished, newest_checkpoint
 from prosparse.schedule import Schedule
@@ -246,6 +249,29 @@ def test_kill_and_resume_end_at_the_same_weights(config: SparsifyConfig) -> None
     fresh, resumed = read_log(whole.log), read_log(broken.log)
     assert [line["step"] for line in fresh] == [line["step"] for line in resumed]
     assert last_evaluation(fresh) == last_evaluation(resumed)
+
+
+def test_what_force_replaces_is_kept_until_the_new_one_is_complete(
+    trained: Trained, config: SparsifyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.config.out, config.out)
+    before, kept = weights(config), replace(config, out=kept_beside(config.out))
+    forced = replace(config, force=True, seed=1)
+
+    def fail(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with locked(config.out), refused(OutputError, "being written by pid"):
+        sparsify(forced)
+    with monkeypatch.context() as patched:
+        patched.setattr(prosparse.training, "_train", fail)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                sparsify(forced)
+            assert same(weights(kept), before)
+    sparsify(replace(config, resume=True, seed=1))
+    assert not kept.out.exists()
+    assert not same(weights(config), before)
 
 
 def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) -> None:

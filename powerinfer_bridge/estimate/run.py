@@ -13,6 +13,7 @@ from statistics import fmean
 
 from common.errors import EngineError
 from common.files import refuse_existing
+from common.lock import locked
 from common.units import parse_size
 from common.version import tool_version
 from cost_model.hardware import ASSUMED_THREADS, Hardware, load_hardware, save_hardware
@@ -121,7 +122,8 @@ def estimate(config: EstimateConfig, measured: Bench | None = None) -> Estimate:
     if config.save_hardware:
         save_hardware(config.save_hardware, hardware)
     if config.out:
-        ESTIMATE.write(config.out, found)
+        with locked(config.out):
+            ESTIMATE.write(config.out, found)
     return found
 
 

@@ -26,6 +26,7 @@ from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.files import atomic_directory, refuse_existing
 from common.hot_neurons import SHARES, hot_neuron_curve
+from common.lock import locked
 from common.typed_json import parse, plain
 from common.version import tool_version
 from predictor.artifact import PredictorArtifact
@@ -214,7 +215,7 @@ def write_report(out: Path, report: PredictorReport, draw: Draw, *, force: bool 
     """
     refuse_existing(out, force=force, marker=PREDICTORS.name)
     document = plain(report)
-    with atomic_directory(out) as part:
+    with locked(out), atomic_directory(out) as part:
         PREDICTORS.write(part, report)
         for name in ("layers", "curves", "search", "hot_neurons"):
             _write_csv(part / f"{name}.csv", document[name], _FIRST if name == "search" else ())
