@@ -16,19 +16,17 @@ _SCALES = torch.linspace(0.7, 1.05, 8)
 """Of the scale that ggml would take, tried with either sign."""
 
 
-def with_feedback(weights: torch.Tensor, moments: torch.Tensor, damping: float) -> torch.Tensor:
+def with_feedback(weights: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
     """Round a matrix so that its products with vectors like those seen change least.
 
     Args:
         weights: (rows, columns) float32, columns a multiple of 32.
-        moments: (columns, columns), E[x xᵀ] of the vectors, on the same device.
-        damping: multiple of the moments' mean diagonal that is added to it.
+        upper: `feedback_of` the vectors, on the same device.
 
     Returns:
         (rows, 18 · blocks) uint8 in Q4_0, see `common.rounding.pack_q4_0`.
     """
     left = weights.double()
-    upper = _upper(damped(moments, damping))
     scales, steps = [], []
     for first in range(0, left.shape[1], BLOCK):
         last = first + BLOCK
@@ -55,8 +53,12 @@ def damped(moments: torch.Tensor, damping: float) -> torch.Tensor:
     return wide + damping * wide.diagonal().mean() * eye
 
 
-def _upper(moments: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the moments' inverse."""
+def feedback_of(moments: torch.Tensor) -> torch.Tensor:
+    """Return how errors are handed on, (n, n) float64: the moments' inverse, factored.
+
+    Args:
+        moments: (n, n) float64, E[x xᵀ] of vectors, `damped`.
+    """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return upper

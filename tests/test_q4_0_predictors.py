@@ -26,7 +26,7 @@ from powerinfer_bridge.verify.verification import verify
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
-from predictor.feedback import by_itself, with_feedback
+from predictor.feedback import by_itself, damped, feedback_of, with_feedback
 from predictor.module import Predictor, logits_of
 from predictor.size import Size
 from predictor.traces.rows import LabelledRows
@@ -42,11 +42,14 @@ def test_feedback_keeps_products_where_numbers_come_together() -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2000, 64, generator=generator) * 0.3 + 5
     weights = torch.randn(50, 64, generator=generator)
-    moments = inputs.T @ inputs / len(inputs)
+    feedback = feedback_of(damped(inputs.T @ inputs / len(inputs), 1e-4))
     exact = inputs @ weights.T
     errors = [
         float((inputs @ unpack_q4_0(stored).T - exact).square().mean())
-        for stored in (by_itself(weights), with_feedback(weights, moments, 1e-4))
+        for stored in (
+            by_itself(weights),
+            with_feedback(weights, feedback),
+        )
     ]
     assert errors[1] < errors[0] / 30
 
@@ -85,7 +88,7 @@ def test_the_constant_survives_in_two_units() -> None:
     assert (stored.kind, stored.rank) == ("q4_0", 64)
     assert stored.shapes == ((64, weights.gate.shape[1]), (len(weights.gate), 64))
     exact = trained(inputs).detach()
-    naive = in_q4_0(trained, inputs, 1.0, constant=True, refit=False)
+    naive = in_q4_0(trained, inputs, 1.0, None, constant=True)
     spread = float(exact.var(0).mean())
     raw = labelled.rows.inputs_at(TRAIN[:2000])
     lengths = raw.square().mean(1, keepdim=True).sqrt()

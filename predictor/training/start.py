@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from common.element_types import F16
+from predictor.feedback import feedback_of
 from predictor.module import Predictor
 from predictor.size import Size
 from predictor.stored import LayerPredictor
@@ -121,8 +122,8 @@ class Starter:
         if self._recipe.normalise and len(seen):
             length = float(rows.rows.inputs_at(seen).square().mean().sqrt())
         constant = start.coordinates is not None
-        fitted = self._recipe.start != "random"
-        return in_q4_0(trained, rows.inputs(seen), length, constant=constant, refit=fitted)
+        feedback = None if self._recipe.start == "random" else self._feedback
+        return in_q4_0(trained, rows.inputs(seen), length, feedback, constant=constant)
 
     @property
     def _seen(self) -> tuple[LabelledRows, torch.Tensor]:
@@ -133,6 +134,10 @@ class Starter:
     def _moments(self) -> Moments:
         parts = self._rows.parts(self._sample, _PART)
         return moments_of(rows.inputs(part) for rows, part in parts)
+
+    @cached_property
+    def _feedback(self) -> torch.Tensor:
+        return feedback_of(self._moments.damped)
 
     @cached_property
     def _whitened(self) -> tuple[torch.Tensor, Directions] | None:

@@ -3,8 +3,8 @@
 In float16 a predictor is as good as in float32. Q4_0 has 16 steps a block. A unit for the constant
 (`predictor.training.coordinates`) whose column outweighs all others would leave its block's other
 units none of them, so it comes twice: once large enough for its column to be as small as theirs,
-and once at an eighth of that, which takes what the first one's steps leave. Then fc2 is fitted
-anew to what fc1's rounded rows and 8-bit vectors really give, and rounded with feedback.
+and once at an eighth of that, which takes what the first one's steps leave. fc1 is rounded with
+feedback; fc2 is fitted anew to what its rounded rows and 8-bit vectors give, and rounded likewise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from common.element_types import F16
 from common.rounding import BLOCK, to_q8_0, unpack_q4_0
-from predictor.feedback import by_itself, damped, with_feedback
+from predictor.feedback import by_itself, damped, feedback_of, with_feedback
 from predictor.module import Predictor, to_half
 from predictor.stored import LayerPredictor
 
@@ -40,7 +40,12 @@ def in_float16(predictor: Predictor) -> LayerPredictor:
 
 @torch.no_grad()
 def in_q4_0(
-    predictor: Predictor, inputs: torch.Tensor, length: float, *, constant: bool, refit: bool
+    predictor: Predictor,
+    inputs: torch.Tensor,
+    length: float,
+    feedback: torch.Tensor | None,
+    *,
+    constant: bool,
 ) -> LayerPredictor:
     """Return a predictor in Q4_0.
 
@@ -49,21 +54,22 @@ def in_q4_0(
             it has one unit less then than what is returned.
         inputs: (n, d_model) float32, what it was trained on, on the device to compute on.
         length: by which these are shorter than the residuals that it will read, in the mean.
+        feedback: of the inputs, see `feedback_of`; without it every number becomes the nearest.
         constant: whether the last unit is the constant.
-        refit: fit fc2 to fc1's rounding; else every number becomes the nearest.
     """
     fc1, fc2 = (matrix.detach().to(inputs.device) for matrix in predictor.parameters())
     if constant:
         fc1, fc2 = _with_digits(fc1, fc2)
     # What is left of logits stays what it was; both matrices keep far from float16's limits.
     root = length**-0.5
-    units = by_itself(fc1 * root)
-    rounded = unpack_q4_0(units) / root
-    if not refit:
-        return LayerPredictor(units.cpu(), by_itself(fc2 * root).cpu(), None)
-    second, crossed = _moments(fc1, rounded, inputs)
-    fitted = fc2.double() @ torch.linalg.solve(damped(second, _DAMPING), crossed).T
-    rows = with_feedback(fitted.float() * root, second, _DAMPING)
+    if feedback is None:
+        units, rows = (by_itself(matrix * root) for matrix in (fc1, fc2))
+        return LayerPredictor(units.cpu(), rows.cpu(), None)
+    units = with_feedback(fc1 * root, feedback)
+    second, crossed = _moments(fc1, unpack_q4_0(units) / root, inputs)
+    second = damped(second, _DAMPING)
+    fitted = fc2.double() @ torch.linalg.solve(second, crossed).T
+    rows = with_feedback(fitted.float() * root, feedback_of(second))
     return LayerPredictor(units.cpu(), rows.cpu(), None)
 
 
