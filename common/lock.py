@@ -42,7 +42,7 @@ def locked(out: Path, option: str = "--out") -> Iterator[None]:
         descriptor = _taken(file)
     except OSError as error:
         raise OutputError(
-            f"{out}: {error.strerror or error}", f"choose another {option}"
+            f"cannot write {out}: {error.strerror or error}", f"choose another {option}"
         ) from error
     if descriptor is None:
         raise OutputError(

@@ -107,7 +107,8 @@ class PredictorReport:
         held_out_tokens: tokens that everything was measured on.
         average_precision_tokens: at most so many for average precision.
         predictor_type: element type that was asked for; `auto` lets each layer have its own.
-        outtype: element type of the model, relative to whose bytes predictors' are counted.
+        outtype: element type of the model, relative to whose bytes predictors' are counted; None
+            of an older psp, which counted by float16's.
         mean: of the layers' metrics.
         search: what was explored; may be empty.
         curves: each layer under other thresholds, by ascending threshold.
@@ -129,7 +130,7 @@ class PredictorReport:
     curves: tuple[CurvePoint, ...]
     hot_neurons: tuple[HotShare, ...]
     epochs: tuple[EpochPoint, ...] = ()
-    outtype: str = "f16"
+    outtype: str | None = field(default=None, metadata=LEFT_OUT)
 
     def hot(self, layer: int | Literal["all"] = "all") -> HotNeurons | None:
         """Return a layer's curve, or that of all together; None if no neuron was ever active."""

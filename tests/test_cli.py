@@ -312,7 +312,14 @@ def test_json_of_the_pipeline_speaks_the_glossary(pipeline: Pipeline) -> None:
     named = {"traces", "tokens", "documents", "activation_sparsity", "layers"}
     assert set(collected) >= named | {"bytes", "d_model", "d_ff", "chat_template"}
     assert (collected["tokens"], collected["documents"]) == (900, 5)
-    assert set(trained) == FFN_METRICS | {"predictors", "recipe", "ranks", "search", "layers"}
+    assert set(trained) == FFN_METRICS | {
+        "predictors",
+        "recipe",
+        "ranks",
+        "types",
+        "search",
+        "layers",
+    }
     assert trained["recipe"] == "dejavu"
     outputs = {"model_file", "predictor_directory", "activation_directory", "manifest"}
     assert set(found["export"]) == outputs | {"verified", "warnings"}

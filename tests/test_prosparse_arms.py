@@ -80,8 +80,11 @@ def write_logs(rows: list[Row], out: Path) -> list[Row]:
     for number, entry in enumerate(rows):
         path = out / f"{number}.jsonl"
         shares = [entry["activation_sparsity"] * share for share in (0.5, 1)]
-        lines = [{"step": 0, "ppl": 9.0, "sparsity": [0.5, 0.5]}]
-        lines += [{"step": n, "loss": 1.0, "sparsity": [s, s]} for n, s in enumerate(shares, 1)]
+        every = {"stage": 0, "lambda": 0.0}
+        lines = [{"step": 0, **every, "ppl": 9.0, "sparsity": [0.5, 0.5]}]
+        lines += [
+            {"step": n, **every, "loss": 1.0, "sparsity": [s, s]} for n, s in enumerate(shares, 1)
+        ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         entry["log"] = str(path)
     return rows
@@ -121,7 +124,8 @@ def test_arms_of_a_seed_share_the_dense_model(
     def pretend(config: SparsifyConfig) -> Row:
         ran.append(config)
         config.training.mkdir(parents=True)
-        line = {"step": 1, "loss": 1.0, "sparsity": [0.5 + len(ran) / 100]}
+        sparsity = [0.5 + len(ran) / 100]
+        line = {"step": 1, "stage": 0, "lambda": 0.0, "loss": 1.0, "sparsity": sparsity}
         config.log.write_text(json.dumps(line) + "\n")
         return {"activation_sparsity": 0.5 + len(ran) / 100, "ppl": 9.0, "log": str(config.log)}
 

@@ -136,7 +136,7 @@ def make_report(
     held_out_tokens: int,
     average_precision_tokens: int,
     predictor_type: str,
-    outtype: str = "f16",
+    outtype: str | None = None,
     epochs: Sequence[EpochPoint] = (),
 ) -> PredictorReport:
     """Return the document of measured layers, at least one; see `PredictorReport`."""
