@@ -90,7 +90,7 @@ def probe(checkpoint: Checkpoint, settings: StepSettings, template: str, place: 
         store, _, recorded = _recorded(checkpoint, header, small.out, collect.device)
         shards = store.path.rglob("shard-*.safetensors")
         row_bytes = sum(file.stat().st_size for file in shards) / store.rows
-        fixed, row, jobs = _training(store, settings.train, checkpoint.shape.n_layers)
+        fixed, row, jobs = _training(store, settings.train)
         write = _written(scratch)
         sparsity = store.activation_sparsity()[0]
     return Rates(
@@ -141,7 +141,7 @@ def _timed(work: Callable[[], Made]) -> tuple[Made, float]:
     return result, time.perf_counter() - begun
 
 
-def _training(store: TraceStore, train: TrainConfig, layers: int) -> tuple[float, float, int]:
+def _training(store: TraceStore, train: TrainConfig) -> tuple[float, float, int]:
     """Return seconds of a layer and of each of its rows, and how many layers go at once."""
     held = torch.arange(store.rows) >= (1 - train.holdout) * store.rows
     trainer = layer_trainer(replace(train, traces=store.path), store, held)
@@ -154,10 +154,10 @@ def _training(store: TraceStore, train: TrainConfig, layers: int) -> tuple[float
     _, seconds = _timed(lambda: trainer.run(0, largest, stepped, _nothing))
     pauses = [after - before for before, after in pairwise(steps)]
     if not pauses:
-        return seconds, 0.0, trainer.jobs(layers)
+        return seconds, 0.0, trainer.jobs
     step = statistics.median(pauses)
     row = step * epochs / min(trainer.recipe.batch, rows)
-    return max(seconds - step * len(steps), 0.0), row, trainer.jobs(layers)
+    return max(seconds - step * len(steps), 0.0), row, trainer.jobs
 
 
 def _clocked(steps: list[float], number: int) -> None:

@@ -22,7 +22,7 @@ from predictor.artifact import Epoch, PredictorArtifact
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.layer import jobs_for, product_dtype, train_layer
+from predictor.training.layer import LayerTrainer, jobs_for, product_dtype, train_layer
 from predictor.training.loss import Batch, batches, set_gradients
 from predictor.training.run import train_predictors
 from predictor.training.settings import DEJAVU, PSP, Recipe, TrainConfig
@@ -252,6 +252,28 @@ def test_the_first_failure_stops_the_rest() -> None:
     # Layer 2 may have begun before the failure was seen.
     assert ended in ({1: "stopped"}, {1: "stopped", 2: "stopped"})
     assert torch.get_num_threads() == threads
+
+
+def test_a_layer_has_as_many_threads_when_it_is_the_last_one_missing(
+    narrow_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = LayerTrainer.run, dict[int, set[int]]()
+
+    def run(self: LayerTrainer, layer: int, *given: Any) -> Any:
+        seen.setdefault(layer, set()).add(torch.get_num_threads())
+        return real(self, layer, *given)
+
+    monkeypatch.setattr(LayerTrainer, "run", run)
+    monkeypatch.setattr("predictor.training.layer.jobs_for", lambda *sizes: 2)
+    torch.set_num_threads(4)
+    try:
+        train_predictors(settings(narrow_traces, tmp_path / "whole", recipe="svd"))
+        first = settings(narrow_traces, tmp_path / "parts", recipe="svd", layers=(1,))
+        train_predictors(first)
+        train_predictors(replace(first, resume=True, layers=None))
+    finally:
+        torch.set_num_threads(1)
+    assert seen == {layer: {2} for layer in range(narrow_traces.header.n_layers)}
 
 
 def test_jobs_share_the_threads() -> None:

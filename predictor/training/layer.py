@@ -204,10 +204,15 @@ class LayerTrainer:
         """Where predictors are trained."""
         return torch.device(device_named(self.config.device))
 
-    def jobs(self, layers: int) -> int:
-        """Return how many of some layers are trained at once, sharing the threads."""
+    @property
+    def jobs(self) -> int:
+        """How many layers are trained at once, sharing the threads.
+
+        The bytes of a layer depend on its share of them, so it is the same for those that a killed
+        run left, were it one alone.
+        """
         header = self.store.header
-        return min(jobs_for(self.config, header.d_model, header.d_ff), max(layers, 1))
+        return min(jobs_for(self.config, header.d_model, header.d_ff), header.n_layers)
 
     def rows(self, layer: int) -> LabelledRows:
         """Return a layer's rows as the recipe wants them, for the device of training."""

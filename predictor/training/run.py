@@ -244,7 +244,7 @@ def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: l
             size = Size(artifact.kind(layer), artifact.rank(layer))
             return trainer.run(layer, size, on_step, partial(shown.epoch, layer))
 
-        for layer, result in several_at_once(work, missing, trainer.jobs(len(missing))):
+        for layer, result in several_at_once(work, missing, trainer.jobs):
             if result.curves is not None:
                 artifact.add_curves(layer, result.curves.tensors())
             artifact.add(layer, result.predictor, result.metrics, result.epochs)

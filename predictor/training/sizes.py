@@ -46,7 +46,7 @@ def choose_sizes(
         def work(layer: int, go_on: Callable[[], None]) -> dict[Size, Curves]:
             return _scout(trainer, layer, sizes[layer], go_on, bar)
 
-        found = several_at_once(work, list(sizes), trainer.jobs(len(sizes)))
+        found = several_at_once(work, list(sizes), trainer.jobs)
         # In the layers' order, whichever was ready first.
         curves = dict(sorted(found, key=lambda made: made[0]))
 
