@@ -5,7 +5,8 @@
 Collects, trains (recipe svd, which takes the least time beside reading) and exports in a process of
 their own each, as they are and with functions that neither hash nor lock in the place of psp's.
 Prints one JSON line a command: seconds of the wall and of the processors, medians, and `overhead`,
-the median over rounds of the one over the other, less 1.
+the median over rounds of the one over the other, less 1. Where other work shares the machine those
+say little: `spent_share` is the part of the processors' time that was spent inside these functions.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +30,7 @@ import xxhash
 
 from benchmarks.shared import print_line
 from benchmarks.soak_processes import in_child
+from common import lock, sealed
 from common.hashing import hash_file
 from common.lock import locked
 from gguf_export.bundle import export
@@ -83,15 +86,58 @@ def _undigested(file: object) -> str:
 
 def leave_out() -> None:
     """Let this process neither hash nor lock."""
-    others: dict[object, object] = {
-        xxhash: _Hashes,
-        xxhash.xxh3_128: _Hash,
-        xxhash.xxh3_128_hexdigest: _Hashes.xxh3_128_hexdigest,
-        hash_file: _unread,
-        locked: _unlocked,
-        shard_file.vouch_shard: _unvouched,
-        shard_file._digest: _undigested,
-    }
+    _replace(
+        {
+            xxhash: _Hashes,
+            xxhash.xxh3_128: _Hash,
+            xxhash.xxh3_128_hexdigest: _Hashes.xxh3_128_hexdigest,
+            hash_file: _unread,
+            locked: _unlocked,
+            shard_file.vouch_shard: _unvouched,
+            shard_file._digest: _undigested,
+        }
+    )
+    replaced: Any = store.TraceStore
+    replaced._refuse_replaced = _unvouched
+
+
+class Spent:
+    """Processor seconds inside functions, over all threads of this process."""
+
+    def __init__(self, file: Path) -> None:
+        """Keep them in a file when the process ends."""
+        self._file, self._inside, self.seconds = file, threading.local(), 0.0
+
+    def counted(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the same function, counted where it is not called by another one of them."""
+
+        @wraps(work)
+        def count(*given: Any, **named: Any) -> Any:
+            if getattr(self._inside, "already", False):
+                return work(*given, **named)
+            self._inside.already, begun = True, time.thread_time()
+            try:
+                return work(*given, **named)
+            finally:
+                self._inside.already = False
+                self.seconds += time.thread_time() - begun
+                self._file.write_text(str(self.seconds))
+
+        return count
+
+    def count_all(self) -> None:
+        """Let this process count whatever hashes and locks."""
+        functions = (
+            *(hash_file, lock._taken, sealed._checksum, xxhash.xxh3_128_hexdigest),
+            *(shard_file.vouch_shard, shard_file._digest),
+        )
+        _replace({function: self.counted(function) for function in functions})
+        replaced: Any = store.TraceStore
+        replaced._refuse_replaced = self.counted(replaced._refuse_replaced)
+
+
+def _replace(others: dict[Any, Any]) -> None:
+    """Put others in the place of functions, wherever psp's modules have them."""
     root = str(Path(__file__).parents[1])
     for module in list(sys.modules.values()):
         if not (getattr(module, "__file__", None) or "").startswith(root):
@@ -100,15 +146,13 @@ def leave_out() -> None:
             with_other = isinstance(value, type(xxhash) | type | type(_unread)) or callable(value)
             if with_other and value in others:
                 setattr(module, name, others[value])
-    replaced: Any = store.TraceStore
-    replaced._refuse_replaced = _unvouched
 
 
-def timed(work: Callable[[], object], *, vouch: bool) -> tuple[float, float]:
-    """Do something in a process of its own; return seconds of the wall and of processors."""
+def timed(work: Callable[[], object], before: Callable[[], object]) -> tuple[float, float]:
+    """Do two things in a process of their own; return seconds of the wall and of processors."""
     os.sync()  # what the last one has left to be written is not this one's
     begun = time.perf_counter()
-    pid = in_child(work, (lambda: None) if vouch else leave_out)
+    pid = in_child(work, before)
     _, status, used = os.wait4(pid, 0)
     assert status == 0, status
     return time.perf_counter() - begun, used.ru_utime + used.ru_stime
@@ -150,11 +194,14 @@ def _compared(
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
     for number in range(rounds + 1):
         for kind in _KINDS if number % 2 else reversed(_KINDS):
-            seconds = timed(made[kind][name], vouch=kind == "with")
+            seconds = timed(made[kind][name], leave_out if kind == "without" else _unvouched)
             shutil.rmtree(place / "cache", ignore_errors=True)
             if number:  # the first one warms up
                 found[kind].append(seconds)
-    facts: dict[str, object] = {"rounds": rounds}
+    spent = place / "spent"
+    _, processor = timed(made["with"][name], Spent(spent).count_all)
+    share = float(spent.read_text()) / processor
+    facts: dict[str, object] = {"rounds": rounds, "spent_share": share}
     for at, what in enumerate(("wall", "processor")):
         pairs = [(one[at], other[at]) for one, other in zip(*found.values(), strict=True)]
         facts[f"{what}_seconds"] = [statistics.median(each) for each in zip(*pairs, strict=True)]
