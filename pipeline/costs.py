@@ -18,7 +18,7 @@ from pipeline.probe import Rates
 from pipeline.steps import StepSettings
 from predictor.size import Size
 from predictor.training.bounds import bound_of
-from predictor.training.settings import AUTO, RECIPES, possible_sizes
+from predictor.training.settings import RECIPES, possible_sizes
 
 _PASSES = 3
 """A training step's passes: one forward, two backward."""
@@ -164,7 +164,7 @@ class Costs:
         held = settings.holdout * self.settings.collect.tokens
         rows = self.settings.collect.tokens - held
         layer = rates.layer_fixed + rates.layer_row * rows
-        if settings.rank == AUTO and RECIPES[settings.recipe].start != "random":
+        if len(self._sizes) > 1 and RECIPES[settings.recipe].start != "random":
             scout = rates.layer_fixed + rates.layer_row * min(rows, _SCOUT_ROWS) / 2
             layer += len({size.rank for size in self._sizes}) * scout
         seconds = self._layers * layer / rates.jobs
@@ -180,9 +180,9 @@ class Costs:
     def _predictor(self, width: float) -> float:
         """Return the bytes of a layer's predictor at most, by those of a number in float16."""
         shape, ranks = self.checkpoint.shape, self.settings.train.fixed_ranks
-        largest = max(size.rank * ELEMENT_TYPES[size.kind].width for size in self._sizes)
-        mean = sum(ranks) / len(ranks) if ranks else largest
-        return width * mean * (shape.d_model + shape.d_ff)
+        widest = max(ELEMENT_TYPES[size.kind].width for size in self._sizes)
+        rank = sum(ranks) / len(ranks) if ranks else max(size.rank for size in self._sizes)
+        return width * widest * rank * (shape.d_model + shape.d_ff)
 
     @property
     def _sizes(self) -> list[Size]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -145,9 +145,9 @@ def _training(store: TraceStore, train: TrainConfig) -> tuple[float, float, int]
     """Return seconds of a layer and of each of its rows, and how many layers go at once."""
     held = torch.arange(store.rows) >= (1 - train.holdout) * store.rows
     trainer = layer_trainer(replace(train, traces=store.path), store, held)
-    bounded = trainer.bound is not None
-    sizes = possible_sizes(train, store.header.d_model, bounded=bounded)
-    largest = max(sizes, key=lambda size: size.rank)
+    bounded, ranks = trainer.bound is not None, range(len(train.fixed_ranks) or 1)
+    sizes = (possible_sizes(train, store.header.d_model, n, bounded=bounded) for n in ranks)
+    largest = max(chain.from_iterable(sizes), key=lambda size: size.rank)
     rows, epochs = len(trainer.train), max(trainer.recipe.epochs, 1)
     steps: list[float] = []
     stepped = partial(_clocked, steps)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch.nn.functional import pad
 
 from common.element_types import ELEMENT_TYPES, F16, Q4_0
 from common.rounding import scale_q4_0, unpack_q4_0
@@ -69,10 +68,3 @@ class LayerPredictor:
         else:
             fc2 = scale_q4_0(self.fc2, 1 / thresholds.abs())
         return replace(self, fc2=fc2)
-
-    def padded(self, rank: int) -> LayerPredictor:
-        """Return a float16 predictor with more units, all without weights."""
-        assert self.kind == F16
-        more = rank - self.rank
-        fc1, fc2 = pad(self.fc1, (0, 0, 0, more)), pad(self.fc2, (0, more))
-        return replace(self, fc1=fc1, fc2=fc2)

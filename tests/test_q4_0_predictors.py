@@ -32,7 +32,7 @@ from predictor.size import Size
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
-from predictor.training.settings import PSP, SVD, TrainConfig, possible_sizes
+from predictor.training.settings import SVD, TrainConfig, possible_sizes
 from predictor.training.start import Starter, start_sample
 from predictor.training.storing import in_q4_0
 
@@ -247,4 +247,3 @@ def test_what_has_no_bound_may_still_be_stored_in_q4_0(
     plain = train_predictors(replace(config, out=tmp_path / "q", predictor_type="f16"))
     exact = [metrics["activation_recall"] for metrics in plain.layers.values()]
     assert np.mean(recall) > np.mean(exact) - 0.05
-    assert PSP.start == "constant"
