@@ -140,7 +140,8 @@ def _replace(others: dict[Any, Any]) -> None:
     """Put others in the place of functions, wherever psp's modules have them."""
     root = str(Path(__file__).parents[1])
     for module in list(sys.modules.values()):
-        if not (getattr(module, "__file__", None) or "").startswith(root):
+        file = getattr(module, "__file__", None) or ""
+        if not file.startswith(root) or "site-packages" in file:  # `.venv` lies in the checkout
             continue
         for name, value in list(vars(module).items()):
             with_other = isinstance(value, type(xxhash) | type | type(_unread)) or callable(value)
