@@ -14,7 +14,14 @@ from predictor.traces.packing import active_places, pack_active, pack_codes
 from predictor.traces.rows import LabelledRows, LayerRows, LayerWeights, ShardedRows
 from predictor.training.coordinates import Moments
 from predictor.training.settings import PSP, Recipe
-from predictor.training.start import Start, Starter, directions_of, pairs_start, start_sample
+from predictor.training.start import (
+    Start,
+    Starter,
+    leading,
+    pairs_start,
+    scaled_gate,
+    start_sample,
+)
 
 D_MODEL, D_FF = 64, 96
 TRAIN, HOLDOUT = torch.arange(2400), torch.arange(2400, 3000)
@@ -68,7 +75,8 @@ def planted_layer(mean: float) -> tuple[ShardedRows, LayerWeights]:
 
 def pairs(gate: torch.Tensor, moments: Moments, rank: int) -> Predictor:
     """Return the start of a gate in pairs of units."""
-    return pairs_start(directions_of(gate, moments.factor), moments.factor, rank)
+    directions = leading(scaled_gate(gate, moments.factor), rank // 2)
+    return pairs_start(directions, moments.factor, rank)
 
 
 def labels_of(rows: LabelledRows, index: torch.Tensor) -> torch.Tensor:

@@ -28,9 +28,10 @@ from predictor.training.loss import Batch, loss_of, set_gradients
 from predictor.training.settings import PSP
 from predictor.training.start import (
     constant_start,
-    directions_of,
+    leading,
     matching_biases,
     moments_of,
+    scaled_gate,
 )
 
 
@@ -47,15 +48,21 @@ def whitening(x: torch.Tensor) -> Whitening:
     return found
 
 
+def unreduced(x: torch.Tensor) -> torch.Tensor:
+    """Return the basis of all directions."""
+    return whitening(x).basis(torch.eye(D_MODEL))
+
+
 def start_of(
     gate: torch.Tensor, white: Whitening, rank: int, x: torch.Tensor
 ) -> tuple[Predictor, Coordinates]:
-    return constant_start(directions_of(gate, white.factor), white.basis, rank, x)
+    directions = leading(scaled_gate(gate, white.factor), D_MODEL)
+    return constant_start(directions, white, rank, x)
 
 
 def test_whitened_inputs_have_unit_covariance_beside_a_constant() -> None:
     x = stream()
-    inputs = x @ whitening(x).basis
+    inputs = x @ unreduced(x)
     y, s = inputs[:, :-1], inputs[:, -1]
     assert float(s.mean()) == pytest.approx(1, abs=1e-3)
     assert float(s.std()) < 0.1
@@ -106,7 +113,7 @@ def test_a_truncated_start_is_the_best_map_of_its_rank() -> None:
     scaled = scaled / scaled.norm(dim=1, keepdim=True)
     start, coordinates = start_of(gate, white, rank, x)
     logits = logits_in(start, coordinates, x).detach().double()
-    exact = coordinates.inputs(x)[:, :-1].double() @ scaled.T
+    exact = (x @ unreduced(x))[:, :-1].double() @ scaled.T
     least = float(torch.linalg.svdvals(scaled)[rank - 1 :].square().sum())
     error = float((logits - exact).square().sum(1).mean())
     assert error <= 1.02 * least
@@ -151,7 +158,7 @@ def random_predictor(units: int = 32) -> tuple[Predictor, Coordinates]:
     fc1 = torch.cat([normal(units, D_MODEL, seed=4), offsets[:, None]], dim=1)
     centres = torch.full((units,), 2.5)
     fc2 = normal(D_FF, units + 1, seed=5)
-    return Predictor(fc1, fc2), Coordinates(whitening(stream()).basis, centres)
+    return Predictor(fc1, fc2), Coordinates(unreduced(stream()), centres)
 
 
 def logits_in(predictor: Predictor, coordinates: Coordinates, x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,9 @@ _LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
 _BISECTIONS = 40
 SIGNS = (1, -1)
 _MEASUREMENTS = 5
+_GLANCED = 4
+"""Windows for each that the first look takes, which no result rests on."""
+
 _CLOSE = 0.9
 """A measured divergence of this share of the bound is near enough."""
 
@@ -90,10 +93,12 @@ def choose_thresholds(
         assert bound.max_ppl_gap is not None
         model = open_model()
 
-        def measure(priced: Priced) -> Quality:
-            return model.quality(folded(artifact, priced.points), float(priced.sign))
+        def measure(priced: Priced, every: int = 1) -> Quality:
+            predictors = folded(artifact, priced.points)
+            return model.quality(predictors, float(priced.sign), every=every)
 
-        chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure)
+        glance = partial(measure, every=_GLANCED)
+        chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure, glance)
     for n, point in chosen.points.items():
         counts = layers[n].holdout.counts(point.steps, layers[n].active)
         rank, width = stored[n].padded(artifact.rank(n)), stored[n].width / ffn.width
@@ -229,6 +234,7 @@ def price_for_gap(
     costs: Mapping[int, float],
     bound: float,
     measure: Callable[[Priced], Quality],
+    glance: Callable[[Priced], Quality] | None = None,
 ) -> tuple[Priced, list[SearchPoint]]:
     """Return the operating point of fewest bytes that was found within a growth of perplexity.
 
@@ -242,6 +248,7 @@ def price_for_gap(
         costs: bytes of each layer's predictor relative to its FFN.
         bound: largest growth of perplexity, a fraction.
         measure: runs the model at an operating point.
+        glance: measures on less text, to begin near the end; None begins at what is typical.
 
     Raises:
         PredictorError: out of reach; it names the best.
@@ -249,6 +256,9 @@ def price_for_gap(
     allowed = math.log1p(bound)
     aim = (0.5 + 0.5 * _CLOSE) * allowed
     error = allowed / _TYPICAL
+    if glance is not None:
+        priced = fewest_bytes(curves, costs, error)
+        error = error_for([_seen(priced, _growth(glance(priced)))], aim)
     tried: dict[tuple[float, int], SearchPoint] = {}
     seen: list[tuple[float, float]] = []
     best: Priced | None = None
@@ -263,13 +273,12 @@ def price_for_gap(
             ppl_gap=quality.ppl_gap,
             **vars(quality),
         )
-        least = math.log1p(quality.ppl_gap) - _ERRORS * quality.standard_error
-        growth = max(quality.kl_divergence, least, 1e-12)
+        growth = _growth(quality)
         if growth <= allowed and (best is None or priced.ffn_bytes_ratio < best.ffn_bytes_ratio):
             best = priced
         if _CLOSE * allowed <= growth <= allowed:
             break
-        seen.append((max(priced.error, 1e-30), growth))
+        seen.append(_seen(priced, growth))
         error = error_for(seen, aim)
     if best is None:
         nearest = max(tried.values(), key=lambda point: point.ffn_bytes_ratio)
@@ -281,6 +290,16 @@ def price_for_gap(
         )
     tried[best.price, best.sign] = replace(tried[best.price, best.sign], chosen=True)
     return best, sorted(tried.values(), key=lambda point: point.ffn_bytes_ratio)
+
+
+def _growth(quality: Quality) -> float:
+    """Return the growth to be expected, or what a measured one that contradicts it leaves."""
+    least = math.log1p(quality.ppl_gap) - _ERRORS * quality.standard_error
+    return max(quality.kl_divergence, least, 1e-12)
+
+
+def _seen(priced: Priced, growth: float) -> tuple[float, float]:
+    return max(priced.error, 1e-30), growth
 
 
 def error_for(seen: Sequence[tuple[float, float]], growth: float) -> float:

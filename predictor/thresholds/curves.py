@@ -28,7 +28,7 @@ _SHARED = 0.5
 """Weight of the layer's mean cost in a neuron's own: rare neurons say too little of themselves."""
 
 _ROWS = 1024
-_CURVE_ROWS = 65536
+_CURVE_ROWS = 32768
 """Training rows that thresholds are chosen on, at most."""
 
 _PARTS = ("computed", "hits", "missed")

@@ -110,18 +110,19 @@ class PredictedModel:
         logits = self._model.logits(torch.tensor([window]))[0, :-1]
         return log_softmax(logits.float(), dim=-1).cpu()
 
-    def quality(self, predictors: Mapping[int, Predictor], threshold: float) -> Quality:
-        """Run all windows with predictors in place.
+    def quality(
+        self, predictors: Mapping[int, Predictor], threshold: float, *, every: int = 1
+    ) -> Quality:
+        """Run windows with predictors in place.
 
         Args:
             predictors: layer number to predictor; other layers compute every neuron.
             threshold: neurons whose logit is below it are skipped.
+            every: how many windows there are for each that is run.
         """
+        chosen = zip(self._windows[::every], self._dense[::every], strict=True)
         with self._masks.placed(predictors, threshold):
-            windows = [
-                self._compared(window, dense.float())
-                for window, dense in zip(self._windows, self._dense, strict=True)
-            ]
+            windows = [self._compared(window, dense.float()) for window, dense in chosen]
         return _quality(torch.stack(windows))
 
     def _compared(self, window: list[int], dense: torch.Tensor) -> torch.Tensor:

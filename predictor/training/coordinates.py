@@ -61,14 +61,16 @@ class Whitening:
     mean: torch.Tensor
     factor: torch.Tensor
 
-    @property
-    def basis(self) -> torch.Tensor:
-        """(d_model, d_model + 1) float32 matrix that takes rows x to rows [y, s]."""
-        d_model = len(self.mean)
-        eye = torch.eye(d_model, dtype=self.factor.dtype, device=self.factor.device)
-        inverse = torch.linalg.solve_triangular(self.factor, eye, upper=False)
-        centred = inverse - torch.outer(inverse @ self.mean, self.direction)
-        return torch.cat([centred, self.direction[None]]).T.float()
+    def basis(self, directions: torch.Tensor) -> torch.Tensor:
+        """Return the (d_model, k + 1) float32 matrix that takes rows x to rows [Vᵀy, s].
+
+        Args:
+            directions: (d_model, k) float32, V, orthonormal columns.
+        """
+        upper, wide = self.factor.T, directions.double()
+        taken = torch.linalg.solve_triangular(upper, wide, upper=True)
+        centred = taken - torch.outer(self.direction, self.mean @ taken)
+        return torch.cat([centred, self.direction[:, None]], dim=1).float()
 
 
 def whitening_of(moments: Moments) -> Whitening | None:
@@ -97,7 +99,7 @@ class Coordinates:
     """Where fc1 takes whitened inputs and s, and fc2 takes centred hidden units and s.
 
     Attributes:
-        basis: see `Whitening`.
+        basis: (d_model, k + 1) float32, see `Whitening.basis`.
         centres: (units,) float32, multiple of s that is taken off each hidden unit.
     """
 
@@ -105,7 +107,7 @@ class Coordinates:
     centres: torch.Tensor
 
     def inputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Return [y, s], (n, d_model + 1), of inputs (n, d_model)."""
+        """Return [Vᵀy, s], (n, k + 1), of inputs (n, d_model)."""
         return x @ self.basis
 
     def hidden(self, positive: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
@@ -113,7 +115,7 @@ class Coordinates:
 
         Args:
             positive: (n, units) float32, relu of fc1's outputs.
-            inputs: (n, d_model + 1) float32, as `inputs` returns them.
+            inputs: (n, k + 1) float32, as `inputs` returns them.
         """
         s = inputs[:, -1:]
         return torch.cat([positive - s * self.centres, s], dim=1)
@@ -122,7 +124,7 @@ class Coordinates:
         """Return the predictor of raw inputs that does the same wherever s is positive.
 
         Args:
-            predictor: fc1 (units, d_model + 1) and fc2 (d_ff, units + 1) in these coordinates.
+            predictor: fc1 (units, k + 1) and fc2 (d_ff, units + 1) in these coordinates.
 
         Returns:
             fc1 (units + 1, d_model) and fc2 (d_ff, units + 1), detached.

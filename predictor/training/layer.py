@@ -29,6 +29,7 @@ _EVALUATION_ROWS = 2048
 _TOLD_ROWS = 1024
 """Held-out rows that epochs are told by, at most."""
 
+_MOMENTUM = 0.9
 _TUNED_WIDTH = 512
 _TUNED_RANK = 128
 _WHITENED = 0.25
@@ -68,6 +69,7 @@ def train_layer(
     rates = _rates(start)
     optimiser = torch.optim.AdamW(
         [{"params": [matrix], "lr": rate} for matrix, rate in rates],
+        betas=(_MOMENTUM, recipe.second_decay),
         weight_decay=recipe.weight_decay,
         fused=True,
     )

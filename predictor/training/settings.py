@@ -44,6 +44,7 @@ class Recipe:
         negative_floor: added to the weight of a negative.
         epochs: passes over the training rows, at most.
         learning_rate: peak rate of AdamW.
+        second_decay: of AdamW's mean square of the gradient, β2.
         scale_rate: lower the rate of a matrix in proportion to its fan-in beyond the sizes that the
             rate was tuned at, d_model 512 and rank 128 (maximal update parametrisation, Adam,
             arXiv 2203.03466 table 3).
@@ -65,6 +66,7 @@ class Recipe:
     negative_floor: float
     epochs: int
     learning_rate: float
+    second_decay: float
     scale_rate: bool
     cosine: bool
     weight_decay: float
@@ -91,6 +93,7 @@ DEJAVU = Recipe(
     negative_floor=0.005,
     epochs=20,
     learning_rate=1e-3,
+    second_decay=0.999,
     scale_rate=False,
     cosine=False,
     weight_decay=0.01,
@@ -112,8 +115,9 @@ PSP = Recipe(
     importance_cap=32.0,
     negative_weight=0.33,
     negative_floor=0.0,
-    epochs=2,
-    learning_rate=1e-2,
+    epochs=1,
+    learning_rate=1.5e-2,
+    second_decay=0.99,
     scale_rate=True,
     cosine=True,
     weight_decay=0.01,

@@ -15,22 +15,31 @@ from predictor.module import Predictor
 from predictor.size import Size
 from predictor.stored import LayerPredictor
 from predictor.traces.rows import LabelledRows
-from predictor.training.coordinates import Coordinates, Moments, whitening_of
+from predictor.training.coordinates import Coordinates, Moments, Whitening, whitening_of
 from predictor.training.loss import Batch, loss_of, read_batches
 from predictor.training.settings import Recipe
 from predictor.training.storing import constant_units, in_float16, in_q4_0
 
 _MOMENT_ROWS = 32768
-_START_ROWS = 8192
+_ROWS_PER_INPUT = 16
+_START_ROWS = 2048
 _SETTLE_ROWS = 512
 _PART = 2048
 _FACTORS = (1.0, 1.5, 2.0, 3.0)
+_USUAL = 1
 _SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _OFFSETS = (0.5, 8.0)
 """Of units, in standard deviations."""
 
 _LEAST_CONSTANT = 0.05
 _NEURONS = 1024
+
+_WIDTH = 4
+"""Directions of the gate that units are trained within, for each of them: what more there are take
+time and add nothing (docs/decisions/0021)."""
+
+_SPARE, _POWERS = 16, 2
+"""Of `leading`: columns beyond those that are wanted, and multiplications."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +100,15 @@ class Starter:
             return Start(self._recipe, drawn.to(self._rows.device))
         constant = self._recipe.start == "constant" and rank <= gate.shape[1] + 1
         if not constant or self._whitened is None:
-            factor, directions = self._paired
-            return Start(self._recipe.with_pairs(), pairs_start(directions, factor, rank))
+            factor, scaled = self._paired
+            pairs = pairs_start(leading(scaled, rank // 2), factor, rank)
+            return Start(self._recipe.with_pairs(), pairs)
         rows, seen = self._seen
         x = rows.inputs(seen)
-        basis, directions = self._whitened
+        whitening, scaled = self._whitened
+        directions = leading(scaled, min(scaled.shape[1], _WIDTH * rank))
         units = rank + 1 - constant_units(size.kind)
-        predictor, coordinates = constant_start(directions, basis, units, x)
+        predictor, coordinates = constant_start(directions, whitening, units, x)
         _settle(
             predictor,
             coordinates,
@@ -132,7 +143,8 @@ class Starter:
 
     @cached_property
     def _moments(self) -> Moments:
-        parts = self._rows.parts(self._sample, _PART)
+        sample = self._sample[: _ROWS_PER_INPUT * self._rows.weights.gate.shape[1]]
+        parts = self._rows.parts(sample, _PART)
         return moments_of(rows.inputs(part) for rows, part in parts)
 
     @cached_property
@@ -140,18 +152,18 @@ class Starter:
         return feedback_of(self._moments.damped)
 
     @cached_property
-    def _whitened(self) -> tuple[torch.Tensor, Directions] | None:
-        """The whitening's basis and the gate in it; None if inputs are constant in no direction."""
+    def _whitened(self) -> tuple[Whitening, torch.Tensor] | None:
+        """The whitening and the gate in it; None if inputs are constant in no direction."""
         whitening = whitening_of(self._moments)
-        if whitening is None:
-            return None
-        gate = self._rows.weights.gate.to(self._rows.device)
-        return whitening.basis, directions_of(gate, whitening.factor)
+        return None if whitening is None else (whitening, self._gate(whitening.factor))
 
     @cached_property
-    def _paired(self) -> tuple[torch.Tensor, Directions]:
+    def _paired(self) -> tuple[torch.Tensor, torch.Tensor]:
         factor = self._moments.factor
-        return factor, directions_of(self._rows.weights.gate.to(self._rows.device), factor)
+        return factor, self._gate(factor)
+
+    def _gate(self, factor: torch.Tensor) -> torch.Tensor:
+        return scaled_gate(self._rows.weights.gate.to(self._rows.device), factor)
 
 
 @torch.no_grad()
@@ -162,7 +174,7 @@ def _settle(
     active: torch.Tensor,
     batches: Sequence[Batch],
 ) -> None:
-    """Give a start the biases and the scale of logits that have the least loss.
+    """Give a start the scale of logits that has the least loss, and then the biases.
 
     Biases let every neuron be predicted so many times as often as it is active, which also makes up
     for biases and thresholds that the gate does not show. The better the start is, the surer it may
@@ -173,17 +185,21 @@ def _settle(
         inputs = coordinates.inputs(x)
         return coordinates.hidden((inputs @ predictor.fc1.T).relu(), inputs)
 
-    biases = matching_biases(hidden(x), predictor.fc2, active, _FACTORS)
-    losses = torch.zeros(len(_FACTORS), len(_SCALES), device=x.device)
-    for batch in batches:
-        units = hidden(batch.inputs)
-        for number, bias in enumerate(biases):
-            predictor.fc2[:, -1] = bias
+    seen = [(hidden(batch.inputs), batch) for batch in batches]
+
+    def losses(bias: torch.Tensor, scales: Sequence[float]) -> torch.Tensor:
+        predictor.fc2[:, -1] = bias
+        found = torch.zeros(len(scales), device=x.device)
+        for units, batch in seen:
             logits = units @ predictor.fc2.T
-            losses[number] += torch.stack([loss_of(logits * s, batch) for s in _SCALES])
-    factor, scale = divmod(int(losses.argmin()), len(_SCALES))
+            found += torch.stack([loss_of(logits * scale, batch) for scale in scales])
+        return found
+
+    biases = matching_biases(hidden(x), predictor.fc2, active, _FACTORS)
+    scale = _SCALES[int(losses(biases[_USUAL], _SCALES).argmin())]
+    factor = torch.cat([losses(bias, [scale]) for bias in biases]).argmin()
     predictor.fc2[:, -1] = biases[factor]
-    predictor.fc2.mul_(_SCALES[scale])
+    predictor.fc2.mul_(scale)
 
 
 def random_start(rank: int, d_model: int, d_ff: int, generator: torch.Generator) -> Predictor:
@@ -207,33 +223,46 @@ def moments_of(parts: Iterable[torch.Tensor]) -> Moments:
 
 @dataclass(frozen=True)
 class Directions:
-    """The singular value decomposition of a whitened gate, as far as starts of any rank need it.
+    """The first right singular vectors of a whitened gate, and the gate along them.
 
     Attributes:
-        scaled: (d_ff, d_model) float64, the gate times the whitening factor, rows of norm 1.
-        right: (d_model, d_model) float64, right singular vectors as columns, the first ones last.
+        right: (d_model, k) float32, orthonormal columns, the first ones first.
+        left: (d_ff, k) float32, U·Σ.
     """
 
-    scaled: torch.Tensor
     right: torch.Tensor
-
-    def truncated(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return U·Σ, (d_ff, k), and V, (d_model, k), both float64."""
-        right = self.right[:, -k:]
-        return self.scaled @ right, right
+    left: torch.Tensor
 
 
-def directions_of(gate: torch.Tensor, factor: torch.Tensor) -> Directions:
-    """Decompose a gate.
+def scaled_gate(gate: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Return a gate in whitened coordinates, (d_ff, d_model) float32, its rows of norm 1.
 
     Args:
         gate: (d_ff, d_model) float32, gate matrix times the norm's weight.
         factor: (d_model, d_model) float64, Cholesky factor of the inputs' moments, on its device.
     """
-    scaled = gate.double() @ factor
-    scaled /= torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1e-30)
-    # Vectors come from the small Gram matrix: d_ff may be far larger than d_model.
-    return Directions(scaled, torch.linalg.eigh(scaled.T @ scaled).eigenvectors)
+    scaled = gate @ factor.float()
+    return scaled.div_(torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min_(1e-30))
+
+
+def leading(scaled: torch.Tensor, count: int) -> Directions:
+    """Return the first `count` directions of (d_ff, d_model) float32.
+
+    Where a few of many are wanted they are found in what powers of the matrix leave of a random
+    subspace (arXiv 0909.4061, algorithm 4.4), which is always the same.
+    """
+    d_model = scaled.shape[1]
+    width = min(d_model, count + _SPARE)
+    if width == d_model:
+        space = torch.eye(d_model, device=scaled.device)
+    else:
+        drawn = torch.randn(d_model, width, generator=torch.Generator().manual_seed(0))
+        space = drawn.to(scaled.device)
+        for _ in range(_POWERS):
+            space = torch.linalg.qr(scaled.T @ (scaled @ space)).Q
+    seen = scaled @ space
+    vectors = torch.linalg.eigh((seen.T @ seen).double()).eigenvectors.flip(1)[:, :count].float()
+    return Directions(space @ vectors, seen @ vectors)
 
 
 def pairs_start(directions: Directions, factor: torch.Tensor, rank: int) -> Predictor:
@@ -245,19 +274,18 @@ def pairs_start(directions: Directions, factor: torch.Tensor, rank: int) -> Pred
     2k ReLU units: `[V; −V]` and `[U, −U]`, because relu(a) − relu(−a) = a.
 
     Args:
-        directions: of the gate and S.
+        directions: of the gate and S, at least half of `rank`.
         factor: S, see `Moments.factor`.
         rank: ReLU units, even.
     """
-    left, right = directions.truncated(rank // 2)
-    down = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False)
-    u, v = left.float(), down.float()
+    u, right = directions.left[:, : rank // 2], directions.right[:, : rank // 2].double()
+    v = torch.linalg.solve_triangular(factor, right.T, upper=False, left=False).float()
     return Predictor(torch.cat([v, -v]), torch.cat([u, -u], dim=1))
 
 
 @torch.no_grad()
 def constant_start(
-    directions: Directions, basis: torch.Tensor, rank: int, x: torch.Tensor
+    directions: Directions, whitening: Whitening, rank: int, x: torch.Tensor
 ) -> tuple[Predictor, Coordinates]:
     """Return the truncated SVD of the gate with a unit for the constant, in its coordinates.
 
@@ -266,23 +294,23 @@ def constant_start(
     of `x`, or up to 8 standard deviations. Biases are 0.
 
     Args:
-        directions: of the gate and the whitening's factor.
-        basis: the whitening's.
+        directions: of the gate and the whitening's factor, at least `rank` − 1; units are trained
+            within them.
+        whitening: of the inputs.
         rank: ReLU units, at most d_model + 1.
         x: (n, d_model) float32, normalised inputs.
     """
-    left, right = directions.truncated(rank - 1)
-    fc1, fc2 = right.T.float(), left.float()
+    units, basis = rank - 1, whitening.basis(directions.right)
     inputs = x @ basis
-    relative = (inputs[:, :-1] @ fc1.T) / inputs[:, -1:].clamp_min(_LEAST_CONSTANT)
+    relative = inputs[:, :units] / inputs[:, -1:].clamp_min(_LEAST_CONSTANT)
     low, high = -relative.amin(0), relative.amax(0)
     signs = torch.where(low <= high, 1.0, -1.0)
     offsets = torch.minimum(low, high).clamp(*_OFFSETS)
-    start = Predictor(
-        torch.cat([fc1 * signs[:, None], offsets[:, None]], dim=1),
-        torch.cat([fc2 * signs, torch.zeros(len(fc2), 1, device=fc2.device)], dim=1),
-    )
-    return start, Coordinates(basis, offsets)
+    fc1 = torch.zeros(units, basis.shape[1], device=x.device)
+    fc1[:, :units], fc1[:, -1] = signs.diag(), offsets
+    fc2 = torch.zeros(len(directions.left), rank, device=x.device)
+    fc2[:, :units] = directions.left[:, :units] * signs
+    return Predictor(fc1, fc2), Coordinates(basis, offsets)
 
 
 @torch.no_grad()
