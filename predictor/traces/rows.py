@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import COLLECT_AGAIN, TraceError
-from predictor.traces.packing import active_places, codes_at, decode_importance, unpack_active
+from predictor.traces.packing import codes_at, decode_importance, flat_places, unpack_active
 
 Places = npt.NDArray[np.int64]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -107,8 +107,7 @@ class ShardedRows:
         Returns:
             Places in (n, d_ff), flattened, and the row of each, (k,) int64 in order.
         """
-        row, neuron = active_places(self.active_at(index))
-        return row * len(self.counts) + neuron, row
+        return flat_places(self.active_at(index), len(self.counts))
 
     def active_counts(self, index: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Return (n,) int64 on the CPU: how many neurons are active in the rows (n,) int64.
@@ -213,7 +212,8 @@ def check_counts(file: Path, per_row: torch.Tensor, counts: torch.Tensor) -> Non
 
 def normalise_rms(inputs: torch.Tensor) -> torch.Tensor:
     """Scale every row (n, d_model) to unit root mean square."""
-    return inputs * torch.rsqrt(inputs.square().mean(dim=-1, keepdim=True) + _TINY)
+    lengths = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True)
+    return inputs * torch.rsqrt(lengths.square_().div_(inputs.shape[-1]).add_(_TINY))
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,9 @@ def set_gradients(
     loss = loss_of(logits[:_TOLD_ROWS], batch.first())
     slope = logits.clamp_min_(_SUREST).sigmoid_()
     flat, labels = slope.view(-1), slope.numel()
-    positive = (flat[batch.places] - 1) * (batch.positive / labels)
+    positive = flat.index_select(0, batch.places).sub_(1).mul_(batch.positive / labels)
     slope.mul_(batch.negative / labels)
-    flat[batch.places] = positive
+    flat.scatter_(0, batch.places, positive)
     slope = slope.to(dtype)
     predictor.fc2.grad = (slope.T @ hidden).float()
     back = slope @ fc2[:, : len(fc1)]
@@ -137,6 +137,6 @@ def set_gradients(
 def loss_of(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the loss of logits (n, d_ff), 0-dimensional float32."""
     flat = logits.reshape(-1)
-    found = flat[batch.places]
+    found = flat.index_select(0, batch.places)
     positive = batch.positive * softplus(-found) - batch.negative * softplus(found)
     return batch.negative * softplus(flat).mean() + positive.sum() / len(flat)

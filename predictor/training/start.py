@@ -21,7 +21,7 @@ from predictor.training.settings import Recipe
 from predictor.training.storing import constant_units, in_float16, in_q4_0
 
 _MOMENT_ROWS = 32768
-_ROWS_PER_INPUT = 16
+_ROWS_PER_INPUT = 32
 _START_ROWS = 2048
 _SETTLE_ROWS = 512
 _PART = 2048
@@ -34,9 +34,9 @@ _OFFSETS = (0.5, 8.0)
 _LEAST_CONSTANT = 0.05
 _NEURONS = 1024
 
-_WIDTH = 4
-"""Directions of the gate that units are trained within, for each of them: what more there are take
-time and add nothing (docs/decisions/0021)."""
+_BEYOND = 64
+"""Directions of the gate, beyond one for each unit, that units are trained within: more of them
+take time and lead to worse predictors (docs/decisions/0021)."""
 
 _SPARE, _POWERS = 16, 2
 """Of `leading`: columns beyond those that are wanted, and multiplications."""
@@ -106,7 +106,7 @@ class Starter:
         rows, seen = self._seen
         x = rows.inputs(seen)
         whitening, scaled = self._whitened
-        directions = leading(scaled, min(scaled.shape[1], _WIDTH * rank))
+        directions = leading(scaled, min(scaled.shape[1], rank + _BEYOND))
         units = rank + 1 - constant_units(size.kind)
         predictor, coordinates = constant_start(directions, whitening, units, x)
         _settle(
