@@ -129,7 +129,8 @@ def set_gradients(
     flat.scatter_(0, batch.places, positive)
     slope = slope.to(dtype)
     predictor.fc2.grad = (slope.T @ hidden).float()
-    back = slope @ fc2[:, : len(fc1)]
+    # A product with all of fc2 takes less time than one with a copy of most of its columns.
+    back = (slope @ fc2)[:, : len(fc1)]
     predictor.fc1.grad = (back.mul_(before > 0).T @ x).float()
     return loss
 

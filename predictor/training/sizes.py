@@ -16,8 +16,8 @@ from predictor.thresholds.sizes import best_sizes
 from predictor.training.layer import LayerTrainer, train_layer
 from predictor.training.start import Starter, start_sample
 
-_SCOUT_ROWS = 16384
-_CURVE_ROWS = 8192
+_SCOUT_ROWS = 8192
+_CURVE_ROWS = 4096
 
 
 def choose_sizes(
