@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from benchmarks.exact_density import (
     predictor,
 )
 from benchmarks.shared import made_header, peak_rss_bytes, print_line, reglu_settings
+from common.element_types import ELEMENT_NAMES, Q4_0
 from common.errors import CheckpointError, EngineError, PspError
 from common.files import refuse_existing, write_error, write_json
 from gguf_export.bundle import Bundle, export
 from gguf_export.pwri.element_types import OUTTYPES
 from gguf_export.settings import ExportConfig
 from predictor.artifact import PredictorArtifact
+from predictor.feedback import by_itself
 from predictor.stored import LayerPredictor
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -51,6 +53,7 @@ class FixtureConfig:
         tokenizer: SentencePiece `tokenizer.model`, whose pieces are the vocabulary.
         out: directory for the export bundle, one for each fixture.
         outtype: element type of the model's matrices, `f16` or `q4_0`.
+        predictor_type: of the predictors', likewise; either decides the same.
         dense: write the dense file too.
         keep_model: keep the checkpoint and predictors from which the files were made.
     """
@@ -59,6 +62,7 @@ class FixtureConfig:
     tokenizer: Path
     out: Path
     outtype: str = "f16"
+    predictor_type: str = "f16"
     dense: bool = False
     keep_model: bool = False
 
@@ -86,7 +90,7 @@ def make_fixture(config: FixtureConfig) -> Bundle:
         config.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=config.out, prefix=".fixture-") as work:
             model = write_model(Path(work) / config.name, config)
-            predictors = write_predictors(model / "predictors", model, config.shape)
+            predictors = write_predictors(model / "predictors", model, config)
             bundle = export(
                 ExportConfig(
                     model=str(model),
@@ -155,12 +159,16 @@ def read_tokenizer(path: Path) -> tuple[int, torch.Tensor]:
     return size, torch.tensor(ordinary)
 
 
-def write_predictors(path: Path, model: Path, shape: FixtureShape) -> Path:
+def write_predictors(path: Path, model: Path, config: FixtureConfig) -> Path:
     """Write the predictors of a checkpoint made by `write_model`."""
-    artifact = PredictorArtifact(path, made_header(model, shape.rank, "exact density"))
+    shape, kind = config.shape, config.predictor_type
+    header = made_header(model, shape.rank, "exact density")
+    artifact = PredictorArtifact(path, replace(header, predictor_type=kind))
     metrics = {"activation_recall": 1.0, "predicted_sparsity": 1 - shape.exact_density}
     for layer in range(shape.n_layers):
         fc1, fc2 = predictor(shape, layer)
+        if kind == Q4_0:
+            fc1, fc2 = by_itself(fc1.float()), by_itself(fc2.float())
         counts = activation_counts(shape, layer)
         artifact.add(layer, LayerPredictor(fc1, fc2, counts), metrics)
     return path
@@ -208,6 +216,7 @@ def make_and_check(config: FixtureConfig) -> dict[str, object]:
         "bytes": {file.name: file.stat().st_size for file in files},
         "shape": asdict(shape),
         "outtype": config.outtype,
+        "predictor_type": config.predictor_type,
         "predicted_neurons": shape.predicted,
         "density": shape.exact_density,
         "checked_tokens": _CHECKED_TOKENS,
@@ -238,10 +247,19 @@ def shape_options(command: Any) -> Any:
 @click.option("--tokenizer", type=FILE, required=True, help="A LLaMA's tokenizer.model.")
 @shape_options
 @click.option("--outtype", type=click.Choice(list(OUTTYPES)), default="f16", show_default=True)
+@click.option(
+    "--predictor-type", type=click.Choice(ELEMENT_NAMES), default="f16", show_default=True
+)
 @click.option("--dense", is_flag=True, help="Write the dense file too.")
 @click.option("--keep-model", is_flag=True, help="Keep the checkpoint and its predictors.")
 def main(
-    out: Path, tokenizer: Path, outtype: str, dense: bool, keep_model: bool, **sizes: Any
+    out: Path,
+    tokenizer: Path,
+    outtype: str,
+    predictor_type: str,
+    dense: bool,
+    keep_model: bool,
+    **sizes: Any,
 ) -> None:
     """Make one fixture."""
     try:
@@ -251,6 +269,7 @@ def main(
             tokenizer=tokenizer,
             out=out,
             outtype=outtype,
+            predictor_type=predictor_type,
             dense=dense,
             keep_model=keep_model,
         )

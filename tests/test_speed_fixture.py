@@ -159,9 +159,18 @@ def test_the_file_is_the_model(
     assert made.bundle.dense_file.read_bytes()[:4] == b"GGUF"
 
 
-def test_blocks_of_four_bits_decide_the_same(tokenizer: Path, tmp_path: Path) -> None:
-    shape = FixtureShape(density=0.1, **TINY)
-    config = FixtureConfig(shape=shape, tokenizer=tokenizer, out=tmp_path / "q", outtype="q4_0")
+@pytest.mark.parametrize("predictor_type", ["f16", "q4_0"])
+def test_blocks_of_four_bits_decide_the_same(
+    tokenizer: Path, tmp_path: Path, predictor_type: str
+) -> None:
+    shape = FixtureShape(density=0.1, **TINY | {"rank": 64})
+    config = FixtureConfig(
+        shape=shape,
+        tokenizer=tokenizer,
+        out=tmp_path / "q",
+        outtype="q4_0",
+        predictor_type=predictor_type,
+    )
     made = make_and_check(config)
     assert made["predicted_neurons"] == 102
     for active, predicted in Made(shape, config.bundle, tmp_path).masks(list(range(320))):
