@@ -223,7 +223,9 @@ def test_training_falls_back_to_pairs_with_more_epochs() -> None:
     train = torch.arange(2000)
     start = starting_at(PSP, rows, train, seeded(0))
     assert start.coordinates is None
-    assert start.recipe == replace(PSP, start="pairs", epochs=4 * PSP.epochs)
+    assert start.recipe == PSP.with_pairs()
+    assert start.recipe.start == "pairs"
+    assert start.recipe.epochs == 8 * PSP.epochs
     steps: list[int] = []
     train_layer(
         starting_at(replace(PSP, batch=500), rows, train, seeded(0)),
@@ -233,7 +235,7 @@ def test_training_falls_back_to_pairs_with_more_epochs() -> None:
         generator=seeded(0),
         on_step=steps.append,
     )
-    assert steps == [4 * PSP.epochs * 4] * (4 * PSP.epochs * 4)
+    assert steps == [8 * PSP.epochs * 4] * (8 * PSP.epochs * 4)
 
 
 def test_training_around_a_constant_beats_its_start_which_beats_pairs(rows: LabelledRows) -> None:

@@ -23,6 +23,7 @@ from common.text_sources.names import Sources
 from predictor.size import Size
 
 AUTO = "auto"
+_RATE_OF_PAIRS = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +77,10 @@ class Recipe:
     patience: int
 
     def with_pairs(self) -> Recipe:
-        """Return the recipe that starts at pairs, which takes four times the epochs."""
+        """Return the recipe that starts at pairs, which takes eight times the epochs."""
         if self.start != "constant":
             return self
-        return replace(self, start="pairs", epochs=4 * self.epochs)
+        return replace(self, start="pairs", epochs=8 * self.epochs, learning_rate=_RATE_OF_PAIRS)
 
 
 DEJAVU = Recipe(
