@@ -19,7 +19,6 @@ from evaluation.answers import file_name
 from evaluation.backends.backend import Backend
 from evaluation.backends.transformers_model import Placed, TransformersBackend, TransformersModel
 from predictor.artifact import PredictorArtifact
-from predictor.module import Predictor
 from prosparse.activation import Opened, Setting, has_one_gate, open_any, shifted
 from prosparse.sparsity import refuse_fatrelu
 from results.evaluation import ArmKind
@@ -140,7 +139,7 @@ def _read(artifact: PredictorArtifact) -> _Read:
     predictors, parts = {}, [str(artifact.header.threshold).encode()]
     for number in range(artifact.header.n_layers):
         layer = artifact.layer(number)
-        predictors[number] = Predictor(layer.fc1.float(), layer.fc2.float())
+        predictors[number] = layer.predictor()
         parts += [layer.fc1.numpy().tobytes(), layer.fc2.numpy().tobytes()]
     return _Read(Placed(predictors, artifact.header.threshold), sha256(b"".join(parts)))
 

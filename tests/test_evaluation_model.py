@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TEXT, ModelMaker
+from conftest import TEXT, ModelMaker, write_predictors
 from families import BY_NAME, write
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +20,9 @@ from evaluation.backends.transformers_model import (
     TransformersModel,
 )
 from evaluation.requests import Encoder
+from predictor.feedback import by_itself
 from predictor.module import Predictor
+from predictor.stored import LayerPredictor
 from predictor.thresholds.predicted_model import PredictedModel
 from prosparse.activation import open_any, shifted
 
@@ -176,6 +178,25 @@ def test_exact_predictors_change_nothing(model_dir: Path, exact_dir: Path) -> No
         assert (facts.predictors_hash is None) == (arm.predictors is None)
         assert facts.threshold == (None if arm.predictors is None else 0.0)
     assert found[0] == pytest.approx(found[1], abs=2e-2)
+
+
+def test_predictors_in_q4_0_are_read_as_numbers(model_dir: Path, tmp_path: Path) -> None:
+    """Zeros let every neuron through at threshold 0."""
+    made = write_predictors(model_dir, tmp_path / "p")
+    made.header = replace(made.header, rank=64, predictor_type="q4_0")
+    fc1, fc2 = (by_itself(torch.zeros(rows, 64)) for rows in (64, 1012))
+    for layer in range(2):
+        made.add(layer, LayerPredictor(fc1, fc2, torch.arange(1012)), {"activation_recall": 1.0})
+    arms = [
+        Arm(name="dense", kind="dense", model=str(model_dir)),
+        Arm(name="p", kind="predictors", model=str(model_dir), predictors=made.path),
+    ]
+    opened = Arms(arms, device="cpu", dtype="auto")
+    found = []
+    for arm in arms:
+        model: Any = opened.open(arm)[0]
+        found.append(flat(model.score(scorings(model._model))))
+    assert found[0] == found[1]
 
 
 def test_fatrelu_takes_the_place_of_the_own_activation_and_goes_again(
