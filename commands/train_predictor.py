@@ -84,7 +84,7 @@ def train_predictor(config: TrainConfig, as_json: bool, threads: int) -> None:
     mean = mean_metrics(list(artifact.layers.values()))
     if as_json:
         names = {"predictors": artifact.path, "recipe": artifact.header.recipe["name"]}
-        sizes = {"ranks": artifact.ranks, "types": artifact.types}
+        sizes = {"ranks": artifact.ranks, "types": artifact.types, "dense": artifact.dense}
         search = {**sizes, "search": artifact.search}
         return print_json({**names, **mean, **search, "layers": layers})
     echo(layer_table(layers, mean))

@@ -50,9 +50,12 @@ class DecisionCounts:
 
         The arguments are those of `predictor_share`.
         """
-        predicted = self.predicted / self.decisions
         sizes = {"d_model": d_model, "d_ff": d_ff, "ffn_matrices": ffn_matrices}
-        predictor = predictor_share(rank, predictor_width=predictor_width, **sizes)
+        return self.metrics_with(predictor_share(rank, predictor_width=predictor_width, **sizes))
+
+    def metrics_with(self, predictor: float) -> dict[str, float]:
+        """Return the same, given the bytes of the predictor relative to its FFN."""
+        predicted = self.predicted / self.decisions
         return {
             "activation_sparsity": 1 - self.active / self.decisions,
             "activation_recall": self.hits / self.active if self.active else 1.0,

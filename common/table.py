@@ -11,8 +11,9 @@ _METRICS = {
     "precision": "precision %",
     "predicted_sparsity": "pred. sparsity %",
     "ffn_bytes_ratio": "FFN bytes",
+    "bytes_with_predictor": "with predictor",
 }
-_RATIOS = {"ffn_bytes_ratio"}
+_RATIOS = {"ffn_bytes_ratio", "bytes_with_predictor"}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -36,17 +37,20 @@ def metric_cell(key: str, value: float) -> str:
 
 
 def layer_table(layers: Sequence[Mapping[str, float]], mean: Mapping[str, float] | None) -> str:
-    """Return one row a layer, and the mean if given; columns are the metrics present.
+    """Return one row a layer, and the mean if given; columns are the metrics that any layer has.
 
     Args:
         layers: metrics by name, and the layer's number under `layer`.
         mean: metrics by name.
     """
-    keys = [key for key in _METRICS if key in layers[0]]
+    keys = [key for key in _METRICS if any(key in layer for layer in layers)]
     named = [(str(int(layer["layer"])), layer) for layer in layers]
     if mean is not None:
         named.append(("mean", mean))
-    rows = [[name, *(metric_cell(key, layer[key]) for key in keys)] for name, layer in named]
+    rows = [
+        [name, *(metric_cell(key, layer[key]) if key in layer else "" for key in keys)]
+        for name, layer in named
+    ]
     return table(["layer", *(_METRICS[key] for key in keys)], rows)
 
 

@@ -108,6 +108,7 @@ def _predictors(artifact: Any) -> dict[str, Any]:
         "header": plain(artifact.header),
         "complete": artifact.complete,
         "ranks": {str(layer): artifact.ranks[layer] for layer in sorted(artifact.ranks)},
+        "dense": {str(layer): artifact.dense[layer] for layer in sorted(artifact.dense)},
         "search": plain(artifact.search),
         "layers": artifact.rows(),
         "mean": mean_metrics(list(artifact.layers.values())) if artifact.layers else None,

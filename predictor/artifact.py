@@ -3,11 +3,12 @@
 Layout of a directory::
 
     predictors.json             schema, model, recipe, threshold, one entry a finished layer, how
-                                its training went, the operating points that were tried, and
-                                the checksums of the files
+                                its training went, the operating points that were tried, which
+                                layers are dense, and the checksums of the files
     layer-00.safetensors        fc1 (rank, d_model), fc2 (d_ff, rank), both float16 or rows of Q4_0
                                 blocks (uint8); activation_counts (d_ff,) int64; thresholds (d_ff,)
-                                float32 if each neuron has its own
+                                float32 if each neuron has its own. Also of a dense layer, which
+                                another bound may do with a predictor again
     curves-00.safetensors       what was measured at other thresholds, to choose others later
 """
 
@@ -26,88 +27,24 @@ from common.hashing import HashedFile
 from common.lock import refuse_written
 from common.outputs import changed_whole
 from common.sealed import read_sealed, write_sealed
-from common.typed_json import Closed, Count, parse, plain
+from common.typed_json import parse, plain
 from common.version import tool_version
+from predictor.dense_layer import least_predictor, least_size
+from predictor.index import ArtifactIndex
+from predictor.index import Epoch as Epoch
+from predictor.index import PredictorHeader as PredictorHeader
+from predictor.size import Size
 from predictor.stored import LayerPredictor
 from predictor.tensor_files import load_tensors, save_tensors
 from results.predictors import SearchPoint
 
-SCHEMA_VERSION = 5
-_READABLE = (4, SCHEMA_VERSION)
-"""Version 4 knew float16 only."""
+SCHEMA_VERSION = 6
+_READABLE = (4, 5, SCHEMA_VERSION)
+"""Version 4 knew float16 only, version 5 no dense layers."""
 INDEX = "predictors.json"
 
-
-@dataclass(frozen=True, kw_only=True)
-class PredictorHeader(Closed):
-    """What predictors were made for and from.
-
-    Attributes:
-        model: the model as the user named it.
-        model_fingerprint: `Checkpoint.fingerprint` of the model whose traces were used.
-        architecture: name of the family.
-        activation: activation of the FFN.
-        n_layers: blocks.
-        d_model: hidden size.
-        d_ff: neurons in a layer.
-        rank: hidden units of every predictor, or how they were to be chosen.
-        threshold: a neuron is computed unless its logit is below this; 1 or -1 if each neuron's own
-            threshold is folded in.
-        traces_identity: `TraceStore.identity` of the traces.
-        recipe: settings of the recipe, by name.
-        holdout: share of rows held out, by document.
-        label_top_fraction: clipping of the training labels, or None.
-        seed: seed of the run.
-        own_thresholds: each neuron has a threshold of its own, chosen once all layers are trained.
-        predictor_type: that all are stored in, or `auto`: each layer has its own.
-        outtype: type of the model that they are for, by whose bytes theirs are counted and with
-            whose rounding a bound was measured.
-    """
-
-    model: str
-    model_fingerprint: str
-    architecture: str
-    activation: str
-    n_layers: Count
-    d_model: Count
-    d_ff: Count
-    rank: int | str
-    threshold: float
-    traces_identity: str
-    recipe: dict[str, object]
-    holdout: float
-    label_top_fraction: float | None
-    seed: int
-    own_thresholds: bool = False
-    predictor_type: str = F16
-    outtype: str = F16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch(Closed):
-    """How the training of a layer went, told after each pass over the rows.
-
-    Attributes:
-        loss: the recipe's, mean over the epoch on rows of every batch.
-        held_out_loss: the same after the epoch, on a sample of the held-out rows.
-        held_out_error: share of the sample's decisions at threshold 0 that are wrong.
-    """
-
-    loss: float
-    held_out_loss: float
-    held_out_error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Index:
-    header: PredictorHeader
-    ranks: dict[str, int]
-    search: tuple[SearchPoint, ...]
-    layers: tuple[dict[str, float], ...]
-    epochs: dict[str, tuple[Epoch, ...]] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    model_files: tuple[HashedFile, ...] = ()
-    types: dict[str, str] = field(default_factory=dict)
+BYTES_WITH_PREDICTOR = "bytes_with_predictor"
+"""What a dense layer's FFN bytes ratio with its predictor is called."""
 
 
 @dataclass
@@ -124,6 +61,9 @@ class PredictorArtifact:
         epochs: layer number to its epochs; none of layers that an older psp trained.
         files: name to checksum (XXH3); none of what an older psp wrote.
         model_files: weights of the model whose traces were used; none if an older psp made them.
+        dense: number of a dense layer to the FFN bytes ratio that it has with its predictor; see
+            `predictor.dense_layer`.
+        tokens: of the traces; 0 if an older psp made them, which had no dense layers.
     """
 
     path: Path
@@ -135,6 +75,8 @@ class PredictorArtifact:
     files: dict[str, str] = field(default_factory=dict)
     model_files: tuple[HashedFile, ...] = ()
     types: dict[int, str] = field(default_factory=dict)
+    dense: dict[int, float] = field(default_factory=dict)
+    tokens: int = 0
 
     @classmethod
     def open(cls, path: Path) -> PredictorArtifact:
@@ -149,18 +91,24 @@ class PredictorArtifact:
         if version not in _READABLE:
             raise PredictorError(
                 f"{path}: predictor schema version is {version!r}, this psp reads "
-                f"{' and '.join(map(str, _READABLE))}",
+                f"{', '.join(map(str, _READABLE))}",
                 TRAIN_AGAIN,
             )
         try:
-            index = parse(_Index, document)
-            layers = {int(entry.pop("layer")): entry for entry in index.layers}
-            ranks = {int(layer): rank for layer, rank in index.ranks.items()}
-            epochs = {int(layer): told for layer, told in index.epochs.items()}
-            search = list(index.search)
-            types = {int(layer): _known_type(kind) for layer, kind in index.types.items()}
-            files, model_files = index.files, index.model_files
-            return cls(path, index.header, layers, ranks, search, epochs, files, model_files, types)
+            index = parse(ArtifactIndex, document)
+            return cls(
+                path,
+                index.header,
+                layers={int(entry.pop("layer")): entry for entry in index.layers},
+                ranks={int(layer): rank for layer, rank in index.ranks.items()},
+                search=list(index.search),
+                epochs={int(layer): told for layer, told in index.epochs.items()},
+                files=index.files,
+                model_files=index.model_files,
+                types={int(layer): _known_type(kind) for layer, kind in index.types.items()},
+                dense={int(layer): ratio for layer, ratio in index.dense.items()},
+                tokens=index.tokens,
+            )
         except (KeyError, ValueError) as error:
             raise PredictorError(
                 f"{path}/predictors.json: damaged ({error})", TRAIN_AGAIN
@@ -212,8 +160,10 @@ class PredictorArtifact:
                 "header": asdict(self.header),
                 "ranks": {str(layer): self.ranks[layer] for layer in sorted(self.ranks)},
                 "types": {str(layer): self.types[layer] for layer in sorted(self.types)},
+                "dense": {str(layer): self.dense[layer] for layer in sorted(self.dense)},
+                "tokens": self.tokens,
                 "search": plain(self.search),
-                "layers": self.rows(),
+                "layers": [{"layer": n, **self.layers[n]} for n in sorted(self.layers)],
                 "epochs": {
                     str(layer): [asdict(epoch) for epoch in self.epochs[layer]]
                     for layer in sorted(self.epochs)
@@ -225,8 +175,20 @@ class PredictorArtifact:
         )
 
     def rows(self) -> list[dict[str, float]]:
-        """Return the metrics of the finished layers in order, each with its number."""
-        return [{"layer": layer, **self.layers[layer]} for layer in sorted(self.layers)]
+        """Return the metrics of the finished layers in order, each with its number.
+
+        A dense layer's has the FFN bytes ratio that it has with its predictor, too.
+        """
+        beside = {layer: {BYTES_WITH_PREDICTOR: ratio} for layer, ratio in self.dense.items()}
+        return [
+            {"layer": layer, **self.layers[layer], **beside.get(layer, {})}
+            for layer in sorted(self.layers)
+        ]
+
+    @property
+    def ffn_bytes(self) -> dict[int, float]:
+        """Layer number to FFN bytes ratio, of the finished layers."""
+        return {layer: self.layers[layer]["ffn_bytes_ratio"] for layer in sorted(self.layers)}
 
     def add(
         self,
@@ -253,31 +215,38 @@ class PredictorArtifact:
         """
         return self._load(self._curves_file(layer))
 
-    def set_thresholds(self, thresholds: Mapping[int, torch.Tensor], sign: int) -> None:
-        """Give every layer's neurons their own thresholds, (d_ff,) float32 each, of one sign.
+    def set_thresholds(
+        self, thresholds: Mapping[int, torch.Tensor], sign: int, dense: Mapping[int, float]
+    ) -> None:
+        """Give layers' neurons their own thresholds, (d_ff,) float32 each, and name dense layers.
 
-        All at once: a process that is killed leaves the old ones or the new ones.
+        Thresholds are of one sign. All at once: a process that is killed leaves the old ones or the
+        new ones.
         """
         with changed_whole(self.path) as path:
             changed = replace(self, path=path, files=dict(self.files))
             changed.header = replace(self.header, threshold=float(sign))
+            changed.dense = dict(dense)
             for layer, values in thresholds.items():
                 file = changed._file(layer)
                 changed._save(file, changed._load(file) | {"thresholds": values})
             changed.write_header()
-        self.header, self.files = changed.header, changed.files
+        self.header, self.files, self.dense = changed.header, changed.files, changed.dense
 
     def layer(self, layer: int, *, folded: bool = True) -> LayerPredictor:
         """Read one layer.
 
         Args:
             layer: its number.
-            folded: divide fc2's rows by the neurons' thresholds, if they have some, so that
-                `header.threshold` holds for all.
+            folded: as it is exported: fc2's rows divided by the neurons' thresholds, if they have
+                some, so that `header.threshold` holds for all; the least predictor of a dense one.
 
         Raises:
             PredictorError: missing or damaged file, or shapes that do not fit the header.
         """
+        if folded and layer in self.dense:
+            sizes = self.header.d_model, self.header.d_ff
+            return least_predictor(self.dense_size, *sizes, self.tokens)
         file = self._file(layer)
         tensors = self._load(file)
         header, rank = self.header, self.rank(layer)
@@ -335,6 +304,36 @@ class PredictorArtifact:
                 f"{self.path}/predictors.json: no rank of layer {layer}", TRAIN_AGAIN
             )
         return rank
+
+    def trained_size(self, layer: int) -> Size:
+        """Return the size of the predictor that a layer was trained for, see `rank` and `kind`."""
+        return Size(self.kind(layer), self.rank(layer))
+
+    @property
+    def dense_size(self) -> Size:
+        """The size of a dense layer's predictor."""
+        asked = self.header.predictor_type
+        if asked in ELEMENT_TYPES:
+            return least_size([asked])
+        # Without a bound an export is free to choose the type of all predictors.
+        allowed = ELEMENT_TYPES if self.header.own_thresholds else [F16]
+        fitting = (k for k in allowed if self.header.d_model % ELEMENT_TYPES[k].row_multiple == 0)
+        return least_size(fitting)
+
+    def exported_size(self, layer: int) -> Size:
+        """Return the size of the predictor that a layer is exported with."""
+        return self.dense_size if layer in self.dense else self.trained_size(layer)
+
+    def predictor_share(self, size: Size, ffn_matrices: int) -> float:
+        """Return the bytes of a predictor relative to its FFN, of that many matrices."""
+        header = self.header
+        return ELEMENT_TYPES[size.kind].relative(
+            size.rank,
+            d_model=header.d_model,
+            d_ff=header.d_ff,
+            ffn_matrices=ffn_matrices,
+            ffn=ELEMENT_TYPES[header.outtype],
+        )
 
     def _save(self, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self.files[file.name] = save_tensors(file, tensors)

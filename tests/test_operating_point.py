@@ -11,18 +11,10 @@ from common.errors import PredictorError
 from predictor.module import Predictor, logits_of, to_half
 from predictor.size import Size
 from predictor.stored import LayerPredictor
-from predictor.thresholds.choose import (
-    Bound,
-    Priced,
-    at_price,
-    fewest_bytes,
-    least_error,
-    price_bracket,
-    price_for_bytes,
-    price_for_gap,
-)
+from predictor.thresholds.choose import Bound, price_for_bytes, price_for_gap
 from predictor.thresholds.curves import Curves, factors, mean_positive, reached, trace_curves
 from predictor.thresholds.predicted_model import Quality
+from predictor.thresholds.price import Layers, Priced, fewest_bytes, least_error, price_bracket
 from predictor.thresholds.sizes import best_sizes
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -119,8 +111,8 @@ def test_a_price_weighs_missed_output_against_computed_neurons() -> None:
 
 
 def test_all_thresholds_of_a_model_have_one_sign() -> None:
-    curves, costs = {0: hand_made(), 1: hand_made()}, {0: 0.0, 1: 0.0}
-    below, above = (at_price(curves, costs, 1e-5, sign) for sign in (-1, 1))
+    layers = Layers({0: hand_made(), 1: hand_made()}, {0: 0.0, 1: 0.0})
+    below, above = (layers.at(1e-5, sign) for sign in (-1, 1))
     assert [below.error, below.ffn_bytes_ratio] == pytest.approx([0.0, 0.85])
     assert [above.error, above.ffn_bytes_ratio] == pytest.approx([2e-5, 0.5])
     for priced in (below, above):
@@ -136,7 +128,7 @@ def test_bytes_are_spent_with_the_sign_that_misses_less(
     ffn_bytes: float, sign: int, reached: float
 ) -> None:
     """The last is out of reach, and what comes nearest is returned."""
-    found = least_error({0: hand_made()}, {0: 0.0}, ffn_bytes)
+    found = least_error(Layers({0: hand_made()}, {0: 0.0}), ffn_bytes)
     assert found.sign == sign
     assert found.ffn_bytes_ratio == pytest.approx(reached)
 
@@ -148,7 +140,7 @@ def test_bytes_are_spent_with_the_sign_that_misses_less(
 def test_an_error_is_kept_with_the_sign_that_takes_fewer_bytes(
     error: float, sign: int, reached: float
 ) -> None:
-    found = fewest_bytes({0: hand_made()}, {0: 0.0}, error)
+    found = fewest_bytes(Layers({0: hand_made()}, {0: 0.0}), error)
     assert found.error <= error
     assert [found.sign, found.ffn_bytes_ratio] == pytest.approx([sign, reached])
 
@@ -158,7 +150,7 @@ def test_higher_prices_compute_less_and_miss_more(layer: tuple[LabelledRows, Pre
     index = torch.arange(2000)
     curves = trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))
     prices = (1e-7, 1e-6, 1e-4, 1e-3, 1e-2, 1.0)
-    points = [at_price({0: curves}, {0: 0.0}, price, 1).points[0] for price in prices]
+    points = [Layers({0: curves}, {0: 0.0}).at(price, 1).points[0] for price in prices]
     densities = [point.density for point in points]
     errors = [point.error for point in points]
     assert densities == sorted(densities, reverse=True)
@@ -206,9 +198,9 @@ def test_the_search_ends_just_within_the_bound(
         calls.append(priced.error)
         return quality(excess * reach ** (1 - power) * priced.error**power)
 
-    reach = at_price(curves, {0: 0.1}, 1e-3, 1).error
+    reach = Layers(curves, {0: 0.1}).at(1e-3, 1).error
     bound = 0.3 * reach
-    found, points = price_for_gap(curves, {0: 0.1}, bound, measure)
+    found, points = price_for_gap(Layers(curves, {0: 0.1}), bound, measure)
     chosen = [point for point in points if point.chosen]
     assert [point.price for point in chosen] == [found.price]
     divergence = chosen[0].kl_divergence
@@ -218,7 +210,7 @@ def test_the_search_ends_just_within_the_bound(
     density = found.points[0].density
     assert chosen[0].ffn_bytes_ratio == found.ffn_bytes_ratio == pytest.approx(0.1 + density)
     with refused(PredictorError, "--max-ppl-gap", "out of reach", "raise --rank"):
-        price_for_gap(curves, {0: 0.1}, bound, lambda priced: quality(10 * bound))
+        price_for_gap(Layers(curves, {0: 0.1}), bound, lambda priced: quality(10 * bound))
 
 
 def test_at_the_ends_of_price_all_neurons_or_none_are_computed(
@@ -238,11 +230,11 @@ def test_bytes_are_met_from_below(layer: tuple[LabelledRows, Predictor]) -> None
     rows, predictor = layer
     index = torch.arange(2000)
     curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
-    found, points = price_for_bytes(curves, {0: 0.05}, 0.25)
+    found, points = price_for_bytes(Layers(curves, {0: 0.05}), 0.25)
     assert 0.24 < found.ffn_bytes_ratio <= 0.25
     assert points[0].ffn_bytes_ratio == found.ffn_bytes_ratio
     with refused(PredictorError, "--ffn-bytes", "out of reach", "lower --rank"):
-        price_for_bytes(curves, {0: 0.05}, 0.04)
+        price_for_bytes(Layers(curves, {0: 0.05}), 0.04)
 
 
 def test_prices_are_bracketed_where_a_condition_ends() -> None:
@@ -311,7 +303,7 @@ def test_a_measured_growth_that_contradicts_the_expected_one_counts(
     rows, predictor = layer
     index = torch.arange(2000)
     curves = {0: trace_curves(predictor, rows, index, mean_positive(predictor, rows, index))}
-    bound = 0.3 * at_price(curves, {0: 0.1}, 1e-3, 1).error
+    bound = 0.3 * Layers(curves, {0: 0.1}).at(1e-3, 1).error
 
     def search(excess: float) -> float:
         def measure(priced: Priced) -> Quality:
@@ -323,7 +315,7 @@ def test_a_measured_growth_that_contradicts_the_expected_one_counts(
                 standard_error=0.1 * bound,
             )
 
-        return price_for_gap(curves, {0: 0.1}, bound, measure)[0].price
+        return price_for_gap(Layers(curves, {0: 0.1}), bound, measure)[0].price
 
     # One standard error above is scatter, five are not.
     assert search(1.0) == search(0.0)

@@ -139,11 +139,22 @@ def test_the_index_names_model_traces_recipe_and_means(
     }
 
 
-def test_full_rank_predicts_almost_everything(train: Train, tmp_path: Path) -> None:
+def test_full_rank_predicts_almost_everything_but_saves_nothing(
+    train: Train, traces: TraceStore, tmp_path: Path
+) -> None:
     """At rank 2 · d_model the start is exact; training may trade a little of it."""
-    for metrics in train(tmp_path / "out", rank=128).layers.values():
+    artifact = train(tmp_path / "out", rank=128)
+    held = traces.holdout(0.1, 0).nonzero()[:, 0]
+    for number in range(2):
+        predictor, rows = artifact.layer(number, folded=False).predictor(), traces.layer(number)
+        counts = DecisionCounts()
+        decided = decide(predictor, rows.inputs_at(held), 0.0)
+        counts.add(unpack_active(rows.active_at(held), NARROW_D_FF), decided)
+        metrics = counts.metrics(rank=128, d_model=64, d_ff=NARROW_D_FF)
         assert metrics["activation_recall"] > 0.8
         assert metrics["precision"] > 0.8
+        assert artifact.dense[number] == pytest.approx(metrics["ffn_bytes_ratio"], abs=1e-4)
+        assert artifact.dense[number] > 1
 
 
 def test_two_runs_give_the_same_bytes_and_another_seed_others(
@@ -179,8 +190,9 @@ def test_held_out_documents_do_not_reach_the_weights(
     recommit(spoilt, without_holdout)
     made = train(tmp_path / "out", traces=spoilt)
     for layer in range(2):
-        assert torch.equal(made.layer(layer).fc1, artifact.layer(layer).fc1)
-        assert torch.equal(made.layer(layer).fc2, artifact.layer(layer).fc2)
+        ours, theirs = (each.layer(layer, folded=False) for each in (made, artifact))
+        assert torch.equal(ours.fc1, theirs.fc1)
+        assert torch.equal(ours.fc2, theirs.fc2)
     assert made.layers != artifact.layers
 
 
@@ -370,10 +382,10 @@ def test_a_directory_without_predictors_is_refused(tmp_path: Path) -> None:
         PredictorArtifact.open(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 3, 6, "4", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 7, "4", None])
 def test_another_schema_version_is_refused(copy: Path, version: object) -> None:
     edit(copy / "predictors.json", lambda document: document.update(schema_version=version))
-    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 4 and 5", "again"):
+    with refused(PredictorError, str(copy), f"version is {version!r}", "reads 4, 5, 6", "again"):
         PredictorArtifact.open(copy)
 
 
@@ -393,8 +405,17 @@ def test_predictors_from_before_epochs_were_told_are_read(copy: Path) -> None:
         lambda document: document["header"].update(extra=1),
         lambda document: document.update(epochs=[]),
         lambda document: document["epochs"].update({"0": [{"loss": 1.0}]}),
+        lambda document: document.update(dense={"first": 1.0}),
     ],
-    ids=["no header", "no layers", "no rank", "extra key", "epochs a list", "half an epoch"],
+    ids=[
+        "no header",
+        "no layers",
+        "no rank",
+        "extra key",
+        "epochs a list",
+        "half an epoch",
+        "dense",
+    ],
 )
 def test_a_damaged_index_is_refused(copy: Path, change: Callable[[dict[str, Any]], object]) -> None:
     edit(copy / "predictors.json", change)
@@ -414,5 +435,6 @@ def test_the_command_prints_the_metrics_of_the_artifact(
     assert result.pop("ranks") == {"0": RANK, "1": RANK}
     assert result.pop("types") == {"0": "f16", "1": "f16"}
     assert result.pop("search") == []
+    assert result.pop("dense") == {}
     assert result == mean_metrics(list(artifact.layers.values()))
     assert contents(out) == contents(artifact.path)

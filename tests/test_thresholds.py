@@ -25,7 +25,7 @@ from predictor.thresholds.choose import Bound, choose_thresholds
 from predictor.thresholds.predicted_model import Quality
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
-from predictor.training.run import train_predictors, unpaid
+from predictor.training.run import train_predictors
 from predictor.training.settings import DEJAVU, RECIPES, TrainConfig
 
 
@@ -181,19 +181,6 @@ def test_ranks_and_thresholds_are_chosen_for_a_gap(
     assert chosen[0].kl_divergence <= 0.4055  # ln 1.5
     assert chosen[0].ppl_gap is not None
     artifact.require_complete()
-
-
-def test_layers_whose_predictors_save_nothing_are_named(calibrated: PredictorArtifact) -> None:
-    artifact = PredictorArtifact.open(calibrated.path)
-    assert unpaid(artifact) is None
-    artifact.layers[1] = {**artifact.layers[1], "ffn_bytes_ratio": 1.25}
-    mean = (artifact.layers[0]["ffn_bytes_ratio"] + 1.25) / 2
-    told = unpaid(artifact)
-    assert told is not None
-    assert told.startswith(
-        f"in 1 of 2 layers (1) the predictor saves no bytes; mean over all {mean:.3f}"
-    )
-    assert "--max-ppl-gap" in told
 
 
 @pytest.mark.parametrize(

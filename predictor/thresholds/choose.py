@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from common.element_types import ELEMENT_TYPES
 from common.errors import PredictorError
 from common.typed_json import parse, plain
 from predictor.artifact import PredictorArtifact
+from predictor.dense_layer import dense_metrics
 from predictor.module import Predictor
-from predictor.thresholds.curves import Curves, LayerCurves, OperatingPoint
+from predictor.thresholds.curves import LayerCurves, OperatingPoint
 from predictor.thresholds.predicted_model import PredictedModel, Quality
+from predictor.thresholds.price import Layers, Priced, fewest_bytes, least_error
 from results.predictors import SearchPoint
 
-_LOWEST_PRICE, _HIGHEST_PRICE = 1e-12, 1e3
-_BISECTIONS = 40
-SIGNS = (1, -1)
 _MEASUREMENTS = 5
 _GLANCED = 4
 """Windows for each that the first look takes, which no result rests on."""
@@ -81,14 +79,14 @@ def choose_thresholds(
         PredictorError: the bound is out of reach; layers stay as they were.
     """
     header = artifact.header
-    layers = {n: LayerCurves.read(artifact.curves(n)) for n in range(header.n_layers)}
-    curves = {n: layer.train for n, layer in layers.items()}
-    sizes = {"d_model": header.d_model, "d_ff": header.d_ff, "ffn_matrices": ffn_matrices}
-    ffn = ELEMENT_TYPES[header.outtype]
-    stored = {n: ELEMENT_TYPES[artifact.kind(n)] for n in layers}
-    costs = {n: stored[n].relative(artifact.rank(n), ffn=ffn, **sizes) for n in layers}
+    measured = {n: LayerCurves.read(artifact.curves(n)) for n in range(header.n_layers)}
+    layers = Layers(
+        {n: layer.train for n, layer in measured.items()},
+        {n: artifact.predictor_share(artifact.trained_size(n), ffn_matrices) for n in measured},
+        artifact.predictor_share(artifact.dense_size, ffn_matrices),
+    )
     if bound.ffn_bytes is not None:
-        chosen, points = price_for_bytes(curves, costs, bound.ffn_bytes)
+        chosen, points = price_for_bytes(layers, bound.ffn_bytes)
     else:
         assert bound.max_ppl_gap is not None
         model = open_model()
@@ -98,16 +96,41 @@ def choose_thresholds(
             return model.quality(predictors, float(priced.sign), every=every)
 
         glance = partial(measure, every=_GLANCED)
-        chosen, points = price_for_gap(curves, costs, bound.max_ppl_gap, measure, glance)
-    for n, point in chosen.points.items():
-        counts = layers[n].holdout.counts(point.steps, layers[n].active)
-        rank, width = stored[n].padded(artifact.rank(n)), stored[n].width / ffn.width
-        metrics = counts.metrics(rank=rank, predictor_width=width, **sizes)
-        error = layers[n].holdout.choose(point.steps).error
-        artifact.layers[n] = {**metrics, "ffn_output_error": error}
+        chosen, points = price_for_gap(layers, bound.max_ppl_gap, measure, glance)
+    for n, layer in measured.items():
+        point = chosen.points.get(n)
+        artifact.layers[n] = _metrics(layer, point, layers.costs[n], layers.least)
     artifact.search = [_finite(point) for point in points]
     thresholds = {n: point.thresholds for n, point in chosen.points.items()}
-    artifact.set_thresholds(thresholds, chosen.sign)
+    artifact.set_thresholds(thresholds, chosen.sign, chosen.dense)
+
+
+def _metrics(
+    layer: LayerCurves, point: OperatingPoint | None, cost: float, least: float
+) -> dict[str, float]:
+    """Return a layer's metrics at an operating point; of a dense layer without one."""
+    curves = layer.holdout
+    if point is None:
+        sparsity = 1 - layer.active / (curves.rows * curves.thresholds.shape[1])
+        return {**dense_metrics(sparsity, least), "ffn_output_error": 0.0}
+    metrics = curves.counts(point.steps, layer.active).metrics_with(cost)
+    return {**metrics, "ffn_output_error": curves.choose(point.steps).error}
+
+
+def leave_out_unpaid(artifact: PredictorArtifact, ffn_matrices: int) -> None:
+    """Have those layers dense whose predictors save no bytes, where no bound sets a price.
+
+    Args:
+        artifact: complete; its layers' metrics follow.
+        ffn_matrices: matrices of an FFN.
+    """
+    least = artifact.predictor_share(artifact.dense_size, ffn_matrices)
+    for layer, metrics in artifact.layers.items():
+        ratio = metrics["ffn_bytes_ratio"]
+        if ratio >= 1 and layer not in artifact.dense:
+            artifact.dense[layer] = ratio
+            artifact.layers[layer] = dense_metrics(metrics["activation_sparsity"], least)
+    artifact.write_header()
 
 
 def _finite(point: SearchPoint) -> SearchPoint:
@@ -127,98 +150,13 @@ def folded(
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Priced:
-    """All layers at one price.
-
-    Attributes:
-        price: of a computed neuron.
-        points: layer number to operating point.
-        sign: of all thresholds, 1 or -1.
-        ffn_bytes_ratio: mean over layers.
-        error: sum over layers.
-    """
-
-    price: float
-    points: Mapping[int, OperatingPoint]
-    sign: int
-    ffn_bytes_ratio: float
-    error: float
-
-
-def at_price(
-    curves: Mapping[int, Curves], costs: Mapping[int, float], price: float, sign: int
-) -> Priced:
-    """Put all layers at one price.
-
-    Args:
-        curves: of each layer.
-        costs: bytes of each layer's predictor relative to its FFN.
-        price: of a computed neuron.
-        sign: of all thresholds, 1 or -1.
-    """
-    points = {layer: curve.at(price, sign) for layer, curve in curves.items()}
-    ratios = [point.density + costs[layer] for layer, point in points.items()]
-    return Priced(
-        price=price,
-        points=points,
-        sign=sign,
-        ffn_bytes_ratio=sum(ratios) / len(ratios),
-        error=sum(point.error for point in points.values()),
-    )
-
-
-def price_bracket(holds: Callable[[float], bool]) -> tuple[float, float]:
-    """Return the prices between which `holds` turns false once, hardly apart.
-
-    If it always holds the second is the highest price there is, if it never does the first is the
-    lowest.
-    """
-    low, high = math.log(_LOWEST_PRICE), math.log(_HIGHEST_PRICE)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if holds(math.exp(middle)) else (low, middle)
-    return math.exp(low), math.exp(high)
-
-
-def _crossing(
-    curves: Mapping[int, Curves],
-    costs: Mapping[int, float],
-    sign: int,
-    holds: Callable[[Priced], bool],
-) -> tuple[Priced, Priced]:
-    """Return the operating points on both sides of the price at which `holds` turns false."""
-    option = partial(at_price, curves, costs, sign=sign)
-    last, first = price_bracket(lambda price: holds(option(price)))
-    return option(last), option(first)
-
-
-def fewest_bytes(curves: Mapping[int, Curves], costs: Mapping[int, float], error: float) -> Priced:
-    """Return what keeps an error in the fewest bytes, or else comes nearest to it."""
-    found = [_crossing(curves, costs, s, lambda priced: priced.error <= error)[0] for s in SIGNS]
-    return min(found, key=lambda priced: (max(priced.error, error), priced.ffn_bytes_ratio))
-
-
-def least_error(
-    curves: Mapping[int, Curves], costs: Mapping[int, float], ffn_bytes: float
-) -> Priced:
-    """Return what misses least within a mean FFN bytes ratio, or else comes nearest to it."""
-    found = [
-        _crossing(curves, costs, s, lambda priced: priced.ffn_bytes_ratio > ffn_bytes)[1]
-        for s in SIGNS
-    ]
-    return min(found, key=lambda priced: (max(priced.ffn_bytes_ratio, ffn_bytes), priced.error))
-
-
-def price_for_bytes(
-    curves: Mapping[int, Curves], costs: Mapping[int, float], bound: float
-) -> tuple[Priced, list[SearchPoint]]:
+def price_for_bytes(layers: Layers, bound: float) -> tuple[Priced, list[SearchPoint]]:
     """Return the operating point that misses least at a mean FFN bytes ratio within the bound.
 
     Raises:
         PredictorError: the predictors alone take more.
     """
-    priced = least_error(curves, costs, bound)
+    priced = least_error(layers, bound)
     if priced.ffn_bytes_ratio > bound:
         raise PredictorError(
             f"--ffn-bytes {bound:g} is out of reach: with hardly a neuron computed the ratio "
@@ -230,8 +168,7 @@ def price_for_bytes(
 
 
 def price_for_gap(
-    curves: Mapping[int, Curves],
-    costs: Mapping[int, float],
+    layers: Layers,
     bound: float,
     measure: Callable[[Priced], Quality],
     glance: Callable[[Priced], Quality] | None = None,
@@ -244,8 +181,7 @@ def price_for_gap(
     logarithms to need few measurements.
 
     Args:
-        curves: of each layer.
-        costs: bytes of each layer's predictor relative to its FFN.
+        layers: all of them.
         bound: largest growth of perplexity, a fraction.
         measure: runs the model at an operating point.
         glance: measures on less text, to begin near the end; None begins at what is typical.
@@ -257,13 +193,13 @@ def price_for_gap(
     aim = (0.5 + 0.5 * _CLOSE) * allowed
     error = allowed / _TYPICAL
     if glance is not None:
-        priced = fewest_bytes(curves, costs, error)
+        priced = fewest_bytes(layers, error)
         error = error_for([_seen(priced, _growth(glance(priced)))], aim)
     tried: dict[tuple[float, int], SearchPoint] = {}
     seen: list[tuple[float, float]] = []
     best: Priced | None = None
     for _ in range(_MEASUREMENTS):
-        priced = fewest_bytes(curves, costs, error)
+        priced = fewest_bytes(layers, error)
         if (priced.price, priced.sign) in tried:
             break
         quality = measure(priced)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from common.element_types import ELEMENT_TYPES
 from predictor.size import Size
-from predictor.thresholds.choose import SIGNS, price_bracket
 from predictor.thresholds.curves import Curves
+from predictor.thresholds.price import SIGNS, is_dense, price_bracket
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ def best_sizes(
     d_ff: int,
     enough: Callable[[float, float], bool],
     weight: float = 1.0,
+    least: float = math.inf,
 ) -> dict[int, Size]:
     """Choose the size of each layer's predictor.
 
@@ -38,9 +39,11 @@ def best_sizes(
         enough: tells, of a mean FFN bytes ratio and an error summed over layers, whether the price
             may still rise.
         weight: what a predictor's byte costs relative to one of a neuron, in the choice alone.
+        least: bytes of a dense layer's predictor relative to the FFN, infinite where none may be.
 
     Returns:
-        Layer number to size.
+        Layer number to size, also where a layer is better dense at the price of this choice:
+        thresholds may be chosen at another one.
     """
 
     def choose(price: float) -> dict[int, _Option]:
@@ -53,10 +56,16 @@ def best_sizes(
             for layer, curves in scouts.items()
         }
 
+    def spent(option: _Option, price: float) -> tuple[float, float]:
+        """Return FFN bytes ratio and error of a layer that may be dense."""
+        ratio = cost(option.size) + option.density
+        weighted = weight * cost(option.size) + option.density
+        dense = is_dense(weighted, option.error, weight * least, price * d_ff)
+        return (1 + least, 0.0) if dense else (ratio, option.error)
+
     def fits(price: float) -> bool:
-        chosen = choose(price).values()
-        ratio = sum(cost(each.size) + each.density for each in chosen) / len(chosen)
-        return enough(ratio, sum(each.error for each in chosen))
+        chosen = [spent(option, price) for option in choose(price).values()]
+        return enough(sum(ratio for ratio, _ in chosen) / len(chosen), sum(e for _, e in chosen))
 
     return {layer: each.size for layer, each in choose(price_bracket(fits)[0]).items()}
 

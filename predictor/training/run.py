@@ -26,8 +26,8 @@ from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
 from predictor.artifact import INDEX, Epoch, PredictorArtifact, PredictorHeader
-from predictor.size import Size
-from predictor.thresholds.choose import choose_thresholds
+from predictor.dense_layer import worth_line
+from predictor.thresholds.choose import choose_thresholds, leave_out_unpaid
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
 from predictor.traces.store import TraceStore, choose_documents
 from predictor.training.bounds import bound_of
@@ -90,29 +90,25 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
     artifact = _open_artifact(trainer)
     _set_sizes(trainer, artifact, weight)
     _train_missing(trainer, artifact, layers)
-    if trainer.bound is not None and artifact.complete:
-        choose_thresholds(
-            artifact,
-            trainer.bound,
-            store.header.ffn_matrices,
-            lambda: _held_out_model(config, trainer.outtype, store, note),
-        )
-        if (line := unpaid(artifact)) is not None:
-            note(line)
+    if artifact.complete:
+        _choose(trainer, artifact, note)
     return artifact
 
 
-def unpaid(artifact: PredictorArtifact) -> str | None:
-    """Return a line about layers whose predictors read no fewer bytes than all neurons do."""
-    ratios = {n: metrics["ffn_bytes_ratio"] for n, metrics in sorted(artifact.layers.items())}
-    if not (layers := [n for n, ratio in ratios.items() if ratio >= 1]):
-        return None
-    mean = sum(ratios.values()) / len(ratios)
-    return (
-        f"in {len(layers)} of {len(ratios)} layers ({', '.join(map(str, layers))}) the predictor "
-        f"saves no bytes; mean over all {mean:.3f}: allow more with --max-ppl-gap, collect more "
-        "--tokens, or make the model sparser (psp sparsify)"
-    )
+def _choose(trainer: LayerTrainer, artifact: PredictorArtifact, note: Note) -> None:
+    """Choose thresholds where there is a bound, and the layers that are worth a predictor."""
+    config, store = trainer.config, trainer.store
+    matrices = store.header.ffn_matrices
+    if trainer.bound is None:
+        leave_out_unpaid(artifact, matrices)
+    else:
+        choose_thresholds(
+            artifact,
+            trainer.bound,
+            matrices,
+            lambda: _held_out_model(config, trainer.outtype, store, note),
+        )
+    note(worth_line(artifact.ffn_bytes, artifact.dense))
 
 
 def _predictor_weight(config: TrainConfig, note: Note) -> float:
@@ -205,10 +201,12 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
                     "use the same settings and traces, or --force to start over",
                 )
         artifact.header = replace(artifact.header, outtype=header.outtype)
+        artifact.tokens = store.rows
         return artifact
     refuse_existing(config.out, force=config.force, marker=INDEX, resumable=True)
     remove_output(config.out)
-    artifact = PredictorArtifact(config.out, header, model_files=store.progress.model_files)
+    files = store.progress.model_files
+    artifact = PredictorArtifact(config.out, header, model_files=files, tokens=store.rows)
     artifact.write_header()
     return artifact
 
@@ -241,7 +239,7 @@ def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: l
                 go_on()
                 shown.step(layer, steps)
 
-            size = Size(artifact.kind(layer), artifact.rank(layer))
+            size = artifact.trained_size(layer)
             return trainer.run(layer, size, on_step, partial(shown.epoch, layer))
 
         for layer, result in several_at_once(work, missing, trainer.jobs):

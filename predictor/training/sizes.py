@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from common.element_types import ELEMENT_TYPES, F16, Q4_0
 from common.overlap import several_at_once
+from predictor.dense_layer import least_size
 from predictor.size import Size
 from predictor.thresholds.curves import Curves, mean_positive, trace_curves
 from predictor.thresholds.sizes import best_sizes
@@ -60,7 +61,8 @@ def choose_sizes(
         )
 
     enough = bound.leaves_room(len(sizes) / header.n_layers)
-    return best_sizes(curves, cost, header.d_ff, enough, weight)
+    least = cost(least_size({size.kind for each in sizes.values() for size in each}))
+    return best_sizes(curves, cost, header.d_ff, enough, weight, least)
 
 
 def _scout(
