@@ -19,6 +19,7 @@ from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, plan_model, plan_predictors
 from gguf_export.predictor_kinds import open_predictors
 from gguf_export.predictor_source import PredictorSource, read_ranks, write_directories
+from gguf_export.pwri.dense_layers import joined
 from gguf_export.pwri.element_types import FileTypes
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.pwri.schema import BLOCK, THRESHOLD_KEY
@@ -32,7 +33,7 @@ from gguf_export.tokens.model_vocabulary import read_vocabulary
 from gguf_export.tokens.vocabulary import POWERINFER
 from gguf_export.trained_types import following, predictor_types
 from gguf_export.writer import ModelWriter
-from gguf_files.names import PREDICTOR_TYPE_KEY, RECIPE_KEY, SMALLTHINKER
+from gguf_files.names import DENSE_LAYERS_KEY, PREDICTOR_TYPE_KEY, RECIPE_KEY, SMALLTHINKER
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,8 @@ def _predictor_keys(predictors: PredictorSource, types: FileTypes) -> dict[str, 
         THRESHOLD_KEY: predictors.threshold,
         RECIPE_KEY: predictors.recipe,
     }
+    if predictors.dense:
+        keys[DENSE_LAYERS_KEY] = joined(predictors.dense)
     said = predictor_types(predictors, types)
     return keys if said is None else keys | {PREDICTOR_TYPE_KEY: said}
 

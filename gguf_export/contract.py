@@ -18,6 +18,7 @@ from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
 from common.errors import FormatError, PspError, printable
+from gguf_export.pwri.dense_layers import check_dense_layers
 from gguf_export.pwri.element_types import check_predictor_types, runnable
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
 from gguf_export.pwri.hyperparameters import Hyperparameters, expected_shapes, read_hyperparameters
@@ -140,6 +141,7 @@ def check_structure(report: Report, opened: OpenedFile, *, header_only: bool = F
     if header_only:
         return
     check_finite(report, opened, "predictors", "norms", "weights")
+    report.check("dense layers", lambda: check_dense_layers(opened.file), "layout")
     report.check("gpu index", lambda: _gpu_index(opened), "keys")
 
 

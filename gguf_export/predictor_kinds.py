@@ -22,6 +22,7 @@ from gguf_export.predictor_source import (
     no_predictors,
     predictor_file,
 )
+from gguf_export.pwri.dense_layers import dense_layers
 from gguf_export.pwri.element_types import check_predictor_types
 from gguf_export.pwri.schema import FC1, FC2, THRESHOLD_KEY
 from gguf_export.pwri.statistics import has_statistics, layer_statistics, read_saved
@@ -73,12 +74,13 @@ def open_predictors(path: Path, model: ModelShape | None = None) -> PredictorSou
         model_files=artifact.model_files,
         kinds=_kinds(artifact),
         outtype=header.outtype if header.own_thresholds else None,
+        dense=tuple(sorted(artifact.dense)),
     )
 
 
 def _kinds(artifact: PredictorArtifact) -> tuple[str, ...] | None:
     """Return the type of each layer; None if all are float16 and have no bound to keep."""
-    kinds = tuple(artifact.kind(layer) for layer in range(artifact.header.n_layers))
+    kinds = tuple(artifact.exported_size(layer).kind for layer in range(artifact.header.n_layers))
     return kinds if artifact.header.own_thresholds or set(kinds) != {F16} else None
 
 
@@ -225,6 +227,7 @@ def _from_file(path: Path) -> PredictorSource:
         file=file,
         recipe=file.optional(RECIPE_KEY, GGUFValueType.STRING, found.recipe),
         model=_made_for(file),
+        dense=dense_layers(file),
     )
 
 

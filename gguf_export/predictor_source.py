@@ -40,6 +40,7 @@ class PredictorSource:
         kinds: type of each layer where they are stored in what they were trained for, from which
             they are copied; None where an export is free to choose.
         outtype: type of the model for which their bound was measured; None if there is none.
+        dense: numbers of the dense layers, see `predictor.dense_layer`.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class PredictorSource:
     model_files: tuple[HashedFile, ...] = ()
     kinds: tuple[str, ...] | None = None
     outtype: str | None = None
+    dense: tuple[int, ...] = ()
 
     @property
     def empty(self) -> bool:

@@ -19,6 +19,10 @@ RECIPE_KEY = "psp.recipe"
 PREDICTOR_TYPE_KEY = "psp.predictor_type"
 """Element type of the predictors' matrices as exported: what they were trained and judged for."""
 
+DENSE_LAYERS_KEY = "psp.dense_layers"
+"""Numbers, with commas, of the layers of which every neuron is computed; no key if there are none.
+PowerInfer sees it in their predictors."""
+
 NOTE_KEY = "psp.note"
 """What a user must know of a dense file."""
 

@@ -27,6 +27,8 @@ and no coordinate of an input escapes."""
 _GAIN = 4096.0
 """fc2 holds `_STEPS` times this, which a float16 can hold."""
 
+_REMEDY = "allow more, collect more --tokens, or make the model sparser: psp sparsify"
+
 
 def least_size(kinds: Iterable[str]) -> Size:
     """Return the fewest bytes in which a layer is computed whole, of some types."""
@@ -83,25 +85,17 @@ def worth_line(ratios: Mapping[int, float], dense: Mapping[int, float]) -> str:
         ratios: layer number to FFN bytes ratio, of all layers.
         dense: those of them that are dense, to what the ratio is with a predictor.
     """
-    worth = {n: ratio for n, ratio in ratios.items() if n not in dense}
+    worth = {layer: ratio for layer, ratio in ratios.items() if layer not in dense}
+    read = f"{_range(worth)} of the FFN's bytes" if worth else _REMEDY
     if not dense:
-        return f"predictors are worth their bytes in all {len(worth)} layers ({_range(worth)} of 1)"
-    left = (
-        f"layer {_numbers(dense)} computed whole, at {_range({n: ratios[n] for n in dense})}: with "
-        f"predictors, at that price, {_range(dense)}"
-    )
-    if not worth:
-        return f"predictors are worth their bytes in no layer; {left}"
+        return f"worth a predictor: all {len(worth)} layers ({read})"
+    least, with_predictors = _range({n: ratios[n] for n in dense}), _range(dense)
     return (
-        f"predictors are worth their bytes in {len(worth)} of {len(ratios)} layers "
-        f"({_range(worth)} of 1); {left}"
+        f"worth a predictor: {len(worth)} of {len(ratios)} layers ({read}); computed whole: "
+        f"{', '.join(map(str, sorted(dense)))} ({least}, with a predictor {with_predictors})"
     )
 
 
 def _range(ratios: Mapping[int, float]) -> str:
-    low, high = min(ratios.values()), max(ratios.values())
-    return f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-
-
-def _numbers(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(layers)))
+    low, high = (f"{ends(ratios.values()):.3f}" for ends in (min, max))
+    return low if low == high else f"{low} to {high}"

@@ -28,9 +28,12 @@ class PredictorLayer(PredictorMetrics, Layer):
 
     Attributes:
         type: that its predictor is stored in; None of predictors of an older psp.
+        bytes_with_predictor: FFN bytes ratio of a dense layer with its predictor, at the others'
+            price: it is computed whole instead. None of other layers.
     """
 
     type: str | None = field(default=None, metadata=LEFT_OUT)
+    bytes_with_predictor: Amount | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class PredictorReport:
         curves: each layer under other thresholds, by ascending threshold.
         hot_neurons: each layer that is ever active, and all together.
         epochs: of every layer, in order; none of predictors of an older psp.
+        worth: in which layers a predictor is worth its bytes, a sentence; None of an older psp.
     """
 
     schema_version: Literal[1] = 1
@@ -131,6 +135,7 @@ class PredictorReport:
     hot_neurons: tuple[HotShare, ...]
     epochs: tuple[EpochPoint, ...] = ()
     outtype: str | None = field(default=None, metadata=LEFT_OUT)
+    worth: str | None = field(default=None, metadata=LEFT_OUT)
 
     def hot(self, layer: int | Literal["all"] = "all") -> HotNeurons | None:
         """Return a layer's curve, or that of all together; None if no neuron was ever active."""

@@ -11,6 +11,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from common.errors import printable
+from gguf_export.pwri.dense_layers import dense_layers, said_of
 from gguf_export.pwri.gpu_index import BUCKET, INDEX_SUFFIX, IndexFile
 from gguf_export.pwri.schema import DENSE_THRESHOLD, FC1, THRESHOLD_KEY, Role, parse_name
 from gguf_files.names import SMALLTHINKER
@@ -44,6 +45,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         texts. `tensors` are in the file's order, shapes in numpy's; sizes are bytes and so are
         offsets, which count from the beginning of the file that holds the tensor.
         `predictor_ranks` names the layers that have a predictor, `gpu_neurons` those of an index.
+        `dense_layers` are those of which every neuron is computed, as the file says.
         `skips_neurons` is whether a sparse file has a threshold that any logit can be below.
         `experts` is how many a layer of arch `smallthinker` has, None of another arch.
         `bytes_by_kind` adds up to `tensor_bytes`.
@@ -78,6 +80,7 @@ def inspect_file(path: Path) -> dict[str, Any]:
         ],
         "predictor_ranks": _first_sizes(file, FC1, 2, "rank"),
         "gpu_neurons": _first_sizes(file, BUCKET, 1, "neurons"),
+        "dense_layers": list(dense_layers(file)),
         "skips_neurons": _skips(file),
         "experts": _experts(file),
         "bytes_by_kind": kinds,
@@ -129,6 +132,7 @@ def inspection_table(document: Mapping[str, Any]) -> str:
         "architecture": document["architecture"],
         "ranks": _sizes_line(document["predictor_ranks"], "rank", "no predictors"),
     }
+    facts["ranks"] += said_of(document["dense_layers"])
     if document["kind"] == "sparse" and not document["skips_neurons"]:
         facts["ranks"] += "; no neuron is skipped, whatever they say"
     if document["experts"] is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from common.errors import EngineError
 from cost_model.model_bytes import Activity, LayerBytes, LayerPlace, ModelBytes, Place
 from gguf_export.gpu_split import captured_share, choose_neurons
+from gguf_export.pwri.dense_layers import dense_layers
 from gguf_export.pwri.gpu_index import file_groups
 from gguf_export.pwri.hyperparameters import Hyperparameters, read_hyperparameters
 from gguf_export.pwri.memory_plan import MemorySettings, plan_memory
@@ -103,6 +104,11 @@ class EstimatedFile:
                 activation_share_on_gpu=captured_share(self.statistics, chosen),
             ),
         )
+
+    def stated_activity(self, activity: Activity) -> tuple[Activity, ...]:
+        """Return the activity of each layer: the same, but all neurons of dense layers."""
+        dense, layers = dense_layers(self.file), range(self.hyper.n_layers)
+        return tuple(activity.all_neurons if n in dense else activity for n in layers)
 
     def measured_activity(self, bench: Bench, source: str) -> tuple[Activity, ...]:
         """Return how many neurons of each layer a benchmark saw computed.

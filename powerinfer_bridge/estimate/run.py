@@ -134,7 +134,7 @@ def _activity(
     if config.density is not None:
         source = f"--density {config.density:g}"
         activity, assumptions = _stated_activity(config.density, config.precision, config.active)
-        layers: tuple[Activity, ...] = (activity,) * file.hyper.n_layers
+        layers = file.stated_activity(activity)
     else:
         assert config.bench is not None, "the settings have one of both"
         source, assumptions = str(BENCH.path(config.bench)), []

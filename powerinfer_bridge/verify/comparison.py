@@ -16,8 +16,9 @@ from architectures.checkpoint import Checkpoint
 from architectures.model import load_model
 from architectures.rope import RopeScaling
 from architectures.spec import ModelShape, TensorRule
-from common.errors import EngineError, FormatError
+from common.errors import EXPORT_AGAIN, EngineError, FormatError
 from gguf_export.contract import RUNNABLE, OpenedFile, Report
+from gguf_export.pwri.dense_layers import dense_layers
 from gguf_export.pwri.schema import DENSE_THRESHOLD
 from gguf_files.names import FINGERPRINT_KEY
 from gguf_files.reader import GGUFFile
@@ -181,13 +182,26 @@ class _Numbers(Compared):
 
     def sparse(self) -> str:
         """Report how far predictors move the logits; only what is no number fails."""
-        logits = self._logits(self.opened.hyper.threshold)
+        logits = self._sparse_logits()
         largest, spread = self.differ("sparse", logits, self.reference)
         same = float((logits.argmax(-1) == self.reference.argmax(-1)).double().mean())
         return (
             f"largest difference {largest:.4g}, spread {spread:.4g}, "
             f"likeliest token equal in {same:.1%}; not judged"
         )
+
+    def _sparse_logits(self) -> torch.Tensor:
+        """Return the logits with predictors; a dense layer of which a neuron is skipped fails."""
+        engine = self.engine.with_threshold(self.opened.hyper.threshold)
+        counts = engine.count()
+        logits = engine.forward(self.ids, KVCache(engine.hyper.n_layers))
+        for layer in dense_layers(self.opened.file):
+            if (skipped := counts[layer].decisions - counts[layer].predicted) != 0:
+                raise EngineError(
+                    f"layer {layer} is said to be dense, and {skipped} of its neurons were skipped",
+                    EXPORT_AGAIN,
+                )
+        return logits
 
     def gap(self, bound: float | None) -> str:
         """Report the perplexity gap, and judge it where a bound is given."""

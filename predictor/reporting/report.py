@@ -29,7 +29,8 @@ from common.hot_neurons import SHARES, hot_neuron_curve
 from common.lock import locked
 from common.typed_json import parse, plain
 from common.version import tool_version
-from predictor.artifact import PredictorArtifact
+from predictor.artifact import BYTES_WITH_PREDICTOR, PredictorArtifact
+from predictor.dense_layer import worth_line
 from predictor.reporting.metrics import LayerMeasurement, measure_predictor, sample_rows
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -89,6 +90,9 @@ def report_predictors(
         predictor_type=header.predictor_type,
         outtype=header.outtype,
         epochs=tuple(_epochs(artifact)),
+        dense={
+            n: artifact.dense[n] for n in (each.layer for each in measured) if n in artifact.dense
+        },
     )
     write_report(out, report, draw, force=force)
     return report
@@ -138,8 +142,14 @@ def make_report(
     predictor_type: str,
     outtype: str | None = None,
     epochs: Sequence[EpochPoint] = (),
+    dense: Mapping[int, float] | None = None,
 ) -> PredictorReport:
-    """Return the document of measured layers, at least one; see `PredictorReport`."""
+    """Return the document of measured layers, at least one; see `PredictorReport`.
+
+    `dense` maps dense layers to the FFN bytes ratio that they have with their predictor.
+    """
+    dense = dense or {}
+    ratios = {each.layer: each.metrics["ffn_bytes_ratio"] for each in layers}
     return PredictorReport(
         tool_version=tool_version(),
         model=model,
@@ -150,17 +160,19 @@ def make_report(
         predictor_type=predictor_type,
         outtype=outtype,
         mean=PredictorMetrics(**mean_metrics([layer.metrics for layer in layers])),
-        layers=tuple(
-            parse(
-                PredictorLayer,
-                {"layer": each.layer, "rank": each.rank, "type": each.kind, **each.metrics},
-            )
-            for each in layers
-        ),
+        layers=tuple(_layer(each, dense.get(each.layer)) for each in layers),
         search=tuple(search),
         curves=tuple(point for layer in layers for point in _curve(layer)),
         hot_neurons=tuple(_hot_shares(layers)),
         epochs=tuple(epochs),
+        worth=worth_line(ratios, dense),
+    )
+
+
+def _layer(measured: LayerMeasurement, with_predictor: float | None) -> PredictorLayer:
+    facts = {"layer": measured.layer, "rank": measured.rank, "type": measured.kind}
+    return parse(
+        PredictorLayer, {**facts, **measured.metrics, BYTES_WITH_PREDICTOR: with_predictor}
     )
 
 

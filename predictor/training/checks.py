@@ -88,7 +88,10 @@ def check_importance(trainer: LayerTrainer) -> None:
 
 
 def check_activity(store: TraceStore, layers: list[int]) -> None:
-    """Refuse layers in which there is nothing to tell apart."""
+    """Refuse layers in which nothing is ever computed, and a model in which everything always is.
+
+    A layer of which every neuron is always active becomes a dense one.
+    """
     sparsity = store.activation_sparsity()
     for layer in layers:
         if sparsity[layer] == 1:
@@ -97,9 +100,9 @@ def check_activity(store: TraceStore, layers: list[int]) -> None:
                 "nothing to learn from",
                 "collect from other text, or check the model's weights",
             )
-        if sparsity[layer] == 0:
-            raise PredictorError(
-                f"{store.path}: every neuron of layer {layer} was always active, so there is "
-                "nothing to skip",
-                "make the model sparse first (psp sparsify)",
-            )
+    if len(sparsity) == store.header.n_layers and not any(sparsity.values()):
+        raise PredictorError(
+            f"{store.path}: every neuron of every layer was always active, so there is nothing to "
+            "skip",
+            "make the model sparse first (psp sparsify)",
+        )
