@@ -22,6 +22,8 @@ from test_verification import changed, failures, fill
 from test_weights import Content, put
 
 from common.errors import PredictorError
+from common.sealed import SEAL
+from cost_model.model_bytes import Activity
 from evaluation.arms import Arm, Arms
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import choose_neurons
@@ -32,6 +34,7 @@ from gguf_export.settings import ExportConfig
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
+from powerinfer_bridge.estimate.file import EstimatedFile
 from powerinfer_bridge.programs.powerinfer import PowerInfer
 from powerinfer_bridge.verify.verification import verify
 from predictor.artifact import PredictorArtifact
@@ -170,6 +173,17 @@ def test_the_layer_that_is_always_open_gets_none(
     assert set(least.activation_counts.tolist()) == {traces.rows}
 
 
+def test_predictors_of_an_older_psp_have_no_dense_layers(
+    artifact: PredictorArtifact, tmp_path: Path
+) -> None:
+    index = Path(shutil.copytree(artifact.path, tmp_path / "p")) / "predictors.json"
+    document = json.loads(index.read_text())
+    for key in ("dense", "tokens", SEAL):
+        document.pop(key)
+    index.write_text(json.dumps(document | {"schema_version": 5}))
+    assert PredictorArtifact.open(index.parent).dense == {}
+
+
 def test_all_that_is_told_of_them(
     artifact: PredictorArtifact,
     traces: TraceStore,
@@ -187,6 +201,9 @@ def test_all_that_is_told_of_them(
     assert second.ffn_bytes_ratio == pytest.approx(artifact.layers[1]["ffn_bytes_ratio"])
     told = json.loads(psp("inspect", artifact.path, "--json").stdout)
     assert told["facts"]["dense"] == {"1": artifact.dense[1]}
+    stated = Activity(predicted=0.1, both=0.1, active=0.3)
+    first_layer, dense = EstimatedFile(bundle.model_file).stated_activity(stated)
+    assert (first_layer, dense.predicted, dense.both) == (stated, 1, 0.3)
     document = inspect_file(bundle.model_file)
     assert document["dense_layers"] == [1]
     assert "64 in each of 2 layers; computed whole: 1" in inspection_table(document)
