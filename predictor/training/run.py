@@ -108,7 +108,8 @@ def _choose(trainer: LayerTrainer, artifact: PredictorArtifact, note: Note) -> N
             matrices,
             lambda: _held_out_model(config, trainer.outtype, store, note),
         )
-    note(worth_line(artifact.ffn_bytes, artifact.dense))
+    if artifact.dense:
+        note(worth_line(artifact.ffn_bytes, artifact.dense))
 
 
 def _predictor_weight(config: TrainConfig, note: Note) -> float:
