@@ -317,6 +317,7 @@ def test_json_of_the_pipeline_speaks_the_glossary(pipeline: Pipeline) -> None:
         "recipe",
         "ranks",
         "types",
+        "dense",
         "search",
         "layers",
     }
