@@ -79,8 +79,8 @@ def traces(model: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def config(traces: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     out = tmp_path_factory.mktemp("open") / "predictors"
-    settings: dict[str, Any] = {"rank": 64, "recipe": "svd", "max_ppl_gap": 0.02}
-    return TrainConfig(traces=traces.path, out=out, eval_tokens=256, **settings)
+    settings: dict[str, Any] = {"rank": 64, "recipe": "svd", "predictor_type": "q4_0"}
+    return TrainConfig(traces=traces.path, out=out, max_ppl_gap=0.02, eval_tokens=256, **settings)
 
 
 @pytest.fixture(scope="module")
