@@ -19,6 +19,7 @@ from common.table import fact_table
 from common.units import parse_size
 from gguf_export.commit import finish_commit
 from gguf_export.manifest import changed_output, check_outputs
+from gguf_export.pwri.dense_layers import dense_layers
 from gguf_export.pwri.gpu_index import (
     GROUPS,
     Groups,
@@ -91,7 +92,7 @@ def _split(config: SplitConfig) -> SplitResult:
             [directory / ACTIVATION_DIRECTORY],
             "export again; or pass --statistics DIR if they are others on purpose",
         )
-    counts = read_statistics(directory, hyper.n_layers, hyper.d_ff)
+    counts = _computed(file, read_statistics(directory, hyper.n_layers, hyper.d_ff))
     groups = file_groups(file)
     chosen = choose_neurons(counts, plan.bytes_per_neuron, plan.ffn_budget, groups=groups)
     used = split_bytes(chosen, plan.bytes_per_neuron)
@@ -113,6 +114,15 @@ def _split(config: SplitConfig) -> SplitResult:
         neuron_share_on_gpu=sum(shares) / len(shares),
         layers=shares,
     )
+
+
+def _computed(file: GGUFFile, counts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return counts in which neurons of dense layers are as hot as the hottest of all.
+
+    Statistics of others know which neurons were active, not that all of these are computed.
+    """
+    dense, most = dense_layers(file), max(int(layer.max()) for layer in counts)
+    return [torch.full_like(c, most) if n in dense else c for n, c in enumerate(counts)]
 
 
 def split_table(result: SplitResult) -> str:

@@ -26,10 +26,10 @@ from common.sealed import SEAL
 from cost_model.model_bytes import Activity
 from evaluation.arms import Arm, Arms
 from gguf_export.bundle import Bundle, export
-from gguf_export.gpu_split import choose_neurons
+from gguf_export.gpu_split import _computed, choose_neurons
 from gguf_export.pwri.dense_layers import check_dense_layers
 from gguf_export.pwri.inspection import inspect_file, inspection_table
-from gguf_export.pwri.statistics import read_statistics
+from gguf_export.pwri.statistics import read_statistics, statistics_file, write_saved
 from gguf_export.settings import ExportConfig
 from gguf_files.reader import GGUFFile
 from powerinfer_bridge.engine.attention import KVCache
@@ -284,10 +284,15 @@ def test_a_file_made_of_the_file_says_the_same(bundle: Bundle, model: Path, tmp_
     assert again.model_file.read_bytes() == bundle.model_file.read_bytes()
 
 
-def test_its_neurons_come_first_on_a_gpu(bundle: Bundle) -> None:
+def test_its_neurons_come_first_on_a_gpu(bundle: Bundle, tmp_path: Path) -> None:
+    """By statistics of others too, to which they are neurons like any."""
     counts = read_statistics(bundle.model_file.parent, 2, 1012)
     chosen = choose_neurons(counts, [10, 10], 10 * 1012)
     assert [float(each.double().mean()) for each in chosen] == [0, 1]
+    for layer, often in enumerate((9, 3)):
+        write_saved(statistics_file(tmp_path / "activation", layer), torch.full((1012,), often))
+    found = _computed(GGUFFile(bundle.model_file), read_statistics(tmp_path, 2, 1012))
+    assert [set(each.tolist()) for each in found] == [{9}, {9}]
 
 
 def test_answers_are_the_models_where_all_layers_are_dense(
