@@ -43,7 +43,9 @@ from predictor.collection.settings import CollectConfig
 from predictor.dense_layer import least_predictor, least_size, worth_line
 from predictor.module import decide, logits_of
 from predictor.reporting.report import report_predictors
-from predictor.thresholds.price import Layers
+from predictor.thresholds.choose import price_for_gap
+from predictor.thresholds.predicted_model import Quality
+from predictor.thresholds.price import Layers, Priced, fewest_bytes
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
@@ -147,6 +149,29 @@ def test_a_layer_is_dense_where_that_costs_less() -> None:
     assert 0 < free.dense[0] < 1
     assert (free.error, free.ffn_bytes_ratio) == (0, 1.02)
     assert not Layers({0: always}, {0: 0.1}).at(1e-4, 1).dense
+
+
+def test_a_bound_is_used_though_typical_errors_leave_all_layers_dense() -> None:
+    """What a layer misses shows a thousandth as much as is typical."""
+    bad = replace(hand_made(), missed=torch.tensor([[0.5] * 2, [0.2] * 2, [0.3] * 2, [0.4] * 2]))
+    measured: list[float] = []
+
+    def measure(priced: Priced) -> Quality:
+        measured.append(priced.error)
+        growth = 1e-3 * priced.error
+        return Quality(
+            ppl_dense=1.0, ppl_sparse=1 + growth, kl_divergence=growth, standard_error=0.0
+        )
+
+    layers = Layers({0: bad}, {0: 0.1}, 0.02)
+    assert fewest_bytes(layers, 0.02).dense
+    found = price_for_gap(layers, 0.01, measure, measure)[0]
+    assert not found.dense
+    assert found.ffn_bytes_ratio == pytest.approx(0.15)
+    assert len(measured) <= 6
+    # Where even that is too much nothing is missed, and that is the end.
+    strict = price_for_gap(layers, 1e-5, measure, measure)[0]
+    assert (list(strict.dense), strict.error) == ([0], 0)
 
 
 def test_the_layer_that_is_always_open_gets_none(

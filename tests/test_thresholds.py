@@ -147,9 +147,9 @@ def test_points_without_a_finite_perplexity_are_kept_as_not_measured(
 ) -> None:
     class Model:
         def __init__(self) -> None:
-            self.answers = iter([math.nan])
+            self.answers = iter([math.nan, math.nan])  # one of them at a glance
 
-        def quality(self, *_: object) -> Quality:
+        def quality(self, *_: object, every: int) -> Quality:
             sparse = next(self.answers, 1.2)
             return Quality(
                 ppl_dense=1.0, ppl_sparse=sparse, kl_divergence=sparse - 1, standard_error=0.0

@@ -24,6 +24,9 @@ _GLANCED = 4
 _CLOSE = 0.9
 """A measured divergence of this share of the bound is near enough."""
 
+_RAISED, _MORE = 3, 10.0
+"""How often an error is raised that lets every layer be dense, and by what factor."""
+
 _ERRORS = 2
 """Standard errors by which a measured growth may exceed the bound."""
 
@@ -190,11 +193,7 @@ def price_for_gap(
         PredictorError: out of reach; it names the best.
     """
     allowed = math.log1p(bound)
-    aim = (0.5 + 0.5 * _CLOSE) * allowed
-    error = allowed / _TYPICAL
-    if glance is not None:
-        priced = fewest_bytes(layers, error)
-        error = error_for([_seen(priced, _growth(glance(priced)))], aim)
+    error = _first_error(layers, allowed, glance)
     tried: dict[tuple[float, int], SearchPoint] = {}
     seen: list[tuple[float, float]] = []
     best: Priced | None = None
@@ -212,10 +211,10 @@ def price_for_gap(
         growth = _growth(quality)
         if growth <= allowed and (best is None or priced.ffn_bytes_ratio < best.ffn_bytes_ratio):
             best = priced
-        if _CLOSE * allowed <= growth <= allowed:
+        if _CLOSE * allowed <= growth <= allowed or not priced.error:
             break
         seen.append(_seen(priced, growth))
-        error = error_for(seen, aim)
+        error = error_for(seen, _aim(allowed))
     if best is None:
         nearest = max(tried.values(), key=lambda point: point.ffn_bytes_ratio)
         raise PredictorError(
@@ -226,6 +225,28 @@ def price_for_gap(
         )
     tried[best.price, best.sign] = replace(tried[best.price, best.sign], chosen=True)
     return best, sorted(tried.values(), key=lambda point: point.ffn_bytes_ratio)
+
+
+def _first_error(
+    layers: Layers, allowed: float, glance: Callable[[Priced], Quality] | None
+) -> float:
+    """Return the error to begin at: what is typical of a growth, or what a glance makes of it.
+
+    What is typical may miss nothing, if every layer is dense up to an error that is not.
+    """
+    error = allowed / _TYPICAL
+    for _ in range(_RAISED):
+        priced = fewest_bytes(layers, error)
+        if priced.error:
+            break
+        error *= _MORE
+    if glance is None or not priced.error or not math.isfinite(growth := _growth(glance(priced))):
+        return error
+    return error_for([_seen(priced, growth)], _aim(allowed))
+
+
+def _aim(allowed: float) -> float:
+    return (0.5 + 0.5 * _CLOSE) * allowed
 
 
 def _growth(quality: Quality) -> float:
