@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,9 +36,6 @@ RANK = 32
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedDevice]:
     """A pretended GPU without streams of its own."""
     monkeypatch.setattr("predictor.traces.transfer.has_streams", lambda device: False)
-    fused = ["cpu", "cuda", DEVICE.type]
-    optimiser = sys.modules["torch.optim.optimizer"]
-    monkeypatch.setattr(optimiser, "_get_fused_kernels_supported_devices", lambda: fused)
     with PretendedDevice() as device:
         yield device
 

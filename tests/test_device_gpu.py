@@ -18,6 +18,7 @@ from predictor.collection.recorder import measure_active, passes
 from predictor.collection.row_maker import Layer, RowMaker
 from predictor.collection.settings import CollectConfig
 from predictor.module import to_half
+from predictor.optimiser import AdamW
 from predictor.size import Size
 from predictor.thresholds.curves import measure_layer
 from predictor.traces.device_rows import ResidentRows, StreamedRows, resident
@@ -97,7 +98,7 @@ def test_training_waits_for_nothing(planted: Planted) -> None:
     start = Starter(recipe, rows, start_sample(recipe, TRAIN, generator)).at(
         Size("f16", 32), generator
     )
-    optimiser = torch.optim.AdamW(start.predictor.parameters(), lr=1e-3, fused=True)
+    optimiser = AdamW([(each, 1e-3) for each in start.predictor.parameters()], fused=True)
 
     def epoch() -> None:
         for batch in batches(recipe, rows, TRAIN):

@@ -12,7 +12,6 @@ last state is worse than the first; so several states are judged, and the best i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -25,6 +24,7 @@ from predictor.head.output_head import batch_rows
 from predictor.head.price import worth
 from predictor.head.rule import HeadPredictor
 from predictor.head.start import Moments, Wanted
+from predictor.optimiser import AdamW, cosine
 
 _RATES = (3e-3, 2e-2)
 """Peak rates of Adam: of fc1 in whitened inputs, whose start has rows of norm 1, and of fc2."""
@@ -81,11 +81,8 @@ class HeadTrainer:
         head = self._text.head.float() + wanted.level
         fc1 = (predictor.fc1 @ self._moments.root).requires_grad_()
         fc2 = predictor.fc2.clone().requires_grad_()
-        groups = [{"params": [p], "lr": rate * r} for p, r in zip((fc1, fc2), _RATES, strict=True)]
-        optimiser, steps = torch.optim.Adam(groups, betas=_BETAS), self.steps(epochs)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2
-        )
+        rates = [(p, rate * r) for p, r in zip((fc1, fc2), _RATES, strict=True)]
+        optimiser, steps = AdamW(rates, betas=_BETAS), self.steps(epochs)
         best = _Best(predictor, partial(self._judged, head, wanted.price))
         judged = {round(share * steps) for share in _JUDGED_STATES}
         for step, chosen in enumerate(self._order(steps), 1):
@@ -93,10 +90,9 @@ class HeadTrainer:
             units = x @ through_q4_0(fc1 @ self._moments.inverse).T
             scores = units @ through_q4_0(fc2).T
             loss, gradient = _loss(scores.detach(), weights)
-            optimiser.zero_grad()
+            fc1.grad = fc2.grad = None
             torch.autograd.backward(scores, gradient)
-            optimiser.step()
-            schedule.step()
+            optimiser.step(cosine(step - 1, steps))
             on_step(loss)
             if step in judged:
                 best.offer((fc1 @ self._moments.inverse).detach(), fc2.detach())

@@ -15,6 +15,7 @@ from common.errors import PredictorError
 from common.machine import device_named
 from predictor.artifact import Epoch
 from predictor.module import Predictor, decide
+from predictor.optimiser import AdamW, cosine
 from predictor.size import Size
 from predictor.stored import LayerPredictor
 from predictor.thresholds.choose import Bound
@@ -66,13 +67,8 @@ def train_layer(
         float32 predictor on the CPU; `Starter.store` rounds it, before which it is not measured.
     """
     recipe, predictor = start.recipe, start.predictor
-    rates = _rates(start)
-    optimiser = torch.optim.AdamW(
-        [{"params": [matrix], "lr": rate} for matrix, rate in rates],
-        betas=(_MOMENTUM, recipe.second_decay),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
+    betas = _MOMENTUM, recipe.second_decay
+    optimiser = AdamW(_rates(start), betas=betas, weight_decay=recipe.weight_decay, fused=True)
     steps = math.ceil(len(train) / recipe.batch) * recipe.epochs
     held = [] if on_epoch is None else read_batches(recipe, *rows.at_hand(_sample(holdout)))
     step, best, best_recall, bad = 0, start.plain(), -1.0, 0
@@ -80,11 +76,8 @@ def train_layer(
         losses = []
         order = train[torch.randperm(len(train), generator=generator)]
         for batch in batches(recipe, rows, order):
-            if recipe.cosine:
-                for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
-                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
             losses.append(set_gradients(predictor, batch, dtype, start.coordinates))
-            optimiser.step()
+            optimiser.step(cosine(step, steps) if recipe.cosine else 1.0)
             step += 1
             on_step(steps)
         trained = start.plain()
