@@ -29,6 +29,7 @@ from report.figures.style import (
     RULE,
     SAND,
     TEAL,
+    arrange,
     new_figure,
     style,
 )
@@ -300,6 +301,7 @@ def inline_svg(figure: Figure, name: str, label: str) -> str:
             in a page are shared by all its pictures.
         label: what the picture shows, for those who cannot see it; escaped here.
     """
+    arrange(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     drawn = buffer.getvalue()

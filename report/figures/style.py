@@ -68,9 +68,21 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def arrange(figure: Figure) -> None:
+    """Give everything in a finished figure of `new_figure` its place, for good.
+
+    Else matplotlib lays it out anew for every file, and draws it once more to do so.
+    """
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+
+
 def save(figure: Figure, out: Path, name: str, dpi: float = 200) -> list[Path]:
     """Write a figure as PNG and SVG, the same bytes for the same figure, and return the files."""
     files = [out / f"{name}.png", out / f"{name}.svg"]
+    arrange(figure)
     figure.savefig(files[0], dpi=dpi)
     figure.savefig(files[1], metadata={"Date": None})
     return files
