@@ -192,3 +192,16 @@ def test_a_logit_that_is_no_number_is_computed_and_ranks_highest() -> None:
     logits = torch.tensor([1.0, float("nan"), 2.0, float("-inf")])
     assert average_precision(logits, torch.tensor([False, True, False, False])) == 1
     assert average_precision(logits, torch.tensor([False, False, False, True])) == 0.25
+
+
+@pytest.mark.parametrize("step", [None, 0.25, 4.0])
+def test_average_precision_is_scikit_learns(step: float | None) -> None:
+    from sklearn.metrics import average_precision_score
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(31, 100, generator=generator)
+    active = torch.rand(logits.shape, generator=generator) < torch.sigmoid(logits - 1)
+    if step is not None:  # equal logits, and zeros of both signs
+        logits = (logits / step).round() * step
+    expected = average_precision_score(active.flatten().numpy(), logits.flatten().numpy())
+    assert average_precision(logits, active) == pytest.approx(expected, rel=1e-14)
