@@ -44,10 +44,14 @@ POINTERS = {
 class Compiled:
     name: str
     ptx: str
+    cubin: bytes
     shared: int
     spilled: int
     registers: int
-    instructions: list[str]
+
+    def instructions(self) -> list[str]:
+        code = dumped("-sass", self.cubin)
+        return re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", code)
 
 
 Launched = list[tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]]
@@ -109,30 +113,31 @@ def compiled(
 
 
 def assembled(name: str, found: Any, warps: int, programs: int) -> Compiled:
+    cubin = found.asm["cubin"]
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", dumped("-res-usage", cubin))[0]
+    return Compiled(
+        name=name,
+        ptx=found.asm["ptx"],
+        cubin=cubin,
+        shared=found.metadata.shared,
+        spilled=int(stack),
+        registers=int(registers) * warps * 32 * -(-programs // PROCESSORS),
+    )
+
+
+def dumped(option: str, cubin: bytes) -> str:
     import triton.backends.nvidia as backend
 
     tools = Path(backend.__file__).parent / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(found.asm["cubin"])
-        said, code = (
-            subprocess.run(
-                [tools / "cuobjdump", option, file.name],
-                env={"PATH": str(tools)},  # where it finds nvdisasm
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", said)[0]
-    return Compiled(
-        name=name,
-        ptx=found.asm["ptx"],
-        shared=found.metadata.shared,
-        spilled=int(stack),
-        registers=int(registers) * warps * 32 * -(-programs // PROCESSORS),
-        instructions=re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ )?([A-Z][\w.]*)", code),
-    )
+        Path(file.name).write_bytes(cubin)
+        return subprocess.run(
+            [tools / "cuobjdump", option, file.name],
+            env={"PATH": str(tools)},  # where it finds nvdisasm
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
 
 def default(operator: Operator, rows: Tensor, x: Tensor) -> Launch:
@@ -229,10 +234,11 @@ def test_all_loads_of_a_group_come_before_its_arithmetic(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     up_and_down(*arguments(1, 4096, 11008, torch.float16))
     fused(*arguments(1, 4096, 11008, torch.float16))
-    found = {kernel[0].__name__: compiled(*kernel, H100).instructions for kernel in launched}
+    kernels = {launch[0].__name__: launch for launch in launched}
     # 4 rows of 8 KiB in loads of 16 bytes by 128 lanes; fused, 4 of either weight by 512.
     for name, loads in {"up_one_token": 16, "up_down_partials": 8}.items():
-        before = found[name][: found[name].index("FFMA")]
+        found = compiled(*kernels[name], H100).instructions()
+        before = found[: found.index("FFMA")]
         assert sum(each.startswith("LDG") and ".128" in each for each in before) >= loads
 
 
