@@ -13,7 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -110,7 +110,37 @@ def down_as(x1: Tensor, w2t: Tensor, cut: dict[str, Any]) -> Tensor:
 
 
 def _interprets() -> bool:
+    _save_work()
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _save_work() -> None:
+    """Leave out what the interpreter does for nothing, more than half of its time.
+
+    It computes whether each sum of integers overflows, and looks at the answer in debug mode alone;
+    and it looks through all of triton.language at each call of a function inside a kernel, though
+    the first from a module has replaced all there is to replace until the kernel ends.
+    """
+    from triton.runtime import interpreter
+
+    options = interpreter.interpreter_builder.options
+    assert not options.debug
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[int] = set()
+
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) in replaced:
+            return None
+        replaced.add(id(function.__globals__))
+        return patch(function)
+
+    def run_afresh(*args: Any, **options: Any) -> Any:
+        replaced.clear()
+        return run(*args, **options)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = run_afresh
 
 
 def _serve(module: str, name: str, sent: bytes) -> bytes:
