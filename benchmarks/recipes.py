@@ -50,6 +50,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "psp": {"recipe": "psp", "rank": "auto"},
     "psp-f16": {"recipe": "psp", "rank": "auto", "predictor_type": "f16"},
     "psp-rank-64-q4_0": {"recipe": "psp", "rank": 64, "predictor_type": "q4_0"},
+    "psp-rank-64-q4_0-bytes": {
+        "recipe": "psp",
+        "rank": 64,
+        "predictor_type": "q4_0",
+        "ffn_bytes": 0.06,
+    },
+    "pairs-rank-64-q4_0-bytes": {
+        "recipe": "psp",
+        "pairs": True,
+        "rank": 64,
+        "predictor_type": "q4_0",
+        "bytes_of": "psp-rank-64-q4_0-bytes",
+    },
     "psp-as-dejavu": {"recipe": "psp", "rank": QUARTER, "bytes_of": "dejavu"},
     "psp-1-as-dejavu": {"recipe": "psp", "rank": QUARTER, "bytes_of": "dejavu", "epochs": 1},
     "svd-as-dejavu": {"recipe": "svd", "rank": QUARTER, "bytes_of": "dejavu"},
@@ -66,7 +79,7 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Name to settings: the published method as it is, ours as it is, and others at equal rank and
 equal bytes. `bytes_of` takes the bytes that another row read of the text; `epochs` replaces the
-recipe's. Seconds are those of the first training, with thresholds where a row has a bound."""
+recipe's, `pairs` its start. Seconds are those of the first training, with thresholds where a row has a bound."""
 
 _RECIPES = dict(RECIPES)
 """As they are without a row's epochs."""
@@ -183,6 +196,7 @@ def settings(
             raise click.UsageError(f"--row {name} needs --row {other} before it")
         values["ffn_bytes"] = wanted = read[other]
     recipe = _RECIPES[values["recipe"]]
+    recipe = recipe.with_pairs() if values.pop("pairs", False) else recipe
     RECIPES[recipe.name] = replace(recipe, epochs=values.pop("epochs", recipe.epochs))
     return values, wanted
 
