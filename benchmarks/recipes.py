@@ -79,8 +79,8 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 """Name to settings: the published method as it is, ours as it is, and others at equal rank and
 equal bytes. `bytes_of` takes the bytes that another row read of the text; `epochs` replaces the
-recipe's, `pairs` its start. Seconds are those of the first training, with thresholds where a row has
-a bound."""
+recipe's, `pairs` its start. Seconds are those of the first training, with thresholds where a row
+has a bound."""
 
 _RECIPES = dict(RECIPES)
 """As they are without a row's epochs."""

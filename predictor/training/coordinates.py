@@ -69,7 +69,7 @@ class Whitening:
         """
         upper, wide = self.factor.T, directions.double()
         taken = torch.linalg.solve_triangular(upper, wide, upper=True)
-        centred = taken - torch.outer(self.direction, self.mean @ taken)
+        centred = taken - self.direction[:, None] * (self.mean[None] @ taken)
         return torch.cat([centred, self.direction[:, None]], dim=1).float()
 
 
