@@ -28,7 +28,7 @@ from predictor.traces.packing import decode_importance
 from predictor.traces.rows import LabelledRows, LayerWeights, ShardedRows, normalise_rms
 from predictor.training.layer import evaluate, train_layer
 from predictor.training.settings import DEJAVU, PSP, Recipe
-from predictor.training.start import moments_of, random_start
+from predictor.training.start import moments_of, random_start, start_sample
 
 RANK = 32
 
@@ -284,7 +284,8 @@ def test_the_psp_recipe_starts_at_the_whitened_svd_of_its_training_rows(
     planted: tuple[ShardedRows, LayerWeights],
 ) -> None:
     rows, predictor = trained(replace(PSP, epochs=1, learning_rate=0.0), planted)
-    start = pairs(planted[1].gate, moments_of([rows.inputs(TRAIN)]), RANK)
+    seen = start_sample(PSP, TRAIN, seeded())[: 32 * D_MODEL]
+    start = pairs(planted[1].gate, moments_of([rows.inputs(seen)]), RANK)
     inputs = rows.inputs(HOLDOUT)
     torch.testing.assert_close(predictor(inputs), start(inputs), atol=1e-3, rtol=1e-3)
 

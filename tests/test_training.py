@@ -182,7 +182,7 @@ def test_the_bar_tells_epochs_and_ends_full_where_layers_take_more_steps(
     # A rank that is beyond the units of a start around the constant.
     artifact = train_predictors(settings(narrow_traces, tmp_path / "p", rank=96, jobs=2))
     batches = -(-int((~narrow_traces.holdout(0.1, 0)).sum()) // PSP.batch)
-    assert [bars[0].n, bars[0].total] == [2 * 4 * PSP.epochs * batches] * 2
+    assert [bars[0].n, bars[0].total] == [2 * PSP.with_pairs().epochs * batches] * 2
     last = artifact.epochs[1][-1]
     assert f"loss={last.loss:.3g}, held_out_loss={last.held_out_loss:.3g}" in told.getvalue()
     assert "layers=2/2" in told.getvalue()
