@@ -18,6 +18,7 @@ from evaluation.comparison import Answered
 from evaluation.settings import EvaluateConfig
 from evaluation.tasks.loading import LoadedTasks, answer_of, primary_metric
 from evaluation.tasks.quiet import quiet
+from evaluation.tasks.templates import compiled_once
 from results.evaluation import is_relative
 
 BOOTSTRAP = 1000
@@ -90,7 +91,7 @@ def questions_of(
     tasks.reseed()
     found: list[Questions] = []
     for name, task in tasks.tasks.items():
-        with quiet(), _told(name):
+        with quiet(), compiled_once(), _told(name):
             task.build_all_requests(
                 limit=get_sample_size(task, config.limit),
                 apply_chat_template=chat is not None,
@@ -184,7 +185,7 @@ def _score(
     }
     tasks.reseed()
     chat = config.apply_chat_template
-    with quiet(), _alone():
+    with quiet(), compiled_once(), _alone():
         found = evaluate(
             lm=_model(known, model),
             task_dict={**tasks.task_dict, "tasks": whole, "groups": groups},

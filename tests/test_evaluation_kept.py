@@ -24,12 +24,13 @@ from evaluation.settings import EvaluateConfig
 from results.evaluation import EVALUATION, Evaluation
 
 NAMES = ("choose", "cloze", "continue", "pages")
+RESAMPLES = 20
 
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard errors without a formula are lm-eval's own, and slow."""
-    monkeypatch.setattr("evaluation.scoring.BOOTSTRAP", 20)
+    monkeypatch.setattr("evaluation.scoring.BOOTSTRAP", RESAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,17 @@ class Killed(Exception):
     """Stands for the end of a process."""
 
 
+@pytest.fixture(scope="module")
+def unbroken(settings: Callable[..., EvaluateConfig], exact_dir: Path) -> Evaluation:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.scoring.BOOTSTRAP", RESAMPLES)
+        return evaluate(settings(predictors=(exact_dir,), batch_size=3))
+
+
 @pytest.mark.parametrize("after", [1, 4, 9])
 def test_a_killed_run_goes_on_to_the_same_document(
     after: int,
+    unbroken: Evaluation,
     settings: Callable[..., EvaluateConfig],
     exact_dir: Path,
     tmp_path: Path,
@@ -69,7 +78,6 @@ def test_a_killed_run_goes_on_to_the_same_document(
         changes |= {"predictors": (exact_dir,), "batch_size": 3, "output_path": tmp_path / out}
         return settings(**changes)
 
-    unbroken = evaluate(config("unbroken"))
     calls = 0
     own = TransformersBackend.score
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import yaml
 from local_tasks import ANIMALS, made_up_model, write_task
@@ -21,6 +22,7 @@ from evaluation.tasks.loading import (
     load_tasks,
 )
 from evaluation.tasks.quiet import quiet
+from evaluation.tasks.templates import compiled_once
 
 
 @pytest.fixture(autouse=True)
@@ -322,3 +324,26 @@ def test_silence_is_put_back() -> None:
 
 def test_a_task_file_that_is_not_there_is_told_without_a_look_at_all_tasks() -> None:
     assert "nowhere/own.yaml: no such file" in _refused(["nowhere/own.yaml"])
+
+
+def test_a_template_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.utils import env
+
+    opened: list[str] = []
+    compile_template = jinja2.Environment.compile
+
+    def seen(self: Any, source: Any, *rest: Any, **options: Any) -> Any:
+        opened.append(str(source))
+        return compile_template(self, source, *rest, **options)
+
+    monkeypatch.setattr(jinja2.Environment, "compile", seen)
+    template = f"{{{{asked}}}} {tmp_path.name}"  # which no other test has compiled
+    write_task(tmp_path, "animals", doc_to_text=template)
+    with compiled_once():
+        requests = _requests(load_tasks([str(tmp_path / "animals.yaml")]))
+    assert requests[0][0] == f"Which is number 0? {tmp_path.name}"
+    assert opened.count(template) == 1
+    assert "from_string" not in vars(env)
+    with pytest.raises(jinja2.TemplateSyntaxError), compiled_once():
+        env.from_string("{{")
+    assert "from_string" not in vars(env)

@@ -30,12 +30,13 @@ def make_factory(*, allow_code: bool, cache: Path) -> Any:
         """Looks at settings before a task is made of them."""
 
         opened: Mapping[str, Any] | None = None
+        looked_at: dict[str, Any] | None = None
 
         def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-            self.opened = None
+            self.opened = self.looked_at = None
             with _blamed(entry.name, lambda: self.opened):
-                config = self._load_full_config(entry, overrides)
-                with _as_far_as_the_hub(config):
+                self.looked_at = self._load_full_config(entry, overrides)
+                with _as_far_as_the_hub(self.looked_at):
                     return super()._build_task(entry, overrides)
 
         def _build_group(self, name: str, *rest: Any) -> Any:
@@ -43,6 +44,9 @@ def make_factory(*, allow_code: bool, cache: Path) -> Any:
                 return super()._build_group(name, *rest)
 
         def _load_full_config(self, entry: Any, overrides: dict[str, Any] | None = None) -> Any:
+            if self.looked_at is not None:  # what a task is to be made of is read once
+                config, self.looked_at = self.looked_at, None
+                return config
             path = entry.yaml_path
             raw = entry.cfg if path is None else read_raw(path)
             refuse_kind(entry.name, {**(raw or {}), **(overrides or {})}, allow_code=allow_code)

@@ -16,6 +16,7 @@ from common.scratch import Scratch
 from evaluation.tasks.factory import make_factory
 from evaluation.tasks.files import built_in, read_raw, task_files
 from evaluation.tasks.quiet import quiet
+from evaluation.tasks.templates import compiled_once
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -90,7 +91,7 @@ def load_tasks(
     extra = [include_path] if isinstance(include_path, Path) else list(include_path or ())
     scratch = Scratch(prefix="psp-tasks-")
     try:
-        with quiet():
+        with quiet(), compiled_once():
             manager = _manager(names, extra)
             manager._factory = make_factory(allow_code=allow_code, cache=scratch.path)
             loaded = _merged(manager, _wanted(names, manager), seed)
