@@ -23,7 +23,7 @@ from common.text_sources.names import Sources
 from predictor.size import Size
 
 AUTO = "auto"
-_RATE_OF_PAIRS = 1e-2
+_RATE_OF_PAIRS = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ class Recipe:
         """Return the recipe that starts at pairs, which takes eight times the epochs."""
         if self.start != "constant":
             return self
-        return replace(self, start="pairs", epochs=8 * self.epochs, learning_rate=_RATE_OF_PAIRS)
+        epochs, rate = 8 * self.epochs, _RATE_OF_PAIRS * self.learning_rate
+        return replace(self, start="pairs", epochs=epochs, learning_rate=rate)
 
 
 DEJAVU = Recipe(
