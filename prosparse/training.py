@@ -22,6 +22,7 @@ from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
 from common.files import refuse_existing
 from common.lock import locked
+from common.machine import bfloat16_note
 from common.outputs import drop_kept, set_aside
 from common.sealed import read_sealed, write_sealed
 from common.text_sources.names import names_of, need_repeatable
@@ -82,7 +83,8 @@ def sparsify(
         _begin(config, checkpoint, arguments.world_size)
         about: Report = (lambda line: None) if told else report
         lines = (*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes)
-        for line in (*lines, *foresee(checkpoint)):
+        slow = bfloat16_note(arguments.device.type) if arguments.bf16 else None
+        for line in (*lines, *foresee(checkpoint), *([slow] if slow else [])):
             about(line)
         if not config.finished:
             pack_texts(config, checkpoint, arguments.world_size, about)

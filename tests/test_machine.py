@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from stand_ins import write_program
 
 from common.machine import (
+    bfloat16_note,
     cpu_name,
     cpu_quota,
     device_named,
@@ -23,6 +25,7 @@ from common.machine import (
 )
 from common.units import GIB
 
+BFLOAT16 = "_is_mkldnn_bf16_supported"
 V2 = {"proc/self/cgroup": "0::/a/b\n"}
 V1 = {"proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n1:name=systemd:/\n"}
 NO_LIMIT_V1 = "9223372036854771712"
@@ -207,3 +210,13 @@ def test_auto_is_a_card_if_there_is_one(monkeypatch: pytest.MonkeyPatch, there: 
     assert device_named("auto") == ("cuda" if there else "cpu")
     assert device_named("cpu") == "cpu"
     assert device_named("cuda:1") == "cuda:1"
+
+
+def test_a_processor_without_bfloat16_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, BFLOAT16, lambda: False)
+    line = bfloat16_note("cpu")
+    assert line is not None
+    assert "--precision float32" in line
+    assert bfloat16_note("cuda") is None
+    monkeypatch.setattr(torch.ops.mkldnn, BFLOAT16, lambda: True)
+    assert bfloat16_note("cpu") is None

@@ -21,6 +21,7 @@ from common.element_types import F16
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.hashing import hash_files
+from common.machine import bfloat16_note
 from common.outputs import written_whole
 from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
@@ -87,6 +88,8 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
         _check_text(config, store, note)
     check_outtype(trainer)
+    if trainer.dtype == torch.bfloat16 and (line := bfloat16_note(str(trainer.device))):
+        note(line)
     artifact = _open_artifact(trainer)
     _set_sizes(trainer, artifact, weight)
     _train_missing(trainer, artifact, layers)
