@@ -1,6 +1,6 @@
 """What locks and checksums cost: whole commands with and without them, in turns.
 
-    python -m benchmarks.vouching --model DIR --data FILE --rounds 7
+    python -m benchmarks.vouching --model DIR --data FILE --rounds 7 [--only export-gguf]
 
 Collects, trains (recipe svd, which takes the least time beside reading) and exports in a process of
 their own each, as they are and with functions that neither hash nor lock in the place of psp's.
@@ -101,6 +101,9 @@ def leave_out() -> None:
     replaced._refuse_replaced = _unvouched
 
 
+_BEFORE: dict[str, Callable[[], object]] = {"with": _unvouched, "without": leave_out}
+
+
 class Spent:
     """Processor seconds inside functions, over all threads of this process."""
 
@@ -178,7 +181,8 @@ def commands(model: str, data: str, tokens: int, work: Path) -> dict[str, Callab
 @click.option("--data", required=True, help="Text.")
 @click.option("--tokens", default=20_000, show_default=True)
 @click.option("--rounds", default=7, show_default=True)
-def main(model: str, data: str, tokens: int, rounds: int) -> None:
+@click.option("--only", help="One command; those before it are run once.")
+def main(model: str, data: str, tokens: int, rounds: int, only: str | None) -> None:
     """Time every command in turns."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
@@ -186,7 +190,12 @@ def main(model: str, data: str, tokens: int, rounds: int) -> None:
         os.environ["PSP_CACHE_DIR"] = f"{place}/cache"
         made = {kind: commands(model, data, tokens, Path(place) / kind) for kind in _KINDS}
         for name in made["with"]:
-            print_line({"command": name, **_compared(made, name, Path(place), rounds)})
+            if only in (name, None):
+                print_line({"command": name, **_compared(made, name, Path(place), rounds)})
+            if name == only:
+                break
+            for kind in _KINDS if only else ():
+                timed(made[kind][name], _BEFORE[kind])
 
 
 def _compared(
@@ -195,7 +204,7 @@ def _compared(
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
     for number in range(rounds + 1):
         for kind in _KINDS if number % 2 else reversed(_KINDS):
-            seconds = timed(made[kind][name], leave_out if kind == "without" else _unvouched)
+            seconds = timed(made[kind][name], _BEFORE[kind])
             shutil.rmtree(place / "cache", ignore_errors=True)
             if number:  # the first one warms up
                 found[kind].append(seconds)

@@ -18,7 +18,10 @@ from common.files import refuse_special
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, parse, plain
 
-_PIECE = 1 << 24
+_PIECE = 1 << 20
+"""Bytes that are read at once into one place: a processor's cache holds them until they are hashed.
+With sixteen times as many, each in a place of its own, it takes five times as long."""
+
 _SMALL = 1 << 28  # no progress bar for what is read in a moment
 _KEPT = 1 << 26
 """Files from this size on are remembered; smaller ones are read again in no time."""
@@ -66,8 +69,9 @@ def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
     refuse_special(path, DataError, "check that the file can be read")
     try:
         total = path.stat().st_size
+        place = memoryview(bytearray(max(1, min(piece, total))))
         with (
-            path.open("rb") as file,
+            path.open("rb", buffering=0) as file,
             tqdm(
                 total=total,
                 unit="B",
@@ -76,10 +80,10 @@ def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:
                 disable=True if total < _SMALL else None,
             ) as bar,
         ):
-            while data := file.read(piece):
-                state.update(data)
-                size += len(data)
-                bar.update(len(data))
+            while count := file.readinto(place):
+                state.update(place[:count])
+                size += count
+                bar.update(count)
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or error}", "check that the file can be read"
