@@ -80,6 +80,11 @@ def test_everything_is_made_and_said(whole: tuple[Outcome, list[str]]) -> None:
     assert begun == [f"{number}/7 {name}" for number, name in enumerate(names, 1)]
 
 
+def test_its_plan_is_near_what_it_takes(whole: tuple[Outcome, list[str]]) -> None:
+    expected, taken = sum(whole[0].plan.seconds.values()), sum(whole[0].taken.values())
+    assert taken / 20 < expected < 20 * taken, "of a model whose steps take no time to speak of"
+
+
 def test_the_single_commands_give_the_same_bytes(
     whole: tuple[Outcome, list[str]], model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
