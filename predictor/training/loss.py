@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import softplus
 
-from common.overlap import one_ahead
 from predictor.module import Predictor
 from predictor.traces.rows import LabelledRows
 from predictor.training.coordinates import Coordinates
@@ -93,13 +92,10 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the rows `order`, (n,) int64, in batches, where rows are computed with.
 
-    Several are read together, which costs less than one by one; on a CPU while earlier ones are
-    in use, where much of a step waits for memory. A device's own rows need no such help.
+    Several are read together, which costs less than one by one.
     """
-    parts = rows.parts(order, recipe.batch * max(1, together // recipe.batch))
-    read = (read_batches(recipe, held, index) for held, index in parts)
-    for part in one_ahead(read) if rows.device.type == "cpu" else read:
-        yield from part
+    for held, index in rows.parts(order, recipe.batch * max(1, together // recipe.batch)):
+        yield from read_batches(recipe, held, index)
 
 
 @torch.no_grad()
