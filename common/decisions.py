@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,5 +82,5 @@ def predictor_share(
 
 
 def mean_metrics(layers: list[dict[str, float]]) -> dict[str, float]:
-    """Return the arithmetic mean over layers of every metric."""
-    return {key: sum(layer[key] for layer in layers) / len(layers) for key in layers[0]}
+    """Return the arithmetic mean over layers of every metric, to the bit whatever their order."""
+    return {key: math.fsum(each[key] for each in layers) / len(layers) for key in layers[0]}

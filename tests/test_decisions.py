@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import pytest
 import torch
 
@@ -99,3 +101,9 @@ def test_the_mean_over_layers_is_arithmetic_for_every_metric() -> None:
         "precision": pytest.approx(0.5),
     }
     assert mean_metrics(layers[:1]) == layers[0]
+
+
+def test_means_do_not_depend_on_which_layer_was_ready_first() -> None:
+    layers = [{"recall": value} for value in (0.1, 0.2, 0.3, 0.7)]
+    values = {mean_metrics(list(each))["recall"] for each in permutations(layers)}
+    assert values == {0.325}
