@@ -82,6 +82,10 @@ class EngineError(PspError):
     """An engine, embedded or PowerInfer's, that cannot run or did not answer."""
 
 
+class ClusterError(PspError):
+    """A Ray cluster that is not there, lacks something, or lost its workers."""
+
+
 class ResultError(PspError):
     """A file of results that is missing, damaged or of another kind."""
 

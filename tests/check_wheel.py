@@ -16,6 +16,7 @@ from pathlib import Path
 ROOMS = (
     *(
         "architectures",
+        "cluster",
         "commands",
         "common",
         "gguf_export",

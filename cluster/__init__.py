@@ -1,0 +1,1 @@
+"""Work that is spread over a Ray cluster; without `--ray` nothing of Ray is imported."""

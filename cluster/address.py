@@ -1,0 +1,80 @@
+"""Whether there is a cluster at an address.
+
+Ray waits without end for one that is not there, deaf to signals, so it is asked for here before.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from cluster.settings import AUTO
+from common.errors import ClusterError
+
+_SECONDS = 5.0
+"""That a cluster has to answer."""
+
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_HEADER, _SETTINGS = 9, 4
+"""Of an HTTP/2 frame: bytes of its header, and the kind that a server's first one is (RFC 9113)."""
+
+START_ONE = "start one with 'ray start --head', or pass --ray local"
+
+
+def found_address(address: str) -> str:
+    """Return the HOST:PORT of a cluster that answers.
+
+    Args:
+        address: HOST:PORT, or `auto`.
+
+    Raises:
+        ClusterError: it is no address, or there is no cluster.
+    """
+    if "://" in address:
+        raise ClusterError(
+            f"--ray {address}: psp joins a cluster as one of its machines does",
+            "run psp on one of them with --ray auto, or through 'ray job submit'",
+        )
+    found = _automatic() if address == AUTO else address
+    host, port = _parts(found)
+    try:
+        answered = _greeted(host, port)
+    except OSError as error:
+        raise ClusterError(
+            f"--ray {address}: no cluster at {found} ({error.strerror or error})", START_ONE
+        ) from error
+    if not answered:
+        raise ClusterError(f"--ray {address}: what listens at {found} is no Ray cluster", START_ONE)
+    return found
+
+
+def _automatic() -> str:
+    from ray._private.services import get_ray_address_from_environment
+
+    try:
+        return str(get_ray_address_from_environment(AUTO, None))
+    except ConnectionError as error:
+        raise ClusterError("--ray auto: no cluster runs on this machine", START_ONE) from error
+
+
+def _parts(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ClusterError(f"--ray {address}: is no HOST:PORT, {AUTO} or local")
+    return host.strip("[]"), int(port)
+
+
+def _greeted(host: str, port: int) -> bool:
+    """Return whether a gRPC server answers, which Ray's head is.
+
+    Raises:
+        OSError: nobody does.
+    """
+    with socket.create_connection((host, port), timeout=_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return True  # nothing is said before the certificates
+        connection.sendall(_GREETING)
+        header = b""
+        while len(header) < _HEADER and (part := connection.recv(_HEADER - len(header))):
+            header += part
+    return len(header) == _HEADER and header[3] == _SETTINGS

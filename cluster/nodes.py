@@ -1,0 +1,171 @@
+"""What is asked of a cluster's nodes before work begins: room, versions, and the same files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ClusterError, reason
+from common.files import sha256
+from common.units import GIB
+from common.version import package_version
+
+_SAME = ("psp", "torch")
+"""Packages whose versions are this machine's on every node."""
+
+_SECONDS = 120
+"""That a node has to start a process and to answer."""
+
+_NEWS = 5.0
+"""Seconds until everybody knows of a node that died."""
+
+_SHARE = "use paths that every machine of the cluster sees under the same name"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """What a task takes of a node.
+
+    Attributes:
+        cpus: CPUs, and threads.
+        gpus: GPUs.
+        memory: bytes.
+    """
+
+    cpus: int
+    gpus: float
+    memory: int
+
+    def fits(self, node: Mapping[str, Any]) -> bool:
+        """Whether a node, as Ray tells of it, could ever run a task."""
+        has = node["Resources"]
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        return all(has.get(name, 0) >= amount for name, amount in wanted.items())
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Return the nodes that are there, as Ray tells of them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def require_room(worker: Worker) -> None:
+    """Refuse tasks that no node can ever run.
+
+    Raises:
+        ClusterError: naming what the nodes lack.
+    """
+    nodes = alive_nodes()
+    if any(worker.fits(node) for node in nodes):
+        return
+
+    def most(name: str) -> float:
+        return max((node["Resources"].get(name, 0) for node in nodes), default=0)
+
+    raise ClusterError(
+        f"no node of the cluster has {worker.cpus} CPUs, {worker.gpus:g} GPUs and "
+        f"{worker.memory / GIB:.1f} GiB for a task; the most are {most('CPU'):g}, {most('GPU'):g} "
+        f"and {most('memory') / GIB:.1f}",
+        "lower --ray-cpus or --ray-gpus, or add a node",
+    )
+
+
+def require_alike(read: Sequence[Path], write: Path) -> None:
+    """Refuse nodes with other versions, or that do not see the same files.
+
+    Args:
+        read: files that every node must see as they are here.
+        write: a directory of this process's that every node must be able to write to.
+
+    Raises:
+        ClusterError: naming the node.
+    """
+    stated = {str(path.absolute()): sha256(path.read_bytes()) for path in read}
+    here = {name: package_version(name) for name in _SAME}
+    for name, found in _answers(stated, str(write.absolute())):
+        for package, version in here.items():
+            if found["versions"][package] != version:
+                raise ClusterError(
+                    f"node {name} has {package} {found['versions'][package] or 'not at all'}, this "
+                    f"machine {version}",
+                    "install the same on every node",
+                )
+        if found["unseen"]:
+            raise ClusterError(f"node {name}: {found['unseen']}", _SHARE)
+        try:
+            (write / found["written"]).unlink()
+        except OSError as error:
+            raise ClusterError(
+                f"node {name}: what it writes to {write} is not seen here", _SHARE
+            ) from error
+
+
+def _answers(stated: Mapping[str, str], write: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name of every node and what it found."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(_looker())
+    nodes = alive_nodes()
+    asked = [
+        task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(_SAME, stated, write, node["NodeID"])
+        for node in nodes
+    ]
+    for node, reference in zip(nodes, asked, strict=True):
+        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        try:
+            yield name, ray.get(reference, timeout=_SECONDS)
+        except GetTimeoutError as error:
+            raise ClusterError(f"node {name} did not answer within {_SECONDS} s") from error
+        except RayError as error:
+            if _has_died(node):
+                continue
+            raise ClusterError(f"node {name} cannot run a task ({reason(error)})") from error
+
+
+def _has_died(node: Mapping[str, Any]) -> bool:
+    """Whether a node is gone, which its tasks know a little before the others do."""
+    deadline = time.monotonic() + _NEWS
+    while time.monotonic() < deadline:
+        if node["NodeID"] not in {each["NodeID"] for each in alive_nodes()}:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _looker() -> Any:
+    """Return what a node does; as an inner function it runs also where there is no psp."""
+
+    def look(
+        packages: Sequence[str], stated: Mapping[str, str], write: str, node: str
+    ) -> dict[str, Any]:
+        import hashlib
+        from importlib.metadata import PackageNotFoundError, version
+
+        versions: dict[str, str | None] = {}
+        for package in packages:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                versions[package] = None
+        unseen, written = "", f"seen-{node}"
+        try:
+            for path, digest in stated.items():
+                with open(path, "rb") as file:
+                    if hashlib.sha256(file.read()).hexdigest() != digest:
+                        unseen = f"{path} is another file there"
+            with open(os.path.join(write, written), "xb"):
+                pass
+        except OSError as error:
+            unseen = f"{error.filename or write}: {error.strerror}"
+        return {"versions": versions, "unseen": unseen, "written": written}
+
+    return look
