@@ -87,6 +87,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync(target.parent)
 
 
+def put_in_place(made: Path, path: Path) -> None:
+    """Let a whole file that lies on the same disk become the file `path`.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    try:
+        os.replace(made, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def part_of(path: Path) -> tuple[Path, Path]:
     """Return the temporary name of an output, and the one that it gets.
 

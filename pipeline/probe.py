@@ -29,8 +29,8 @@ from pipeline.steps import StepSettings
 from predictor.collection.collect import record, trace_header
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.store import TraceStore
-from predictor.training.run import layer_trainer
 from predictor.training.settings import TrainConfig, possible_sizes
+from predictor.training.trainer import layer_trainer
 
 Made = TypeVar("Made")
 _TOKENS = 2048

@@ -23,6 +23,7 @@ import torch
 from common.decisions import mean_metrics
 from common.element_types import ELEMENT_TYPES, F16
 from common.errors import TRAIN_AGAIN, PredictorError
+from common.files import put_in_place
 from common.hashing import HashedFile
 from common.lock import refuse_written
 from common.outputs import changed_whole
@@ -35,7 +36,7 @@ from predictor.index import Epoch as Epoch
 from predictor.index import PredictorHeader as PredictorHeader
 from predictor.size import Size
 from predictor.stored import LayerPredictor
-from predictor.tensor_files import load_tensors, save_tensors
+from predictor.tensor_files import StoredTensors, load_tensors, save_tensors
 from results.predictors import SearchPoint
 
 SCHEMA_VERSION = 6
@@ -199,6 +200,28 @@ class PredictorArtifact:
     ) -> None:
         """Commit a layer: first its file, then the index that counts it."""
         self._save(self._file(layer), vars(predictor))
+        self._count(layer, metrics, epochs)
+
+    def adopt(
+        self,
+        layer: int,
+        predictor: StoredTensors,
+        curves: StoredTensors | None,
+        metrics: dict[str, float],
+        epochs: Sequence[Epoch],
+    ) -> None:
+        """Commit a layer that another process stored, as `add_curves` and `add` do.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        for file, stored in ((self._curves_file(layer), curves), (self._file(layer), predictor)):
+            if stored is not None:
+                put_in_place(stored.file, file)
+                self.files[file.name] = stored.digest
+        self._count(layer, metrics, epochs)
+
+    def _count(self, layer: int, metrics: dict[str, float], epochs: Sequence[Epoch]) -> None:
         self.layers[layer] = metrics
         self.epochs[layer] = tuple(epochs)
         self.write_header()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,24 @@ from xxhash import xxh3_128_hexdigest
 
 from common.errors import PspError
 from common.files import refuse_special, write_bytes
+
+
+@dataclass(frozen=True)
+class StoredTensors:
+    """Tensors that another process stored beside where they are going to be.
+
+    Attributes:
+        file: where they are.
+        digest: what `save_tensors` returned.
+    """
+
+    file: Path
+    digest: str
+
+    @classmethod
+    def save(cls, file: Path, tensors: Mapping[str, torch.Tensor]) -> StoredTensors:
+        """Store them; see `save_tensors`."""
+        return cls(file, save_tensors(file, tensors))
 
 
 def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -29,9 +29,9 @@ from predictor.traces.device_rows import StreamedRows
 from predictor.traces.rows import LabelledRows, LayerWeights
 from predictor.traces.store import TraceStore
 from predictor.training.layer import LayerResult, LayerTrainer, evaluate, train_layer
-from predictor.training.run import layer_trainer
 from predictor.training.settings import TrainConfig
 from predictor.training.start import Starter, start_sample
+from predictor.training.trainer import layer_trainer
 
 MEMORY = Path("/dev/shm")
 _SHARD_ROWS, _AT_ONCE = 16384, 4096

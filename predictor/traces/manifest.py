@@ -15,6 +15,7 @@ from predictor.traces.packing import BITS
 from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2
+MANIFEST = "manifest.json"
 _MOST = 1 << 40
 Size = Annotated[int, Range(1, _MOST)]
 
@@ -139,7 +140,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
         TraceError: no store there, a damaged manifest or another schema version.
     """
     remedy = "pass a directory made by 'psp collect'"
-    manifest = read_sealed(path / "manifest.json", TraceError, remedy)
+    manifest = read_sealed(path / MANIFEST, TraceError, remedy)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise TraceError(
@@ -149,7 +150,7 @@ def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
     try:
         found = parse(_Manifest, manifest)
     except JsonError as error:
-        raise TraceError(f"{path}/manifest.json: damaged ({error})", COLLECT_AGAIN) from error
+        raise TraceError(f"{path}/{MANIFEST}: damaged ({error})", COLLECT_AGAIN) from error
     return found.header, found.progress
 
 
@@ -161,4 +162,4 @@ def write_manifest(path: Path, header: TraceHeader, progress: Progress) -> None:
         "header": asdict(header),
         "progress": asdict(progress),
     }
-    write_sealed(path / "manifest.json", document)
+    write_sealed(path / MANIFEST, document)

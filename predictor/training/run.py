@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,35 +14,27 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from architectures.model import choose_device
 from architectures.model_files import compare_files, weight_files
-from architectures.rounded import own_type, rounded
+from architectures.rounded import rounded
 from architectures.windows import LEAST_TOKENS
 from common.documents import look_at_documents
-from common.element_types import F16
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
 from common.hashing import hash_files
 from common.machine import bfloat16_note
 from common.outputs import written_whole
-from common.overlap import several_at_once
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
-from predictor.artifact import INDEX, Epoch, PredictorArtifact, PredictorHeader
+from predictor.artifact import INDEX, PredictorArtifact, PredictorHeader
 from predictor.dense_layer import worth_line
 from predictor.thresholds.choose import choose_thresholds, leave_out_unpaid
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
 from predictor.traces.store import TraceStore, choose_documents
-from predictor.training.bounds import bound_of
 from predictor.training.checks import check_activity, check_importance, check_outtype, check_ranks
-from predictor.training.layer import LayerResult, LayerTrainer
-from predictor.training.settings import (
-    AUTO,
-    DEJAVU,
-    RECIPES,
-    TrainConfig,
-    possible_sizes,
-    published_rank,
-)
+from predictor.training.layer import LayerTrainer
+from predictor.training.settings import TrainConfig, possible_sizes
 from predictor.training.sizes import choose_sizes
+from predictor.training.trainer import layer_trainer
+from predictor.training.workers import Shown, Threads, Workers
 
 Note = Callable[[str], None]
 
@@ -90,12 +82,22 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
     check_outtype(trainer)
     if trainer.dtype == torch.bfloat16 and (line := bfloat16_note(str(trainer.device))):
         note(line)
-    artifact = _open_artifact(trainer)
-    _set_sizes(trainer, artifact, weight)
-    _train_missing(trainer, artifact, layers)
+    with _workers(trainer, note) as workers:
+        artifact = _open_artifact(trainer)
+        _set_sizes(trainer, artifact, weight, workers)
+        _train_missing(trainer, artifact, layers, workers)
     if artifact.complete:
         _choose(trainer, artifact, note)
     return artifact
+
+
+def _workers(trainer: LayerTrainer, note: Note) -> AbstractContextManager[Workers]:
+    """Return who trains the layers."""
+    if trainer.config.ray is None:
+        return nullcontext(Threads(trainer))
+    from predictor.training.nodes import nodes_for
+
+    return nodes_for(trainer, note)
 
 
 def _choose(trainer: LayerTrainer, artifact: PredictorArtifact, note: Note) -> None:
@@ -123,42 +125,6 @@ def _predictor_weight(config: TrainConfig, note: Note) -> float:
     weight = hardware.predictor_weight
     note(f"a predictor's byte costs {weight:.2g} of a neuron's on {config.hardware}")
     return weight
-
-
-def layer_trainer(
-    config: TrainConfig, store: TraceStore, held: torch.Tensor | None = None
-) -> LayerTrainer:
-    """Return what trains layers by a run's settings.
-
-    Args:
-        config: settings.
-        store: the traces.
-        held: (rows,) bool, rows to hold out; None chooses documents.
-
-    Raises:
-        TraceError: documents are to be chosen and there is a single one.
-    """
-    recipe = RECIPES[config.recipe]
-    if recipe.name == DEJAVU.name and config.rank == AUTO:
-        config = replace(config, rank=published_rank(store.header.d_model, config.predictor_type))
-    held = store.holdout(config.holdout, config.seed) if held is None else held
-    return LayerTrainer(
-        config=config,
-        store=store,
-        recipe=recipe,
-        bound=bound_of(config),
-        outtype=_outtype(config, store),
-        train=(~held).nonzero()[:, 0],
-        holdout=held.nonzero()[:, 0],
-    )
-
-
-def _outtype(config: TrainConfig, store: TraceStore) -> str:
-    """Return the type that the model will be exported in."""
-    if config.outtype is not None:
-        return config.outtype
-    model = config.model or store.header.model
-    return own_type(Checkpoint.open(model)) if ".gguf" in model else F16
 
 
 def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
@@ -215,84 +181,37 @@ def _open_artifact(trainer: LayerTrainer) -> PredictorArtifact:
     return artifact
 
 
-def _set_sizes(trainer: LayerTrainer, artifact: PredictorArtifact, weight: float) -> None:
+def _set_sizes(
+    trainer: LayerTrainer, artifact: PredictorArtifact, weight: float, workers: Workers
+) -> None:
     """Settle the rank and the type of every layer of the store that has none."""
     bounded, d_model = trainer.bound is not None, trainer.store.header.d_model
     missing = [layer for layer in trainer.store.header.layers if layer not in artifact.types]
     sizes = {n: possible_sizes(trainer.config, d_model, n, bounded=bounded) for n in missing}
     chosen = {n: each[0] for n, each in sizes.items() if len(each) == 1}
     if open_ := {n: each for n, each in sizes.items() if n not in chosen}:
-        chosen |= choose_sizes(trainer, open_, weight)
+        chosen |= choose_sizes(trainer, open_, weight, workers.scouted)
     for layer, size in chosen.items():
         artifact.ranks[layer], artifact.types[layer] = size.rank, size.kind
     if chosen:
         artifact.write_header()
 
 
-def _train_missing(trainer: LayerTrainer, artifact: PredictorArtifact, layers: list[int]) -> None:
+def _train_missing(
+    trainer: LayerTrainer, artifact: PredictorArtifact, layers: list[int], workers: Workers
+) -> None:
     """Train the layers that are not there yet and commit each as it is ready."""
     recipe = trainer.recipe
     steps = math.ceil(len(trainer.train) / recipe.batch) * recipe.epochs
     missing = [layer for layer in layers if layer not in artifact.layers]
     with tqdm(total=len(layers) * steps, unit="step", desc="train-predictor", disable=None) as bar:
         bar.update((len(layers) - len(missing)) * steps)
-        shown = _Shown(bar, dict.fromkeys(missing, steps), len(layers))
-
-        def work(layer: int, go_on: Callable[[], None]) -> LayerResult:
-            def on_step(steps: int) -> None:
-                go_on()
-                shown.step(layer, steps)
-
-            size = artifact.trained_size(layer)
-            return trainer.run(layer, size, on_step, partial(shown.epoch, layer))
-
-        for layer, result in several_at_once(work, missing, trainer.jobs):
-            if result.curves is not None:
-                artifact.add_curves(layer, result.curves.tensors())
-            artifact.add(layer, result.predictor, result.metrics, result.epochs)
+        shown = Shown(bar, dict.fromkeys(missing, steps), len(layers))
+        sizes = {layer: artifact.trained_size(layer) for layer in missing}
+        for layer, commit in workers.trained(sizes, shown):
+            commit(artifact)
             shown.finished(layer)
         bar.update(bar.total - bar.n)  # a recipe may stop early
-
-
-class _Shown:
-    """What the progress bar of a training tells."""
-
-    def __init__(self, bar: tqdm, expected: dict[int, int], layers: int) -> None:
-        """Name what is told of.
-
-        Args:
-            bar: counts the steps of all layers.
-            expected: number of a layer that is missing to the steps that it is counted with.
-            layers: how many there are, with those that are finished.
-        """
-        self._bar, self._expected, self._layers = bar, expected, layers
-        self._missing = set(expected)
-
-    def step(self, layer: int, steps: int) -> None:
-        """Count a step of a layer that takes so many in all."""
-        self._bar.total += steps - self._expected[layer]
-        self._expected[layer] = steps
-        self._bar.update()
-
-    def epoch(self, layer: int, epochs: Sequence[Epoch]) -> None:
-        """Tell the last epoch of a layer."""
-        last = epochs[-1]
-        self._tell(
-            layer=layer,
-            epoch=len(epochs),
-            loss=f"{last.loss:.3g}",
-            held_out_loss=f"{last.held_out_loss:.3g}",
-            held_out_error=f"{last.held_out_error:.2%}",
-        )
-
-    def finished(self, layer: int) -> None:
-        """Count a layer."""
-        self._missing.discard(layer)
-        self._tell()
-
-    def _tell(self, **last: object) -> None:
-        done = self._layers - len(self._missing)
-        self._bar.set_postfix({"layers": f"{done}/{self._layers}", **last})
 
 
 def _check_text(config: TrainConfig, store: TraceStore, note: Note) -> None:

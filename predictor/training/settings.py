@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from cluster.settings import RayAddress, RayCpus, RayGpus
 from common.element_types import ELEMENT_NAMES, ELEMENT_TYPES, F16, Q4_0
 from common.errors import PredictorError
 from common.settings import (
@@ -292,6 +293,9 @@ class TrainConfig:
             least=0,
         ),
     ] = 0
+    ray: RayAddress = None
+    ray_cpus: RayCpus = 1
+    ray_gpus: RayGpus = 0.0
     seed: Seed = 0
     resume: Resume = False
     force: Force = False

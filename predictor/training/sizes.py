@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from common.element_types import ELEMENT_TYPES, F16, Q4_0
-from common.overlap import several_at_once
 from predictor.dense_layer import least_size
 from predictor.size import Size
 from predictor.thresholds.curves import Curves, mean_positive, trace_curves
@@ -21,8 +20,14 @@ _SCOUT_ROWS = 8192
 _CURVE_ROWS = 4096
 
 
+Scouted = Callable[
+    [Mapping[int, Sequence[Size]], tqdm], Iterator[tuple[int, Mapping[Size, Curves]]]
+]
+"""Lets layers be scouted for sizes, and yields each with its curves."""
+
+
 def choose_sizes(
-    trainer: LayerTrainer, sizes: Mapping[int, Sequence[Size]], weight: float
+    trainer: LayerTrainer, sizes: Mapping[int, Sequence[Size]], weight: float, scouted: Scouted
 ) -> dict[int, Size]:
     """Choose sizes that keep the run's bound in the fewest bytes, a predictor's weighted.
 
@@ -35,6 +40,7 @@ def choose_sizes(
         sizes: layer number to what its predictor may be; one price for all.
         weight: what a predictor's byte costs relative to one of a neuron; see
             `cost_model.hardware.Hardware.predictor_weight`.
+        scouted: lets `scout` be called for every layer.
 
     Returns:
         Layer number to size.
@@ -43,13 +49,8 @@ def choose_sizes(
     assert bound is not None
     scouts = sum(len({size.rank for size in each}) for each in sizes.values())
     with tqdm(total=scouts, unit="scout", desc="ranks", disable=None) as bar:
-
-        def work(layer: int, go_on: Callable[[], None]) -> dict[Size, Curves]:
-            return _scout(trainer, layer, sizes[layer], go_on, bar)
-
-        found = several_at_once(work, list(sizes), trainer.jobs)
         # In the layers' order, whichever was ready first.
-        curves = dict(sorted(found, key=lambda made: made[0]))
+        curves = dict(sorted(scouted(sizes, bar), key=lambda made: made[0]))
 
     def cost(size: Size) -> float:
         return ELEMENT_TYPES[size.kind].relative(
@@ -65,20 +66,28 @@ def choose_sizes(
     return best_sizes(curves, cost, header.d_ff, enough, weight, least)
 
 
-def _scout(
+def scout(
     trainer: LayerTrainer,
     layer: int,
     sizes: Sequence[Size],
-    go_on: Callable[[], None],
-    bar: tqdm,
+    go_on: Callable[[], object] = lambda: None,
+    on_scout: Callable[[], object] = lambda: None,
 ) -> dict[Size, Curves]:
-    """Return the curves of a layer's scouts by size."""
+    """Return the curves of a layer's scouts by size.
+
+    Args:
+        trainer: traces, settings, rows.
+        layer: its number.
+        sizes: to try.
+        go_on: called after every step.
+        on_scout: called after every rank.
+    """
     recipe, rows, generator = trainer.recipe, trainer.rows(layer), trainer.generator(layer)
-    scout = replace(recipe, epochs=min(1, recipe.epochs), best_recall=False)
+    short = replace(recipe, epochs=min(1, recipe.epochs), best_recall=False)
     train = trainer.train
     order = train[torch.randperm(len(train), generator=generator)]
     seen, unseen, curves = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:], {}
-    starter = Starter(scout, rows, start_sample(scout, seen, generator))
+    starter = Starter(short, rows, start_sample(short, seen, generator))
     for rank in sorted({size.rank for size in sizes}):
         kinds = {size.kind for size in sizes if size.rank == rank}
         # A unit less in float16 is no matter for the choice.
@@ -96,5 +105,5 @@ def _scout(
             predictor = starter.store(start, trained, kind).predictor()
             scale = mean_positive(predictor, rows, unseen)
             curves[Size(kind, rank)] = trace_curves(predictor, rows, unseen, scale)
-        bar.update()
+        on_scout()
     return curves

@@ -1,0 +1,70 @@
+"""A Ray cluster of three nodes on this machine, of which all but the first may die."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+NODE: dict[str, Any] = {
+    "num_cpus": 1,
+    "object_store_memory": 80 << 20,
+    "include_log_monitor": False,
+}
+
+
+class Nodes:
+    """The cluster.
+
+    Attributes:
+        address: of its head, HOST:PORT.
+    """
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = NODE | {"include_dashboard": False, "no_monitor": True}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        self.address: str = self._cluster.address
+        self._others: list[Any] = []
+        self.fill()
+
+    def fill(self) -> None:
+        """Start as many nodes as died."""
+        while len(self._others) < 2:
+            self._others.append(self._cluster.add_node(wait=False, **NODE))
+        self._cluster.wait_for_nodes(timeout=60)
+
+    def kill(self, chosen: random.Random) -> None:
+        """Let a node die as by a loss of power."""
+        node = self._others.pop(chosen.randrange(2))
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        """End all processes."""
+        self._cluster.shutdown()
+
+
+@contextmanager
+def three_nodes() -> Iterator[Nodes]:
+    """Start the cluster, and leave nothing of it."""
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets' names must be short
+    given = {"RAY_TMPDIR": place, "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ |= given
+    try:
+        nodes = Nodes()
+        try:
+            yield nodes
+        finally:
+            nodes.close()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        shutil.rmtree(place, ignore_errors=True)

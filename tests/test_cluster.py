@@ -1,0 +1,291 @@
+"""Work on a Ray cluster of three nodes: what is made, what is survived, what is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ModelMaker, refused
+from processes import wait_for
+from ray_cluster import Nodes, three_nodes
+
+from cluster.address import found_address
+from cluster.connection import reached
+from cluster.nodes import Worker, require_alike
+from cluster.tasks import several_on_nodes
+from common.errors import ClusterError, PredictorError
+from predictor.artifact import PredictorArtifact
+from predictor.collection.collect import collect
+from predictor.collection.settings import CollectConfig
+from predictor.traces.store import TraceStore
+from predictor.training.run import train_predictors
+from predictor.training.settings import TrainConfig
+
+pytest.importorskip("ray")
+
+SMALL = Worker(cpus=1, gpus=0, memory=1 << 20)
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 90
+"""That a test may take before it is ended with the whole process; Ray waits deaf to signals."""
+
+
+@pytest.fixture(autouse=True)
+def _never_hangs() -> Iterator[None]:
+    import faulthandler
+
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with three_nodes() as started:
+        yield started
+
+
+def settings(store: TraceStore, out: Path, **changes: Any) -> TrainConfig:
+    """Scouts, training and thresholds of every layer."""
+    values: dict[str, Any] = {"traces": store.path, "out": out, "ffn_bytes": 0.5}
+    return TrainConfig(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def deep_traces(
+    make_model: ModelMaker, data_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TraceStore:
+    """More layers than nodes."""
+    place = tmp_path_factory.mktemp("deep")
+    model = make_model(place / "model", intermediate_size=96, num_hidden_layers=6)
+    sizes: dict[str, Any] = {"tokens": 1000, "context": 64, "importance_bits": 8}
+    return collect(
+        CollectConfig(model=str(model), data=str(data_file), out=place / "traces", **sizes)
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(deep_traces: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What this process makes, with a thread."""
+    out = tmp_path_factory.mktemp("alone") / "predictors"
+    train_predictors(settings(deep_traces, out))
+    return out
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    names = sorted(file.name for file in expected.iterdir())
+    assert sorted(file.name for file in found.iterdir()) == names
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    assert [each.name for each in found.parent.iterdir()] == [found.name]
+
+
+def test_predictors_are_the_same_bytes_though_a_node_dies(
+    nodes: Nodes, alone: Path, deep_traces: TraceStore, tmp_path: Path
+) -> None:
+    seed = random.SystemRandom().randrange(1 << 32)
+    chosen = random.Random(seed)
+    print(f"seed {seed}")  # pytest shows it if this fails
+    killer = threading.Timer(chosen.uniform(0, 5), nodes.kill, [chosen])
+    killer.start()
+    try:
+        out = tmp_path / "predictors"
+        train_predictors(settings(deep_traces, out, ray=nodes.address))
+    finally:
+        killer.join()
+    assert_same(out, alone)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_gone_on_from(
+    nodes: Nodes, alone: Path, deep_traces: TraceStore, tmp_path: Path
+) -> None:
+    nodes.fill()
+    out = tmp_path / "predictors"
+    config = settings(deep_traces, out, ray=nodes.address)
+    code = "from cli import main; main()"
+    driver = [sys.executable, "-c", code, "train-predictor", "--ray", nodes.address]
+    given = ["--traces", config.traces, "--out", out, "--ffn-bytes", "0.5", "--threads", "1"]
+    with subprocess.Popen([*driver, *map(str, given)], cwd=ROOT) as process:
+
+        def committed() -> bool:
+            index = out / "predictors.json"
+            return index.exists() and bool(PredictorArtifact.open(out).layers)
+
+        wait_for(committed)
+        process.kill()
+    assert not PredictorArtifact.open(out).complete
+    train_predictors(replace(config, resume=True))
+    assert_same(out, alone)
+
+
+def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    def dies_once(number: int) -> int:
+        file = tmp_path / f"begun-{number}"
+        if number == 1 and not file.exists():
+            file.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number * number
+
+    def refuses(number: int) -> int:
+        with (tmp_path / "tried").open("a") as file:
+            file.write(str(number))
+        if number == 0:
+            raise PredictorError("layer 0 is damaged", "train again")
+        time.sleep(60)
+        return 0
+
+    with reached(nodes.address):
+        assert dict(several_on_nodes(dies_once, range(3), SMALL)) == {0: 0, 1: 1, 2: 4}
+        begun = time.monotonic()
+        with refused(PredictorError, "layer 0 is damaged; train again"):
+            list(several_on_nodes(refuses, range(9), SMALL))
+        assert time.monotonic() - begun < 30
+        assert (tmp_path / "tried").read_text().count("0") == 1
+
+
+def test_nodes_that_cannot_do_the_work_are_refused_before_it(
+    nodes: Nodes, deep_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "predictors"
+    config = settings(deep_traces, out, ray=nodes.address)
+    with refused(ClusterError, "no node", "2 GPUs", "--ray-gpus"):
+        train_predictors(replace(config, ray_gpus=2.0))
+    with refused(PredictorError, "--device meta", "--ray-gpus"):
+        train_predictors(replace(config, device="meta"))
+    with reached(nodes.address):
+        with refused(ClusterError, "node ", "No such file", "every machine"):
+            require_alike([], tmp_path / "nowhere")
+        seen = deep_traces.path / "manifest.json"
+        with monkeypatch.context() as patched:
+            patched.setattr("cluster.nodes.sha256", lambda data: "0" * 64)
+            with refused(ClusterError, f"{seen} is another file there", "every machine"):
+                require_alike([seen], tmp_path)
+        monkeypatch.setattr("cluster.nodes.package_version", lambda name: "0.0.7")
+        with refused(ClusterError, "node ", "has psp 0.1.0", "this machine 0.0.7"):
+            require_alike([], tmp_path)
+    assert not out.exists()
+
+
+def test_work_is_given_up_once_no_node_fits(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.tasks._LOOK", 0.1)
+    monkeypatch.setattr("cluster.tasks._PATIENCE", 0.5)
+    too_large = replace(SMALL, cpus=64)
+    with reached(nodes.address), refused(ClusterError, "no node", "64 CPUs"):
+        list(several_on_nodes(abs, [1], too_large))
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("127.0.0.1", "is no HOST:PORT"),
+        ("127.0.0.1:99999", "is no HOST:PORT"),
+        ("ray://127.0.0.1:10001", "--ray auto"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused(address: str, said: str) -> None:
+    with refused(ClusterError, f"--ray {address}: ", said), reached(address):
+        raise AssertionError
+
+
+def test_a_machine_without_a_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.find_gcs_addresses", set)
+    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda place: None)
+    with refused(ClusterError, "--ray auto: no cluster runs on this machine", "ray start"):
+        found_address("auto")
+
+
+def test_a_port_of_nobody_or_of_another_program_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.address._SECONDS", 0.3)
+    begun = time.monotonic()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with refused(ClusterError, f"no cluster at {address}", "ray start"):
+            found_address(address)
+        server.listen()
+        with refused(ClusterError, f"no cluster at {address}", "timed out"):
+            found_address(address)
+    assert time.monotonic() - begun < 5
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.connection.package_version", lambda name: None)
+    with refused(ClusterError, "pip install 'psp[ray]'"), reached("local"):
+        raise AssertionError
+
+
+LOCAL = """
+import os, sys, tempfile
+from cluster.address import found_address
+from cluster.connection import reached
+with reached("local"):
+    import ray
+    print(os.listdir(tempfile.gettempdir()), len(ray.nodes()))
+    if sys.argv[1:] == ["kill"]:
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:
+        yield Path(name)
+
+
+def test_a_cluster_of_ones_own_leaves_nothing(short_path: Path) -> None:
+    def run(*given: str) -> str:
+        environment = os.environ | {"TMPDIR": str(short_path), "HOME": str(short_path / "home")}
+        for name in ("RAY_AUTH_TOKEN", "RAY_TMPDIR", "RAY_ADDRESS"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", LOCAL, *given]
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SECONDS
+        )
+        assert done.returncode == (-9 if given else 0)
+        return done.stdout
+
+    run("kill")
+    assert len(list(short_path.iterdir())) == 1
+    wait_for(lambda: not processes_of(short_path))
+    assert "psp-scratch" in run()
+    assert not processes_of(short_path)
+    assert list(short_path.iterdir()) == []
+
+
+def processes_of(place: Path) -> list[str]:
+    """Return commands that name a directory."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(file.read_bytes().decode(errors="replace"))
+    return [command for command in found if str(place) in command]
+
+
+def test_without_the_option_nothing_of_ray_is_imported() -> None:
+    code = (
+        "import sys; from cli import main; main(['train-predictor', '--help'], "
+        "standalone_mode=False);"
+        "import predictor.training.run;"
+        "print(sorted({'ray', 'cluster.connection'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--ray-gpus" in done.stdout
+    assert done.stdout.endswith("[]\n")
