@@ -80,9 +80,23 @@ def _connected(asked: str, **settings: object) -> Iterator[None]:
             "the cluster's Python and Ray must be this one's",
         ) from error
     try:
-        yield
+        with _silent():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what Ray says of dying workers, some pages each, out of standard output."""
+    import ray._private.worker as said
+
+    before = said._worker_logs_enabled
+    said._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        said._worker_logs_enabled = before
 
 
 @cache

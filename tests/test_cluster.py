@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from conftest import ModelMaker, refused
 from processes import wait_for
-from ray_cluster import Nodes, three_nodes
 
+from benchmarks.ray_nodes import Nodes, three_nodes
 from cluster.address import found_address
 from cluster.connection import reached
 from cluster.nodes import Worker, require_alike
@@ -132,7 +132,7 @@ def test_a_killed_driver_is_gone_on_from(
 
 
 def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
-    nodes: Nodes, tmp_path: Path
+    nodes: Nodes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def dies_once(number: int) -> int:
         file = tmp_path / f"begun-{number}"
@@ -149,13 +149,20 @@ def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
         time.sleep(60)
         return 0
 
+    import ray
+
     with reached(nodes.address):
+        with reached("local"):  # the one that is there
+            assert len(ray.nodes()) >= 3
+        assert ray.is_initialized()
         assert dict(several_on_nodes(dies_once, range(3), SMALL)) == {0: 0, 1: 1, 2: 4}
         begun = time.monotonic()
         with refused(PredictorError, "layer 0 is damaged; train again"):
             list(several_on_nodes(refuses, range(9), SMALL))
         assert time.monotonic() - begun < 30
         assert (tmp_path / "tried").read_text().count("0") == 1
+    assert not ray.is_initialized()
+    assert capfd.readouterr().out == ""
 
 
 def test_nodes_that_cannot_do_the_work_are_refused_before_it(
@@ -234,6 +241,7 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 LOCAL = """
 import os, sys, tempfile
+from benchmarks.ray_nodes import Nodes, three_nodes
 from cluster.address import found_address
 from cluster.connection import reached
 with reached("local"):

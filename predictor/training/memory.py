@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from predictor.traces.manifest import TraceHeader
 
-_PROCESS = 900 << 20
+_PROCESS = 512 << 20
 """Bytes of a process that has imported what training needs."""
 
 _MATRICES = 32

@@ -25,6 +25,7 @@ class Nodes:
     """
 
     def __init__(self) -> None:
+        """Start it."""
         from ray.cluster_utils import Cluster
 
         head = NODE | {"include_dashboard": False, "no_monitor": True}
