@@ -1,12 +1,16 @@
-"""Whether there is a cluster at an address.
+"""Whether there is a cluster at an address that lets this machine in.
 
-Ray waits without end for one that is not there, deaf to signals, so it is asked for here before.
+Ray waits without end where there is none, or one with another token, deaf to signals; so both are
+tried here before, the second by a process that can be killed.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+from functools import cache
 
 from cluster.settings import AUTO
 from common.errors import ClusterError
@@ -14,21 +18,29 @@ from common.errors import ClusterError
 _SECONDS = 5.0
 """That a cluster has to answer."""
 
+_JOINING = 30.0
+"""Seconds that a process has to join it."""
+
+_JOIN = (
+    "import sys, ray;ray.init(address=sys.argv[1], log_to_driver=False, logging_level='CRITICAL')"
+)
+
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _HEADER, _SETTINGS = 9, 4
 """Of an HTTP/2 frame: bytes of its header, and the kind that a server's first one is (RFC 9113)."""
 
+SAME_VERSIONS = "the cluster's Python and Ray must be this one's"
 START_ONE = "start one with 'ray start --head', or pass --ray local"
 
 
 def found_address(address: str) -> str:
-    """Return the HOST:PORT of a cluster that answers.
+    """Return the HOST:PORT of a cluster that can be joined.
 
     Args:
         address: HOST:PORT, or `auto`.
 
     Raises:
-        ClusterError: it is no address, or there is no cluster.
+        ClusterError: it is no address, there is no cluster, or it lets nobody from here in.
     """
     if "://" in address:
         raise ClusterError(
@@ -45,6 +57,7 @@ def found_address(address: str) -> str:
         ) from error
     if not answered:
         raise ClusterError(f"--ray {address}: what listens at {found} is no Ray cluster", START_ONE)
+    _require_joinable(found)
     return found
 
 
@@ -62,6 +75,24 @@ def _parts(address: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise ClusterError(f"--ray {address}: is no HOST:PORT, {AUTO} or local")
     return host.strip("[]"), int(port)
+
+
+@cache
+def _require_joinable(address: str) -> None:
+    """Let a process join a cluster; once for each."""
+    command = [sys.executable, "-c", _JOIN, address]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_JOINING
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(
+            f"--ray {address}: the cluster did not let this machine in within {_JOINING:g} s",
+            "use the cluster's own token and TLS settings, on one of its machines",
+        ) from error
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+        raise ClusterError(f"--ray {address}: cannot be joined ({said})", SAME_VERSIONS)
 
 
 def _greeted(host: str, port: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from cluster.address import found_address
+from cluster.address import SAME_VERSIONS, found_address
 from cluster.settings import LOCAL
 from common.errors import ClusterError, reason
 from common.scratch import Scratch
@@ -44,7 +44,7 @@ def reached(address: str) -> Iterator[None]:
             yield
     else:
         found = found_address(address)
-        with _connected(f"--ray {address}", address=found):
+        with _connected(f"--ray {address}", SAME_VERSIONS, address=found):
             yield
 
 
@@ -57,6 +57,7 @@ def _started() -> Iterator[None]:
         Scratch() as place,
         _connected(
             "--ray local",
+            "if it is a path that is too long, set TMPDIR to a short one",
             address=LOCAL,
             include_dashboard=False,
             object_store_memory=_STORE_BYTES,
@@ -67,7 +68,7 @@ def _started() -> Iterator[None]:
 
 
 @contextmanager
-def _connected(asked: str, **settings: object) -> Iterator[None]:
+def _connected(asked: str, remedy: str, **settings: object) -> Iterator[None]:
     import ray
     from ray.exceptions import RayError
 
@@ -75,10 +76,7 @@ def _connected(asked: str, **settings: object) -> Iterator[None]:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (RayError, RuntimeError, ValueError, OSError) as error:
         ray.shutdown()
-        raise ClusterError(
-            f"{asked}: Ray cannot be joined ({reason(error)})",
-            "the cluster's Python and Ray must be this one's",
-        ) from error
+        raise ClusterError(f"{asked}: Ray does not start ({reason(error)})", remedy) from error
     try:
         with _silent():
             yield
@@ -107,11 +105,15 @@ def _token() -> str:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Give this process, and those that it starts meanwhile, variables that they do not have."""
-    given = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(given)
+    """Give this process, and those that it starts meanwhile, variables that they do not have.
+
+    What Ray sets of its own is taken back too: it would hold for the next cluster.
+    """
+    before = dict(os.environ)
+    os.environ.update({name: value for name, value in values.items() if name not in before})
     try:
         yield
     finally:
-        for name in given:
-            os.environ.pop(name, None)
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            if name not in before:
+                del os.environ[name]

@@ -108,7 +108,7 @@ def require_alike(read: Sequence[Path], write: Path) -> None:
 def _answers(stated: Mapping[str, str], write: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of every node and what it found."""
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import GetTimeoutError, NodeDiedError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
@@ -125,6 +125,8 @@ def _answers(stated: Mapping[str, str], write: str) -> Iterator[tuple[str, dict[
             yield name, ray.get(reference, timeout=_SECONDS)
         except GetTimeoutError as error:
             raise ClusterError(f"node {name} did not answer within {_SECONDS} s") from error
+        except NodeDiedError:
+            continue
         except RayError as error:
             if _has_died(node):
                 continue

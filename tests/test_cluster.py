@@ -53,8 +53,19 @@ def _never_hangs() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
+    """The cluster; this process stays connected, so that workers import torch once."""
+    import ray
+
     with three_nodes() as started:
-        yield started
+        with reached(started.address):
+            yield started
+        assert not ray.is_initialized()
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:
+        yield Path(name)
 
 
 def settings(store: TraceStore, out: Path, **changes: Any) -> TrainConfig:
@@ -149,19 +160,12 @@ def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
         time.sleep(60)
         return 0
 
-    import ray
-
-    with reached(nodes.address):
-        with reached("local"):  # the one that is there
-            assert len(ray.nodes()) >= 3
-        assert ray.is_initialized()
-        assert dict(several_on_nodes(dies_once, range(3), SMALL)) == {0: 0, 1: 1, 2: 4}
-        begun = time.monotonic()
-        with refused(PredictorError, "layer 0 is damaged; train again"):
-            list(several_on_nodes(refuses, range(9), SMALL))
-        assert time.monotonic() - begun < 30
-        assert (tmp_path / "tried").read_text().count("0") == 1
-    assert not ray.is_initialized()
+    assert dict(several_on_nodes(dies_once, range(3), SMALL)) == {0: 0, 1: 1, 2: 4}
+    begun = time.monotonic()
+    with refused(PredictorError, "layer 0 is damaged; train again"):
+        list(several_on_nodes(refuses, range(9), SMALL))
+    assert time.monotonic() - begun < 30
+    assert (tmp_path / "tried").read_text().count("0") == 1
     assert capfd.readouterr().out == ""
 
 
@@ -174,25 +178,32 @@ def test_nodes_that_cannot_do_the_work_are_refused_before_it(
         train_predictors(replace(config, ray_gpus=2.0))
     with refused(PredictorError, "--device meta", "--ray-gpus"):
         train_predictors(replace(config, device="meta"))
-    with reached(nodes.address):
-        with refused(ClusterError, "node ", "No such file", "every machine"):
-            require_alike([], tmp_path / "nowhere")
-        seen = deep_traces.path / "manifest.json"
-        with monkeypatch.context() as patched:
-            patched.setattr("cluster.nodes.sha256", lambda data: "0" * 64)
-            with refused(ClusterError, f"{seen} is another file there", "every machine"):
-                require_alike([seen], tmp_path)
-        monkeypatch.setattr("cluster.nodes.package_version", lambda name: "0.0.7")
-        with refused(ClusterError, "node ", "has psp 0.1.0", "this machine 0.0.7"):
-            require_alike([], tmp_path)
+    with refused(ClusterError, "node ", "No such file", "every machine"):
+        require_alike([], tmp_path / "nowhere")
+    seen = deep_traces.path / "manifest.json"
+    with monkeypatch.context() as patched:
+        patched.setattr("cluster.nodes.sha256", lambda data: "0" * 64)
+        with refused(ClusterError, f"{seen} is another file there", "every machine"):
+            require_alike([seen], tmp_path)
+    monkeypatch.setattr("cluster.nodes.package_version", lambda name: "0.0.7")
+    with refused(ClusterError, "node ", "has psp 0.1.0", "this machine 0.0.7"):
+        require_alike([], tmp_path)
     assert not out.exists()
+
+
+def test_a_connection_that_is_there_is_used_and_stays(nodes: Nodes) -> None:
+    import ray
+
+    with reached("local"):
+        assert ray.get_runtime_context().gcs_address == nodes.address
+    assert ray.is_initialized()
 
 
 def test_work_is_given_up_once_no_node_fits(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.tasks._LOOK", 0.1)
     monkeypatch.setattr("cluster.tasks._PATIENCE", 0.5)
     too_large = replace(SMALL, cpus=64)
-    with reached(nodes.address), refused(ClusterError, "no node", "64 CPUs"):
+    with refused(ClusterError, "no node", "64 CPUs"):
         list(several_on_nodes(abs, [1], too_large))
 
 
@@ -205,8 +216,8 @@ def test_work_is_given_up_once_no_node_fits(nodes: Nodes, monkeypatch: pytest.Mo
     ],
 )
 def test_an_address_without_a_cluster_is_refused(address: str, said: str) -> None:
-    with refused(ClusterError, f"--ray {address}: ", said), reached(address):
-        raise AssertionError
+    with refused(ClusterError, f"--ray {address}: ", said):
+        found_address(address)
 
 
 def test_a_machine_without_a_cluster_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +244,34 @@ def test_a_port_of_nobody_or_of_another_program_is_refused_at_once(
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
+def test_another_token_is_refused(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch, short_path: Path
+) -> None:
+    monkeypatch.setattr("cluster.address._JOINING", 8.0)
+    code = (
+        "import sys, time, ray; from cluster.connection import reached\n"
+        "with reached('local'):\n"
+        "    print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TMPDIR": str(short_path)},
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        address = process.stdout.readline().strip()
+        with refused(ClusterError, f"--ray {address}", "did not let this machine in", "token"):
+            found_address(address)
+        process.stdin.close()
+
+
 def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.connection.package_version", lambda name: None)
     with refused(ClusterError, "pip install 'psp[ray]'"), reached("local"):
@@ -241,40 +280,41 @@ def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 LOCAL = """
 import os, sys, tempfile
-from benchmarks.ray_nodes import Nodes, three_nodes
-from cluster.address import found_address
 from cluster.connection import reached
+before = dict(os.environ)
 with reached("local"):
     import ray
     print(os.listdir(tempfile.gettempdir()), len(ray.nodes()))
     if sys.argv[1:] == ["kill"]:
         os.kill(os.getpid(), 9)
+assert {name for name in os.environ if name.startswith("RAY_")} <= before.keys()
 """
 
 
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as name:
-        yield Path(name)
+def run_local(place: Path, *given: str) -> int:
+    """Run `LOCAL` with a directory for temporary files, and a home in it; return its code."""
+    environment = os.environ | {"TMPDIR": str(place), "HOME": str(place / "home")}
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE", "RAY_TMPDIR", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", LOCAL, *given]
+    return subprocess.run(command, env=environment, cwd=ROOT, timeout=SECONDS).returncode
 
 
-def test_a_cluster_of_ones_own_leaves_nothing(short_path: Path) -> None:
-    def run(*given: str) -> str:
-        environment = os.environ | {"TMPDIR": str(short_path), "HOME": str(short_path / "home")}
-        for name in ("RAY_AUTH_TOKEN", "RAY_TMPDIR", "RAY_ADDRESS"):
-            environment.pop(name, None)
-        command = [sys.executable, "-c", LOCAL, *given]
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=SECONDS
-        )
-        assert done.returncode == (-9 if given else 0)
-        return done.stdout
+def test_a_cluster_of_ones_own_leaves_nothing(
+    short_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_local(short_path) == 0
+    assert "psp-scratch" in capfd.readouterr().out
+    assert not processes_of(short_path)
+    assert list(short_path.iterdir()) == []
 
-    run("kill")
+
+@pytest.mark.slow
+def test_a_killed_process_takes_its_cluster_along(short_path: Path) -> None:
+    assert run_local(short_path, "kill") == -signal.SIGKILL
     assert len(list(short_path.iterdir())) == 1
     wait_for(lambda: not processes_of(short_path))
-    assert "psp-scratch" in run()
-    assert not processes_of(short_path)
+    assert run_local(short_path) == 0
     assert list(short_path.iterdir()) == []
 
 
