@@ -25,14 +25,13 @@ class Nodes:
     """
 
     def __init__(self) -> None:
-        """Start it."""
+        """Start the first; `fill` starts the others."""
         from ray.cluster_utils import Cluster
 
         head = NODE | {"include_dashboard": False, "no_monitor": True}
         self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         self.address: str = self._cluster.address
         self._others: list[Any] = []
-        self.fill()
 
     def fill(self) -> None:
         """Start as many nodes as died."""
@@ -60,6 +59,7 @@ def three_nodes() -> Iterator[Nodes]:
     try:
         nodes = Nodes()
         try:
+            nodes.fill()
             yield nodes
         finally:
             nodes.close()
