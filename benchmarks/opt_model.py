@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from benchmarks.shared import print_line
 from common.documents import read_documents
+from common.machine import bfloat16_note
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -121,7 +122,7 @@ def train(model: OPTForCausalLM, ids: torch.Tensor, steps: int, l1: float) -> di
     )
     history: list[tuple[float, float]] = []
     # Without instructions for it a product in bfloat16 takes many times as long.
-    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = bfloat16_note("cpu") is None
     for step, window in enumerate(tqdm(windows(ids, steps), total=steps)):
         progress = step / steps
         risen = min(1.0, progress / WARMUP)

@@ -19,6 +19,8 @@ from pipeline.steps import StepSettings
 from predictor.size import Size
 from predictor.training.bounds import bound_of
 from predictor.training.settings import RECIPES, possible_sizes
+from predictor.training.sizes import SCOUT_ROWS
+from predictor.training.start import MOMENT_ROWS
 
 _PASSES = 3
 """A training step's passes: one forward, two backward."""
@@ -33,9 +35,9 @@ their gradients; with SmolLM2-135M, 1024 tokens at once, it makes up 1.9 GB of a
 _KEPT_BYTES = 2 * 12
 """Of a weight in the two checkpoints of a sparsification."""
 
-_SCOUT_ROWS = 32768
-_MEASUREMENTS = 3
-"""Of the perplexity gap, mostly; at most five (`predictor.thresholds.choose`)."""
+_MEASUREMENTS = 3.25
+"""Of the perplexity gap, mostly at most: a quarter of the text, then all of it up to three times
+(`predictor.thresholds.choose`; five are the limit)."""
 
 _ENGINE = 1.5
 """The embedded engine's time over transformers': it rounds every vector."""
@@ -48,8 +50,6 @@ _VERIFIED_TOKENS = (256 * 3, 256 * 4 * 2)
 
 _DRAWING = 6.0
 """Seconds for the figures of the predictors' report and the page."""
-
-_START_ROWS = 32768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +164,14 @@ class Costs:
         held = settings.holdout * self.settings.collect.tokens
         rows = self.settings.collect.tokens - held
         layer = rates.layer_fixed + rates.layer_row * rows
-        if len(self._sizes) > 1 and RECIPES[settings.recipe].start != "random":
-            scout = rates.layer_fixed + rates.layer_row * min(rows, _SCOUT_ROWS) / 2
+        recipe = RECIPES[settings.recipe]
+        if len(self._sizes) > 1 and recipe.start != "random":
+            epoch = rates.layer_row / max(recipe.epochs, 1)
+            scout = rates.layer_fixed + epoch * min(rows, SCOUT_ROWS)
             layer += len({size.rank for size in self._sizes}) * scout
         seconds = self._layers * layer / rates.jobs
         gate = 4 * shape.d_model * shape.d_ff
-        memory = rates.jobs * (4 * gate + 4 * min(rows, _START_ROWS) * shape.d_model)
+        memory = rates.jobs * (4 * gate + 4 * min(rows, MOMENT_ROWS) * shape.d_model)
         bound = bound_of(settings)
         if bound is not None and bound.max_ppl_gap is not None:
             tokens = min(settings.eval_tokens, held)

@@ -16,7 +16,7 @@ from predictor.thresholds.sizes import best_sizes
 from predictor.training.layer import LayerTrainer, train_layer
 from predictor.training.start import Starter, start_sample
 
-_SCOUT_ROWS = 8192
+SCOUT_ROWS = 8192
 _CURVE_ROWS = 4096
 
 
@@ -86,7 +86,7 @@ def scout(
     short = replace(recipe, epochs=min(1, recipe.epochs), best_recall=False)
     train = trainer.train
     order = train[torch.randperm(len(train), generator=generator)]
-    seen, unseen, curves = order[:_SCOUT_ROWS], order[-_CURVE_ROWS:], {}
+    seen, unseen, curves = order[:SCOUT_ROWS], order[-_CURVE_ROWS:], {}
     starter = Starter(short, rows, start_sample(short, seen, generator))
     for rank in sorted({size.rank for size in sizes}):
         kinds = {size.kind for size in sizes if size.rank == rank}

@@ -20,13 +20,15 @@ from predictor.training.loss import Batch, loss_of, read_batches
 from predictor.training.settings import Recipe
 from predictor.training.storing import constant_units, in_float16, in_q4_0
 
-_MOMENT_ROWS = 32768
+MOMENT_ROWS = 32768
 _ROWS_PER_INPUT = 32
 _START_ROWS = 2048
 _SETTLE_ROWS = 512
 _PART = 2048
 _FACTORS = (1.0, 1.5, 2.0, 3.0)
 _USUAL = 1
+"""Place of the factor that the scale is chosen with."""
+
 _SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 _OFFSETS = (0.5, 8.0)
 """Of units, in standard deviations."""
@@ -70,7 +72,7 @@ def start_sample(recipe: Recipe, train: torch.Tensor, generator: torch.Generator
     if recipe.start == "random":
         return train[:0]
     order = torch.randperm(len(train), generator=generator)
-    return train[order[:_MOMENT_ROWS]]
+    return train[order[:MOMENT_ROWS]]
 
 
 class Starter:
