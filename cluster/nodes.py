@@ -40,11 +40,11 @@ class Worker:
     gpus: float
     memory: int
 
-    def fits(self, node: Mapping[str, Any]) -> bool:
-        """Whether a node, as Ray tells of it, could ever run a task."""
+    def times(self, node: Mapping[str, Any]) -> int:
+        """Return how many workers a node, as Ray tells of it, could run at once."""
         has = node["Resources"]
         wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
-        return all(has.get(name, 0) >= amount for name, amount in wanted.items())
+        return min(int(has.get(name, 0) / amount) for name, amount in wanted.items() if amount)
 
 
 def alive_nodes() -> list[dict[str, Any]]:
@@ -61,7 +61,7 @@ def require_room(worker: Worker) -> None:
         ClusterError: naming what the nodes lack.
     """
     nodes = alive_nodes()
-    if any(worker.fits(node) for node in nodes):
+    if any(worker.times(node) for node in nodes):
         return
 
     def most(name: str) -> float:

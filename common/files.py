@@ -100,6 +100,18 @@ def put_in_place(made: Path, path: Path) -> None:
         raise write_error(path, error) from error
 
 
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file that was written is on disk.
+
+    Raises:
+        OutputError: the operating system refused.
+    """
+    try:
+        _sync(path)
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def part_of(path: Path) -> tuple[Path, Path]:
     """Return the temporary name of an output, and the one that it gets.
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +20,15 @@ from typing import Any
 import pytest
 from conftest import ModelMaker, refused
 from processes import wait_for
+from tqdm import tqdm
 
 from benchmarks.ray_nodes import Nodes, three_nodes
 from cluster.address import found_address
 from cluster.connection import reached
 from cluster.nodes import Worker, require_alike
-from cluster.tasks import several_on_nodes
+from cluster.pool import several_on_nodes
+from cluster.watch import Watch
+from cluster.worker import Tell, Work
 from common.errors import ClusterError, PredictorError
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
@@ -95,6 +98,20 @@ def alone(deep_traces: TraceStore, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
+def made_of(
+    work: Work[int, int],
+    items: Iterable[int],
+    worker: Worker = SMALL,
+    *,
+    notes: list[str] | None = None,
+    ordered: bool = False,
+) -> Iterator[tuple[int, int]]:
+    with tqdm(disable=True) as bar:
+        told = [] if notes is None else notes
+        watch = Watch(bar, told.append, what="numbers", named=str, verbose=True)
+        yield from several_on_nodes(lambda: work, items, worker, watch, most=3, ordered=ordered)
+
+
 def assert_same(found: Path, expected: Path) -> None:
     names = sorted(file.name for file in expected.iterdir())
     assert sorted(file.name for file in found.iterdir()) == names
@@ -145,14 +162,14 @@ def test_a_killed_driver_is_gone_on_from(
 def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
     nodes: Nodes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def dies_once(number: int) -> int:
+    def dies_once(number: int, tell: Tell) -> int:
         file = tmp_path / f"begun-{number}"
         if number == 1 and not file.exists():
             file.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return number * number
 
-    def refuses(number: int) -> int:
+    def refuses(number: int, tell: Tell) -> int:
         with (tmp_path / "tried").open("a") as file:
             file.write(str(number))
         if number == 0:
@@ -160,10 +177,10 @@ def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
         time.sleep(60)
         return 0
 
-    assert dict(several_on_nodes(dies_once, range(3), SMALL)) == {0: 0, 1: 1, 2: 4}
+    assert dict(made_of(dies_once, range(3))) == {0: 0, 1: 1, 2: 4}
     begun = time.monotonic()
     with refused(PredictorError, "layer 0 is damaged; train again"):
-        list(several_on_nodes(refuses, range(9), SMALL))
+        list(made_of(refuses, range(9)))
     assert time.monotonic() - begun < 30
     assert (tmp_path / "tried").read_text().count("0") == 1
     assert capfd.readouterr().out == ""
@@ -176,7 +193,7 @@ def test_nodes_that_cannot_do_the_work_are_refused_before_it(
     config = settings(deep_traces, out, ray=nodes.address)
     with refused(ClusterError, "no node", "2 GPUs", "--ray-gpus"):
         train_predictors(replace(config, ray_gpus=2.0))
-    with refused(PredictorError, "--device meta", "--ray-gpus"):
+    with refused(ClusterError, "--device meta", "--ray-gpus"):
         train_predictors(replace(config, device="meta"))
     with refused(ClusterError, "node ", "No such file", "every machine"):
         require_alike([], tmp_path / "nowhere")
@@ -200,11 +217,10 @@ def test_a_connection_that_is_there_is_used_and_stays(nodes: Nodes) -> None:
 
 
 def test_work_is_given_up_once_no_node_fits(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.tasks._LOOK", 0.1)
-    monkeypatch.setattr("cluster.tasks._PATIENCE", 0.5)
-    too_large = replace(SMALL, cpus=64)
+    monkeypatch.setattr("cluster.pool._LOOK", 0.1)
+    monkeypatch.setattr("cluster.pool._PATIENCE", 0.5)
     with refused(ClusterError, "no node", "64 CPUs"):
-        list(several_on_nodes(abs, [1], too_large))
+        list(made_of(lambda item, tell: item, [1], worker=replace(SMALL, cpus=64)))
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,9 @@ from predictor.collection.windows import (
     segments_of,
     text_sha256,
 )
+from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, write_manifest
-from predictor.traces.store import TraceStore, hold_out
+from predictor.traces.store import TraceStore
 
 
 def lengths_of(windows: list[Window]) -> list[int]:

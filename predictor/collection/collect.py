@@ -6,36 +6,28 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from os.path import exists, isdir, islink
 
 import torch
-from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, choose_device, load_model
 from architectures.model_files import hashed_meanwhile
 from architectures.tokenizer import Tokenizer, chat_template_of
+from cluster.settings import worker_device
 from common import chat
-from common.documents import look_at_documents, read_documents, skipped_note
-from common.errors import DataError, OutputError, TraceError
+from common.documents import look_at_documents, skipped_note
+from common.errors import OutputError, TraceError
 from common.files import refuse_existing, remove_output
 from common.machine import device_named
 from common.outputs import in_place, written_whole
-from common.overlap import made_ahead, one_ahead
-from common.text_sources.names import need_repeatable, recorded, shown
+from common.overlap import made_ahead
+from common.text_sources.names import need_repeatable, recorded
 from common.units import decimal_size
 from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
-from predictor.collection.windows import (
-    Window,
-    cut_batches,
-    cut_shards,
-    cut_windows,
-    order_windows,
-    segments_of,
-    text_sha256,
-)
+from predictor.collection.text import Text, token_bar
+from predictor.collection.windows import cut_batches
 from predictor.collection.writing import AtOnce, Meanwhile
 from predictor.traces.manifest import TraceHeader
 from predictor.traces.rows import LayerWeights
@@ -68,7 +60,10 @@ def collect(
             of another model, text or settings under `resume`, or a residual that overflows the
             stored type.
     """
-    choose_device(config.device)
+    if config.ray is None:
+        choose_device(config.device)
+    else:
+        config = replace(config, device=worker_device(config.device, config.ray_gpus))
     if config.resume:
         need_repeatable(config.data, "--resume", "collect anew, or from a file")
     resume, force = config.resume, config.force
@@ -77,7 +72,7 @@ def collect(
     return TraceStore.open(config.out)
 
 
-def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> TraceStore:
+def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> None:
     """Collect into a directory that may be written, or go on with what is there."""
     checkpoint = Checkpoint.open(config.model)
     tokenizer = checkpoint.tokenizer()
@@ -89,7 +84,7 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> Trace
         if store.progress.complete:
             if skipped := store.progress.skipped_rows:
                 report(skipped_note(skipped, header.field))
-            return store
+            return
     # Nothing that cannot run costs an existing store.
     look_at_documents(config.data, config.field, template, config.tokens, report)
     lines = [*checkpoint.notes, f"tokens: {tokenizer.source}", *tokenizer.notes]
@@ -98,6 +93,12 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> Trace
     for line in (*lines, *foresee(checkpoint)):
         report(line)
     _check_disk(config, header, store, report)
+    if config.ray is not None:
+        from predictor.collection.nodes import collection_on_nodes
+
+        with collection_on_nodes(config, checkpoint, header, report) as collection:
+            collection.record(checkpoint, tokenizer, store or _created(config, header), report)
+        return
     torch.manual_seed(config.seed)
     model = load_model(
         checkpoint,
@@ -109,11 +110,13 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> Trace
     )
     if model.streamed:
         report("weights: streamed block by block, the model does not stay in memory")
-    if store is None:
-        remove_output(config.out)
-        store = TraceStore.create(config.out, header)
-    record(model, checkpoint, tokenizer, store, report)
-    return store
+    record(model, checkpoint, tokenizer, store or _created(config, header), report)
+
+
+def _created(config: CollectConfig, header: TraceHeader) -> TraceStore:
+    """Begin a store, in the place of what is there."""
+    remove_output(config.out)
+    return TraceStore.create(config.out, header)
 
 
 def record(
@@ -168,40 +171,16 @@ def record_rows(
         dtype=INPUT_DTYPES[header.input_dtype],
         importance_bits=header.importance_bits,
     )
-    documents = read_documents(header.data, header.field, header.chat_template)
-    windows = cut_windows(documents, tokenizer, header.context)
-    shards: Iterable[list[Window]] = cut_shards(windows, header.shard_rows, header.tokens)
-    if not recorder.at_once:
-        shards = one_ahead(shards)
-    held = list(store.progress.shards)
+    text = Text(header, tokenizer)
     writing = AtOnce(store) if recorder.at_once else Meanwhile(store)
-    bar = tqdm(total=header.tokens, unit="tok", desc="collect", disable=None)
-    with hashed_meanwhile(checkpoint) as files, bar, recorder, writing:
-        for committed, shard in zip_longest(held, map(order_windows, shards)):
-            digest = text_sha256(shard or [])
-            segments = segments_of(shard or [])
-            begun = committed and (committed.text_sha256, committed.segments)
-            if begun and begun != (digest, segments):
-                raise TraceError(
-                    f"{store.path}: {shown(header.data)} or the tokenizer has changed since the "
-                    "store was begun",
-                    "restore it, or use --force to start over",
-                )
-            if committed is not None:
-                bar.update(committed.rows)
-                continue
-            with writing.shard(segments, digest) as sink:
-                for batch in cut_batches(shard, header.batch * header.context):
+    with hashed_meanwhile(checkpoint) as files, token_bar(store) as bar, recorder, writing:
+        for shard in text.missing(store, ahead=not recorder.at_once):
+            with writing.shard(shard.segments, shard.text_sha256) as sink:
+                for batch in cut_batches(shard.windows, header.batch * header.context):
                     recorder.run(batch, sink)
                     bar.update(sum(len(window.tokens) for window in batch))
                 recorder.flush()
-    if not store.rows:
-        raise DataError(
-            f"{shown(header.data)}: gives no tokens", "pass a source with at least one document"
-        )
-    store.finish(skipped_rows=documents.skipped, model_files=files.result())
-    for line in documents.row_notes:
-        report(line)
+    text.finish(store, files.result(), report)
 
 
 def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -> TraceHeader:

@@ -260,6 +260,13 @@ def row_importance(
     return relative_codes(values, row, torch.bincount(row, minlength=rows), bits)
 
 
+def read_down_norms(checkpoint: Checkpoint, layer: int) -> torch.Tensor:
+    """Return (d_ff,) float32 norms of a layer's down columns."""
+    down = checkpoint.layer_tensor(layer, checkpoint.architecture.ffn_down).float()
+    norms: torch.Tensor = torch.linalg.vector_norm(down, dim=0)
+    return norms
+
+
 def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
     """Read one layer.
 
@@ -275,8 +282,7 @@ def read_layer_weights(checkpoint: Checkpoint, layer: int) -> LayerWeights:
     gate = gate * checkpoint.layer_tensor(layer, architecture.ffn_norm).float()
     if architecture.centred:
         gate = gate - gate.mean(1, keepdim=True)
-    down = checkpoint.layer_tensor(layer, architecture.ffn_down).float()
-    norms = torch.linalg.vector_norm(down, dim=0)
+    norms = read_down_norms(checkpoint, layer)
     if not torch.isfinite(torch.stack([*torch.aminmax(gate), norms.max()])).all():
         checkpoint.check_numbers()
     return LayerWeights(gate, norms)

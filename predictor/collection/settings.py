@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cluster.settings import RayAddress, RayCpus, RayGpus, Verbose
 from common.chat import TEMPLATES
 from common.errors import TraceError
 from common.settings import (
@@ -69,6 +70,10 @@ class CollectConfig:
     ] = "auto"
     shard_rows: int | None = None
     device: Device = "auto"
+    ray: RayAddress = None
+    ray_cpus: RayCpus = 1
+    ray_gpus: RayGpus = 0.0
+    verbose: Verbose = False
     seed: Seed = 0
     resume: Resume = False
     force: Force = False

@@ -13,12 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from queue import Full, Queue
+from typing import Protocol
 
 from common.overlap import Lanes, StoppedError
 from predictor.collection.recorder import Sink
 from predictor.collection.row_maker import Arriving
+from predictor.traces.manifest import TraceHeader
 from predictor.traces.shard_file import ShardWriter
-from predictor.traces.store import TraceStore
 
 _WAITING = 16
 """Layers of a batch that may wait for a shard, and as many for a thread; 4096 tokens of a layer of
@@ -37,10 +38,31 @@ Segments = Sequence[tuple[int, int]]
 _Item = tuple[int, Arriving] | BaseException | None
 
 
+class Sharded(Protocol):
+    """What takes shards: a store, or what stands for it in another process."""
+
+    @property
+    def header(self) -> TraceHeader:
+        """Of the store."""
+
+    @property
+    def next_shard(self) -> int:
+        """Number of the next shard."""
+
+    def shard(
+        self,
+        segments: Segments,
+        text_sha256: str,
+        before: Callable[[], object] = ...,
+        number: int | None = None,
+    ) -> AbstractContextManager[dict[int, ShardWriter]]:
+        """See `TraceStore.shard`."""
+
+
 class AtOnce:
     """Writes rows when they are handed over."""
 
-    def __init__(self, store: TraceStore) -> None:
+    def __init__(self, store: Sharded) -> None:
         """Take the store."""
         self._store = store
 
@@ -61,11 +83,11 @@ class AtOnce:
 class Meanwhile:
     """Writes rows in threads; what they raise comes out of a later call, or at the end."""
 
-    def __init__(self, store: TraceStore) -> None:
+    def __init__(self, store: Sharded) -> None:
         """Take the store."""
         self._store = store
         self._pool = ThreadPoolExecutor(_SHARDS)
-        self._number = len(store.progress.shards)
+        self._number = store.next_shard
         self._lanes = min(_LANES, len(store.header.layers), os.cpu_count() or 1)
         self._last: Future[None] | None = None
 

@@ -29,7 +29,7 @@ from common.text_sources.names import shown
 from common.typed_json import Closed, Count, JsonError, Misfit, parse
 from predictor.collection.windows import Window, cut_batches, cut_shards, cut_windows, order_windows
 from predictor.tensor_files import load_tensors, save_tensors
-from predictor.traces.store import choose_documents
+from predictor.traces.holdout import choose_documents
 
 SCHEMA_VERSION = 1
 INPUTS_INDEX = "inputs.json"

@@ -123,7 +123,8 @@ class ShardWriter:
             name: the name that it will get, for errors.
         """
         self._name = name or path
-        self._file = path.open("wb+")
+        with self._explained():
+            self._file = path.open("wb+")
         self._layout = layout
         self._rows = 0
         self._counts = np.zeros(layout.d_ff, np.int64)

@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from safetensors.torch import save
 
 from common.errors import COLLECT_AGAIN, TraceError
-from common.files import atomic_path, sha256, write_bytes
+from common.files import atomic_path, put_in_place, sha256
 from common.hashing import HashedFile
 from common.lock import refuse_written
 from predictor.traces.device_rows import rows_for
+from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
 from predictor.traces.packing import count_active
 from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows, check_counts
@@ -44,6 +43,7 @@ from predictor.traces.shard_file import (
     stated_digest,
     vouch_shard,
 )
+from predictor.traces.staging import StagedFile, write_weights
 
 _CPU = torch.device("cpu")
 
@@ -97,6 +97,11 @@ class TraceStore:
         return sum(shard.rows for shard in self.progress.shards)
 
     @property
+    def next_shard(self) -> int:
+        """Number of the first shard that is not committed."""
+        return len(self.progress.shards)
+
+    @property
     def documents(self) -> int:
         """Documents with at least one row."""
         return len({number for number, _ in self.segments})
@@ -128,14 +133,7 @@ class TraceStore:
         return self._layer_file(layer, f"shard-{number:05d}")
 
     def _layout(self, rows: int) -> ShardLayout:
-        header = self.header
-        return ShardLayout(
-            rows=rows,
-            d_model=header.d_model,
-            d_ff=header.d_ff,
-            input_dtype=header.input_dtype,
-            importance_bits=header.importance_bits,
-        )
+        return shard_layout(self.header, rows)
 
     @contextmanager
     def shard(
@@ -167,7 +165,36 @@ class TraceStore:
             yield writers
             before()
         assert number == len(self.progress.shards)
-        digest = _joined(writers[layer].digest for layer in self.header.layers)
+        digests = {layer: writer.digest for layer, writer in writers.items()}
+        self._count(segments, text_sha256, digests)
+
+    def adopt(
+        self,
+        segments: Sequence[Sequence[int]],
+        text_sha256: str,
+        files: Mapping[int, StagedFile],
+    ) -> None:
+        """Append a shard that other processes wrote on the store's disk, see `staging`.
+
+        Args:
+            segments: as for `shard`.
+            text_sha256: likewise.
+            files: of every recorded layer.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        number = len(self.progress.shards)
+        for layer in self.header.layers:
+            _adopt(files[layer], self._shard_file(layer, number))
+        digests = {layer: file.digest for layer, file in files.items()}
+        self._count(segments, text_sha256, digests)
+
+    def _count(
+        self, segments: Sequence[Sequence[int]], text_sha256: str, digests: Mapping[int, str]
+    ) -> None:
+        """Commit a shard whose files are in their places."""
+        digest = _joined(digests[layer] for layer in self.header.layers)
         kept = tuple((document, rows) for document, rows in segments)
         shard = Shard(segments=kept, text_sha256=text_sha256, sha256=digest)
         self._commit(shards=(*self.progress.shards, shard))
@@ -188,13 +215,20 @@ class TraceStore:
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
-        digests = []
-        for layer, weights in layers:
-            tensors = {"gate": weights.gate.half(), "down_norms": weights.down_norms}
-            data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-            write_bytes(self._layer_file(layer, "weights"), data)
-            digests.append(xxhash.xxh3_128_hexdigest(data))
+        digests = [
+            write_weights(self._layer_file(layer, "weights"), weights) for layer, weights in layers
+        ]
         self._commit(weights=tuple(digests))
+
+    def adopt_weights(self, files: Sequence[StagedFile]) -> None:
+        """Do the same with what other processes wrote on the store's disk, see `staging`.
+
+        Raises:
+            OutputError: the system refused.
+        """
+        for layer, file in zip(self.header.layers, files, strict=True):
+            _adopt(file, self._layer_file(layer, "weights"))
+        self._commit(weights=tuple(file.digest for file in files))
 
     @contextmanager
     def _one_collection(self) -> Iterator[None]:
@@ -349,32 +383,20 @@ class TraceStore:
         return hold_out(self.segments, share, seed)
 
 
-def choose_documents(segments: Sequence[Sequence[int]], share: float, seed: int) -> set[int]:
-    """Choose the documents to hold out.
-
-    Args:
-        segments: document number and rows of each run of rows, of at least two documents.
-        share: share of rows to hold out, at least, unless all documents but one fall short.
-        seed: seed of the choice.
-    """
-    lengths: dict[int, int] = {}
-    for document, rows in segments:
-        lengths[document] = lengths.get(document, 0) + rows
-    documents = sorted(lengths)
-    wanted, held, taken = share * sum(lengths.values()), set(), 0
-    for place in np.random.default_rng(seed).permutation(len(documents))[:-1]:
-        if taken >= wanted:
-            break
-        held.add(documents[place])
-        taken += lengths[documents[place]]
-    return held
+def shard_layout(header: TraceHeader, rows: int) -> ShardLayout:
+    """Return the sizes of a store's shard of so many rows."""
+    return ShardLayout(
+        rows=rows,
+        d_model=header.d_model,
+        d_ff=header.d_ff,
+        input_dtype=header.input_dtype,
+        importance_bits=header.importance_bits,
+    )
 
 
-def hold_out(segments: Sequence[Sequence[int]], share: float, seed: int) -> torch.Tensor:
-    """Return which rows belong to held-out documents, (rows,) bool; see `choose_documents`."""
-    held = choose_documents(segments, share, seed)
-    chosen = torch.tensor([document in held for document, _ in segments])
-    return torch.repeat_interleave(chosen, torch.tensor([rows for _, rows in segments]))
+def _adopt(staged: StagedFile, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    put_in_place(staged.file, file)
 
 
 def _counted(piece: LayerRows) -> LayerRows:

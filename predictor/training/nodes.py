@@ -1,6 +1,6 @@
-"""Layers on a Ray cluster: each is a task, whose results are files that this process commits.
+"""Layers on a Ray cluster: workers train them and write files, which this process commits.
 
-A task knows the run by its settings and opens the traces itself, so that nothing large passes
+A worker knows the run by its settings and opens the traces itself, so that nothing large passes
 between machines. Its bytes are those of a layer in this process with as many threads.
 """
 
@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 from tqdm import tqdm
 
-from cluster.connection import reached
-from cluster.nodes import Worker, alive_nodes, require_alike, require_room
-from cluster.tasks import several_on_nodes
+from cluster.nodes import Worker
+from cluster.pool import several_on_nodes
+from cluster.session import cluster_for
+from cluster.settings import worker_device
+from cluster.watch import Watch
+from cluster.worker import Tell, Work
 from common.errors import COLLECT_AGAIN, TRAIN_AGAIN, PredictorError, TraceError
-from common.files import write_error
-from common.scratch import Scratch
 from predictor.artifact import Epoch, PredictorArtifact
 from predictor.size import Size
 from predictor.tensor_files import StoredTensors, load_tensors
@@ -40,12 +41,12 @@ _CURVES = ("thresholds", "computed", "hits", "missed")
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What a task knows of the run.
+    """What a worker knows of the run.
 
     Attributes:
         config: the run's settings, for a node: paths are absolute, types and device settled.
         identity: of the traces.
-        parts: directory of all tasks' files.
+        parts: directory of all workers' files.
     """
 
     config: TrainConfig
@@ -53,13 +54,13 @@ class _Run:
     parts: Path
 
     def file(self, name: str) -> Path:
-        """Return a file that no other task writes, nor this one when it is tried again."""
+        """Return a file that no other worker writes, nor this one when it tries again."""
         return self.parts / f"{name}-{uuid4().hex}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Trained:
-    """A layer that a task has trained and stored.
+    """A layer that a worker has trained and stored.
 
     Attributes:
         predictor: its predictor.
@@ -81,26 +82,36 @@ class _Trained:
 class Nodes:
     """Layers on the nodes of a cluster; see `predictor.training.workers.Workers`."""
 
-    def __init__(self, run: _Run, worker: Worker) -> None:
-        """Name the run, and what a task takes of a node."""
-        self._run, self._worker = run, worker
+    def __init__(self, run: _Run, worker: Worker, note: Callable[[str], None]) -> None:
+        """Name the run, what a worker takes of a node, and who takes lines for the user."""
+        self._run, self._worker, self._note = run, worker, note
 
     def scouted(
         self, sizes: Mapping[int, Sequence[Size]], bar: tqdm
     ) -> Iterator[tuple[int, Mapping[Size, Curves]]]:
         """Yield every layer with the curves of its scouts."""
         items = [(layer, tuple(each)) for layer, each in sizes.items()]
-        work = partial(_scout_layer, self._run)
-        for (layer, each), stored in several_on_nodes(work, items, self._worker):
+        start = partial(_scouting, self._run)
+        watch = self._watch(bar)
+        for (layer, each), stored in several_on_nodes(
+            start, items, self._worker, watch, most=len(items)
+        ):
             bar.update(len({size.rank for size in each}))
             yield layer, {size: _read_curves(stored[size]) for size in stored}
 
     def trained(self, sizes: Mapping[int, Size], shown: Shown) -> Iterator[tuple[int, Commit]]:
-        """Yield every layer with what commits it; steps are told by whole layers."""
-        work = partial(_train_layer, self._run)
-        for (layer, _), made in several_on_nodes(work, sizes.items(), self._worker):
+        """Yield every layer with what commits it."""
+        start = partial(_training, self._run)
+        watch = self._watch(shown.bar)
+        for (layer, _), made in several_on_nodes(
+            start, sizes.items(), self._worker, watch, most=len(sizes)
+        ):
             shown.whole(layer, made.epochs)
             yield layer, partial(made.commit, layer)
+
+    def _watch(self, bar: tqdm) -> Watch:
+        verbose = self._run.config.verbose
+        return Watch(bar, self._note, what="layers", named=_named, verbose=verbose)
 
 
 @contextmanager
@@ -121,11 +132,8 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[No
         gpus=config.ray_gpus,
         memory=layer_memory(store.header, store.rows),
     )
-    device = _device(config)
-    with reached(config.ray), _parts(config.out) as parts:
-        require_room(worker)
-        require_alike([store.path / MANIFEST], parts)
-        note(f"training on {_told(len(alive_nodes()))}, {config.ray_cpus} CPUs a layer")
+    device, read = worker_device(config.device, config.ray_gpus), [store.path / MANIFEST]
+    with cluster_for(config.ray, worker, read=read, out=config.out, note=note) as (worker, parts):
         known = replace(
             config,
             traces=store.path.absolute(),
@@ -133,39 +141,15 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[No
             device=device,
             ray=None,
         )
-        yield Nodes(_Run(config=known, identity=store.identity, parts=parts), worker)
+        yield Nodes(_Run(config=known, identity=store.identity, parts=parts), worker, note)
 
 
-def _told(nodes: int) -> str:
-    return "1 node" if nodes == 1 else f"{nodes} nodes"
+def _named(item: tuple[int, object]) -> str:
+    return f"layer {item[0]}"
 
 
-def _device(config: TrainConfig) -> str:
-    """Return where tasks compute."""
-    if config.ray_gpus:
-        return "cuda" if config.device == "auto" else config.device
-    if config.device not in ("auto", "cpu"):
-        raise PredictorError(
-            f"--device {config.device}: tasks on the cluster have no GPU", "pass --ray-gpus 1"
-        )
-    return "cpu"
-
-
-@contextmanager
-def _parts(out: Path) -> Iterator[Path]:
-    """Make the directory of tasks' files, on the disk of the artifact."""
-    target = out.resolve()
-    try:
-        scratch = Scratch(target.parent, f".{target.name}.parts-")
-    except OSError as error:
-        raise write_error(out, error) from error
-    with scratch as path:
-        yield path
-
-
-@cache
 def _trainer(run: _Run) -> LayerTrainer:
-    """Return what trains layers in this task's process.
+    """Return what trains layers in a worker.
 
     Raises:
         TraceError: the traces are not those that the run began with.
@@ -176,29 +160,39 @@ def _trainer(run: _Run) -> LayerTrainer:
     return layer_trainer(run.config, store)
 
 
-def _train_layer(run: _Run, item: tuple[int, Size]) -> _Trained:
-    """Train and store a layer: the task."""
-    layer, size = item
-    result = _trainer(run).run(layer, size, lambda steps: None, lambda epochs: None)
-    curves = None
-    if result.curves is not None:
-        curves = StoredTensors.save(run.file(f"curves-{layer}"), result.curves.tensors())
-    return _Trained(
-        predictor=StoredTensors.save(run.file(f"layer-{layer}"), vars(result.predictor)),
-        curves=curves,
-        metrics=result.metrics,
-        epochs=tuple(result.epochs),
-    )
+def _training(run: _Run) -> Work[tuple[int, Size], _Trained]:
+    """Open the traces and return how a layer is trained and stored."""
+    trainer = _trainer(run)
+
+    def train(item: tuple[int, Size], tell: Tell) -> _Trained:
+        layer, size = item
+        result = trainer.run(layer, size, lambda steps: tell(1), lambda epochs: None)
+        curves = None
+        if result.curves is not None:
+            curves = StoredTensors.save(run.file(f"curves-{layer}"), result.curves.tensors())
+        return _Trained(
+            predictor=StoredTensors.save(run.file(f"layer-{layer}"), vars(result.predictor)),
+            curves=curves,
+            metrics=result.metrics,
+            epochs=tuple(result.epochs),
+        )
+
+    return train
 
 
-def _scout_layer(run: _Run, item: tuple[int, tuple[Size, ...]]) -> dict[Size, StoredTensors]:
-    """Scout a layer for sizes and store their curves: the task."""
-    layer, sizes = item
-    found = scout(_trainer(run), layer, sizes)
-    return {
-        size: StoredTensors.save(run.file(f"scout-{layer}"), _curve_tensors(curves))
-        for size, curves in found.items()
-    }
+def _scouting(run: _Run) -> Work[tuple[int, tuple[Size, ...]], dict[Size, StoredTensors]]:
+    """Open the traces and return how a layer is scouted for sizes, whose curves are stored."""
+    trainer = _trainer(run)
+
+    def find(item: tuple[int, tuple[Size, ...]], tell: Tell) -> dict[Size, StoredTensors]:
+        layer, sizes = item
+        found = scout(trainer, layer, sizes, on_scout=lambda: tell(1))
+        return {
+            size: StoredTensors.save(run.file(f"scout-{layer}"), _curve_tensors(curves))
+            for size, curves in found.items()
+        }
+
+    return find
 
 
 def _curve_tensors(curves: Curves) -> dict[str, torch.Tensor]:

@@ -28,7 +28,8 @@ from predictor.artifact import INDEX, PredictorArtifact, PredictorHeader
 from predictor.dense_layer import worth_line
 from predictor.thresholds.choose import choose_thresholds, leave_out_unpaid
 from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
-from predictor.traces.store import TraceStore, choose_documents
+from predictor.traces.holdout import choose_documents
+from predictor.traces.store import TraceStore
 from predictor.training.checks import check_activity, check_importance, check_outtype, check_ranks
 from predictor.training.layer import LayerTrainer
 from predictor.training.settings import TrainConfig, possible_sizes

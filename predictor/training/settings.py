@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from cluster.settings import RayAddress, RayCpus, RayGpus
+from cluster.settings import RayAddress, RayCpus, RayGpus, Verbose
 from common.element_types import ELEMENT_NAMES, ELEMENT_TYPES, F16, Q4_0
 from common.errors import PredictorError
 from common.settings import (
@@ -296,6 +296,7 @@ class TrainConfig:
     ray: RayAddress = None
     ray_cpus: RayCpus = 1
     ray_gpus: RayGpus = 0.0
+    verbose: Verbose = False
     seed: Seed = 0
     resume: Resume = False
     force: Force = False

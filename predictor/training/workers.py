@@ -79,7 +79,11 @@ def _commit(layer: int, result: LayerResult, artifact: PredictorArtifact) -> Non
 
 
 class Shown:
-    """What the progress bar of a training tells."""
+    """What the progress bar of a training tells.
+
+    Attributes:
+        bar: counts the steps of all layers.
+    """
 
     def __init__(self, bar: tqdm, expected: dict[int, int], layers: int) -> None:
         """Name what is told of.
@@ -89,18 +93,18 @@ class Shown:
             expected: number of a layer that is missing to the steps that it is counted with.
             layers: how many there are, with those that are finished.
         """
-        self._bar, self._expected, self._layers = bar, expected, layers
+        self.bar, self._expected, self._layers = bar, expected, layers
         self._missing = set(expected)
 
     def step(self, layer: int, steps: int) -> None:
         """Count a step of a layer that takes so many in all."""
-        self._bar.total += steps - self._expected[layer]
+        self.bar.total += steps - self._expected[layer]
         self._expected[layer] = steps
-        self._bar.update()
+        self.bar.update()
 
     def whole(self, layer: int, epochs: Sequence[Epoch]) -> None:
         """Count all steps of a layer of which nothing was told before."""
-        self._bar.update(self._expected[layer])
+        self.bar.update(self._expected[layer])
         if epochs:
             self.epoch(layer, epochs)
 
@@ -122,4 +126,4 @@ class Shown:
 
     def _tell(self, **last: object) -> None:
         done = self._layers - len(self._missing)
-        self._bar.set_postfix({"layers": f"{done}/{self._layers}", **last})
+        self.bar.set_postfix({"layers": f"{done}/{self._layers}", **last})

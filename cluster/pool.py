@@ -1,0 +1,280 @@
+"""Workers on a cluster's nodes that share out the items of some work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from cluster.backlog import Backlog, Entry
+from cluster.nodes import Worker, alive_nodes, require_room
+from cluster.spans import Span
+from cluster.watch import Watch
+from cluster.worker import WATCH, Start, WorkerActor, raised
+from common.errors import ClusterError, reason
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+_DEATHS = 4
+"""Workers that may die at one item, or one after the other before they are ready."""
+
+_LOOK = 1.0
+"""Seconds between two looks at nodes and workers."""
+
+_PATIENCE = 60.0
+"""Seconds without a node that fits until the work is given up."""
+
+_QUIET = 15.0
+"""Seconds without a ready worker until that is told."""
+
+_AHEAD = 3
+"""Items a worker that may be in hand, where they are given out in order."""
+
+
+def several_on_nodes(
+    start: Start[Item, Made],
+    items: Iterable[Item],
+    worker: Worker,
+    watch: Watch,
+    *,
+    most: int,
+    ordered: bool = False,
+) -> Iterator[tuple[Item, Made]]:
+    """Yield every item with what is made of it, as they finish.
+
+    What a worker raises comes out and stops the rest. An item whose worker died is handed out
+    again, one that takes much longer than the others to two workers: what it writes must not be in
+    its own way.
+
+    Args:
+        start: makes the work of a worker; it, items and what is made are small, for they pass
+            through the driver.
+        items: such as layer numbers; taken as they are needed.
+        worker: what a worker takes of a node; torch has as many threads.
+        watch: is told what happens.
+        most: workers that there is work for.
+        ordered: give them out in their order.
+
+    Raises:
+        ClusterError: no node is left that fits, or an item's workers died again and again.
+    """
+    pool = _Pool(start, items, worker, watch, most=most, ordered=ordered)
+    try:
+        yield from pool.run()
+    finally:
+        pool.close()
+
+
+@dataclass(eq=False)
+class _Hand(Generic[Item]):
+    """A worker as the driver sees it.
+
+    Attributes:
+        name: of its own.
+        actor: Ray's handle.
+        call: the call that it is at: to get ready or to make an item.
+        node: where it is, once it is ready.
+        entry: the item that it is at.
+        asked: a question how far it is, that it has not answered.
+        units: what it answered last.
+        ready: whether it can take items.
+    """
+
+    name: str
+    actor: Any
+    call: Any
+    node: str = ""
+    entry: Entry[Item] | None = None
+    asked: Any = None
+    units: int = 0
+    ready: bool = False
+
+
+class _Pool(Generic[Item, Made]):
+    def __init__(
+        self,
+        start: Start[Item, Made],
+        items: Iterable[Item],
+        worker: Worker,
+        watch: Watch,
+        *,
+        most: int,
+        ordered: bool,
+    ) -> None:
+        self._start, self._worker, self._watch, self._most = start, worker, watch, most
+        self._backlog: Backlog[Item, Made] = Backlog(items, ordered=ordered, ahead=_AHEAD)
+        self._hands: list[_Hand[Item]] = []
+        self._spans: dict[int, Span] = {}
+        self._count = self._failed = 0
+        self._fitted = self._answered = time.monotonic()
+        self._looked = 0.0
+
+    def run(self) -> Iterator[tuple[Item, Made]]:
+        """See `several_on_nodes`."""
+        while not self._backlog.finished:
+            self._look()
+            self._hand_out()
+            for number, item, made in self._backlog.given_out():
+                yield item, made
+                self._watch.made(item, replace(self._spans.pop(number), committed=time.time()))
+            self._hand_out()
+            self._wait()
+        self._watch.finished()
+
+    def close(self) -> None:
+        """End all workers."""
+        import ray
+
+        for hand in self._hands:
+            ray.kill(hand.actor)
+
+    def _look(self) -> None:
+        """Look at nodes and workers from time to time."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK:
+            return
+        self._looked = now
+        room = sum(self._worker.times(node) for node in alive_nodes())
+        if room:
+            self._fitted = now
+        elif now - self._fitted > _PATIENCE:
+            require_room(self._worker)
+        while len(self._hands) < min(room, self._most):
+            self._hands.append(self._hired())
+        self._backlog.ahead = _AHEAD * max(1, len(self._hands))
+        ready = [hand for hand in self._hands if hand.ready]
+        if ready:
+            self._answered = now
+        elif now - self._answered > _QUIET:
+            self._answered = float("inf")
+            self._watch.note("waiting for workers: the cluster is busy, or the model is large")
+        for hand in ready:
+            if hand.entry is not None and hand.asked is None:
+                hand.asked = hand.actor.units.options(concurrency_group=WATCH).remote()
+        self._show()
+
+    def _show(self) -> None:
+        ready = [hand for hand in self._hands if hand.ready]
+        units: dict[int, int] = {}
+        for hand in ready:
+            if hand.entry is not None:
+                number = hand.entry.number
+                units[number] = max(units.get(number, 0), hand.units)
+        self._watch.working(sum(units.values()), len(ready), len({hand.node for hand in ready}))
+
+    def _hired(self) -> _Hand[Item]:
+        import ray
+
+        kind: Any = ray.remote(
+            num_cpus=self._worker.cpus,
+            num_gpus=self._worker.gpus,
+            memory=self._worker.memory,
+            max_restarts=0,
+            max_task_retries=0,
+            concurrency_groups={WATCH: 1},
+            scheduling_strategy="SPREAD",
+        )
+        actor = kind(WorkerActor).remote(self._start, self._worker.cpus)
+        self._count += 1
+        return _Hand(f"worker {self._count}", actor, actor.prepare.remote())
+
+    def _hand_out(self) -> None:
+        """Give work to whoever has none."""
+        for hand in self._hands:
+            if not hand.ready or hand.entry is not None:
+                continue
+            entry = self._backlog.next(hand.name, time.time())
+            if entry is None:
+                return
+            if len(entry.since) > 1:
+                self._watch.twice(entry.item, hand.node)
+            hand.entry, hand.units = entry, 0
+            hand.call = hand.actor.make.remote(entry.item)
+
+    def _wait(self) -> None:
+        """Wait until a worker has something, or until the next look."""
+        import ray
+
+        if self._backlog.finished:
+            return
+        calls = {hand.call: hand for hand in self._hands if not hand.ready or hand.entry}
+        asked = {hand.asked: hand for hand in self._hands if hand.asked is not None}
+        both = [*calls, *asked]
+        if not both:
+            time.sleep(_LOOK)
+            return
+        ray.wait(both, timeout=_LOOK)
+        ready, _ = ray.wait(both, num_returns=len(both), timeout=0)
+        for reference in ready:
+            if reference in calls:
+                self._finished(calls[reference])
+            elif asked[reference] in self._hands:
+                self._told(asked[reference])
+
+    def _told(self, hand: _Hand[Item]) -> None:
+        """Take the answer how far a worker is; a death shows in its other call."""
+        import ray
+        from ray.exceptions import RayError
+
+        with suppress(RayError):
+            hand.units = ray.get(hand.asked)
+        hand.asked = None
+
+    def _finished(self, hand: _Hand[Item]) -> None:
+        """Take what a worker's call gave."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        entry = hand.entry
+        try:
+            found = ray.get(hand.call)
+        except RayTaskError as error:
+            if (ours := raised(error)) is not None:
+                raise ours from None
+            raise
+        except RayError as error:
+            self._died(hand, error)
+            return
+        if entry is None:
+            node, host, process = found
+            hand.node, hand.ready, self._failed = f"{host} ({node[:6]})", True, 0
+            hand.name = f"{hand.node} {process}"
+            return
+        made, begun, ended = found
+        sent, now = entry.since[hand.name], time.time()
+        hand.entry = None
+        if self._backlog.made(entry, hand.name, made, now):
+            self._spans[entry.number] = Span(
+                item=entry.number,
+                worker=hand.name,
+                node=hand.node,
+                sent=sent,
+                begun=begun,
+                ended=ended,
+                received=now,
+                committed=now,
+            )
+
+    def _died(self, hand: _Hand[Item], error: Exception) -> None:
+        """Give up a worker, and hand out again what it was at."""
+        import ray
+
+        self._hands.remove(hand)
+        ray.kill(hand.actor)
+        entry, self._looked = hand.entry, 0.0
+        if entry is None:
+            self._failed += 1
+            deaths, at = self._failed, "before they were ready"
+            self._watch.note("a worker died before it was ready")
+        else:
+            self._backlog.lost(entry, hand.name)
+            deaths, at = entry.deaths, f"at {self._watch.named(entry.item)}"
+            self._watch.note(f"a worker on {hand.node} died {at}")
+        if deaths >= _DEATHS:
+            raise ClusterError(
+                f"{deaths} workers died {at} ({reason(error)})",
+                "look at the nodes' memory, then go on with --resume",
+            ) from error

@@ -1,0 +1,65 @@
+"""A cluster that can do a command's work, with a place for what its workers write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from cluster.connection import reached
+from cluster.nodes import Worker, alive_nodes, require_alike, require_room
+from common.files import write_error
+from common.scratch import Scratch
+from common.units import GIB
+
+
+@contextmanager
+def cluster_for(
+    address: str,
+    worker: Callable[[], Worker] | Worker,
+    *,
+    read: Sequence[Path],
+    out: Path,
+    note: Callable[[str], None],
+) -> Iterator[tuple[Worker, Path]]:
+    """Start or reach a cluster, and make sure that it can do the work.
+
+    Args:
+        address: HOST:PORT, `auto`, or `local` to start one.
+        worker: what a worker takes of a node, or what says so once the cluster is there.
+        read: files that every node must see as they are here.
+        out: what the workers' files will be part of.
+        note: takes a line for the user.
+
+    Yields:
+        What a worker takes, and a directory on the disk of `out` for its files, which is gone
+        afterwards.
+
+    Raises:
+        ClusterError: there is no cluster, or its nodes lack room, versions or files.
+        OutputError: the system refused the directory.
+    """
+    with reached(address), _parts(out) as parts:
+        takes = worker if isinstance(worker, Worker) else worker()
+        require_room(takes)
+        require_alike(read, parts)
+        nodes = alive_nodes()
+        gpus = f", {takes.gpus:g} GPUs" if takes.gpus else ""
+        note(
+            f"cluster: {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} with room for "
+            f"{sum(map(takes.times, nodes))} workers of {takes.cpus} CPUs{gpus} and "
+            f"{takes.memory / GIB:.1f} GiB"
+        )
+        yield takes, parts
+
+
+@contextmanager
+def _parts(out: Path) -> Iterator[Path]:
+    target = out.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Scratch(target.parent, f".{target.name}.parts-")
+    except OSError as error:
+        raise write_error(out, error) from error
+    with scratch as path:
+        yield path
