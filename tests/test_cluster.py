@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,19 +120,54 @@ def assert_same(found: Path, expected: Path) -> None:
     assert [each.name for each in found.parent.iterdir()] == [found.name]
 
 
-def test_predictors_are_the_same_bytes_though_a_node_dies(
-    nodes: Nodes, alone: Path, deep_traces: TraceStore, tmp_path: Path
-) -> None:
+@contextmanager
+def killed_node(nodes: Nodes) -> Iterator[None]:
+    """Kill one of two nodes at a random moment of the block, at the latest after it."""
     seed = random.SystemRandom().randrange(1 << 32)
     chosen = random.Random(seed)
     print(f"seed {seed}")  # pytest shows it if this fails
+    nodes.fill()
     killer = threading.Timer(chosen.uniform(0, 5), nodes.kill, [chosen])
     killer.start()
     try:
-        out = tmp_path / "predictors"
-        train_predictors(settings(deep_traces, out, ray=nodes.address))
+        yield
     finally:
         killer.join()
+
+
+def collection(model: Path, data_file: Path, out: Path, **changes: Any) -> CollectConfig:
+    values: dict[str, Any] = {"tokens": 1000, "context": 64, "importance_bits": 8}
+    values |= {"model": str(model), "data": str(data_file), "out": out}
+    return CollectConfig(**(values | changes))
+
+
+def assert_same_store(found: Path, expected: Path) -> None:
+    names = {file.relative_to(expected) for file in expected.rglob("*") if file.is_file()}
+    assert {file.relative_to(found) for file in found.rglob("*") if file.is_file()} == names
+    for name in names:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    assert found.name in {each.name for each in found.parent.iterdir()}
+    assert not [each for each in found.parent.iterdir() if each.name.startswith(".")]
+
+
+def test_traces_are_the_same_bytes_though_a_node_dies(
+    nodes: Nodes, deep_traces: TraceStore, data_file: Path, tmp_path: Path
+) -> None:
+    config = collection(
+        Path(deep_traces.header.model), data_file, tmp_path / "alone", shard_rows=50
+    )
+    collect(config)
+    with killed_node(nodes):
+        collect(replace(config, out=tmp_path / "traces", ray=nodes.address))
+    assert_same_store(tmp_path / "traces", tmp_path / "alone")
+
+
+def test_predictors_are_the_same_bytes_though_a_node_dies(
+    nodes: Nodes, alone: Path, deep_traces: TraceStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "predictors"
+    with killed_node(nodes):
+        train_predictors(settings(deep_traces, out, ray=nodes.address))
     assert_same(out, alone)
 
 
