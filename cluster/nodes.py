@@ -23,6 +23,9 @@ _SECONDS = 120
 _NEWS = 5.0
 """Seconds until everybody knows of a node that died."""
 
+_BEGINNING = 1 << 20
+"""Bytes of a file that are compared."""
+
 _SHARE = "use paths that every machine of the cluster sees under the same name"
 
 
@@ -75,17 +78,32 @@ def require_room(worker: Worker) -> None:
     )
 
 
+def first_that_fits(*workers: Worker) -> Worker:
+    """Return the first that a node has room for.
+
+    Raises:
+        ClusterError: no node has room for the last one.
+    """
+    nodes = alive_nodes()
+    for worker in workers:
+        if any(worker.times(node) for node in nodes):
+            return worker
+    require_room(workers[-1])
+    return workers[-1]
+
+
 def require_alike(read: Sequence[Path], write: Path) -> None:
     """Refuse nodes with other versions, or that do not see the same files.
 
     Args:
-        read: files that every node must see as they are here.
+        read: files that every node must see as they are here; their sizes and beginnings are
+            compared.
         write: a directory of this process's that every node must be able to write to.
 
     Raises:
         ClusterError: naming the node.
     """
-    stated = {str(path.absolute()): sha256(path.read_bytes()) for path in read}
+    stated = {str(path.absolute()): _looked_at(path) for path in read}
     here = {name: package_version(name) for name in _SAME}
     for name, found in _answers(stated, str(write.absolute())):
         for package, version in here.items():
@@ -105,7 +123,14 @@ def require_alike(read: Sequence[Path], write: Path) -> None:
             ) from error
 
 
-def _answers(stated: Mapping[str, str], write: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _looked_at(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, sha256(file.read(_BEGINNING))
+
+
+def _answers(
+    stated: Mapping[str, tuple[int, str]], write: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of every node and what it found."""
     import ray
     from ray.exceptions import GetTimeoutError, NodeDiedError, RayError
@@ -116,7 +141,7 @@ def _answers(stated: Mapping[str, str], write: str) -> Iterator[tuple[str, dict[
     asked = [
         task.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(_SAME, stated, write, node["NodeID"])
+        ).remote(_SAME, stated, _BEGINNING, write, node["NodeID"])
         for node in nodes
     ]
     for node, reference in zip(nodes, asked, strict=True):
@@ -147,7 +172,11 @@ def _looker() -> Any:
     """Return what a node does; as an inner function it runs also where there is no psp."""
 
     def look(
-        packages: Sequence[str], stated: Mapping[str, str], write: str, node: str
+        packages: Sequence[str],
+        stated: Mapping[str, tuple[int, str]],
+        beginning: int,
+        write: str,
+        node: str,
     ) -> dict[str, Any]:
         import hashlib
         from importlib.metadata import PackageNotFoundError, version
@@ -160,9 +189,10 @@ def _looker() -> Any:
                 versions[package] = None
         unseen, written = "", f"seen-{node}"
         try:
-            for path, digest in stated.items():
+            for path, known in stated.items():
                 with open(path, "rb") as file:
-                    if hashlib.sha256(file.read()).hexdigest() != digest:
+                    digest = hashlib.sha256(file.read(beginning)).hexdigest()
+                    if (os.fstat(file.fileno()).st_size, digest) != tuple(known):
                         unseen = f"{path} is another file there"
             with open(os.path.join(write, written), "xb"):
                 pass

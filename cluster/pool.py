@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+from tqdm import tqdm
+
 from cluster.backlog import Backlog, Entry
 from cluster.nodes import Worker, alive_nodes, require_room
 from cluster.spans import Span
@@ -32,40 +34,6 @@ _QUIET = 15.0
 
 _AHEAD = 3
 """Items a worker that may be in hand, where they are given out in order."""
-
-
-def several_on_nodes(
-    start: Start[Item, Made],
-    items: Iterable[Item],
-    worker: Worker,
-    watch: Watch,
-    *,
-    most: int,
-    ordered: bool = False,
-) -> Iterator[tuple[Item, Made]]:
-    """Yield every item with what is made of it, as they finish.
-
-    What a worker raises comes out and stops the rest. An item whose worker died is handed out
-    again, one that takes much longer than the others to two workers: what it writes must not be in
-    its own way.
-
-    Args:
-        start: makes the work of a worker; it, items and what is made are small, for they pass
-            through the driver.
-        items: such as layer numbers; taken as they are needed.
-        worker: what a worker takes of a node; torch has as many threads.
-        watch: is told what happens.
-        most: workers that there is work for.
-        ordered: give them out in their order.
-
-    Raises:
-        ClusterError: no node is left that fits, or an item's workers died again and again.
-    """
-    pool = _Pool(start, items, worker, watch, most=most, ordered=ordered)
-    try:
-        yield from pool.run()
-    finally:
-        pool.close()
 
 
 @dataclass(eq=False)
@@ -93,43 +61,57 @@ class _Hand(Generic[Item]):
     ready: bool = False
 
 
-class _Pool(Generic[Item, Made]):
-    def __init__(
-        self,
-        start: Start[Item, Made],
-        items: Iterable[Item],
-        worker: Worker,
-        watch: Watch,
-        *,
-        most: int,
-        ordered: bool,
-    ) -> None:
-        self._start, self._worker, self._watch, self._most = start, worker, watch, most
-        self._backlog: Backlog[Item, Made] = Backlog(items, ordered=ordered, ahead=_AHEAD)
+class Pool(Generic[Item, Made]):
+    """Workers that are hired as there is room for them, until the block ends."""
+
+    def __init__(self, start: Start[Item, Made], worker: Worker, *, most: int) -> None:
+        """Name what they do; see `several_on_nodes`."""
+        self._start, self._worker, self._most = start, worker, most
+        self._watch = Watch(tqdm(disable=True), lambda line: None, what="", named=str)
+        self._backlog: Backlog[Item, Made] = Backlog((), ordered=False, ahead=0)
         self._hands: list[_Hand[Item]] = []
         self._spans: dict[int, Span] = {}
         self._count = self._failed = 0
+        self._looked = 0.0
+        self._fitted = self._answered = time.monotonic()
+
+    def __enter__(self) -> Pool[Item, Made]:
+        """Give it out."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End all workers."""
+        self.close()
+
+    def close(self) -> None:
+        """End all workers, for their room; later items have new ones."""
+        import ray
+
+        for hand in self._hands:
+            ray.kill(hand.actor)
+        self._hands.clear()
+
+    def made(
+        self, items: Iterable[Item], watch: Watch, *, ordered: bool = False
+    ) -> Iterator[tuple[Item, Made]]:
+        """Yield every item with what is made of it; see `several_on_nodes`.
+
+        It may be called again once all was yielded.
+        """
+        self._watch = watch
+        self._backlog = Backlog(items, ordered=ordered, ahead=_AHEAD)
         self._fitted = self._answered = time.monotonic()
         self._looked = 0.0
-
-    def run(self) -> Iterator[tuple[Item, Made]]:
-        """See `several_on_nodes`."""
         while not self._backlog.finished:
             self._look()
             self._hand_out()
             for number, item, made in self._backlog.given_out():
                 yield item, made
-                self._watch.made(item, replace(self._spans.pop(number), committed=time.time()))
+                now = time.time()
+                self._watch.made(item, replace(self._spans.pop(number), committed=now))
             self._hand_out()
             self._wait()
         self._watch.finished()
-
-    def close(self) -> None:
-        """End all workers."""
-        import ray
-
-        for hand in self._hands:
-            ray.kill(hand.actor)
 
     def _look(self) -> None:
         """Look at nodes and workers from time to time."""
@@ -278,3 +260,34 @@ class _Pool(Generic[Item, Made]):
                 f"{deaths} workers died {at} ({reason(error)})",
                 "look at the nodes' memory, then go on with --resume",
             ) from error
+
+
+def several_on_nodes(
+    start: Start[Item, Made],
+    items: Iterable[Item],
+    worker: Worker,
+    watch: Watch,
+    *,
+    most: int,
+    ordered: bool = False,
+) -> Iterator[tuple[Item, Made]]:
+    """Yield every item with what is made of it, as they finish.
+
+    What a worker raises comes out and stops the rest. An item whose worker died is handed out
+    again, one that takes much longer than the others to two workers: what it writes must not be in
+    its own way.
+
+    Args:
+        start: makes the work of a worker; it, items and what is made are small, for they pass
+            through the driver.
+        items: such as layer numbers; taken as they are needed.
+        worker: what a worker takes of a node; torch has as many threads.
+        watch: is told what happens.
+        most: workers that there is work for.
+        ordered: give them out in their order.
+
+    Raises:
+        ClusterError: no node is left that fits, or an item's workers died again and again.
+    """
+    with Pool(start, worker, most=most) as pool:
+        yield from pool.made(items, watch, ordered=ordered)

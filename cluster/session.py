@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os.path import exists
 from pathlib import Path
 
 from cluster.connection import reached
@@ -11,6 +12,11 @@ from cluster.nodes import Worker, alive_nodes, require_alike, require_room
 from common.files import write_error
 from common.scratch import Scratch
 from common.units import GIB
+
+
+def path_on_nodes(name: str) -> str:
+    """Return a path that leads to the same from everywhere; what is none, such as a hub's name."""
+    return str(Path(name).absolute()) if exists(name) else name
 
 
 @contextmanager

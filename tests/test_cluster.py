@@ -72,8 +72,8 @@ def short_path() -> Iterator[Path]:
 
 
 def settings(store: TraceStore, out: Path, **changes: Any) -> TrainConfig:
-    """Scouts, training and thresholds of every layer."""
-    values: dict[str, Any] = {"traces": store.path, "out": out, "ffn_bytes": 0.5}
+    """Scouts, training and thresholds of every layer, and passes of the model."""
+    values: dict[str, Any] = {"traces": store.path, "out": out, "max_ppl_gap": 0.5}
     return TrainConfig(**(values | changes))
 
 
@@ -180,7 +180,7 @@ def test_a_killed_driver_is_gone_on_from(
     config = settings(deep_traces, out, ray=nodes.address)
     code = "from cli import main; main()"
     driver = [sys.executable, "-c", code, "train-predictor", "--ray", nodes.address]
-    given = ["--traces", config.traces, "--out", out, "--ffn-bytes", "0.5", "--threads", "1"]
+    given = ["--traces", config.traces, "--out", out, "--max-ppl-gap", "0.5", "--threads", "1"]
     with subprocess.Popen([*driver, *map(str, given)], cwd=ROOT) as process:
 
         def committed() -> bool:

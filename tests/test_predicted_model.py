@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from architectures.checkpoint import Checkpoint
 from architectures.tokenizer import load_tokenizer
 from predictor.module import Predictor
-from predictor.thresholds.predicted_model import PredictedModel, _quality, held_out_windows
+from predictor.thresholds.predicted_model import PredictedModel, held_out_windows, quality_of
 
 NAMES = ["relu-llama", "prosparse", "minicpm", "bamboo", "opt-125m", "falcon-7b", "falcon-40b"]
 
@@ -66,7 +66,7 @@ def test_masks_change_what_the_model_predicts(
     assert model.quality({}, 0.0).kl_divergence < 1e-4
     assert model.quality(predictors, 0.0) == some
     sums = torch.tensor([[10.0, 11.0, 0.5, 5.0], [20.0, 20.0, 0.5, 15.0]], dtype=torch.float64)
-    told = _quality(sums)
+    told = quality_of(list(sums))
     assert told.ppl_sparse == pytest.approx(2.718281828 ** (31 / 20))
     assert told.kl_divergence == pytest.approx(0.05)
     # Growth 1/20: windows scatter by 1 - 5/20 and 0 - 15/20.

@@ -21,7 +21,7 @@ from powerinfer_bridge.engine.attention import KVCache
 from powerinfer_bridge.engine.engine import Engine
 from predictor.artifact import PredictorArtifact
 from predictor.module import Predictor, logits_of
-from predictor.thresholds.choose import Bound, choose_thresholds
+from predictor.thresholds.choose import Bound, choose_thresholds, measured_by
 from predictor.thresholds.predicted_model import Quality
 from predictor.traces.rows import LabelledRows
 from predictor.traces.store import TraceStore
@@ -158,7 +158,7 @@ def test_points_without_a_finite_perplexity_are_kept_as_not_measured(
     artifact = PredictorArtifact.open(Path(shutil.copytree(calibrated.path, tmp_path / "p")))
     model: Any = Model()
     bound = Bound(max_ppl_gap=0.5)
-    choose_thresholds(artifact, bound, 3, lambda: model)
+    choose_thresholds(artifact, bound, 3, lambda: measured_by(artifact, model))
     assert PredictorArtifact.open(artifact.path).search == artifact.search
     gaps = [point.ppl_gap for point in artifact.search]
     assert gaps.count(None) == 1

@@ -13,22 +13,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from os.path import exists
 from pathlib import Path
 
 import torch
 
 from architectures.checkpoint import Checkpoint
+from architectures.memory import model_memory
 from architectures.model import load_model
 from architectures.model_files import hashed_meanwhile, weight_files
 from architectures.tokenizer import Tokenizer
-from cluster.nodes import Worker, alive_nodes
+from cluster.nodes import Worker, first_that_fits
 from cluster.pool import several_on_nodes
-from cluster.session import cluster_for
+from cluster.session import cluster_for, path_on_nodes
 from cluster.watch import Watch
 from cluster.worker import Tell, Work
 from common.errors import TraceError
-from predictor.collection.memory import worker_memory
 from predictor.collection.recorder import Recorder, read_down_norms, read_layer_weights
 from predictor.collection.settings import CollectConfig
 from predictor.collection.text import Text, TextShard, token_bar
@@ -126,15 +125,21 @@ def collection_on_nodes(
     blocks = max(header.layers) + 1
 
     def takes(blocks: int) -> Worker:
-        memory = worker_memory(checkpoint, header, blocks)
+        memory = model_memory(
+            checkpoint,
+            getattr(torch, header.compute_dtype),
+            blocks=blocks,
+            windows=header.batch,
+            context=header.context,
+            head=False,
+        )
         return Worker(cpus=config.ray_cpus, gpus=config.ray_gpus, memory=memory)
 
     def chosen() -> Worker:
         if config.ray_gpus or config.weights == "streamed":
             return takes(1)
         whole = takes(blocks)
-        fits = any(whole.times(node) for node in alive_nodes())
-        return whole if fits or config.weights == "resident" else takes(1)
+        return first_that_fits(whole, *[takes(1)] * (config.weights == "auto"))
 
     read = weight_files(checkpoint)
     with cluster_for(config.ray, chosen, read=read, out=config.out, note=note) as (worker, parts):
@@ -144,7 +149,7 @@ def collection_on_nodes(
         if weights == "streamed":
             note("weights: streamed block by block, no node's memory holds the model")
         run = _Run(
-            model=str(Path(config.model).absolute()) if exists(config.model) else config.model,
+            model=path_on_nodes(config.model),
             header=header,
             parts=parts,
             device=config.device,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
+
+import torch
 
 from common.errors import PredictorError
 from common.typed_json import parse, plain
@@ -33,6 +37,24 @@ _ERRORS = 2
 _TYPICAL = 0.5
 """Divergence per `OperatingPoint.error`, summed over layers, before it was measured: 0.36 to 0.48
 in all but the first layer of the testbed (docs/decisions/0007)."""
+
+
+class Measure(Protocol):
+    """Runs a model with an artifact's predictors."""
+
+    def __call__(self, priced: Priced, *, every: int) -> Quality:
+        """Return what predictors do at an operating point, on one of `every` windows."""
+
+
+@contextmanager
+def measured_by(artifact: PredictorArtifact, model: PredictedModel) -> Iterator[Measure]:
+    """Let a model in this process be run."""
+
+    def measure(priced: Priced, *, every: int) -> Quality:
+        predictors = folded(artifact, {n: p.thresholds for n, p in priced.points.items()})
+        return model.quality(predictors, float(priced.sign), every=every)
+
+    yield measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +90,7 @@ def choose_thresholds(
     artifact: PredictorArtifact,
     bound: Bound,
     ffn_matrices: int,
-    open_model: Callable[[], PredictedModel],
+    open_measure: Callable[[], AbstractContextManager[Measure]],
 ) -> None:
     """Choose the thresholds of all layers, store them with their metrics and what was tried.
 
@@ -76,7 +98,7 @@ def choose_thresholds(
         artifact: complete, with curves.
         bound: what to keep to.
         ffn_matrices: matrices of an FFN.
-        open_model: loads the model; called only to keep to a gap.
+        open_measure: loads the model; called only to keep to a gap.
 
     Raises:
         PredictorError: the bound is out of reach; layers stay as they were.
@@ -92,14 +114,9 @@ def choose_thresholds(
         chosen, points = price_for_bytes(layers, bound.ffn_bytes)
     else:
         assert bound.max_ppl_gap is not None
-        model = open_model()
-
-        def measure(priced: Priced, every: int = 1) -> Quality:
-            predictors = folded(artifact, priced.points)
-            return model.quality(predictors, float(priced.sign), every=every)
-
-        glance = partial(measure, every=_GLANCED)
-        chosen, points = price_for_gap(layers, bound.max_ppl_gap, measure, glance)
+        with open_measure() as measure:
+            whole, glance = (partial(measure, every=every) for every in (1, _GLANCED))
+            chosen, points = price_for_gap(layers, bound.max_ppl_gap, whole, glance)
     for n, layer in measured.items():
         point = chosen.points.get(n)
         artifact.layers[n] = _metrics(layer, point, layers.costs[n], layers.least)
@@ -144,12 +161,17 @@ def _finite(point: SearchPoint) -> SearchPoint:
 
 
 def folded(
-    artifact: PredictorArtifact, points: Mapping[int, OperatingPoint]
+    artifact: PredictorArtifact, thresholds: Mapping[int, torch.Tensor]
 ) -> dict[int, Predictor]:
-    """Return every layer's predictor with the thresholds of an operating point folded in."""
+    """Return the predictors of layers with an operating point's thresholds folded in.
+
+    Args:
+        artifact: it holds them.
+        thresholds: layer number to (d_ff,) float32.
+    """
     return {
-        n: artifact.layer(n, folded=False).folded(point.thresholds).predictor()
-        for n, point in points.items()
+        n: artifact.layer(n, folded=False).folded(each).predictor()
+        for n, each in thresholds.items()
     }
 
 

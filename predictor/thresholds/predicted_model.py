@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from architectures.checkpoint import Checkpoint
-from architectures.model import LoadedModel, choose_device, load_model
+from architectures.model import choose_device, load_model
 from architectures.windows import document_windows, first_tokens, growth_error
 from common.documents import read_documents
 from common.text_sources.names import Sources
@@ -82,8 +82,62 @@ def held_out_windows(
     return windows
 
 
-class PredictedModel:
+class MaskedModel:
     """A model whose FFN neurons can be masked by predictors, see `predictor.masking`."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str, weights: str = "auto") -> None:
+        """Load the model.
+
+        Args:
+            checkpoint: the model.
+            device: torch device; on the CPU the model runs in float32.
+            weights: see `load_model`.
+
+        Raises:
+            CheckpointError: the device is not there or too small.
+        """
+        device = choose_device(device)
+        dtype = measured_dtype(checkpoint, device)
+        self._model = load_model(checkpoint, dtype=dtype, device=device, weights=weights)
+        self._masks = PredictorMasks(self._model, checkpoint.architecture)
+
+    @torch.inference_mode()
+    def log_probabilities(self, window: list[int]) -> torch.Tensor:
+        """Return (tokens - 1, vocab_size) float32 log-probabilities on the CPU."""
+        logits = self._model.logits(torch.tensor([window]))[0, :-1]
+        return log_softmax(logits.float(), dim=-1).cpu()
+
+    @torch.inference_mode()
+    def compared(
+        self,
+        windows: Iterable[tuple[list[int], torch.Tensor]],
+        predictors: Mapping[int, Predictor],
+        threshold: float,
+    ) -> list[torch.Tensor]:
+        """Run windows with predictors in place.
+
+        Args:
+            windows: token ids, and their log-probabilities without predictors, float16.
+            predictors: layer number to predictor; other layers compute every neuron.
+            threshold: neurons whose logit is below it are skipped.
+
+        Returns:
+            (4,) float64 of each window, for `quality_of`.
+        """
+        with self._masks.placed(predictors, threshold):
+            return [self._compared(window, dense.float()) for window, dense in windows]
+
+    def _compared(self, window: list[int], dense: torch.Tensor) -> torch.Tensor:
+        complete = dense
+        if self._masks.fatrelu:
+            self._masks.complete = True
+            complete = self.log_probabilities(window)
+            self._masks.complete = False
+        return _compare(window, dense, complete, self.log_probabilities(window))
+
+
+class PredictedModel:
+    """A model and windows, for several sets of predictors."""
 
     def __init__(self, checkpoint: Checkpoint, windows: Sequence[list[int]], device: str) -> None:
         """Load the model and compute its own predictions on the windows.
@@ -91,24 +145,14 @@ class PredictedModel:
         Args:
             checkpoint: the model.
             windows: token ids, each window by itself.
-            device: torch device; on the CPU the model runs in float32.
+            device: see `MaskedModel`.
 
         Raises:
             CheckpointError: the device is not there or too small.
         """
-        device = choose_device(device)
-        dtype = torch.float32 if device == "cpu" else checkpoint.dtype
-        self._model: LoadedModel = load_model(checkpoint, dtype=dtype, device=device)
-        self._windows = windows
-        self._masks = PredictorMasks(self._model, checkpoint.architecture)
+        self._model, self._windows = MaskedModel(checkpoint, device), windows
         bar = tqdm(windows, unit="window", desc="dense model", disable=None)
-        self._dense = [self._log_probabilities(window).half() for window in bar]
-
-    @torch.inference_mode()
-    def _log_probabilities(self, window: list[int]) -> torch.Tensor:
-        """Return (tokens - 1, vocab_size) float32 log-probabilities on the CPU."""
-        logits = self._model.logits(torch.tensor([window]))[0, :-1]
-        return log_softmax(logits.float(), dim=-1).cpu()
+        self._dense = [self._model.log_probabilities(window).half() for window in bar]
 
     def quality(
         self, predictors: Mapping[int, Predictor], threshold: float, *, every: int = 1
@@ -116,26 +160,22 @@ class PredictedModel:
         """Run windows with predictors in place.
 
         Args:
-            predictors: layer number to predictor; other layers compute every neuron.
-            threshold: neurons whose logit is below it are skipped.
+            predictors: see `MaskedModel.compared`.
+            threshold: likewise.
             every: how many windows there are for each that is run.
         """
         chosen = zip(self._windows[::every], self._dense[::every], strict=True)
-        with self._masks.placed(predictors, threshold):
-            windows = [self._compared(window, dense.float()) for window, dense in chosen]
-        return _quality(torch.stack(windows))
-
-    def _compared(self, window: list[int], dense: torch.Tensor) -> torch.Tensor:
-        complete = dense
-        if self._masks.fatrelu:
-            self._masks.complete = True
-            complete = self._log_probabilities(window)
-            self._masks.complete = False
-        return _compare(window, dense, complete, self._log_probabilities(window))
+        return quality_of(self._model.compared(chosen, predictors, threshold))
 
 
-def _quality(sums: torch.Tensor) -> Quality:
-    """Judge (windows, 4) float64 sums of `_compare`."""
+def measured_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """Return the type that a model is measured in."""
+    return torch.float32 if device == "cpu" else checkpoint.dtype
+
+
+def quality_of(windows: Sequence[torch.Tensor]) -> Quality:
+    """Judge what `MaskedModel.compared` returned."""
+    sums = torch.stack(list(windows))
     dense, sparse, divergence, tokens = sums.sum(0).tolist()
     growth = torch.tensor((sparse - dense) / tokens, dtype=torch.float64)
     return Quality(

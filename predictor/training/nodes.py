@@ -7,18 +7,21 @@ between machines. Its bytes are those of a layer in this process with as many th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
 from tqdm import tqdm
 
+from architectures.checkpoint import Checkpoint
+from architectures.model_files import weight_files
 from cluster.nodes import Worker
-from cluster.pool import several_on_nodes
-from cluster.session import cluster_for
+from cluster.pool import Pool
+from cluster.session import cluster_for, path_on_nodes
 from cluster.settings import worker_device
 from cluster.watch import Watch
 from cluster.worker import Tell, Work
@@ -26,17 +29,24 @@ from common.errors import COLLECT_AGAIN, TRAIN_AGAIN, PredictorError, TraceError
 from predictor.artifact import Epoch, PredictorArtifact
 from predictor.size import Size
 from predictor.tensor_files import StoredTensors, load_tensors
+from predictor.thresholds.choose import Measure
 from predictor.thresholds.curves import Curves
 from predictor.traces.manifest import MANIFEST
 from predictor.traces.store import TraceStore
+from predictor.training.held_out import HeldOut
 from predictor.training.layer import LayerTrainer
+from predictor.training.measuring import measuring_on_nodes
 from predictor.training.memory import layer_memory
 from predictor.training.settings import TrainConfig
 from predictor.training.sizes import scout
 from predictor.training.trainer import layer_trainer
-from predictor.training.workers import Commit, Shown
+from predictor.training.workers import Commit, Shown, Workers
 
 _CURVES = ("thresholds", "computed", "hits", "missed")
+
+
+_Item = tuple[int, Size | tuple[Size, ...]]
+"""A layer, with the size to train it in or those to scout."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,32 +92,53 @@ class _Trained:
 class Nodes:
     """Layers on the nodes of a cluster; see `predictor.training.workers.Workers`."""
 
-    def __init__(self, run: _Run, worker: Worker, note: Callable[[str], None]) -> None:
-        """Name the run, what a worker takes of a node, and who takes lines for the user."""
-        self._run, self._worker, self._note = run, worker, note
+    def __init__(
+        self,
+        run: _Run,
+        worker: Worker,
+        pool: Pool[_Item, Any],
+        note: Callable[[str], None],
+    ) -> None:
+        """Take what workers do.
+
+        Args:
+            run: what they know of it.
+            worker: what each takes of a node.
+            pool: of them.
+            note: takes lines for the user.
+        """
+        self._run, self._worker, self._pool, self._note = run, worker, pool, note
 
     def scouted(
         self, sizes: Mapping[int, Sequence[Size]], bar: tqdm
     ) -> Iterator[tuple[int, Mapping[Size, Curves]]]:
         """Yield every layer with the curves of its scouts."""
         items = [(layer, tuple(each)) for layer, each in sizes.items()]
-        start = partial(_scouting, self._run)
-        watch = self._watch(bar)
-        for (layer, each), stored in several_on_nodes(
-            start, items, self._worker, watch, most=len(items)
-        ):
-            bar.update(len({size.rank for size in each}))
+        for (layer, _), stored in self._pool.made(items, self._watch(bar)):
+            bar.update(len({size.rank for size in stored}))
             yield layer, {size: _read_curves(stored[size]) for size in stored}
 
     def trained(self, sizes: Mapping[int, Size], shown: Shown) -> Iterator[tuple[int, Commit]]:
         """Yield every layer with what commits it."""
-        start = partial(_training, self._run)
-        watch = self._watch(shown.bar)
-        for (layer, _), made in several_on_nodes(
-            start, sizes.items(), self._worker, watch, most=len(sizes)
-        ):
+        for (layer, _), made in self._pool.made(sizes.items(), self._watch(shown.bar)):
             shown.whole(layer, made.epochs)
             yield layer, partial(made.commit, layer)
+
+    def measuring(
+        self, artifact: PredictorArtifact, held: HeldOut
+    ) -> AbstractContextManager[Measure]:
+        """See `predictor.training.workers.Workers`."""
+        config = self._run.config
+        self._pool.close()  # the model wants its room
+        return measuring_on_nodes(
+            artifact,
+            replace(held, model=path_on_nodes(held.model)),
+            asked=self._worker,
+            device=config.device,
+            parts=self._run.parts,
+            note=self._note,
+            verbose=config.verbose,
+        )
 
     def _watch(self, bar: tqdm) -> Watch:
         verbose = self._run.config.verbose
@@ -115,7 +146,7 @@ class Nodes:
 
 
 @contextmanager
-def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[Nodes]:
+def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[Workers]:
     """Start or reach the cluster of a run, and make sure that it can do the work.
 
     Args:
@@ -133,6 +164,8 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[No
         memory=layer_memory(store.header, store.rows),
     )
     device, read = worker_device(config.device, config.ray_gpus), [store.path / MANIFEST]
+    if trainer.bound is not None and trainer.bound.ffn_bytes is None:
+        read += weight_files(Checkpoint.open(config.model or store.header.model))
     with cluster_for(config.ray, worker, read=read, out=config.out, note=note) as (worker, parts):
         known = replace(
             config,
@@ -141,7 +174,10 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[No
             device=device,
             ray=None,
         )
-        yield Nodes(_Run(config=known, identity=store.identity, parts=parts), worker, note)
+        run = _Run(config=known, identity=store.identity, parts=parts)
+        pool: Pool[_Item, Any]
+        with Pool(partial(_training, run), worker, most=len(store.header.layers)) as pool:
+            yield Nodes(run, worker, pool, note)
 
 
 def _named(item: tuple[int, object]) -> str:
@@ -160,39 +196,35 @@ def _trainer(run: _Run) -> LayerTrainer:
     return layer_trainer(run.config, store)
 
 
-def _training(run: _Run) -> Work[tuple[int, Size], _Trained]:
-    """Open the traces and return how a layer is trained and stored."""
+def _training(run: _Run) -> Work[_Item, Any]:
+    """Open the traces and return how a layer is scouted for sizes, or trained, and stored."""
     trainer = _trainer(run)
 
-    def train(item: tuple[int, Size], tell: Tell) -> _Trained:
+    def make(item: _Item, tell: Tell) -> Any:
         layer, size = item
-        result = trainer.run(layer, size, lambda steps: tell(1), lambda epochs: None)
-        curves = None
-        if result.curves is not None:
-            curves = StoredTensors.save(run.file(f"curves-{layer}"), result.curves.tensors())
-        return _Trained(
-            predictor=StoredTensors.save(run.file(f"layer-{layer}"), vars(result.predictor)),
-            curves=curves,
-            metrics=result.metrics,
-            epochs=tuple(result.epochs),
-        )
-
-    return train
-
-
-def _scouting(run: _Run) -> Work[tuple[int, tuple[Size, ...]], dict[Size, StoredTensors]]:
-    """Open the traces and return how a layer is scouted for sizes, whose curves are stored."""
-    trainer = _trainer(run)
-
-    def find(item: tuple[int, tuple[Size, ...]], tell: Tell) -> dict[Size, StoredTensors]:
-        layer, sizes = item
-        found = scout(trainer, layer, sizes, on_scout=lambda: tell(1))
+        if isinstance(size, Size):
+            return _trained(run, trainer, layer, size, tell)
+        found = scout(trainer, layer, size, on_scout=lambda: tell(1))
         return {
-            size: StoredTensors.save(run.file(f"scout-{layer}"), _curve_tensors(curves))
-            for size, curves in found.items()
+            each: StoredTensors.save(run.file(f"scout-{layer}"), _curve_tensors(curves))
+            for each, curves in found.items()
         }
 
-    return find
+    return make
+
+
+def _trained(run: _Run, trainer: LayerTrainer, layer: int, size: Size, tell: Tell) -> _Trained:
+    """Train and store a layer."""
+    result = trainer.run(layer, size, lambda steps: tell(1), lambda epochs: None)
+    curves = None
+    if result.curves is not None:
+        curves = StoredTensors.save(run.file(f"curves-{layer}"), result.curves.tensors())
+    return _Trained(
+        predictor=StoredTensors.save(run.file(f"layer-{layer}"), vars(result.predictor)),
+        curves=curves,
+        metrics=result.metrics,
+        epochs=tuple(result.epochs),
+    )
 
 
 def _curve_tensors(curves: Curves) -> dict[str, torch.Tensor]:

@@ -11,26 +11,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from architectures.checkpoint import Checkpoint
 from architectures.model import choose_device
-from architectures.model_files import compare_files, weight_files
-from architectures.rounded import rounded
-from architectures.windows import LEAST_TOKENS
 from common.documents import look_at_documents
 from common.errors import PredictorError
 from common.files import refuse_existing, remove_output
-from common.hashing import hash_files
 from common.machine import bfloat16_note
 from common.outputs import written_whole
 from common.text_sources.names import need_repeatable
 from cost_model.hardware import load_hardware
 from predictor.artifact import INDEX, PredictorArtifact, PredictorHeader
 from predictor.dense_layer import worth_line
-from predictor.thresholds.choose import choose_thresholds, leave_out_unpaid
-from predictor.thresholds.predicted_model import PredictedModel, held_out_windows
-from predictor.traces.holdout import choose_documents
+from predictor.thresholds.choose import Measure, choose_thresholds, leave_out_unpaid
 from predictor.traces.store import TraceStore
 from predictor.training.checks import check_activity, check_importance, check_outtype, check_ranks
+from predictor.training.held_out import held_out
 from predictor.training.layer import LayerTrainer
 from predictor.training.settings import TrainConfig, possible_sizes
 from predictor.training.sizes import choose_sizes
@@ -87,8 +81,8 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
         artifact = _open_artifact(trainer)
         _set_sizes(trainer, artifact, weight, workers)
         _train_missing(trainer, artifact, layers, workers)
-    if artifact.complete:
-        _choose(trainer, artifact, note)
+        if artifact.complete:
+            _choose(trainer, artifact, workers, note)
     return artifact
 
 
@@ -101,19 +95,21 @@ def _workers(trainer: LayerTrainer, note: Note) -> AbstractContextManager[Worker
     return nodes_for(trainer, note)
 
 
-def _choose(trainer: LayerTrainer, artifact: PredictorArtifact, note: Note) -> None:
+def _choose(
+    trainer: LayerTrainer, artifact: PredictorArtifact, workers: Workers, note: Note
+) -> None:
     """Choose thresholds where there is a bound, and the layers that are worth a predictor."""
     config, store = trainer.config, trainer.store
     matrices = store.header.ffn_matrices
     if trainer.bound is None:
         leave_out_unpaid(artifact, matrices)
     else:
-        choose_thresholds(
-            artifact,
-            trainer.bound,
-            matrices,
-            lambda: _held_out_model(config, trainer.outtype, store, note),
-        )
+
+        def open_measure() -> AbstractContextManager[Measure]:
+            held = held_out(config, trainer.outtype, store, note)
+            return workers.measuring(artifact, held)
+
+        choose_thresholds(artifact, trainer.bound, matrices, open_measure)
     if artifact.dense:
         note(worth_line(artifact.ffn_bytes, artifact.dense))
 
@@ -223,36 +219,3 @@ def _check_text(config: TrainConfig, store: TraceStore, note: Note) -> None:
         look_at_documents(config.data, field, template, config.eval_tokens, note)
     else:
         need_repeatable(header.data, f"the held-out part of {store.path}", "pass --data")
-
-
-def _held_out_model(
-    config: TrainConfig, outtype: str, store: TraceStore, note: Note
-) -> PredictedModel:
-    """Load the traces' model, in the type that it will be exported in, with windows to run."""
-    checkpoint = Checkpoint.open(config.model or store.header.model)
-    for line in checkpoint.notes:
-        note(line)
-    if checkpoint.fingerprint != store.header.model_fingerprint:
-        raise PredictorError(
-            f"{checkpoint.path}: its weights or sizes differ from the model that {store.path} was "
-            "made of",
-            "pass that one as --model",
-        )
-    known = store.progress.model_files
-    found = hash_files(weight_files(checkpoint)) if known else ()
-    if (other := compare_files(checkpoint, found, known, store.path)) is not None:
-        note(other)
-    held = choose_documents(store.segments, config.holdout, config.seed)
-    windows = held_out_windows(
-        store.header, checkpoint, held, data=config.data, tokens=config.eval_tokens, note=note
-    )
-    tokens = sum(map(len, windows))
-    if tokens < LEAST_TOKENS:
-        raise PredictorError(
-            f"{tokens} tokens of held-out text are too few to measure a perplexity gap",
-            "collect from more text, raise --holdout, or pass --data",
-        )
-    note(f"measuring the perplexity gap on {tokens} held-out tokens, the model in {outtype}")
-    # What a GGUF file stores in that type stays as it is, whatever else is in it.
-    as_asked = checkpoint if config.outtype is None else rounded(checkpoint, outtype)
-    return PredictedModel(as_asked, windows, config.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
@@ -11,7 +12,10 @@ from tqdm import tqdm
 from common.overlap import several_at_once
 from predictor.artifact import Epoch, PredictorArtifact
 from predictor.size import Size
+from predictor.thresholds.choose import Measure, measured_by
 from predictor.thresholds.curves import Curves
+from predictor.thresholds.predicted_model import PredictedModel
+from predictor.training.held_out import HeldOut
 from predictor.training.layer import LayerResult, LayerTrainer
 from predictor.training.sizes import scout
 
@@ -38,6 +42,16 @@ class Workers(Protocol):
         Args:
             sizes: layer number to the size of its predictor.
             shown: is told of steps and epochs.
+        """
+
+    def measuring(
+        self, artifact: PredictorArtifact, held: HeldOut
+    ) -> AbstractContextManager[Measure]:
+        """Load the model that a gap is measured with.
+
+        Args:
+            artifact: complete.
+            held: model and text.
         """
 
 
@@ -70,6 +84,13 @@ class Threads:
 
         for layer, result in several_at_once(work, list(sizes), self._trainer.jobs):
             yield layer, partial(_commit, layer, result)
+
+    def measuring(
+        self, artifact: PredictorArtifact, held: HeldOut
+    ) -> AbstractContextManager[Measure]:
+        """See `Workers`."""
+        device = self._trainer.config.device
+        return measured_by(artifact, PredictedModel(held.checkpoint(), held.windows, device))
 
 
 def _commit(layer: int, result: LayerResult, artifact: PredictorArtifact) -> None:
