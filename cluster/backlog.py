@@ -21,7 +21,7 @@ _SLOW = 1.5
 speculation.multiplier was until 3.5)."""
 
 _REMEMBERED = 256
-"""Items of which the median is taken, the last ones."""
+"""Items of one kind of which the median is taken, the last ones."""
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class Backlog(Generic[Item, Made]):
         self._open: dict[int, Entry[Item]] = {}
         self._made: dict[int, tuple[Item, Made]] = {}
         self._taken = self._given = 0
-        self._took: deque[float] = deque(maxlen=_REMEMBERED)
+        self._took: dict[type, deque[float]] = {}
 
     @property
     def finished(self) -> bool:
@@ -91,12 +91,15 @@ class Backlog(Generic[Item, Made]):
         return entry
 
     def _slow(self, now: float) -> Entry[Item] | None:
-        if not self._took:
-            return None
-        most = _SLOW * median(self._took)
-        alone = [entry for entry in self._open.values() if len(entry.since) == 1]
-        slow = [entry for entry in alone if now - min(entry.since.values()) > most]
-        return min(slow, key=lambda entry: min(entry.since.values()), default=None)
+        usual = {kind: median(took) for kind, took in self._took.items()}
+        slow = [
+            (since, entry)
+            for entry in self._open.values()
+            if len(entry.since) == 1 and type(entry.item) in usual
+            for since in entry.since.values()
+            if now - since > _SLOW * usual[type(entry.item)]
+        ]
+        return min(slow, key=lambda found: found[0], default=(0.0, None))[1]
 
     def lost(self, entry: Entry[Item], worker: str) -> None:
         """Take an item back from a worker that died."""
@@ -119,7 +122,8 @@ class Backlog(Generic[Item, Made]):
             return False
         if entry in self._returned:
             self._returned.remove(entry)
-        self._took.append(now - begun)
+        took = self._took.setdefault(type(entry.item), deque(maxlen=_REMEMBERED))
+        took.append(now - begun)
         self._made[entry.number] = entry.item, made
         return True
 

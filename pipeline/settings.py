@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cluster.settings import RayAddress, RayCpus, RayGpus, Verbose
 from common.errors import SettingsError
 from common.settings import (
     Device,
@@ -112,6 +113,10 @@ class RunConfig:
     generate: Annotated[int, option_of(BenchConfig, "generate")] = BenchConfig.generate
     repeats: Annotated[int, option_of(BenchConfig, "repeats")] = BenchConfig.repeats
     device: Device = "auto"
+    ray: RayAddress = None
+    ray_cpus: RayCpus = 1
+    ray_gpus: RayGpus = 0.0
+    verbose: Verbose = False
     threads: Threads = 2
     seed: Seed = 0
     dry_run: Annotated[bool, Option("Print the plan and end; nothing is written.")] = False

@@ -28,6 +28,7 @@ STATE = "run.json"
 _NOT_DECISIVE = {
     *("out", "traces", "predictors", "file", "dense_gguf", "directories", "powerinfer_bin"),
     *("report", "resume", "force", "timeout", "save_every", "log_every", "eval_every", "jobs"),
+    *("ray", "ray_cpus", "ray_gpus", "verbose"),
 }
 """Settings of steps that say where something lies or how to go on, and change no result."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from architectures.source import Source
 from common.errors import ExportError
@@ -47,6 +48,10 @@ Inputs = Mapping[str, Callable[[], Iterable[Path]]]
 _SPARSIFY = "sparsify"
 
 
+_SPREAD = ("ray", "ray_cpus", "ray_gpus", "verbose")
+"""Settings of the commands that can run on a cluster."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
     """The settings of every command of a run; making them refuses what they refuse.
@@ -77,6 +82,7 @@ class StepSettings:
         """
         layout = Layout.of(config)
         model = str(layout.sparse_model) if config.sparsify else config.model
+        spread: dict[str, Any] = {name: getattr(config, name) for name in _SPREAD}
         return cls(
             sparsify=_sparsify(config, layout, context) if config.sparsify else None,
             collect=CollectConfig(
@@ -92,6 +98,7 @@ class StepSettings:
                 weights=config.weights,
                 device=config.device,
                 seed=config.seed,
+                **spread,
             ),
             train=TrainConfig(
                 traces=layout.traces,
@@ -105,6 +112,7 @@ class StepSettings:
                 model=model,
                 device=config.device,
                 seed=config.seed,
+                **spread,
             ),
             export=ExportConfig(
                 model=model,
@@ -190,7 +198,7 @@ def steps_of(
     }
     return [
         *steps,
-        _collect_step(settings, layout, {"model": model, **data}),
+        _collect_step(settings, layout, {"model": model, **data}, note),
         _train_step(settings, layout, {"traces": traces, "model": model}, note),
         _export_step(settings, layout, {"predictors": predictors, "model": model}),
         _verify_step(settings, layout, {"bundle": bundle, "model": model}),
@@ -232,14 +240,14 @@ def _hold_out_step(config: RunConfig, text: TextPlan, layout: Layout, data: Inpu
     )
 
 
-def _collect_step(settings: StepSettings, layout: Layout, inputs: Inputs) -> Step:
+def _collect_step(settings: StepSettings, layout: Layout, inputs: Inputs, note: Note) -> Step:
     return Step(
         name="collect",
         settings=(settings.collect,),
         inputs=inputs,
         made=(layout.traces,),
         outputs=partial(_just, layout.traces / "manifest.json"),
-        work=lambda resume: _collect(replace(settings.collect, resume=resume)),
+        work=lambda resume: _collect(replace(settings.collect, resume=resume), note),
     )
 
 
@@ -313,9 +321,12 @@ def _export(config: ExportConfig) -> None:
         split(config.split)
 
 
-def _collect(config: CollectConfig) -> None:
+def _collect(config: CollectConfig, note: Note) -> None:
     making = Making.begin(config)
-    making.traces(collect(config))
+    if config.ray is None:
+        making.traces(collect(config))  # what it would tell is in the plan
+    else:
+        making.traces(collect(config, note))
 
 
 def _train(config: TrainConfig, note: Note) -> None:

@@ -221,6 +221,23 @@ def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
     assert capfd.readouterr().out == ""
 
 
+def test_a_straggler_is_made_twice_and_items_come_in_order(nodes: Nodes, tmp_path: Path) -> None:
+    def slow_once(number: int, tell: Tell) -> int:
+        file = tmp_path / "begun"
+        if number == 1 and not file.exists():
+            file.touch()
+            time.sleep(60)
+        time.sleep(0.1)
+        return -number
+
+    begun, notes = time.monotonic(), list[str]()
+    found = list(made_of(slow_once, range(6), notes=notes, ordered=True))
+    assert found == [(number, -number) for number in range(6)]
+    assert time.monotonic() - begun < 30
+    assert any(line.startswith("1 takes long and is made on ") for line in notes), notes
+    assert sum(": " in line and " numbers in " in line for line in notes) >= 1, notes
+
+
 def test_nodes_that_cannot_do_the_work_are_refused_before_it(
     nodes: Nodes, deep_traces: TraceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
