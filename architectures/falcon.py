@@ -97,7 +97,7 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
     The FFN's norm comes first: PowerInfer calls it `attn_norm` in either layout.
     """
     ffn_norm = next(iter(norms))
-    embedding = "transformer.word_embeddings"
+    embedding, output_norm = "transformer.word_embeddings", "transformer.ln_f"
     blocks = in_blocks(
         _LAYERS,
         *(rule for names in norms.items() for rule in with_bias(*names, "d_model")),
@@ -118,7 +118,9 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
         claims=lambda config: _two_norms(config) is two_norms,
         gguf_name="falcon",
         dense_note=None,
+        embeddings=(embedding,),
         layers=_LAYERS,
+        output_norm=output_norm,
         predictor_input=ffn_norm,
         activation_taps=("mlp.dense_h_to_4h",),
         ffn_output="mlp.dense_4h_to_h",
@@ -129,7 +131,7 @@ def _falcon(norms: dict[str, str], two_norms: bool) -> Architecture:
         ffn_matrices=2,
         tensors=(
             weight(embedding, "token_embd", "vocab_size", "d_model"),
-            *with_bias("transformer.ln_f", "output_norm", "d_model"),
+            *with_bias(output_norm, "output_norm", "d_model"),
             weight("lm_head", "output", "vocab_size", "d_model", tied_to=embedding),
             *blocks,
         ),

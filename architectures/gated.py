@@ -205,9 +205,10 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
 
 _LAYERS = "model.layers"
 _EMBEDDING = "model.embed_tokens"
+_NORM = "model.norm"
 _TENSORS = (
     weight(_EMBEDDING, "token_embd", "vocab_size", "d_model", scale="embedding_scale"),
-    weight("model.norm", "output_norm", "d_model"),
+    weight(_NORM, "output_norm", "d_model"),
     weight("lm_head", "output", "vocab_size", "d_model", tied_to=_EMBEDDING, scale="output_scale"),
     *in_blocks(
         _LAYERS,
@@ -239,7 +240,9 @@ LLAMA = Architecture(
         "dense file for timing only: llama.cpp and PowerInfer compute SiLU for arch llama in "
         "dense mode, so the text of this ReLU model is wrong"
     ),
+    embeddings=(_EMBEDDING,),
     layers=_LAYERS,
+    output_norm=_NORM,
     predictor_input="post_attention_layernorm",
     activation_taps=("mlp.gate_proj",),
     ffn_output="mlp.down_proj",

@@ -2,7 +2,8 @@
 
 The model is built empty and filled tensor by tensor from the family's rules, so constants are
 folded, every file format is read by one path and no code from the checkpoint is run. Blocks that do
-not fit the device are streamed: read when their turn comes and dropped right after.
+not fit the device are streamed: read when their turn comes and dropped right after. A model may
+also be a range of its blocks, which takes the residual from the blocks before and gives it on.
 """
 
 from __future__ import annotations
@@ -25,48 +26,87 @@ _REFUSED = "DefaultCPUAllocator"
 """In the text of the RuntimeError by which torch says that main memory ran out."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedModel:
     """A model ready to run.
 
     Attributes:
         causal_lm: transformers' model; without `head` its output head is empty.
-        blocks: its blocks in order, the first ones if not all were asked for.
+        blocks: its blocks in order, those that were asked for.
+        layers: their numbers.
+        n_layers: blocks of the whole model.
+        dtype: what it computes in.
         streamed: whether blocks are read anew at every use.
         device: where it runs.
     """
 
     causal_lm: nn.Module
     blocks: list[nn.Module]
+    layers: range
+    n_layers: int
+    dtype: torch.dtype
     streamed: bool
     device: str
 
+    def block(self, layer: int) -> nn.Module:
+        """Return the block of that number."""
+        return self.blocks[self.layers.index(layer)]
+
     @torch.inference_mode()
-    def run(self, tokens: torch.Tensor) -> None:
-        """Run the blocks on (batch, length) int64 token ids for the sake of their hooks."""
-        base: Any = self.causal_lm.base_model
-        with enough_memory(self.device):
-            base(input_ids=tokens.to(self.device), use_cache=False)
+    def through(self, entering: torch.Tensor) -> torch.Tensor:
+        """Run the blocks, one batch from its first token on.
+
+        Ranges one after the other compute what the whole model does, bit for bit on a CPU.
+
+        Args:
+            entering: where block 0 is among the blocks (batch, length) int64 token ids, else the
+                residual before the first of them, (batch, length, d_model) in the model's dtype.
+
+        Returns:
+            The residual behind the last of the blocks, (batch, length, d_model) in the model's
+            dtype, on its device.
+        """
+        left: list[Any] = []
+        hook = self.blocks[-1].register_forward_hook(lambda block, args, out: left.append(out))
+        try:
+            self._run_base(entering)
+        finally:
+            hook.remove()
+        (output,) = left
+        residual: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return residual
 
     @torch.inference_mode()
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return (batch, length, vocab_size) logits of (batch, length) int64 token ids."""
+        """Return (batch, length, vocab_size) logits of (batch, length) int64 token ids.
+
+        The model must be whole.
+        """
+        assert self.layers == range(self.n_layers)
         with enough_memory(self.device):
             output = self.causal_lm(input_ids=tokens.to(self.device), use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 
     @torch.inference_mode()
-    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return what the head reads, (batch, length, width), of (batch, length) int64 ids.
+    def hidden(self, entering: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads, (batch, length, width), of what `through` takes.
 
-        Ids to the right of a row's own change nothing before them.
+        The last block must be among the model's. Ids to the right of a row's own change nothing
+        before them.
         """
+        assert self.layers.stop == self.n_layers
+        hidden: torch.Tensor = self._run_base(entering).last_hidden_state
+        return hidden
+
+    def _run_base(self, entering: torch.Tensor) -> Any:
+        """Run all but the head on what `through` takes."""
+        first = self.layers.start == 0
+        assert entering.dtype == (torch.int64 if first else self.dtype)
         base: Any = self.causal_lm.base_model
         with enough_memory(self.device):
-            output = base(input_ids=tokens.to(self.device), use_cache=False)
-        hidden: torch.Tensor = output.last_hidden_state
-        return hidden
+            given = {"input_ids" if first else "inputs_embeds": entering.to(self.device)}
+            return base(**given, use_cache=False)
 
     @torch.inference_mode()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -82,22 +122,25 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: str,
-    n_blocks: int | None = None,
+    layers: range | None = None,
     weights: str = "auto",
     weight_budget: int | None = None,
     head: bool = True,
 ) -> LoadedModel:
     """Build the model and load its weights.
 
+    Of a range of blocks nothing else is read or held: embeddings with block 0 alone, the last norm
+    and the head with the last block alone.
+
     Args:
         checkpoint: the opened checkpoint.
         dtype: floating type to run in.
         device: torch device, or `auto`.
-        n_blocks: load the first blocks only; None loads all.
+        layers: numbers of the blocks to load, one after the other; None loads all.
         weights: `resident` keeps every block on the device, `streamed` reads blocks when they run,
             `auto` streams if they would not fit.
         weight_budget: bytes of blocks that fit; by default what `common.machine` says.
-        head: load the output head too.
+        head: load the output head too, where the last block is loaded.
 
     Raises:
         CheckpointError: the device is not there or too small.
@@ -110,20 +153,36 @@ def load_model(
         model.requires_grad_(False).eval()
         stack = model.get_submodule(architecture.layers)
         assert isinstance(stack, nn.ModuleList)
-        del stack[shape.n_layers if n_blocks is None else n_blocks :]
+        layers = _checked(range(shape.n_layers) if layers is None else layers, shape.n_layers)
+        del stack[layers.stop :]
+        del stack[: layers.start]
         blocks = list(stack)
         if weights == "auto":
             size = len(blocks) * block_bytes(checkpoint, dtype)
             budget = machine.weight_budget(device) if weight_budget is None else weight_budget
             weights = "streamed" if size > budget else "resident"
-        _fill_rest(model, checkpoint, dtype, device, head)
-        for layer, block in enumerate(blocks):
+        _fill_rest(model, checkpoint, layers, dtype, device, head)
+        for layer, block in zip(layers, blocks, strict=True):
             read = partial(_block_state, checkpoint, layer, dtype, device)
             if weights == "streamed":
                 _stream(block, read)
             else:
                 block.load_state_dict(read(), assign=True)
-    return LoadedModel(model, blocks, weights == "streamed", device)
+    return LoadedModel(
+        causal_lm=model,
+        blocks=blocks,
+        layers=layers,
+        n_layers=shape.n_layers,
+        dtype=dtype,
+        streamed=weights == "streamed",
+        device=device,
+    )
+
+
+def _checked(layers: range, n_layers: int) -> range:
+    assert layers.step == 1
+    assert 0 <= layers.start < layers.stop <= n_layers
+    return layers
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
@@ -142,14 +201,36 @@ def _block_tensors(checkpoint: Checkpoint) -> Iterator[tuple[TensorRule, int]]:
             yield from ((rule, e) for layer, e in rule.places(checkpoint.shape) if layer == 0)
 
 
+class _NoEmbedding(nn.Module):
+    """In the place of an embedding before blocks that are given the residual."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what added to a residual changes no bit of it: 0 would turn -0 into 0."""
+        return torch.tensor(-0.0)
+
+
 def _fill_rest(
-    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: str, head: bool
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    layers: range,
+    dtype: torch.dtype,
+    device: str,
+    head: bool,
 ) -> None:
-    """Load what lies outside the blocks, and compute the rotary frequencies anew."""
-    for rule in checkpoint.architecture.tensors:
-        if not rule.per_layer and (head or rule.tied_to is None):
+    """Load what the blocks need outside them, and compute the rotary frequencies anew."""
+    architecture = checkpoint.architecture
+    first, last = layers.start == 0, layers.stop == checkpoint.shape.n_layers
+    for rule in architecture.tensors:
+        embeds = rule.source.rpartition(".")[0] in architecture.embeddings
+        wanted = first if embeds else last and (head or rule.tied_to is None)
+        if wanted and not rule.per_layer:
             tensor = checkpoint.read(rule).to(device, dtype)
             model.load_state_dict({rule.source: tensor}, assign=True, strict=False)
+    if not first:
+        for embedding in architecture.embeddings:
+            model.set_submodule(embedding, _NoEmbedding())
+    if not last:
+        model.set_submodule(architecture.output_norm, nn.Identity())
     base: Any = model.base_model
     if hasattr(base, "rotary_emb"):
         base.rotary_emb = type(base.rotary_emb)(config=model.config).to(device)

@@ -71,11 +71,14 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
 
 
 _LAYERS = "model.decoder.layers"
+_EMBEDDING = "model.decoder.embed_tokens"
+_POSITIONS = "model.decoder.embed_positions"
+_NORM = "model.decoder.final_layer_norm"
 _TENSORS = (
-    weight("model.decoder.embed_tokens", "token_embd", "vocab_size", "d_model"),
-    weight("model.decoder.embed_positions", "position_embd", "positions", "d_model"),
-    *with_bias("model.decoder.final_layer_norm", "output_norm", "d_model"),
-    weight("lm_head", None, "vocab_size", "d_model", tied_to="model.decoder.embed_tokens"),
+    weight(_EMBEDDING, "token_embd", "vocab_size", "d_model"),
+    weight(_POSITIONS, "position_embd", "positions", "d_model"),
+    *with_bias(_NORM, "output_norm", "d_model"),
+    weight("lm_head", None, "vocab_size", "d_model", tied_to=_EMBEDDING),
     *in_blocks(
         _LAYERS,
         *with_bias("self_attn_layer_norm", "attn_norm", "d_model"),
@@ -96,7 +99,9 @@ OPT = Architecture(
     # Its positions' table has 2050 rows, whatever the file says (llm_load_hparams).
     context_length=2048,
     dense_note="dense file for timing; PowerInfer computes ReLU, llama.cpp has no arch opt",
+    embeddings=(_EMBEDDING, _POSITIONS),
     layers=_LAYERS,
+    output_norm=_NORM,
     predictor_input="final_layer_norm",
     activation_taps=("fc1",),
     ffn_output="fc2",

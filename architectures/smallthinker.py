@@ -125,6 +125,7 @@ def _model(shape: ModelShape, config: Config) -> nn.Module:
 
 
 _EMBEDDING = "model.embed_tokens"
+_NORM = "model.norm"
 _EXPERT = "block_sparse_moe.experts.{expert}"
 
 SMALLTHINKER = Architecture(
@@ -132,7 +133,9 @@ SMALLTHINKER = Architecture(
     hf_classes=("SmallThinkerForCausalLM",),
     gguf_name="smallthinker",
     dense_note=None,
+    embeddings=(_EMBEDDING,),
     layers="model.layers",
+    output_norm=_NORM,
     predictor_input="post_attention_layernorm",
     activation_taps=(f"{_EXPERT}.gate",),
     ffn_output=f"{_EXPERT}.down",
@@ -143,7 +146,7 @@ SMALLTHINKER = Architecture(
     ffn_matrices=3,
     tensors=(
         weight(_EMBEDDING, "token_embd", "vocab_size", "d_model"),
-        weight("model.norm", "output_norm", "d_model"),
+        weight(_NORM, "output_norm", "d_model"),
         weight("lm_head", "output", "vocab_size", "d_model", tied_to=_EMBEDDING),
         *in_blocks(
             "model.layers",

@@ -190,10 +190,22 @@ class Body(nn.Module):
         self.layers = nn.ModuleList(Block(shape, layer) for layer in range(shape.n_layers))
         self.norm = RMSNorm(shape.d_model, shape.norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Hidden:
-        """Return what the head reads, for (batch, length) int64 token ids; nothing is cached."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        use_cache: bool = False,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Hidden:
+        """Return what the head reads; nothing is cached.
+
+        Args:
+            input_ids: (batch, length) int64 token ids.
+            use_cache: false.
+            inputs_embeds: in the place of ids, (batch, length, d_model), what enters the blocks.
+        """
         assert not use_cache
-        x = self.embed_tokens(input_ids)
+        assert (input_ids is None) is not (inputs_embeds is None)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for block in self.layers:
             x = block(x)
         return Hidden(self.norm(x))

@@ -228,7 +228,10 @@ class Architecture:
         context_length: the only context for which PowerInfer has a graph; None where any will do.
         dense_note: what a user must know of a dense file (`--dense`), as PowerInfer runs it; None
             where it cannot.
+        embeddings: paths in the runnable model of what makes the first block's input: the tokens'
+            embedding, and tables that are added to it.
         layers: path of the block list in the runnable model.
+        output_norm: path of the norm behind the last block.
         predictor_input: path in a block of the module whose input is the predictor's input.
         activation_taps: paths in a block of the modules whose outputs must all pass the activation
             for a neuron to be active; `{expert}` stands for the expert's number.
@@ -250,7 +253,9 @@ class Architecture:
     gguf_name: str
     context_length: int | None = None
     dense_note: str | None
+    embeddings: tuple[str, ...]
     layers: str
+    output_norm: str
     predictor_input: str
     activation_taps: tuple[str, ...]
     ffn_output: str

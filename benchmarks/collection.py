@@ -104,7 +104,7 @@ def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, objec
     for _ in range(rounds):
         start = time.perf_counter()
         for tokens in inputs:
-            bare.run(tokens)
+            bare.through(tokens)
         seconds["forward"].append(time.perf_counter() - start)
         shutil.rmtree(config.out, ignore_errors=True)
         start = time.perf_counter()
@@ -147,7 +147,7 @@ def peak_of_one_batch(config: CollectConfig) -> int:
     """Load the model and run one batch; return the peak of this process's memory, bytes."""
     checkpoint = Checkpoint.open(config.model)
     header = trace_header(config, checkpoint, "none")
-    loaded(config, checkpoint).run(padded(next(batches(config, header, checkpoint))))
+    loaded(config, checkpoint).through(padded(next(batches(config, header, checkpoint))))
     return peak_rss_bytes()
 
 

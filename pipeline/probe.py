@@ -116,7 +116,7 @@ def _recorded(
             checkpoint,
             dtype=getattr(torch, header.compute_dtype),
             device=device,
-            n_blocks=1,
+            layers=range(1),
             weights="resident",
             head=False,
         )

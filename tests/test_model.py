@@ -66,7 +66,7 @@ def test_without_head_only_the_blocks_run(written: Written) -> None:
     outputs: list[torch.Tensor] = []
     for loaded in (model, whole):
         loaded.blocks[-1].register_forward_hook(lambda *args: outputs.append(first(args[2])))
-        loaded.run(TOKENS)
+        loaded.through(TOKENS)
     assert torch.equal(*outputs)
 
 
@@ -87,15 +87,15 @@ def test_of_later_blocks_nothing_is_read(
         return read(self, rule, layer, expert)
 
     monkeypatch.setattr(Checkpoint, "read", recorded)
-    model = load(checkpoint, n_blocks=1, weights=weights, head=False)
+    model = load(checkpoint, layers=range(1), weights=weights, head=False)
     output: list[torch.Tensor] = []
     model.blocks[0].register_forward_hook(lambda *args: output.append(first(args[2])))
-    model.run(TOKENS)
+    model.through(TOKENS)
     assert len(model.blocks) == 1
     assert layers == {None, 0}
     whole = load(checkpoint)
     whole.blocks[0].register_forward_hook(lambda *args: output.append(first(args[2])))
-    whole.run(TOKENS)
+    whole.through(TOKENS)
     assert len(whole.blocks) == written.variant.config["num_hidden_layers"]
     assert torch.equal(*output)
 
@@ -113,7 +113,7 @@ def test_auto_streams_what_exceeds_the_budget(written: Written, dtype: torch.dty
         for spare in (0, -1):
             budget = n_blocks * stored + spare
             model = load_model(
-                checkpoint, dtype=dtype, device="cpu", n_blocks=n_blocks, weight_budget=budget
+                checkpoint, dtype=dtype, device="cpu", layers=range(n_blocks), weight_budget=budget
             )
             assert model.streamed is (spare < 0)
 
@@ -164,7 +164,7 @@ def test_a_device_that_is_not_there_is_one_line(tmp_path: Path, device: str) -> 
         load_model(checkpoint, dtype=torch.float32, device=device)
 
 
-@pytest.mark.parametrize("call", [LoadedModel.run, LoadedModel.logits])
+@pytest.mark.parametrize("call", [LoadedModel.through, LoadedModel.logits])
 def test_running_out_of_memory_is_one_line(tmp_path: Path, call: Any) -> None:
     model = load(Checkpoint.open(write(BY_NAME["minicpm"], tmp_path / "model", b"").path))
 

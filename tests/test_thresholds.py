@@ -60,7 +60,7 @@ def test_an_exported_file_decides_as_calibrated(
     model = load_model(Checkpoint.open(model_dir), dtype=torch.float32, device="cpu")
     norm = model.blocks[0].get_submodule("post_attention_layernorm")
     norm.register_forward_pre_hook(lambda module, args: residual.append(args[0][0]))
-    model.run(torch.tensor([tokens]))
+    model.through(torch.tensor([tokens]))
     decided = logits_of(predictor, residual[0]) >= 1.0
     assert counts[0].predicted == pytest.approx(int(decided.sum()), abs=len(tokens))
     assert 0.005 < decided.float().mean() < 0.6

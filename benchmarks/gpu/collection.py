@@ -189,7 +189,7 @@ def _batches(config: CollectConfig, checkpoint: Checkpoint) -> list[Any]:
 
 def _bare(model: LoadedModel, batches: list[torch.Tensor]) -> None:
     for tokens in batches:
-        model.run(tokens)
+        model.through(tokens)
 
 
 def _recorded(

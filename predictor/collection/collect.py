@@ -104,7 +104,7 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> None:
         checkpoint,
         dtype=getattr(torch, header.compute_dtype),
         device=config.device,
-        n_blocks=max(header.layers) + 1,
+        layers=range(max(header.layers) + 1),
         weights=config.weights,
         head=False,
     )

@@ -46,7 +46,7 @@ class Recorder:
         """Register the hooks.
 
         Args:
-            model: the running model, of at least the layers to record.
+            model: the running model, or the range of its blocks that holds the layers to record.
             checkpoint: names its family and activation.
             down_norms: layer number to (d_ff,) float32; its keys are the layers to record.
             dtype: stored type of the inputs.
@@ -71,7 +71,7 @@ class Recorder:
         self.at_once = made_at_once(self._device)
         architecture = checkpoint.architecture
         for layer, norms in down_norms.items():
-            block = model.blocks[layer]
+            block = model.block(layer)
             taps = [block.get_submodule(tap) for tap in architecture.activation_taps]
             output = block.get_submodule(architecture.ffn_output)
             self._hooks += [
@@ -89,8 +89,19 @@ class Recorder:
         for hook in self._hooks:
             hook.remove()
 
-    def run(self, windows: Sequence[Window], sink: Sink) -> None:
+    def run(
+        self, windows: Sequence[Window], sink: Sink, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run one batch and record its rows, window after window.
+
+        Args:
+            windows: the batch.
+            sink: receives the rows.
+            residual: of a range of blocks without the first, what the range before it returned for
+                the same windows, (windows, longest window, d_model).
+
+        Returns:
+            The residual behind the last block, of that shape; see `LoadedModel.through`.
 
         Raises:
             TraceError: residuals or activations do not fit their type; on a device it may come
@@ -108,7 +119,8 @@ class Recorder:
         chosen = valid.flatten().nonzero()[:, 0]
         self._rows = None if everything else sent(chosen, self._device)
         self._sink = sink
-        self._model.run(tokens)
+        assert residual is None or residual.shape[:2] == tokens.shape
+        return self._model.through(tokens if residual is None else residual)
 
     @torch.inference_mode()
     def flush(self) -> None:
