@@ -56,7 +56,8 @@ class LoadedModel:
     def through(self, entering: torch.Tensor) -> torch.Tensor:
         """Run the blocks, one batch from its first token on.
 
-        Ranges one after the other compute what the whole model does, bit for bit on a CPU.
+        Ranges one after the other compute what the whole model does, on a CPU with as many threads
+        bit for bit.
 
         Args:
             entering: where block 0 is among the blocks (batch, length) int64 token ids, else the
