@@ -20,7 +20,7 @@ _STORE_BYTES = 80 << 20
 
 
 @contextmanager
-def reached(address: str) -> Iterator[None]:
+def reached(address: str, store: int = 0) -> Iterator[None]:
     """Let Ray be connected while the block runs.
 
     A cluster that this process is connected to already is used and stays so. One that is started
@@ -29,6 +29,7 @@ def reached(address: str) -> Iterator[None]:
 
     Args:
         address: HOST:PORT, `auto`, or `local` to start one.
+        store: bytes of its object store, if one is started; at least what Ray wants.
 
     Raises:
         ClusterError: there is none, or it cannot be joined.
@@ -40,7 +41,7 @@ def reached(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
     elif address == LOCAL:
-        with _started():
+        with _started(max(store, _STORE_BYTES)):
             yield
     else:
         found = found_address(address)
@@ -49,7 +50,7 @@ def reached(address: str) -> Iterator[None]:
 
 
 @contextmanager
-def _started() -> Iterator[None]:
+def _started(store: int) -> Iterator[None]:
     # A token of its own: Ray would write one into the user's home, for all clusters.
     own = {"RAY_AUTH_TOKEN": _token(), "RAY_USAGE_STATS_ENABLED": "0"}
     with (
@@ -60,7 +61,7 @@ def _started() -> Iterator[None]:
             "if it is a path that is too long, set TMPDIR to a short one",
             address=LOCAL,
             include_dashboard=False,
-            object_store_memory=_STORE_BYTES,
+            object_store_memory=store,
             _temp_dir=str(place),
         ),
     ):

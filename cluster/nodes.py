@@ -57,6 +57,11 @@ def alive_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
+def room_for(worker: Worker) -> int:
+    """Return how many workers the nodes could run at once."""
+    return sum(map(worker.times, alive_nodes()))
+
+
 def require_room(worker: Worker) -> None:
     """Refuse tasks that no node can ever run.
 
@@ -76,6 +81,30 @@ def require_room(worker: Worker) -> None:
         f"and {most('memory') / GIB:.1f}",
         "lower --ray-cpus or --ray-gpus, or add a node",
     )
+
+
+def require_store(size: int) -> None:
+    """Refuse nodes whose object stores are too small: Ray would go on with files, slowly.
+
+    Args:
+        size: bytes that a node may have to hold at once.
+
+    Raises:
+        ClusterError: naming the node.
+    """
+    for node in alive_nodes():
+        held = node["Resources"].get("object_store_memory", 0)
+        if held < size:
+            raise ClusterError(
+                f"node {node_name(node)}: its object store holds {held / GIB:.2f} GiB, stages hand "
+                f"over up to {size / GIB:.2f}",
+                f"start Ray there with --object-store-memory={size}",
+            )
+
+
+def node_name(node: Mapping[str, Any]) -> str:
+    """Return what messages call a node."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def first_that_fits(*workers: Worker) -> Worker:
@@ -145,7 +174,7 @@ def _answers(
         for node in nodes
     ]
     for node, reference in zip(nodes, asked, strict=True):
-        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        name = node_name(node)
         try:
             yield name, ray.get(reference, timeout=_SECONDS)
         except GetTimeoutError as error:

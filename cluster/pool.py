@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 from tqdm import tqdm
 
 from cluster.backlog import Backlog, Entry
-from cluster.nodes import Worker, alive_nodes, require_room
+from cluster.nodes import Worker, require_room, room_for
 from cluster.spans import Span
-from cluster.watch import Watch
-from cluster.worker import WATCH, Start, WorkerActor, raised
+from cluster.watch import WAITING, Watch
+from cluster.worker import WATCH, Start, WorkerActor, result
 from common.errors import ClusterError, reason
 
 Item = TypeVar("Item")
@@ -119,7 +119,7 @@ class Pool(Generic[Item, Made]):
         if now - self._looked < _LOOK:
             return
         self._looked = now
-        room = sum(self._worker.times(node) for node in alive_nodes())
+        room = room_for(self._worker)
         if room:
             self._fitted = now
         elif now - self._fitted > _PATIENCE:
@@ -132,7 +132,7 @@ class Pool(Generic[Item, Made]):
             self._answered = now
         elif now - self._answered > _QUIET:
             self._answered = float("inf")
-            self._watch.note("waiting for workers: the cluster is busy, or the model is large")
+            self._watch.note(WAITING)
         for hand in ready:
             if hand.entry is not None and hand.asked is None:
                 hand.asked = hand.actor.units.options(concurrency_group=WATCH).remote()
@@ -207,15 +207,12 @@ class Pool(Generic[Item, Made]):
 
     def _finished(self, hand: _Hand[Item]) -> None:
         """Take what a worker's call gave."""
-        import ray
         from ray.exceptions import RayError, RayTaskError
 
         entry = hand.entry
         try:
-            found = ray.get(hand.call)
-        except RayTaskError as error:
-            if (ours := raised(error)) is not None:
-                raise ours from None
+            found = result(hand.call)
+        except RayTaskError:
             raise
         except RayError as error:
             self._died(hand, error)

@@ -27,6 +27,7 @@ def cluster_for(
     read: Sequence[Path],
     out: Path,
     note: Callable[[str], None],
+    store: int = 0,
 ) -> Iterator[tuple[Worker, Path]]:
     """Start or reach a cluster, and make sure that it can do the work.
 
@@ -36,6 +37,7 @@ def cluster_for(
         read: files that every node must see as they are here.
         out: what the workers' files will be part of.
         note: takes a line for the user.
+        store: bytes of the object store, if one is started.
 
     Yields:
         What a worker takes, and a directory on the disk of `out` for its files, which is gone
@@ -45,7 +47,7 @@ def cluster_for(
         ClusterError: there is no cluster, or its nodes lack room, versions or files.
         OutputError: the system refused the directory.
     """
-    with reached(address), _parts(out) as parts:
+    with reached(address, store), _parts(out) as parts:
         takes = worker if isinstance(worker, Worker) else worker()
         require_room(takes)
         require_alike(read, parts)

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from cluster.spans import Span
 
+WAITING = "waiting for workers: the cluster is busy, or what they load is large"
+
 
 class Watch:
     """Tells of work.

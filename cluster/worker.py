@@ -1,4 +1,4 @@
-"""A worker on a node: an actor that holds what an item needs and makes one item after the other."""
+"""Workers on nodes, actors of Ray's that hold what items need and make one item after the other."""
 
 from __future__ import annotations
 
@@ -19,22 +19,24 @@ Work = Callable[[Item, Tell], Made]
 Start = Callable[[], Work[Item, Made]]
 """Makes a worker's work: loads a model, opens traces."""
 
+Stage = Callable[[Item, Any], tuple[Made, Any]]
+"""Makes a stage's part of an item of what the stage before let go of, None for the first; returns
+it, and what the next stage takes."""
+
 WATCH = "watch"
 """The group of calls that are answered while an item is made."""
 
 
-class WorkerActor(Generic[Item, Made]):
-    """Lives in a process of its own on a node, as an actor of Ray's."""
-
-    def __init__(self, start: Start[Item, Made], threads: int) -> None:
+class _Actor:
+    def __init__(self, start: Callable[[], Any], threads: int) -> None:
         """Name what it does; nothing that may fail is done here, where Ray would wrap the error.
 
         Args:
-            start: see `Start`.
+            start: see `Start`; of a stage, what makes a `Stage`.
             threads: of torch.
         """
-        self._start, self._threads, self._units = start, threads, 0
-        self._work: Work[Item, Made] | None = None
+        self._start, self._threads = start, threads
+        self._work: Any = None
 
     def prepare(self) -> tuple[str, str, int]:
         """Get ready for items.
@@ -50,13 +52,18 @@ class WorkerActor(Generic[Item, Made]):
         node = ray.get_runtime_context().get_node_id()
         return node, os.uname().nodename, os.getpid()
 
+
+class WorkerActor(_Actor, Generic[Item, Made]):
+    """Makes whole items."""
+
+    _units = 0
+
     def make(self, item: Item) -> tuple[Made, float, float]:
         """Make an item.
 
         Returns:
             What was made; seconds of this node's clock at begin and end.
         """
-        assert self._work is not None
         self._units = 0
         begun = time.time()
         made = self._work(item, self._tell)
@@ -70,7 +77,37 @@ class WorkerActor(Generic[Item, Made]):
         return self._units
 
 
-def raised(error: BaseException) -> PspError | None:
-    """Return the error of ours that a worker raised, if it is one."""
-    cause: Any = getattr(error, "cause", None)
-    return cause if isinstance(cause, PspError) else None
+class StageActor(_Actor, Generic[Item, Made]):
+    """Makes its part of every item."""
+
+    _epoch = 0
+
+    def reset(self, epoch: int) -> None:
+        """Pass over calls of earlier epochs, which wait here; see `WATCH`."""
+        self._epoch = epoch
+
+    def make(self, epoch: int, item: Item, entering: Any) -> tuple[Made | None, Any]:
+        """Make this stage's part of an item; nothing if the call is of an earlier epoch."""
+        if epoch < self._epoch:
+            return None, None
+        made: tuple[Made, Any] = self._work(item, entering)
+        return made
+
+
+def result(call: Any) -> Any:
+    """Return what a call of an actor gave, or raise what it raised.
+
+    Raises:
+        RayError: the actor, or something that it was to take, is gone.
+    """
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, PspError):
+            raise error.cause from None
+        if isinstance(error.cause, RayError):
+            raise error.cause from None
+        raise

@@ -150,16 +150,19 @@ def assert_same_store(found: Path, expected: Path) -> None:
     assert not [each for each in found.parent.iterdir() if each.name.startswith(".")]
 
 
+@pytest.mark.parametrize("weights", ["resident", "pipelined"])
 def test_traces_are_the_same_bytes_though_a_node_dies(
-    nodes: Nodes, deep_traces: TraceStore, data_file: Path, tmp_path: Path
+    weights: str, nodes: Nodes, deep_traces: TraceStore, data_file: Path, tmp_path: Path
 ) -> None:
-    config = collection(
-        Path(deep_traces.header.model), data_file, tmp_path / "alone", shard_rows=50
-    )
+    model = Path(deep_traces.header.model)
+    config = collection(model, data_file, tmp_path / "alone", shard_rows=50)
     collect(config)
+    notes: list[str] = []
     with killed_node(nodes):
-        collect(replace(config, out=tmp_path / "traces", ray=nodes.address))
+        config = replace(config, out=tmp_path / "traces", ray=nodes.address, weights=weights)
+        collect(config, notes.append)
     assert_same_store(tmp_path / "traces", tmp_path / "alone")
+    assert any(" stages of at most " in line for line in notes) == (weights == "pipelined")
 
 
 def test_predictors_are_the_same_bytes_though_a_node_dies(

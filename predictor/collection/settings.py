@@ -64,8 +64,9 @@ class CollectConfig:
     weights: Annotated[
         str,
         Option(
-            "Keep the model on the device, or read it block by block; auto: as it fits.",
-            choices=("auto", "resident", "streamed"),
+            "Keep the model on the device, or read it block by block, or with --ray spread its "
+            "blocks over several workers; auto: as it fits.",
+            choices=("auto", "resident", "streamed", "pipelined"),
         ),
     ] = "auto"
     shard_rows: int | None = None
@@ -81,3 +82,5 @@ class CollectConfig:
     def __post_init__(self) -> None:
         """Refuse settings that record nothing."""
         check_settings(self, TraceError)
+        if self.weights == "pipelined" and self.ray is None:
+            raise TraceError("--weights pipelined needs several workers", "pass --ray too")

@@ -18,7 +18,6 @@ from typing import Protocol
 from common.overlap import Lanes, StoppedError
 from predictor.collection.recorder import Sink
 from predictor.collection.row_maker import Arriving
-from predictor.traces.manifest import TraceHeader
 from predictor.traces.shard_file import ShardWriter
 
 _WAITING = 16
@@ -42,8 +41,8 @@ class Sharded(Protocol):
     """What takes shards: a store, or what stands for it in another process."""
 
     @property
-    def header(self) -> TraceHeader:
-        """Of the store."""
+    def layers(self) -> Sequence[int]:
+        """Those that are recorded."""
 
     @property
     def next_shard(self) -> int:
@@ -88,7 +87,7 @@ class Meanwhile:
         self._store = store
         self._pool = ThreadPoolExecutor(_SHARDS)
         self._number = store.next_shard
-        self._lanes = min(_LANES, len(store.header.layers), os.cpu_count() or 1)
+        self._lanes = min(_LANES, len(store.layers), os.cpu_count() or 1)
         self._last: Future[None] | None = None
 
     def __enter__(self) -> Meanwhile:

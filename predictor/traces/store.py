@@ -97,6 +97,11 @@ class TraceStore:
         return sum(shard.rows for shard in self.progress.shards)
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that are recorded."""
+        return self.header.layers
+
+    @property
     def next_shard(self) -> int:
         """Number of the first shard that is not committed."""
         return len(self.progress.shards)
