@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +12,19 @@ from tqdm import tqdm
 from cluster.spans import Span
 
 WAITING = "waiting for workers: the cluster is busy, or what they load is large"
+
+
+_LISTENERS: list[Callable[[Span], None]] = []
+
+
+@contextmanager
+def spans_heard(listener: Callable[[Span], None]) -> Iterator[None]:
+    """Let the times of every item that is made in the block be taken."""
+    _LISTENERS.append(listener)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(listener)
 
 
 class Watch:
@@ -29,7 +43,6 @@ class Watch:
         what: str,
         named: Callable[[Any], str],
         verbose: bool = False,
-        spans: Callable[[Span], None] = lambda span: None,
     ) -> None:
         """Name where it is told.
 
@@ -39,10 +52,9 @@ class Watch:
             what: what items are called, such as `shards`.
             named: names an item, such as `shard 3`.
             verbose: tell of every item too, and of every node at the end.
-            spans: takes the times of every item.
         """
         self._bar, self.note, self._what, self._verbose = bar, note, what, verbose
-        self.named, self._spans, self._ahead = named, spans, 0
+        self.named, self._ahead = named, 0
         self._made: dict[str, int] = defaultdict(int)
         self._spent: dict[str, float] = defaultdict(float)
 
@@ -66,7 +78,8 @@ class Watch:
 
     def made(self, item: Any, span: Span) -> None:
         """Take the times of an item."""
-        self._spans(span)
+        for listener in _LISTENERS:
+            listener(span)
         self._made[span.node] += 1
         self._spent[span.node] += span.ended - span.begun
         if self._verbose:
