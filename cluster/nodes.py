@@ -121,20 +121,20 @@ def first_that_fits(*workers: Worker) -> Worker:
     return workers[-1]
 
 
-def require_alike(read: Sequence[Path], write: Path) -> None:
+def require_alike(read: Sequence[Path], write: Path | None) -> None:
     """Refuse nodes with other versions, or that do not see the same files.
 
     Args:
         read: files that every node must see as they are here; their sizes and beginnings are
             compared.
-        write: a directory of this process's that every node must be able to write to.
+        write: a directory of this process's that every node must be able to write to, if any.
 
     Raises:
         ClusterError: naming the node.
     """
     stated = {str(path.absolute()): _looked_at(path) for path in read}
     here = {name: package_version(name) for name in _SAME}
-    for name, found in _answers(stated, str(write.absolute())):
+    for name, found in _answers(stated, None if write is None else str(write.absolute())):
         for package, version in here.items():
             if found["versions"][package] != version:
                 raise ClusterError(
@@ -145,7 +145,8 @@ def require_alike(read: Sequence[Path], write: Path) -> None:
         if found["unseen"]:
             raise ClusterError(f"node {name}: {found['unseen']}", _SHARE)
         try:
-            (write / found["written"]).unlink()
+            if write is not None:
+                (write / found["written"]).unlink()
         except OSError as error:
             raise ClusterError(
                 f"node {name}: what it writes to {write} is not seen here", _SHARE
@@ -158,7 +159,7 @@ def _looked_at(path: Path) -> tuple[int, str]:
 
 
 def _answers(
-    stated: Mapping[str, tuple[int, str]], write: str
+    stated: Mapping[str, tuple[int, str]], write: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of every node and what it found."""
     import ray
@@ -204,7 +205,7 @@ def _looker() -> Any:
         packages: Sequence[str],
         stated: Mapping[str, tuple[int, str]],
         beginning: int,
-        write: str,
+        write: str | None,
         node: str,
     ) -> dict[str, Any]:
         import hashlib
@@ -223,8 +224,9 @@ def _looker() -> Any:
                     digest = hashlib.sha256(file.read(beginning)).hexdigest()
                     if (os.fstat(file.fileno()).st_size, digest) != tuple(known):
                         unseen = f"{path} is another file there"
-            with open(os.path.join(write, written), "xb"):
-                pass
+            if write is not None:
+                with open(os.path.join(write, written), "xb"):
+                    pass
         except OSError as error:
             unseen = f"{error.filename or write}: {error.strerror}"
         return {"versions": versions, "unseen": unseen, "written": written}

@@ -15,7 +15,7 @@ from cluster.nodes import Worker, require_room, room_for
 from cluster.spans import Span
 from cluster.watch import WAITING, Watch
 from cluster.worker import WATCH, Start, WorkerActor, result
-from common.errors import ClusterError, reason
+from common.errors import ClusterError, PspError, reason
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -46,6 +46,7 @@ class _Hand(Generic[Item]):
         call: the call that it is at: to get ready or to make an item.
         node: where it is, once it is ready.
         entry: the item that it is at.
+        of: what that is an item of: the work before, if a copy of it was not waited for.
         asked: a question how far it is, that it has not answered.
         units: what it answered last.
         ready: whether it can take items.
@@ -56,6 +57,7 @@ class _Hand(Generic[Item]):
     call: Any
     node: str = ""
     entry: Entry[Item] | None = None
+    of: object = None
     asked: Any = None
     units: int = 0
     ready: bool = False
@@ -142,7 +144,7 @@ class Pool(Generic[Item, Made]):
         ready = [hand for hand in self._hands if hand.ready]
         units: dict[int, int] = {}
         for hand in ready:
-            if hand.entry is not None:
+            if hand.entry is not None and hand.of is self._backlog:
                 number = hand.entry.number
                 units[number] = max(units.get(number, 0), hand.units)
         self._watch.working(sum(units.values()), len(ready), len({hand.node for hand in ready}))
@@ -173,7 +175,7 @@ class Pool(Generic[Item, Made]):
                 return
             if len(entry.since) > 1:
                 self._watch.twice(entry.item, hand.node)
-            hand.entry, hand.units = entry, 0
+            hand.entry, hand.of, hand.units = entry, self._backlog, 0
             hand.call = hand.actor.make.remote(entry.item)
 
     def _wait(self) -> None:
@@ -209,13 +211,17 @@ class Pool(Generic[Item, Made]):
         """Take what a worker's call gave."""
         from ray.exceptions import RayError, RayTaskError
 
-        entry = hand.entry
+        entry, stale = hand.entry, hand.entry is not None and hand.of is not self._backlog
         try:
             found = result(hand.call)
-        except RayTaskError:
-            raise
+        except (RayTaskError, PspError):
+            if not stale:
+                raise
         except RayError as error:
             self._died(hand, error)
+            return
+        if stale:
+            hand.entry = None
             return
         if entry is None:
             node, host, process = found
@@ -244,6 +250,8 @@ class Pool(Generic[Item, Made]):
         self._hands.remove(hand)
         ray.kill(hand.actor)
         entry, self._looked = hand.entry, 0.0
+        if entry is not None and hand.of is not self._backlog:
+            return
         if entry is None:
             self._failed += 1
             deaths, at = self._failed, "before they were ready"

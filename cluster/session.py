@@ -25,32 +25,30 @@ def cluster_for(
     worker: Callable[[], Worker] | Worker,
     *,
     read: Sequence[Path],
-    out: Path,
+    write: Path | None = None,
     note: Callable[[str], None],
     store: int = 0,
-) -> Iterator[tuple[Worker, Path]]:
+) -> Iterator[Worker]:
     """Start or reach a cluster, and make sure that it can do the work.
 
     Args:
         address: HOST:PORT, `auto`, or `local` to start one.
         worker: what a worker takes of a node, or what says so once the cluster is there.
         read: files that every node must see as they are here.
-        out: what the workers' files will be part of.
+        write: what `parts_beside` gave, if workers write files.
         note: takes a line for the user.
         store: bytes of the object store, if one is started.
 
     Yields:
-        What a worker takes, and a directory on the disk of `out` for its files, which is gone
-        afterwards.
+        What a worker takes.
 
     Raises:
         ClusterError: there is no cluster, or its nodes lack room, versions or files.
-        OutputError: the system refused the directory.
     """
-    with reached(address, store), _parts(out) as parts:
+    with reached(address, store):
         takes = worker if isinstance(worker, Worker) else worker()
         require_room(takes)
-        require_alike(read, parts)
+        require_alike(read, write)
         nodes = alive_nodes()
         gpus = f", {takes.gpus:g} GPUs" if takes.gpus else ""
         note(
@@ -58,11 +56,18 @@ def cluster_for(
             f"{sum(map(takes.times, nodes))} workers of {takes.cpus} CPUs{gpus} and "
             f"{takes.memory / GIB:.1f} GiB"
         )
-        yield takes, parts
+        yield takes
 
 
 @contextmanager
-def _parts(out: Path) -> Iterator[Path]:
+def parts_beside(out: Path) -> Iterator[Path]:
+    """Make a directory for workers' files, on the disk of what they will be part of.
+
+    It is gone afterwards, with what is left in it.
+
+    Raises:
+        OutputError: the system refused.
+    """
     target = out.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,16 @@ from architectures.model import OutOfMemory
 from architectures.tokenizer import OwnTokenizer
 from common.errors import EngineError
 from evaluation.answers import Answer, Answers, Batch
-from evaluation.backends.backend import NOT_FINITE, Backend, Prompt, RequestKind, Scoring
+from evaluation.backends.backend import (
+    NOT_FINITE,
+    Backend,
+    Decoding,
+    Prompt,
+    RequestKind,
+    Scoring,
+    Spread,
+    Zeros,
+)
 from evaluation.requests import Encoder, answer_in, decoding, merged, request_keys
 
 Note = Callable[[str], None]
@@ -54,7 +63,7 @@ class Asker:
         note: takes lines that a reader must know.
     """
 
-    backend: Backend
+    backend: Backend | Spread
     tokenizer: OwnTokenizer
     answers: Answers
     size: int
@@ -110,14 +119,13 @@ class Asker:
             for run, numbers in merged([every[part] for part in waiting])
         ]
 
-        def scored(batch: Sequence[_Item[Scoring]]) -> list[Answer]:
-            scores = self.backend.score([item.what for item in batch])
+        def read(batch: Sequence[_Item[Scoring]], scores: list[Any]) -> list[Answer]:
             if not all(math.isfinite(each.loglikelihood) for row in scores for each in row):
                 raise EngineError("a log-likelihood is no finite number", NOT_FINITE)
             return [(each.loglikelihood, each.greedy) for row in scores for each in row]
 
         with self._bar(title, len(every), len(every) - len(waiting)) as bar:
-            self._run(items, scored, bar)
+            self._run(items, None, read, bar)
         return [_sum(self.answers.known[part] for part in parts[key]) for key in keys]
 
     def _texts(
@@ -143,14 +151,13 @@ class Asker:
             if key not in self.answers.known
         ]
 
-        def continued(batch: Sequence[_Item[Prompt]]) -> list[Answer]:
-            made = self.backend.generate([item.what for item in batch], own)
+        def read(batch: Sequence[_Item[Prompt]], made: list[Any]) -> list[Answer]:
             return [
                 answer_in(text, item.what.text, own.stop)
                 for text, item in zip(made, batch, strict=True)
             ]
 
-        self._run(items, continued, bar)
+        self._run(items, own, read, bar)
 
     def _prompt(self, key: str, text: str, count: int) -> Prompt:
         """Return a prompt with a seed of its own, so that equal ones are not answered alike."""
@@ -159,16 +166,54 @@ class Asker:
     def _run(
         self,
         items: Sequence[_Item[What]],
-        answer: Callable[[Sequence[_Item[What]]], list[Answer]],
+        how: Decoding | None,
+        read: Callable[[Sequence[_Item[What]], list[Any]], list[Answer]],
         bar: Any,
     ) -> None:
-        """Answer items and keep each batch; where memory does not do, by fewer from there on."""
+        """Answer items and keep each batch.
+
+        Args:
+            items: to run.
+            how: they are continued; None scores them.
+            read: makes answers of what the backend made of a batch.
+            bar: counts answers.
+        """
         waiting = sorted(items, key=lambda item: item.order)
+        if isinstance(self.backend, Spread):
+            self._spread(self.backend, waiting, how, read, bar)
+        else:
+            self._in_turn(self.backend, waiting, how, read, bar)
+
+    def _spread(
+        self,
+        backend: Spread,
+        items: Sequence[_Item[What]],
+        how: Decoding | None,
+        read: Callable[[Sequence[_Item[What]], list[Any]], list[Answer]],
+        bar: Any,
+    ) -> None:
+        """Let several batches be answered at once."""
+        batches = [items[start : start + self.size] for start in range(0, len(items), self.size)]
+        asked = [[item.what for item in batch] for batch in batches]
+        for number, answered in backend.several(asked, how):
+            answers = read(batches[number], answered.made)
+            self._keep(batches[number], answers, answered.seconds, answered.zeros)
+            bar.update(len(answers))
+
+    def _in_turn(
+        self,
+        backend: Backend,
+        waiting: list[_Item[What]],
+        how: Decoding | None,
+        read: Callable[[Sequence[_Item[What]], list[Any]], list[Answer]],
+        bar: Any,
+    ) -> None:
+        """Answer one batch after another; where memory does not do, by fewer from there on."""
         while waiting:
             batch, start = waiting[: self.size], time.perf_counter()
-            self.backend.zeros()  # what a batch without answers left counted
+            backend.zeros()  # what a batch without answers left counted
             try:
-                answers = answer(batch)
+                answers = read(batch, _made(backend, [item.what for item in batch], how))
             except OutOfMemory as error:
                 if len(batch) == 1:
                     raise EngineError(f"{error.problem} for one request", _SMALLER) from error
@@ -178,14 +223,17 @@ class Asker:
                     f"on, with which --batch-size {self.size} begins"
                 )
                 continue
-            self._keep(batch, answers, time.perf_counter() - start)
+            self._keep(batch, answers, time.perf_counter() - start, backend.zeros())
             del waiting[: len(batch)]
             bar.update(len(answers))
 
     def _keep(
-        self, batch: Sequence[_Item[What]], answers: Sequence[Answer], seconds: float
+        self,
+        batch: Sequence[_Item[What]],
+        answers: Sequence[Answer],
+        seconds: float,
+        zeros: Zeros | None,
     ) -> None:
-        zeros = self.backend.zeros()
         self.answers.add(
             Batch(
                 keys=tuple(key for item in batch for key in item.keys),
@@ -201,6 +249,10 @@ class Asker:
     @staticmethod
     def _bar(title: str, total: int, known: int) -> Any:
         return tqdm(total=total, initial=known, unit="request", desc=title, disable=None)
+
+
+def _made(backend: Backend, batch: Sequence[Any], how: Decoding | None) -> list[Any]:
+    return list(backend.score(batch) if how is None else backend.generate(batch, how))
 
 
 def _sum(answers: Any) -> Answer:

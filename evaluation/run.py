@@ -16,7 +16,7 @@ from common.version import package_version, tool_version
 from evaluation.answers import DIRECTORY, Answer, Answers, file_name, open_answers
 from evaluation.arms import Arm, ArmFacts, Arms
 from evaluation.asking import Asker
-from evaluation.backends.backend import Backend
+from evaluation.backends.backend import Answering, Backend, Spread
 from evaluation.document import Asked, document
 from evaluation.plan import arms_of
 from evaluation.requests import request_keys
@@ -27,6 +27,7 @@ from evaluation.tasks.loading import LoadedTasks, load_tasks
 from results.evaluation import EVALUATION, Evaluation
 
 Note = Callable[[str], None]
+Open = Callable[[Arm], tuple[Backend | Spread, ArmFacts]]
 SAMPLES = "samples"
 _OPTION = "--output-path"
 
@@ -87,7 +88,8 @@ def evaluate(config: EvaluateConfig, note: Note = lambda line: None) -> Evaluati
         notes(line)
     questions = questions_of(tasks, arms.first, config)
     with _claimed(config):
-        asked = [_ask(config, arms, arm, questions, notes) for arm in arms.arms]
+        with _opener(config, arms, note) as opened:
+            asked = [_ask(config, arms, arm, opened, questions, notes) for arm in arms.arms]
         arms.close()
         return _finished(config, arms, suite, tasks, questions, asked, notes)
 
@@ -109,11 +111,28 @@ def _claimed(config: EvaluateConfig) -> Iterator[None]:
         drop_kept(out)
 
 
+@contextmanager
+def _opener(config: EvaluateConfig, arms: Arms, note: Note) -> Iterator[Open]:
+    """Return what opens arms: those of checkpoints on a cluster, if there is one."""
+    if config.ray is None:
+        yield arms.open
+        return
+    from evaluation.nodes import arms_on_nodes
+
+    with arms_on_nodes(config, arms, note) as spread:
+        yield lambda arm: spread(arm) if arm.file is None else arms.open(arm)
+
+
 def _ask(
-    config: EvaluateConfig, arms: Arms, arm: Arm, questions: Sequence[Questions], note: _Notes
+    config: EvaluateConfig,
+    arms: Arms,
+    arm: Arm,
+    opened: Open,
+    questions: Sequence[Questions],
+    note: _Notes,
 ) -> Asked:
     """Ask an arm everything; what keeps one task from answers is told, and the others go on."""
-    backend, facts = arms.open(arm)
+    backend, facts = opened(arm)
     try:
         answers = _opened(config, arms, arm, facts)
         tokenizer = arms.model(arm).tokenizer
@@ -141,7 +160,7 @@ def _ask(
         backend.close()
 
 
-def _require(backend: Backend, questions: Questions) -> None:
+def _require(backend: Answering, questions: Questions) -> None:
     if questions.kind not in backend.kinds:
         raise EngineError(f"cannot answer {questions.kind}: {backend.why_not}", "leave out either")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from cluster.settings import RayAddress, RayCpus, RayGpus, Verbose
 from common.errors import SettingsError
 from common.settings import (
     MODEL_FORMS,
@@ -136,6 +137,10 @@ class EvaluateConfig:
         bool, Option("Print the card's published rows beside the suite card's.")
     ] = False
     device: Device = "auto"
+    ray: RayAddress = None
+    ray_cpus: RayCpus = 1
+    ray_gpus: RayGpus = 0.0
+    verbose: Verbose = False
     seed: Seed = 0
     resume: Resume = False
     force: Force = False

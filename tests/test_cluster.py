@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asked_tasks import settings_maker, write_tasks
 from conftest import ModelMaker, refused
 from processes import wait_for
 from tqdm import tqdm
@@ -26,10 +27,11 @@ from benchmarks.ray_nodes import Nodes, three_nodes
 from cluster.address import found_address
 from cluster.connection import reached
 from cluster.nodes import Worker, require_alike
-from cluster.pool import several_on_nodes
+from cluster.pool import Pool, several_on_nodes
 from cluster.watch import Watch
 from cluster.worker import Tell, Work
 from common.errors import ClusterError, PredictorError
+from evaluation.run import evaluate
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -152,12 +154,18 @@ def assert_same_store(found: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize("weights", ["resident", "pipelined"])
 def test_traces_are_the_same_bytes_though_a_node_dies(
-    weights: str, nodes: Nodes, deep_traces: TraceStore, data_file: Path, tmp_path: Path
+    weights: str,
+    nodes: Nodes,
+    deep_traces: TraceStore,
+    data_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = Path(deep_traces.header.model)
     config = collection(model, data_file, tmp_path / "alone", shard_rows=50)
     collect(config)
     notes: list[str] = []
+    monkeypatch.setattr("cluster.pipeline._PATIENCE", 1.0)
     with killed_node(nodes):
         config = replace(config, out=tmp_path / "traces", ray=nodes.address, weights=weights)
         collect(config, notes.append)
@@ -172,6 +180,19 @@ def test_predictors_are_the_same_bytes_though_a_node_dies(
     with killed_node(nodes):
         train_predictors(settings(deep_traces, out, ray=nodes.address))
     assert_same(out, alone)
+
+
+def test_answers_are_the_same(
+    nodes: Nodes, model_dir: Path, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.scoring.BOOTSTRAP", 20)
+    make = settings_maker(model_dir, write_tasks(tmp_path / "tasks", count=4))
+    config = make(predictors=(exact_dir,), output_path=tmp_path / "alone")
+    alone = evaluate(config)
+    spread = evaluate(replace(config, output_path=tmp_path / "spread", ray=nodes.address))
+    assert (spread.scores, spread.differences) == (alone.scores, alone.differences)
+    assert [arm.sparsity for arm in spread.arms] == [arm.sparsity for arm in alone.arms]
+    assert spread.unfinished == ()
 
 
 @pytest.mark.slow
@@ -239,6 +260,25 @@ def test_a_straggler_is_made_twice_and_items_come_in_order(nodes: Nodes, tmp_pat
     assert time.monotonic() - begun < 30
     assert any(line.startswith("1 takes long and is made on ") for line in notes), notes
     assert sum(": " in line and " numbers in " in line for line in notes) >= 1, notes
+
+
+def test_workers_go_on_after_an_error_and_without_waiting_for_copies(
+    nodes: Nodes, tmp_path: Path
+) -> None:
+    def work(number: int, tell: Tell) -> int:
+        if number == 0:
+            raise PredictorError("number 0 is refused")
+        if number == 1:
+            time.sleep(2)
+        return number
+
+    pool: Pool[int, int]
+    with tqdm(disable=True) as bar, Pool(lambda: work, SMALL, most=3) as pool:
+        watch = Watch(bar, lambda line: None, what="numbers", named=str)
+        with refused(PredictorError, "number 0 is refused"):
+            list(pool.made([1, 0, 2], watch))
+        assert sorted(pool.made(range(5, 9), watch)) == [(n, n) for n in range(5, 9)]
+        assert list(pool.made((), watch)) == []
 
 
 def test_nodes_that_cannot_do_the_work_are_refused_before_it(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 RequestKind = Literal["loglikelihood", "loglikelihood_rolling", "generate_until"]
 """lm-eval's names of what a task may ask for."""
@@ -91,8 +91,8 @@ class Zeros:
     total: int = 0
 
 
-class Backend(Protocol):
-    """A loaded model that answers."""
+class Answering(Protocol):
+    """What answers, whoever does it."""
 
     @property
     def kinds(self) -> Sequence[RequestKind]:
@@ -108,6 +108,14 @@ class Backend(Protocol):
     def max_length(self) -> int:
         """Tokens that it can read at once, BOS included."""
         ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+class Backend(Answering, Protocol):
+    """A loaded model that answers."""
 
     def score(self, batch: Sequence[Scoring]) -> list[list[Score]]:
         """Return a score for each target of each request.
@@ -131,6 +139,36 @@ class Backend(Protocol):
         """Return what was counted since the last call; None where nothing counts."""
         ...
 
-    def close(self) -> None:
-        """Give back what it holds."""
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """What was made of a batch.
+
+    Attributes:
+        made: scores or texts, see `Backend`.
+        zeros: see `Backend`.
+        seconds: that it took.
+    """
+
+    made: list[Any]
+    zeros: Zeros | None
+    seconds: float
+
+
+@runtime_checkable
+class Spread(Answering, Protocol):
+    """Models on several machines that answer several batches at once."""
+
+    def several(
+        self, batches: Sequence[Sequence[Scoring] | Sequence[Prompt]], decoding: Decoding | None
+    ) -> Iterator[tuple[int, Answered]]:
+        """Yield the place of every batch with what was made of it, as they are answered.
+
+        Args:
+            batches: to score, or to continue by `decoding`.
+            decoding: None scores.
+
+        Raises:
+            EngineError: no memory for a batch of this size.
+        """
         ...

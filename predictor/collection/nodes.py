@@ -23,7 +23,7 @@ from architectures.tokenizer import Tokenizer
 from cluster.nodes import Worker, first_that_fits, require_store, room_for
 from cluster.pipeline import Pipeline, TooFewError, in_flight
 from cluster.pool import several_on_nodes
-from cluster.session import cluster_for, path_on_nodes
+from cluster.session import cluster_for, parts_beside, path_on_nodes
 from cluster.watch import Watch
 from predictor.collection.recording import Files, Item, Recording, recording, stage_of
 from predictor.collection.settings import CollectConfig
@@ -143,14 +143,17 @@ def collection_on_nodes(
         return found
 
     handed = _handed_over(checkpoint, header)
-    with cluster_for(
-        config.ray,
-        lambda: hold().worker,
-        read=weight_files(checkpoint),
-        out=config.out,
-        note=note,
-        store=in_flight(header.n_layers) * handed if config.weights == PIPELINED else 0,
-    ) as (_, parts):
+    with (
+        parts_beside(config.out) as parts,
+        cluster_for(
+            config.ray,
+            lambda: hold().worker,
+            read=weight_files(checkpoint),
+            write=parts,
+            note=note,
+            store=in_flight(header.n_layers) * handed if config.weights == PIPELINED else 0,
+        ),
+    ):
         run = Recording(
             model=path_on_nodes(config.model),
             header=header,

@@ -21,7 +21,7 @@ from architectures.checkpoint import Checkpoint
 from architectures.model_files import weight_files
 from cluster.nodes import Worker
 from cluster.pool import Pool
-from cluster.session import cluster_for, path_on_nodes
+from cluster.session import cluster_for, parts_beside, path_on_nodes
 from cluster.settings import worker_device
 from cluster.watch import Watch
 from cluster.worker import Tell, Work
@@ -166,7 +166,10 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[Wo
     device, read = worker_device(config.device, config.ray_gpus), [store.path / MANIFEST]
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
         read += weight_files(Checkpoint.open(config.model or store.header.model))
-    with cluster_for(config.ray, worker, read=read, out=config.out, note=note) as (worker, parts):
+    with (
+        parts_beside(config.out) as parts,
+        cluster_for(config.ray, worker, read=read, write=parts, note=note),
+    ):
         known = replace(
             config,
             traces=store.path.absolute(),
