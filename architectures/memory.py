@@ -7,7 +7,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.model import block_bytes
 
-_PROCESS = 768 << 20
+PROCESS = 768 << 20
 """Bytes of a process that has imported what it needs."""
 
 _FFN, _RESIDUAL, _SCORES, _LOGITS = 5, 12, 2, 5
@@ -41,4 +41,4 @@ def model_memory(
     batch = tokens * (_FFN * shape.d_ff + _RESIDUAL * shape.d_model) * 4
     scores = _SCORES * tokens * context * shape.n_heads * dtype.itemsize
     logits = _LOGITS * tokens * shape.vocab_size * 4 if head else 0
-    return _PROCESS + blocks * own + read + ends + batch + scores + logits
+    return PROCESS + blocks * own + read + ends + batch + scores + logits

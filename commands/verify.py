@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from commands.options import json_option, settings_options
@@ -17,7 +19,12 @@ def verify(config: VerifyConfig, as_json: bool) -> None:
     from powerinfer_bridge.verify.verification import verification_table
     from powerinfer_bridge.verify.verification import verify as run
 
-    report = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap, note=note)
+    given: dict[str, Any] = {}
+    if config.ray is not None:
+        from powerinfer_bridge.verify.nodes import compare_on_nodes
+
+        given["compare"] = compare_on_nodes(config, note)
+    report = run(config.file, config.model, max_ppl_gap=config.max_ppl_gap, note=note, **given)
     if as_json:
         print_json(report.document())
     else:

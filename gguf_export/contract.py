@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGUFValueType, TokenType
 from tqdm import tqdm
 
-from common.errors import FormatError, PspError, printable
+from common.errors import ClusterError, FormatError, PspError, printable
 from gguf_export.pwri.dense_layers import check_dense_layers
 from gguf_export.pwri.element_types import check_predictor_types, runnable
 from gguf_export.pwri.gpu_index import file_groups, index_path, read_gpu_index
@@ -69,6 +69,8 @@ class Report:
             return
         try:
             self.checks[name] = Outcome(True, printable(run(), _DETAIL))
+        except ClusterError:
+            raise  # says nothing of the file
         except PspError as error:
             problem = error.problem.removeprefix(f"{self.path}: ")
             self.checks[name] = Outcome(False, printable(problem, _DETAIL), error.remedy)

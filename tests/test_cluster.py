@@ -32,6 +32,11 @@ from cluster.watch import Watch
 from cluster.worker import Tell, Work
 from common.errors import ClusterError, PredictorError
 from evaluation.run import evaluate
+from gguf_export.bundle import Bundle
+from gguf_files.reader import GGUFFile
+from powerinfer_bridge.verify.nodes import compare_on_nodes
+from powerinfer_bridge.verify.settings import VerifyConfig
+from powerinfer_bridge.verify.verification import verify
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
@@ -193,6 +198,25 @@ def test_answers_are_the_same(
     assert (spread.scores, spread.differences) == (alone.scores, alone.differences)
     assert [arm.sparsity for arm in spread.arms] == [arm.sparsity for arm in alone.arms]
     assert spread.unfinished == ()
+
+
+def test_a_file_is_compared_with_its_model(
+    nodes: Nodes, model_dir: Path, exact_bundle: Bundle, tmp_path: Path
+) -> None:
+    config = VerifyConfig(file=exact_bundle.model_file, model=str(model_dir), ray=nodes.address)
+    compare = compare_on_nodes(config, lambda line: None)
+    alone = verify(config.file, config.model, run=False)
+    spread = verify(config.file, config.model, run=False, compare=compare)
+    assert spread.document() == alone.document()
+    assert spread.ok
+    tensors = GGUFFile(config.file).tensors
+    damaged = tmp_path / "damaged.powerinfer.gguf"
+    data = bytearray(config.file.read_bytes())
+    data[tensors["blk.1.ffn_gate.weight"].start + 8] ^= 1
+    damaged.write_bytes(data)
+    found = verify(damaged, config.model, run=False, compare=compare).checks["model tensors"]
+    assert not found.ok
+    assert "blk.1.ffn_gate.weight differs" in found.line
 
 
 @pytest.mark.slow

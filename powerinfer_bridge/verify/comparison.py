@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,12 +29,29 @@ from powerinfer_bridge.verify.numbers import Compared, compared_text, json_numbe
 from powerinfer_bridge.verify.tensors import same_numbers
 from powerinfer_bridge.verify.tokens import same_ids
 
+Target = tuple[TensorRule, int, str]
+"""A tensor of a checkpoint: its rule and layer, and its name in the file."""
 
-def check_model(report: Report, opened: OpenedFile, checkpoint: Checkpoint) -> None:
+CompareAll = Callable[[GGUFFile, Checkpoint, Sequence[Target]], None]
+"""Demands that a file's tensors are the checkpoint's; raises FormatError."""
+
+
+def compare_all(file: GGUFFile, checkpoint: Checkpoint, targets: Sequence[Target]) -> None:
+    """Compare tensors one after the other, one in memory at a time."""
+    for target in tqdm(targets, unit="tensor", desc="compare", disable=None):
+        compare_tensor(file, checkpoint, target)
+
+
+def check_model(
+    report: Report,
+    opened: OpenedFile,
+    checkpoint: Checkpoint,
+    compare: CompareAll = compare_all,
+) -> None:
     """Compare sizes, tensors and tokens of a file with those of its checkpoint."""
     report.check("model fingerprint", lambda: check_fingerprint(opened.file, checkpoint), "file")
     report.check("model sizes", lambda: _sizes(opened, checkpoint), "keys", "tokenizer")
-    report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint), "layout")
+    report.check("model tensors", lambda: _same_tensors(opened.file, checkpoint, compare), "layout")
     report.check(
         "model tokenizer", lambda: same_ids(opened, checkpoint, compared_text()), "tokenizer"
     )
@@ -113,20 +130,30 @@ def _scaling(scaling: RopeScaling | None) -> tuple[str, str, int] | None:
     return scaling.kind, f"{scaling.factor:.6g}", scaling.original_context
 
 
-def _same_tensors(file: GGUFFile, checkpoint: Checkpoint) -> str:
-    """Compare all tensors but predictors bit by bit, one in memory at a time."""
-    targets = tqdm(list(_targets(checkpoint)), unit="tensor", desc="compare", disable=None)
-    for rule, layer, name in targets:
-        expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape).contiguous()
-        info = file.tensors.get(name)
-        sizes = expected.shape if info is None else info.shape
-        if sizes != expected.shape or not same_numbers(file, name, expected):
-            raise FormatError(f"tensor {name} differs from the model's", "export it again")
-        file.forget()
+def compare_tensor(file: GGUFFile, checkpoint: Checkpoint, target: Target) -> None:
+    """Compare a tensor bit by bit.
+
+    Raises:
+        FormatError: it differs, is missing or cannot be read.
+    """
+    rule, layer, name = target
+    expected = _laid_out(checkpoint.read(rule, layer), rule, checkpoint.shape).contiguous()
+    info = file.tensors.get(name)
+    sizes = expected.shape if info is None else info.shape
+    if sizes != expected.shape or not same_numbers(file, name, expected):
+        raise FormatError(f"tensor {name} differs from the model's", "export it again")
+    file.forget()
+
+
+def _same_tensors(file: GGUFFile, checkpoint: Checkpoint, compare: CompareAll) -> str:
+    """Compare all tensors but predictors."""
+    targets = list(tensor_targets(checkpoint))
+    compare(file, checkpoint, targets)
     return f"{len(targets)} are the model's, to the bit or rounded to their types"
 
 
-def _targets(checkpoint: Checkpoint) -> Iterator[tuple[TensorRule, int, str]]:
+def tensor_targets(checkpoint: Checkpoint) -> Iterator[Target]:
+    """Yield what is exported of a checkpoint."""
     for rule, target in checkpoint.architecture.exported:
         for layer in range(checkpoint.shape.n_layers if rule.per_layer else 1):
             yield rule, layer, target.format(layer=layer)

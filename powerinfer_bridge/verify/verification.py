@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 
 from architectures.checkpoint import Checkpoint
-from common.errors import ExportError, FormatError, printable
+from common.errors import ExportError, FormatError, SettingsError, printable
 from common.table import fact_table
 from common.units import MIB
 from gguf_export.commit import finish_commit
@@ -22,7 +22,12 @@ from gguf_export.smallthinker.contract import (
     open_model_file,
 )
 from gguf_export.smallthinker.mixture_contract import MixtureFile, check_mixture_structure
-from powerinfer_bridge.verify.comparison import check_model, check_numbers
+from powerinfer_bridge.verify.comparison import (
+    CompareAll,
+    check_model,
+    check_numbers,
+    compare_all,
+)
 from powerinfer_bridge.verify.experts import check_expert_model, check_expert_numbers
 from powerinfer_bridge.verify.mixture import check_mixture_model, check_mixture_numbers
 
@@ -36,6 +41,7 @@ def verify(
     chunks: int = 4,
     run: bool = True,
     note: Callable[[str], None] = lambda line: None,
+    compare: CompareAll = compare_all,
 ) -> Report:
     """Check a file, and compare it with its model if one is named.
 
@@ -48,6 +54,7 @@ def verify(
         chunks: perplexity windows, at most.
         run: run both models too, for logits and perplexity.
         note: receives lines about the checkpoint.
+        compare: compares the tensors of PowerInfer's own files.
 
     Returns:
         The checks; with a model its figures are `logit_spread`, `logit_difference_dense` and
@@ -68,6 +75,8 @@ def verify(
     if lexists(manifest_path(path)):
         report.check("checksum", lambda: check_outputs(path, [path]))
     mixture = isinstance(opened, MixtureFile)
+    if compare is not compare_all and isinstance(opened, MixtureFile | ExpertFile):
+        raise SettingsError(f"{path}: only files of PowerInfer's own arch are spread", "omit --ray")
     checkpoint = None if model is None else Checkpoint.open(model, experts=mixture)
     for line in () if checkpoint is None else checkpoint.notes:
         note(line)
@@ -87,7 +96,7 @@ def verify(
         return report
     check_structure(report, opened)
     if checkpoint is not None:
-        check_model(report, opened, checkpoint)
+        check_model(report, opened, checkpoint, compare)
         if run:
             check_numbers(report, opened, checkpoint, context, chunks, max_ppl_gap)
     return report
