@@ -5,7 +5,8 @@ One JSON line a run. `overhead` does it in this process with a thread, then on c
 more CPUs; seconds on a cluster are those from the first item that a worker was sent, without the
 start of workers. `kills` does it on three nodes and kills a worker, a node or the driver at a
 random moment each time, goes on with `--resume`, and compares every file. `memory` collects several
-amounts of tokens and tells the driver's peak beyond what it takes once all is imported.
+amounts of tokens and tells the driver's peak beyond what it takes once all is imported. `asleep`
+and `simulate` are `benchmarks.cluster_scaling`'s.
 
     python -m benchmarks.cluster overhead train --layers 8 --d-model 256 --d-ff 1024 --tokens 20000
     python -m benchmarks.cluster kills train --rounds 10
@@ -16,9 +17,7 @@ amounts of tokens and tells the driver's peak beyond what it takes once all is i
 
 from __future__ import annotations
 
-import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,8 @@ import click
 import psutil
 import torch
 
-from benchmarks.ray_nodes import Nodes, three_nodes
+from benchmarks.cluster_scaling import asleep, simulate
+from benchmarks.ray_nodes import Nodes, cluster_of, three_nodes
 from benchmarks.shared import peak_rss_bytes, print_line
 from benchmarks.training import SHARD_ROWS, batch, documents, header, planted_layer
 from cluster.spans import Span
@@ -137,6 +137,10 @@ def jobs(group: Callable[..., None], *options: Callable[..., Any]) -> click.Grou
 def main() -> None:
     """Measure work on a cluster."""
     torch.set_num_threads(1)
+
+
+main.add_command(asleep)
+main.add_command(simulate)
 
 
 def overhead(job: Job, cpus: int, rounds: int) -> None:
@@ -255,27 +259,6 @@ def require_same(found: Path, expected: Path) -> None:
             raise click.ClickException(f"{other} differs")
     if left := list(found.parent.glob(".*")):
         raise click.ClickException(f"{left[0]} was left")
-
-
-@contextmanager
-def cluster_of(cpus: int) -> Iterator[None]:
-    """Let this process be connected to a cluster of its own."""
-    import ray
-
-    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
-    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=place,
-    )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(place, ignore_errors=True)
 
 
 @contextmanager

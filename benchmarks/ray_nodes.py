@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes on this machine, of which all but the first may die."""
+"""Ray clusters on this machine: of one node, and of three of which all but the first may die."""
 
 from __future__ import annotations
 
@@ -68,4 +68,25 @@ def three_nodes() -> Iterator[Nodes]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def cluster_of(cpus: int) -> Iterator[None]:
+    """Let this process be connected to a cluster of its own."""
+    import ray
+
+    place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=place,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
         shutil.rmtree(place, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""What a decoded token costs: bytes, bandwidths and a roofline over both devices."""
+"""What work costs: bytes, bandwidths and a roofline of a decoded token; items on a cluster."""
