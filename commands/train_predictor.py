@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import click
 
 from commands.options import json_option, settings_options, threads_option
 from commands.printing import echo, note, print_json
+from commands.variants import WithVariants
 from predictor.head.settings import HeadConfig
 from predictor.training.settings import AUTO, TrainConfig
 
@@ -37,19 +38,8 @@ def head(config: HeadConfig, as_json: bool, threads: int) -> None:
     echo(head_table(artifact))
 
 
-class _WithHead(click.Command):
-    """Is another command, with options of its own, once `--head` is among the arguments."""
-
+class _WithHead(WithVariants):
     variants: ClassVar[dict[str, click.Command]] = {HEAD: head}
-
-    def make_context(
-        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
-    ) -> click.Context:
-        """Read the arguments as one command or the other."""
-        if HEAD in args:
-            left = [each for each in args if each != HEAD]
-            return head.make_context(f"{info_name} {HEAD}", left, parent, **extra)
-        return super().make_context(info_name, args, parent, **extra)
 
 
 @click.command("train-predictor", cls=_WithHead)

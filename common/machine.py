@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path("/")
 _TREES = "sys/fs/cgroup"
-_CPU_SHARE, _GPU_SHARE = 0.6, 0.8
+CPU_SHARE, GPU_SHARE = 0.6, 0.8
 _GPU_QUERY = "name,memory.total,memory.free,driver_version,compute_cap"
 _GPU_SECONDS = 20.0
 
@@ -102,8 +102,8 @@ def weight_budget(device: str = "cpu", root: Path = ROOT) -> int:
 
     device = device_named(device)
     if torch.device(device).type == "cuda":
-        return int(_GPU_SHARE * free_gpu_memory(torch.device(device)))
-    return int(_CPU_SHARE * read_memory(root).usable)
+        return int(GPU_SHARE * free_gpu_memory(torch.device(device)))
+    return int(CPU_SHARE * read_memory(root).usable)
 
 
 def free_gpu_memory(device: torch.device) -> int:

@@ -75,6 +75,9 @@ class Device:
         layer_seconds: what a layer of PowerInfer's sparse graph costs beside its reads: starting
             kernels, threads waiting for each other, activations and norms.
         dense_layer_seconds: the same in a dense engine; None where it was not told apart.
+        compute: operations per second at most in products of matrices, of 16-bit numbers on a GPU
+            and of float32 on a CPU; None where nobody said. Decoding a token is not bound by it.
+        compute_efficiency: share of `compute` that a model's layers reach.
         source: where the figures come from.
     """
 
@@ -84,6 +87,8 @@ class Device:
     efficiency: Efficiency
     layer_seconds: _Delay
     dense_layer_seconds: _Delay | None = None
+    compute: Positive | None = None
+    compute_efficiency: Positive = 1.0
     source: str = ""
 
     def seconds(self, *, matrix: float = 0.0, rows: float = 0.0, columns: float = 0.0) -> float:
@@ -168,12 +173,13 @@ class Hardware:
         return place.seconds(matrix=1.0) / self.neuron_byte_seconds()["cpu"]
 
 
-def load_hardware(name_or_path: str, threads: int = 1) -> Hardware:
+def load_hardware(name_or_path: str, threads: int = 1, option: str = "--hardware") -> Hardware:
     """Return the hardware of a name.
 
     Args:
         name_or_path: a preset, `this` (measured now), or a YAML file.
         threads: CPU threads that `this` is measured with.
+        option: that named it.
 
     Raises:
         HardwareError: no such name, or a file that is damaged.
@@ -189,7 +195,7 @@ def load_hardware(name_or_path: str, threads: int = 1) -> Hardware:
     if path.suffix not in (".yaml", ".yml"):
         known = ", ".join([THIS, *sorted(presets)])
         raise HardwareError(f"hardware {name_or_path!r}: expected FILE.yaml or one of {known}")
-    return _hardware(_read_yaml(path), path.stem, str(path))
+    return _hardware(read_yaml(path, option), path.stem, str(path))
 
 
 def save_hardware(path: Path, hardware: Hardware) -> None:
@@ -209,6 +215,23 @@ def save_hardware(path: Path, hardware: Hardware) -> None:
     write_bytes(path, text.encode())
 
 
+def read_yaml(path: Path, option: str) -> object:
+    """Return what a YAML file holds that an option names.
+
+    Raises:
+        HardwareError: missing, or no YAML.
+    """
+    import yaml
+
+    data = read_yaml_text(path, HardwareError, f"check {option}")
+    try:
+        return parse_yaml(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # Besides its own errors the parser lets through those of impossible dates and encodings.
+        reason = " ".join(str(error).split())[:200]
+        raise HardwareError(f"{path}: not valid YAML ({reason})", "mend the file") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class _DeviceEntry(Closed):
     name: str = ""
@@ -217,6 +240,8 @@ class _DeviceEntry(Closed):
     efficiency: Efficiency
     layer_microseconds: _Delay
     dense_layer_microseconds: _Delay | None = field(default=None, metadata=LEFT_OUT)
+    compute_tflop_per_s: _Figure | None = field(default=None, metadata=LEFT_OUT)
+    compute_efficiency: _Figure = 1.0
     source: str = ""
 
 
@@ -265,6 +290,8 @@ def _device(entry: _DeviceEntry) -> Device:
         efficiency=entry.efficiency,
         layer_seconds=entry.layer_microseconds / 1e6,
         dense_layer_seconds=_scaled(entry.dense_layer_microseconds, 1e-6),
+        compute=_scaled(entry.compute_tflop_per_s, 1e12),
+        compute_efficiency=entry.compute_efficiency,
         source=entry.source,
     )
 
@@ -277,6 +304,8 @@ def _device_entry(device: Device) -> _DeviceEntry:
         efficiency=device.efficiency,
         layer_microseconds=device.layer_seconds * 1e6,
         dense_layer_microseconds=_scaled(device.dense_layer_seconds, 1e6),
+        compute_tflop_per_s=_scaled(device.compute, 1e-12),
+        compute_efficiency=device.compute_efficiency,
         source=device.source,
     )
 
@@ -309,15 +338,3 @@ def _presets() -> dict[str, object]:
     text = files("cost_model").joinpath("hardware.yaml").read_text(encoding="utf-8")
     presets: dict[str, object] = yaml.safe_load(text)
     return presets
-
-
-def _read_yaml(path: Path) -> object:
-    import yaml
-
-    data = read_yaml_text(path, HardwareError, "check --hardware")
-    try:
-        return parse_yaml(data)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # Besides its own errors the parser lets through those of impossible dates and encodings.
-        reason = " ".join(str(error).split())[:200]
-        raise HardwareError(f"{path}: not valid YAML ({reason})", "mend the file") from error

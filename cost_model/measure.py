@@ -30,6 +30,9 @@ _GPU_BYTES = 1 << 30
 _BATCH_ROWS = 32
 """Rows gathered at a time: 256 KiB, which stay in a core's L2."""
 
+_PRODUCT = (256, 2048)
+"""Tokens, and width of a layer."""
+
 _LAYER_SECONDS, _GPU_LAYER_SECONDS, _GPU_DENSE_LAYER_SECONDS = 50e-6, 250e-6, 60e-6
 """Those of the presets; see hardware.yaml."""
 
@@ -57,7 +60,7 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
             "pass a preset or a YAML file",
         )
     streamed, gathered = cpu_bandwidths(threads, array_bytes)
-    share = gathered / streamed
+    share, compute = gathered / streamed, cpu_compute(threads)
     gpu, link, note = _gpu()
     return Hardware(
         name="this",
@@ -67,8 +70,10 @@ def measure_this(threads: int, array_bytes: int = ARRAY_BYTES) -> Hardware:
             memory=memory,
             efficiency=Efficiency(matrix=1.0, rows=share, columns=share),
             layer_seconds=_LAYER_SECONDS,
+            compute=compute,
             source=f"measured: streaming {streamed / 1e9:.1f} GB/s, rows of 8 KiB in random order "
-            f"{gathered / 1e9:.1f} GB/s; {_LAYER_SECONDS * 1e6:.0f} µs a layer assumed",
+            f"{gathered / 1e9:.1f} GB/s, products in float32 {compute / 1e9:.0f} GFLOP/s; "
+            f"{_LAYER_SECONDS * 1e6:.0f} µs a layer assumed",
         ),
         gpu=gpu,
         link=link,
@@ -88,6 +93,20 @@ def cpu_bandwidths(threads: int, array_bytes: int) -> tuple[float, float]:
         streamed = _fastest(lambda: list(pool.map(_stream, parts)))
         gathered = _fastest(lambda: list(pool.map(lambda at: _gather(memory, at), orders)))
     return memory.nbytes / streamed, memory.nbytes / gathered
+
+
+def cpu_compute(threads: int) -> float:
+    """Return the operations per second of a layer's product, float32."""
+    import torch
+
+    rows, width = _PRODUCT
+    weights, inputs = torch.ones(width, width), torch.ones(rows, width)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return 2 * rows * width * width / _fastest(lambda: inputs @ weights)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _stream(part: Bytes) -> int:

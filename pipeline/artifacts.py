@@ -77,6 +77,7 @@ def _facts(path: Path) -> tuple[str, list[Path], dict[str, Any]]:
     from predictor.traces.summary import trace_summary
     from prosparse.training import MARKER
     from report.runs import FILES
+    from results.cluster import CLUSTER
 
     if not path.is_dir():
         return "file", [], inspect_file(path)
@@ -90,7 +91,7 @@ def _facts(path: Path) -> tuple[str, list[Path], dict[str, Any]]:
     if (index := path / MARKER).is_file():
         facts = read_sealed(index, ResultError, "sparsify it again")
         return "sparsified model", [index], facts
-    if results := [each for each in FILES if (path / each.name).is_file()]:
+    if results := [each for each in (*FILES, CLUSTER) if (path / each.name).is_file()]:
         facts = {each.path(path).stem: plain(each.read(path)) for each in results}
         return "results", [each.path(path) for each in results], facts
     raise ResultError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,7 @@ from pipeline.probe import Rates
 from pipeline.steps import StepSettings
 from predictor.size import Size
 from predictor.training.bounds import bound_of
-from predictor.training.settings import RECIPES, possible_sizes
+from predictor.training.settings import RECIPES, TrainConfig, possible_sizes
 from predictor.training.sizes import SCOUT_ROWS
 from predictor.training.start import MOMENT_ROWS
 
@@ -35,7 +36,7 @@ their gradients; with SmolLM2-135M, 1024 tokens at once, it makes up 1.9 GB of a
 _KEPT_BYTES = 2 * 12
 """Of a weight in the two checkpoints of a sparsification."""
 
-_MEASUREMENTS = 3.25
+MEASUREMENTS = 3.25
 """Of the perplexity gap, mostly at most: a quarter of the text, then all of it up to three times
 (`predictor.thresholds.choose`; five are the limit)."""
 
@@ -163,19 +164,14 @@ class Costs:
         settings, shape, rates = self.settings.train, self.checkpoint.shape, self.rates
         held = settings.holdout * self.settings.collect.tokens
         rows = self.settings.collect.tokens - held
-        layer = rates.layer_fixed + rates.layer_row * rows
-        recipe = RECIPES[settings.recipe]
-        if len(self._sizes) > 1 and recipe.start != "random":
-            epoch = rates.layer_row / max(recipe.epochs, 1)
-            scout = rates.layer_fixed + epoch * min(rows, SCOUT_ROWS)
-            layer += len({size.rank for size in self._sizes}) * scout
+        layer = layer_seconds(settings, self._sizes, rows, rates.layer_fixed, rates.layer_row)
         seconds = self._layers * layer / rates.jobs
         gate = 4 * shape.d_model * shape.d_ff
         memory = rates.jobs * (4 * gate + 4 * min(rows, MOMENT_ROWS) * shape.d_model)
         bound = bound_of(settings)
         if bound is not None and bound.max_ppl_gap is not None:
             tokens = min(settings.eval_tokens, held)
-            seconds += (1 + _MEASUREMENTS) * self._forward(tokens)
+            seconds += (1 + MEASUREMENTS) * self._forward(tokens)
             memory = max(memory, self._resident(4) + 2 * tokens * shape.vocab_size)
         return Cost(seconds=seconds, disk=self._layers * self._predictor(2), memory=memory)
 
@@ -248,3 +244,22 @@ class Costs:
             disk=0,
             memory=self._resident(4),
         )
+
+
+def layer_seconds(
+    settings: TrainConfig, sizes: Sequence[Size], rows: float, fixed: float, row: float
+) -> float:
+    """Return the seconds of a layer's training, its scouts included.
+
+    Args:
+        settings: of the training.
+        sizes: what the layer's predictor may be.
+        rows: that it is trained on.
+        fixed: seconds of a training whatever its rows.
+        row: seconds that a row adds, all epochs together.
+    """
+    seconds, recipe = fixed + row * rows, RECIPES[settings.recipe]
+    if len(sizes) > 1 and recipe.start != "random":
+        scout = fixed + row / max(recipe.epochs, 1) * min(rows, SCOUT_ROWS)
+        seconds += len({size.rank for size in sizes}) * scout
+    return seconds

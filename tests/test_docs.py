@@ -42,7 +42,9 @@ def test_every_option_named_in_an_example_exists(page: Path) -> None:
         command = main.commands[example.split()[1]]
         if isinstance(command, click.Group):
             command = command.commands[example.split()[2]]
-        options = {
+        variants = getattr(command, "variants", {})
+        command = next((variants[each] for each in example.split() if each in variants), command)
+        options = set(variants) | {
             option
             for parameter in command.params
             for option in (*parameter.opts, *parameter.secondary_opts)

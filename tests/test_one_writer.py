@@ -38,6 +38,8 @@ from gguf_export.bundle import Bundle, export
 from gguf_export.commit import commit_file, finish_commit
 from gguf_export.gpu_split import split
 from gguf_export.settings import ExportConfig, SplitConfig
+from pipeline.cluster_plan import plan_cluster
+from pipeline.cluster_settings import ClusterConfig
 from powerinfer_bridge.benchmark.run import bench
 from powerinfer_bridge.benchmark.settings import BenchConfig
 from powerinfer_bridge.estimate.run import estimate
@@ -127,6 +129,9 @@ def test_every_command_that_writes_is_refused_what_another_writes(
         out: [
             lambda: bench(BenchConfig(file=file, data=str(text_file), out=out)),
             lambda: estimate(EstimateConfig(file=file, hardware="h100", density=0.1, out=out)),
+            lambda: plan_cluster(
+                ClusterConfig(model=str(model_dir), cluster="2xh100", rank=32, out=out)
+            ),
             lambda: shift(SparsityConfig(**settings, max_ppl_gap=0.1, out=out)),
             lambda: write_page(ReportConfig(directories=results, out=out)),
             lambda: write_report(out, PREDICTORS.read(_reported(tmp_path)), draw=lambda *_: None),

@@ -13,6 +13,7 @@ import torch
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, choose_device, load_model
 from architectures.model_files import hashed_meanwhile
+from architectures.spec import ModelShape
 from architectures.tokenizer import Tokenizer, chat_template_of
 from cluster.settings import worker_device
 from common import chat
@@ -197,10 +198,6 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         )
     on_cpu = torch.device(device_named(config.device)).type == "cpu"
     compute = torch.float32 if on_cpu else checkpoint.dtype
-    row_bytes = 2 * shape.d_model + shape.d_ff // 8
-    least, most = _SHARD_ROWS
-    # Not by the layers recorded: passes over the layers must cut the text alike.
-    usual = max(least, min(most, _SHARD_BYTES // (row_bytes * shape.n_layers)))
     return TraceHeader(
         model=config.model,
         model_fingerprint=checkpoint.fingerprint,
@@ -221,9 +218,17 @@ def trace_header(config: CollectConfig, checkpoint: Checkpoint, template: str) -
         tokens=config.tokens,
         context=min(config.context, shape.context_length),
         batch=config.batch,
-        shard_rows=config.shard_rows or usual,
+        shard_rows=config.shard_rows or usual_shard_rows(shape),
         seed=config.seed,
     )
+
+
+def usual_shard_rows(shape: ModelShape) -> int:
+    """Return the rows of a shard where nobody says: about a gibibyte of all layers."""
+    row_bytes = 2 * shape.d_model + shape.d_ff // 8
+    least, most = _SHARD_ROWS
+    # Not by the layers recorded: passes over the layers must cut the text alike.
+    return max(least, min(most, _SHARD_BYTES // (row_bytes * shape.n_layers)))
 
 
 def choose_template(checkpoint: Checkpoint, choice: str, report: Report) -> str:
