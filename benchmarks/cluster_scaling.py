@@ -7,8 +7,8 @@ without each of the simulation's terms, then one that says where it stops scalin
 `asleep` writes such spans: its workers sleep in the place of items, so that more of them than there
 are cores show what the scheduler costs.
 
-    python -m benchmarks.cluster asleep --workers 8 --out eight.jsonl
-    python -m benchmarks.cluster simulate one.jsonl two.jsonl four.jsonl eight.jsonl --as-ready
+    python -m benchmarks.ray_cluster asleep --workers 8 --out eight.jsonl
+    python -m benchmarks.ray_cluster simulate one.jsonl two.jsonl four.jsonl eight.jsonl --as-ready
 """
 
 from __future__ import annotations
