@@ -8,11 +8,11 @@ random moment each time, goes on with `--resume`, and compares every file. `memo
 amounts of tokens and tells the driver's peak beyond what it takes once all is imported. `asleep`
 and `simulate` are `benchmarks.cluster_scaling`'s.
 
-    python -m benchmarks.ray_cluster overhead train --layers 8 --d-model 256 --d-ff 1024 --tokens 20000
+    python -m benchmarks.ray_cluster overhead train --layers 8 --d-model 256 --tokens 20000
     python -m benchmarks.ray_cluster kills train --rounds 10
     python -m benchmarks.ray_cluster overhead collect --model DIR --data FILE.jsonl --tokens 50000
-    python -m benchmarks.ray_cluster kills collect --model DIR --data FILE.jsonl --weights pipelined
-    python -m benchmarks.ray_cluster memory --model DIR --data FILE.jsonl --tokens 50000 --tokens 500000
+    python -m benchmarks.ray_cluster kills collect --model DIR --data FILE.jsonl
+    python -m benchmarks.ray_cluster memory --model DIR --data FILE.jsonl --tokens 50000
 """
 
 from __future__ import annotations
