@@ -87,13 +87,14 @@ def _connected(asked: str, remedy: str, **settings: object) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep what Ray says of dying workers, some pages each, out of standard output."""
+    """Keep what Ray says of dying workers, some pages each, out of the command's output."""
     import ray._private.worker as said
 
     before = said._worker_logs_enabled
     said._worker_logs_enabled = False
     try:
-        yield
+        with _environment({"RAY_IGNORE_UNHANDLED_ERRORS": "1"}):
+            yield
     finally:
         said._worker_logs_enabled = before
 

@@ -43,6 +43,7 @@ class Watch:
         what: str,
         named: Callable[[Any], str],
         verbose: bool = False,
+        each: bool = True,
     ) -> None:
         """Name where it is told.
 
@@ -52,8 +53,10 @@ class Watch:
             what: what items are called, such as `shards`.
             named: names an item, such as `shard 3`.
             verbose: tell of every item too, and of every node at the end.
+            each: items are large enough to be told of one by one.
         """
         self._bar, self.note, self._what, self._verbose = bar, note, what, verbose
+        self._each = verbose and each
         self.named, self._ahead = named, 0
         self._made: dict[str, int] = defaultdict(int)
         self._spent: dict[str, float] = defaultdict(float)
@@ -73,7 +76,7 @@ class Watch:
 
     def twice(self, item: Any, node: str) -> None:
         """Tell that an item that takes long is made a second time."""
-        if self._verbose:
+        if self._each:
             self.note(f"{self.named(item)} takes long and is made on {node} too")
 
     def made(self, item: Any, span: Span) -> None:
@@ -82,7 +85,7 @@ class Watch:
             listener(span)
         self._made[span.node] += 1
         self._spent[span.node] += span.ended - span.begun
-        if self._verbose:
+        if self._each:
             took = span.ended - span.begun
             self.note(f"{self.named(item)}: {took:.1f} s on {span.node}")
 

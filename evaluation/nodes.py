@@ -138,7 +138,7 @@ def arms_on_nodes(
         Pool(start, worker, most=_MOST) as pool,
         tqdm(disable=True) as bar,
     ):
-        watch = Watch(bar, note, what="batches", named=_named, verbose=config.verbose)
+        watch = Watch(bar, note, what="batches", named=_named, verbose=config.verbose, each=False)
 
         def opened(arm: Arm) -> tuple[NodesBackend, ArmFacts]:
             backend = NodesBackend(_everywhere(arm), pool, watch)

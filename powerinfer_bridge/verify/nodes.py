@@ -46,7 +46,9 @@ def compare_on_nodes(config: VerifyConfig, note: Callable[[str], None]) -> Compa
             cluster_for(address, worker, read=read, note=note),
             tqdm(total=len(targets), unit="tensor", desc="compare", disable=None) as bar,
         ):
-            watch = Watch(bar, note, what="tensors", named=_named, verbose=config.verbose)
+            watch = Watch(
+                bar, note, what="tensors", named=_named, verbose=config.verbose, each=False
+            )
             for _ in several_on_nodes(start, targets, worker, watch, most=len(targets)):
                 bar.update()
 

@@ -104,7 +104,7 @@ def measuring_on_nodes(
         parts=parts,
     )
     with tqdm(unit="window", desc="perplexity gap", disable=None) as bar:
-        watch = Watch(bar, note, what="windows", named=_named, verbose=verbose)
+        watch = Watch(bar, note, what="windows", named=_named, verbose=verbose, each=False)
         pool: Pool[_Window, list[float]]
         with Pool(partial(_measuring, run), worker, most=len(held.windows)) as pool:
 
