@@ -29,7 +29,7 @@ _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0,
 _HEADER, _SETTINGS = 9, 4
 """Of an HTTP/2 frame: bytes of its header, and the kind that a server's first one is (RFC 9113)."""
 
-SAME_VERSIONS = "the cluster's Python and Ray must be this one's"
+SAME_VERSIONS = "the cluster's token, Python and Ray must be this one's"
 START_ONE = "start one with 'ray start --head', or pass --ray local"
 
 
@@ -56,7 +56,10 @@ def found_address(address: str) -> str:
             f"--ray {address}: no cluster at {found} ({error.strerror or error})", START_ONE
         ) from error
     if not answered:
-        raise ClusterError(f"--ray {address}: what listens at {found} is no Ray cluster", START_ONE)
+        raise ClusterError(
+            f"--ray {address}: what listens at {found} is no Ray cluster, or one that wants TLS",
+            START_ONE,
+        )
     _require_joinable(found)
     return found
 
