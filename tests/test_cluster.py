@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks.ray_nodes import Nodes, three_nodes
 from cluster.address import found_address
 from cluster.connection import reached
-from cluster.nodes import Worker, require_alike
+from cluster.nodes import Worker, require_alike, require_store
 from cluster.pool import Pool, several_on_nodes
 from cluster.watch import Watch
 from cluster.worker import Tell, Work
@@ -48,7 +48,7 @@ pytest.importorskip("ray")
 
 SMALL = Worker(cpus=1, gpus=0, memory=1 << 20)
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 90
+SECONDS = 240
 """That a test may take before it is ended with the whole process; Ray waits deaf to signals."""
 
 
@@ -312,6 +312,8 @@ def test_nodes_that_cannot_do_the_work_are_refused_before_it(
     config = settings(deep_traces, out, ray=nodes.address)
     with refused(ClusterError, "no node", "2 GPUs", "--ray-gpus"):
         train_predictors(replace(config, ray_gpus=2.0))
+    with refused(ClusterError, "node ", "object store holds", "--object-store-memory="):
+        require_store(1 << 40)
     with refused(ClusterError, "--device meta", "--ray-gpus"):
         train_predictors(replace(config, device="meta"))
     with refused(ClusterError, "node ", "No such file", "every machine"):
