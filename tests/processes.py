@@ -1,11 +1,18 @@
-"""Programs that never end, and whether they still run."""
+"""Processes to be killed: forks of this one and programs that never end, and whether they run."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 import time
+import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 SLEEPER = """
 import os, pathlib, subprocess, sys, time
@@ -15,6 +22,50 @@ os.rename(sys.argv[1] + '.new', sys.argv[1])
 """
 """Starts a program of its own and writes both numbers down."""
 FOREVER = SLEEPER + "time.sleep(600)"
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Work in a forked process, which has everything imported already; return its id.
+
+    It exits with 0, with 1 and a traceback where the work raises, or as the work exits.
+    """
+    with warnings.catch_warnings():
+        # From Python 3.12 on: of the parent's threads, none of which the child needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        # tqdm's own lock is shared with the parent: who is killed while holding it keeps it.
+        tqdm.set_lock(threading.RLock())
+        work()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def ending(child: int) -> int:
+    """Wait for a process; return its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(child: int, reached: Callable[[], bool], then: Callable[[], object]) -> int:
+    """Kill a process some moment after it has reached something; return how it ended."""
+    until = time.monotonic() + 120
+    while not reached():
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return ending(child)
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    then()
+    os.kill(child, signal.SIGKILL)
+    return ending(child)
 
 
 def alive(pid: int) -> bool:

@@ -8,12 +8,8 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +18,9 @@ from typing import Any
 import pytest
 from click.testing import Result
 from conftest import refused
-from tqdm import tqdm
+from processes import ending, forked, killed_at
 
+from cli import main
 from common.errors import TraceError
 from common.provenance import PROVENANCE
 from predictor.collection.collect import collect
@@ -145,30 +142,13 @@ def test_resume_of_nothing_starts_and_of_a_complete_run_changes_nothing(
 
 
 def start(run: CollectConfig, arm: Arm = lambda: None) -> int:
-    """Collect in a forked process, which has everything imported already; return its id."""
-    with warnings.catch_warnings():
-        # From Python 3.12 on: of the parent's threads, none of which the child needs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        # tqdm's own lock is shared with the parent: who is killed while holding it keeps it.
-        tqdm.set_lock(threading.RLock())
+    """Collect in a forked process; return its id."""
+
+    def work() -> None:
         arm()
         collect(run)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
 
-
-def ending(child: int) -> int:
-    """Wait for a process; return its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return forked(work)
 
 
 def kill_after(run: CollectConfig, delay: float) -> int:
@@ -355,22 +335,19 @@ def test_a_run_killed_while_it_replaces_a_store_resumes_to_the_same_bytes(
     assert os.listdir(tmp_path) == ["out"], "the old store is gone"
 
 
-def kill_command(command: list[str], part: Path) -> None:
-    """Run the command line in a new process and kill it a little after a file has appeared."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from cli import main; main()", *command],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-    )
-    until = time.monotonic() + 60
-    while not part.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.001)
-    time.sleep(random.Random(part.name).uniform(0, 0.05))
-    process.kill()
-    said = process.communicate()[1].decode()
-    assert process.returncode == -signal.SIGKILL, said
-    assert "Traceback" not in said
+def kill_command(command: list[str], part: Path, said: Path) -> None:
+    """Run the command line in a forked process, killed a little after a file has appeared."""
+
+    def work() -> None:
+        with said.open("w") as file:
+            os.dup2(file.fileno(), 2)
+            sys.stderr = file
+            main(command)
+
+    delay = random.Random(part.name).uniform(0, 0.05)
+    ended = killed_at(forked(work), part.exists, lambda: time.sleep(delay))
+    assert ended == -signal.SIGKILL, said.read_text()
+    assert "Traceback" not in said.read_text()
 
 
 def test_the_command_killed_twice_resumes_to_the_same_bytes(
@@ -382,9 +359,8 @@ def test_the_command_killed_twice_resumes_to_the_same_bytes(
     sizes = ("--tokens", TOKENS, "--context", CONTEXT, "--batch", BATCH)
     command = [str(word) for word in ("collect", *inputs, *sizes, "--threads", 1)]
     for shard in (0, 1):
-        kill_command(
-            [*command, "--resume"], run.out / f"layer-00/.shard-{shard:05d}.safetensors.part"
-        )
+        part = run.out / f"layer-00/.shard-{shard:05d}.safetensors.part"
+        kill_command([*command, "--resume"], part, tmp_path / "said")
         assert len(TraceStore.open(run.out).progress.shards) in (shard, shard + 1)
     before = contents(run.out)
     assert psp(*command).exit_code == 1, "not without --resume"
