@@ -55,15 +55,15 @@ def ending(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def killed_at(child: int, reached: Callable[[], bool], then: Callable[[], object]) -> int:
-    """Kill a process some moment after it has reached something; return how it ended."""
+def killed_at(child: int, reached: Callable[[], bool], delay: float = 0) -> int:
+    """Kill a process some seconds after it has reached something; return how it ended."""
     until = time.monotonic() + 120
     while not reached():
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return ending(child)
         assert time.monotonic() < until
         time.sleep(0.001)
-    then()
+    time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     return ending(child)
 

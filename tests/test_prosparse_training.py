@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ModelMaker, refused
+from processes import forked, killed_at
 from safetensors.torch import load_file
 
 import prosparse.training
@@ -35,7 +32,6 @@ from prosparse.training import sparsify
 from prosparse.training_log import last_evaluation, read_log
 
 pytestmark = pytest.mark.usefixtures("trainer_is_imported")
-ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 96, "initializer_range": 0.05}
 
 
@@ -200,43 +196,14 @@ def test_sft_has_its_own_text(config: SparsifyConfig, tmp_path: Path) -> None:
         replace(config, sft_data=str(other))
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from prosparse.schedule import Schedule
-from prosparse.settings import SparsifyConfig
-from prosparse.training import sparsify
-options = json.loads(sys.argv[1])
-schedule = Schedule.of(*(tuple(stage.values()) for stage in options.pop("schedule")))
-sparsify(SparsifyConfig(**options | {"out": Path(options["out"])}, schedule=schedule))
-"""
-
-
-def start(config: SparsifyConfig) -> subprocess.Popen[bytes]:
-    options = vars(config) | {"out": str(config.out), "schedule": config.schedule.document()}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, json.dumps(options)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-
-
 def test_kill_and_resume_end_at_the_same_weights(config: SparsifyConfig) -> None:
     whole = replace(config, save_every=3, schedule=PROGRESSIVE.scaled(2))
     sparsify(whole)
     broken = replace(whole, out=config.out.parent / "broken")
     # Killed inside the run, wherever it is once the second checkpoint is whole.
-    child = start(broken)
     mark = broken.training / "checkpoint-6" / "complete"
-    deadline = time.monotonic() + 120
-    while not mark.exists():
-        assert child.poll() is None, "ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child = forked(lambda: sparsify(broken))
+    assert killed_at(child, mark.exists) == -signal.SIGKILL
     assert not (broken.out / "config.json").exists()
     # As a kill in the middle of writing would leave it:
     torn = broken.training / "checkpoint-47"

@@ -345,7 +345,7 @@ def kill_command(command: list[str], part: Path, said: Path) -> None:
             main(command)
 
     delay = random.Random(part.name).uniform(0, 0.05)
-    ended = killed_at(forked(work), part.exists, lambda: time.sleep(delay))
+    ended = killed_at(forked(work), part.exists, delay)
     assert ended == -signal.SIGKILL, said.read_text()
     assert "Traceback" not in said.read_text()
 
