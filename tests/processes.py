@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ def forked(work: Callable[[], object]) -> int:
         return child
     status = 1
     try:
+        gc.freeze()  # a collection would write to, and so copy, all memory of the parent's
         # tqdm's own lock is shared with the parent: who is killed while holding it keeps it.
         tqdm.set_lock(threading.RLock())
         work()

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import ModelMaker, write_predictors
+from processes import ending, forked
 
+from architectures.checkpoint import Checkpoint
+from architectures.model import load_model
+from common.machine import read_memory, weight_budget
 from common.units import MIB
 from gguf_export.bundle import export
 from gguf_export.settings import ExportConfig
+from powerinfer_bridge.doctor.environment import memory_findings
+from powerinfer_bridge.engine.engine import Engine
 
 CGROUPS = Path("/sys/fs/cgroup")
 LIMIT = 64 * MIB
 """Python and its libraries take more; they are counted where the process was as it read them."""
 
-PROCESS = """
-import json, os, pathlib, sys
-import torch
-from architectures.checkpoint import Checkpoint
-from architectures.model import load_model
-from common.machine import read_memory, weight_budget
-from powerinfer_bridge.doctor.environment import memory_findings
-from powerinfer_bridge.engine.engine import Engine
 
-group, model, file = map(pathlib.Path, sys.argv[1:])
-
-def decided():
+def decided(model: Path, file: Path) -> dict[str, Any]:
+    """Say what goes by the memory of the process that asks."""
     memory = read_memory()
-    finding = list(memory_findings(memory, None, ()))[0]
+    finding = next(iter(memory_findings(memory, None, ())))
     loaded = load_model(Checkpoint.open(model), dtype=torch.float32, device="cpu")
     return {
         "limit": memory.limit,
@@ -44,11 +40,6 @@ def decided():
         "streamed": loaded.streamed,
         "resident": Engine(file).weights.resident,
     }
-
-free = decided()
-(group / "cgroup.procs").write_text(str(os.getpid()))
-print(json.dumps([free, decided()]))
-"""
 
 
 def own_groups() -> Iterator[tuple[Path, str]]:
@@ -101,12 +92,17 @@ def wide_files(make_model: ModelMaker, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_limited_process_streams_what_another_keeps_in_memory(
-    limited_group: Path, wide_files: tuple[Path, Path]
+    limited_group: Path, wide_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", PROCESS, str(limited_group), *map(str, wide_files)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    free, limited = json.loads(run.stdout.splitlines()[-1])
+    said = tmp_path / "said.json"
+
+    def work() -> None:
+        free = decided(*wide_files)
+        (limited_group / "cgroup.procs").write_text(str(os.getpid()))
+        said.write_text(json.dumps([free, decided(*wide_files)]))
+
+    assert ending(forked(work)) == 0
+    free, limited = json.loads(said.read_text())
     assert (free["streamed"], free["resident"]) == (False, True)
     assert (limited["limit"], limited["budget"]) == (LIMIT, int(0.6 * LIMIT))
     assert "a container's limit of 64.0 MiB" in limited["doctor"]
