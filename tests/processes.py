@@ -25,7 +25,7 @@ os.rename(sys.argv[1] + '.new', sys.argv[1])
 FOREVER = SLEEPER + "time.sleep(600)"
 
 
-def forked(work: Callable[[], object]) -> int:
+def forked(work: Callable[[], object], prints_to: Path | None = None) -> int:
     """Work in a forked process, which has everything imported already; return its id.
 
     It exits with 0, with 1 and a traceback where the work raises, or as the work exits.
@@ -41,6 +41,10 @@ def forked(work: Callable[[], object]) -> int:
         gc.freeze()  # a collection would write to, and so copy, all memory of the parent's
         # tqdm's own lock is shared with the parent: who is killed while holding it keeps it.
         tqdm.set_lock(threading.RLock())
+        if prints_to is not None:
+            sys.stdout = sys.stderr = prints_to.open("w", buffering=1)
+            for standard in (1, 2):
+                os.dup2(sys.stdout.fileno(), standard)
         work()
         status = 0
     except SystemExit as end:
@@ -60,13 +64,15 @@ def ending(child: int) -> int:
 def killed_at(child: int, reached: Callable[[], bool], delay: float = 0) -> int:
     """Kill a process some seconds after it has reached something; return how it ended."""
     until = time.monotonic() + 120
-    while not reached():
-        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            return ending(child)
-        assert time.monotonic() < until
-        time.sleep(0.001)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
+    try:
+        while not reached() and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        time.sleep(delay)
+    finally:
+        os.kill(child, signal.SIGKILL)  # nothing to who has ended: that waits to be asked for
     return ending(child)
 
 

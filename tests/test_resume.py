@@ -337,15 +337,8 @@ def test_a_run_killed_while_it_replaces_a_store_resumes_to_the_same_bytes(
 
 def kill_command(command: list[str], part: Path, said: Path) -> None:
     """Run the command line in a forked process, killed a little after a file has appeared."""
-
-    def work() -> None:
-        with said.open("w") as file:
-            os.dup2(file.fileno(), 2)
-            sys.stderr = file
-            main(command)
-
-    delay = random.Random(part.name).uniform(0, 0.05)
-    ended = killed_at(forked(work), part.exists, delay)
+    child = forked(lambda: main(command), prints_to=said)
+    ended = killed_at(child, part.exists, random.Random(part.name).uniform(0, 0.05))
     assert ended == -signal.SIGKILL, said.read_text()
     assert "Traceback" not in said.read_text()
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +12,10 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from conftest import refused
+from processes import forked, killed_at
 from run_help import RATES, SMALL, Killed, contents, run, run_until, settings, times
 
+from cli import main
 from common.documents import read_documents, read_text
 from common.errors import OutputError, PspError
 from gguf_export.bundle import export
@@ -39,8 +37,6 @@ from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 from report.runs import load_runs
 from results.bench import DENSE_POWERINFER, POWERINFER
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -261,30 +257,15 @@ def test_killed_for_good_it_goes_on(
     options = {f"--{key}": str(value) for key, value in SMALL.items() if key != "generate"}
     arguments = ["run", "--model", str(model_dir), "--data", str(data_file), "--out", str(out)]
     arguments += [part for pair in options.items() for part in pair] + ["-n", "4"]
-    program = "from cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        _wait(lambda: any((out / "traces").rglob("*.part")) or (out / "predictors").exists(), child)
-    finally:
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+    said = tmp_path / "said"
+    child = forked(lambda: main(arguments), prints_to=said)
+    begun = [out / "traces", out / "predictors"]
+    ended = killed_at(child, lambda: any(begun[0].rglob("*.part")) or begun[1].exists())
+    assert ended == -signal.SIGKILL, said.read_text()
     assert (out / STATE).exists()
     assert not (out / "report.html").exists()
     run(settings(model_dir, data_file, out, resume=True))
     assert contents(out) == contents(whole[0].layout.out)
-
-
-def _wait(happened: Callable[[], bool], child: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while not happened():
-        assert child.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 @pytest.mark.usefixtures("_no_probe")
