@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from conftest import refused
 from processes import forked, killed_at
-from run_help import RATES, SMALL, Killed, contents, run, run_until, settings, times
+from run_help import RATES, SMALL, Killed, contents, draw_nothing, run, run_until, settings, times
 
 from cli import main
 from common.documents import read_documents, read_text
@@ -52,6 +52,11 @@ def whole(
 @pytest.fixture
 def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "probe", lambda *args: RATES)
+
+
+@pytest.fixture
+def _no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
 
 
 def test_everything_is_made_and_said(whole: tuple[Outcome, list[str]]) -> None:
@@ -168,7 +173,7 @@ def test_force_begins_anew(model_dir: Path, data_file: Path, tmp_path: Path) -> 
     assert inside.exists()
 
 
-@pytest.mark.usefixtures("_no_probe")
+@pytest.mark.usefixtures("_no_probe", "_no_drawing")
 def test_killed_at_every_boundary_it_ends_with_the_same_bytes(
     whole: tuple[Outcome, list[str]], model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -184,7 +189,7 @@ def test_killed_at_every_boundary_it_ends_with_the_same_bytes(
     assert contents(tmp_path / "out") == contents(whole[0].layout.out)
 
 
-@pytest.mark.usefixtures("_no_probe")
+@pytest.mark.usefixtures("_no_probe", "_no_drawing")
 def test_another_setting_redoes_that_step_and_those_after(
     whole: tuple[Outcome, list[str]], model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -209,7 +214,7 @@ def test_another_setting_redoes_that_step_and_those_after(
     assert {layer.rank for layer in outcome.bench.layers} == {64}
 
 
-@pytest.mark.usefixtures("_no_probe")
+@pytest.mark.usefixtures("_no_probe", "_no_drawing")
 def test_another_bound_needs_no_new_training(
     model_dir: Path, data_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +231,7 @@ def test_another_bound_needs_no_new_training(
     assert own == contents(second.layout.out)
 
 
-@pytest.mark.usefixtures("_no_probe")
+@pytest.mark.usefixtures("_no_probe", "_no_drawing")
 def test_a_result_that_was_changed_is_made_again(
     whole: tuple[Outcome, list[str]], model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +254,7 @@ def test_one_run_at_a_time(model_dir: Path, data_file: Path, tmp_path: Path) -> 
         assert not out.exists()
 
 
-@pytest.mark.usefixtures("_no_probe")
+@pytest.mark.usefixtures("_no_probe", "_no_drawing")
 def test_killed_for_good_it_goes_on(
     whole: tuple[Outcome, list[str]], model_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:

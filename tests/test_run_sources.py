@@ -12,7 +12,7 @@ import pytest
 import tokenizer_kinds as kinds
 from click.testing import Result
 from conftest import ModelMaker, make_export, refused, write_predictors
-from run_help import RATES, contents, run, settings
+from run_help import RATES, contents, draw_nothing, run, settings
 from test_gguf_checkpoint import write_file
 from test_split_set import written
 
@@ -34,8 +34,9 @@ from predictor.traces.store import TraceStore
 
 
 @pytest.fixture(autouse=True)
-def _no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_probe_no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "probe", lambda *args: RATES)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,7 @@ def together(model_dir: Path, halves: Path, tmp_path_factory: pytest.TempPathFac
     files = tuple(str(halves / f"{number}.jsonl") for number in range(2))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "probe", lambda *args: RATES)
+        draw_nothing(patch)
         return run(replace(settings(model_dir, halves, out), data=files))
 
 
