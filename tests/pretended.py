@@ -8,11 +8,11 @@ it with tensors of the CPU, and what the program would wait for is written down.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 DEVICE = torch.device("meta")
 _WAITING = {
@@ -74,8 +74,7 @@ class PretendedDevice(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = func._schema.name
-        flat, _ = tree_flatten((args, kwargs))
-        tensors = [each for each in flat if isinstance(each, torch.Tensor)]
+        tensors = list(_tensors((args, kwargs)))
         there = [each for each in tensors if isinstance(each, OnDevice)]
         kwargs.pop("pin_memory", None)
         target = kwargs.get("device")
@@ -122,8 +121,28 @@ def _by_mask(name: str, args: Any) -> bool:
     return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
 
 
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Yield what an operation takes; torch's own walk knows more than lists, and takes its time."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, list | tuple | dict):
+        for each in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(each)
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], tree: Any) -> Any:
+    """Return what an operation takes or gives with every tensor changed."""
+    if isinstance(tree, torch.Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {name: _mapped(change, each) for name, each in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_mapped(change, each) for each in tree)
+    return tree
+
+
 def _held(tree: Any) -> Any:
-    return tree_map_only(OnDevice, lambda tensor: tensor.held, tree)
+    return _mapped(values, tree)
 
 
 def _placed(made: Any, there: list[OnDevice]) -> Any:
@@ -133,7 +152,7 @@ def _placed(made: Any, there: list[OnDevice]) -> Any:
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         return known[id(tensor)] if id(tensor) in known else OnDevice(tensor)
 
-    return tree_map_only(torch.Tensor, placed, made)
+    return _mapped(placed, made)
 
 
 def on_device(tensor: torch.Tensor) -> OnDevice:
