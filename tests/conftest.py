@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readied
 import sentencepiece
 import torch
 from click.testing import CliRunner, Result
@@ -94,6 +95,14 @@ def trainer_is_imported() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def new_python() -> Iterator[readied.Readied]:
+    """Runs code in new interpreters in which torch is imported, and nothing else."""
+    run, process = readied.start()
+    with process, run.line:
+        yield run
 
 
 @pytest.fixture(scope="session", autouse=True)

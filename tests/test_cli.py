@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from conftest import TEXT
+from readied import Readied
 
 from cli import main
 from gguf_export.bundle import Bundle
@@ -260,8 +261,8 @@ def test_half_a_character_in_the_data_is_refused_or_read(
         assert result.exit_code == 0 or str(data) in refused(result)
 
 
-def test_a_user_s_error_shows_no_traceback_in_a_terminal() -> None:
-    done = fresh("from cli import main; main()", "inspect", "nowhere.gguf")
+def test_a_user_s_error_shows_no_traceback_in_a_terminal(new_python: Readied) -> None:
+    done = new_python("from cli import main; main()", "inspect", "nowhere.gguf")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.splitlines() == [

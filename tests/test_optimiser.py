@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from readied import Readied
 
 from predictor.optimiser import AdamW, cosine
 
@@ -50,7 +49,7 @@ def test_rates_fall_from_the_peak() -> None:
     assert 0 < shares[-1] < 0.02
 
 
-def test_training_imports_no_compiler() -> None:
+def test_training_imports_no_compiler(new_python: Readied) -> None:
     code = (
         "import sys, torch; from predictor.optimiser import AdamW;"
         "import predictor.training.run, predictor.head.run;"
@@ -58,5 +57,5 @@ def test_training_imports_no_compiler() -> None:
         "[AdamW([(p, 1e-3)], fused=fused).step() for fused in (True, False)];"
         "print(sorted({'torch._dynamo', 'sympy'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    done = new_python(code)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

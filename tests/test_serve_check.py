@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from families import VARIANTS, Variant, write
+from readied import Readied
 from serving import Make, findings, maker, one, problems, quiet, wide, write_site
 from test_doctor_environment import told
 from test_doctor_installation import PACKAGES
@@ -127,28 +128,25 @@ def test_what_the_plan_tells_is_told(make: Make) -> None:
     assert problems(findings(make("llama-tied"), parts=4)) == ["tensor parallel"]
 
 
-def run(code: str, *paths: object) -> str:
-    """Run code in a new interpreter with directories first on its path."""
-    before = "".join(f"sys.path.insert(0, {str(path)!r});" for path in paths)
-    command = [sys.executable, "-c", f"import sys;{before}{code}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_nothing_heavy_is_imported_before_it_is_needed_and_vllm_never(
-    site: Path, make: Make, tmp_path: Path
+    site: Path, make: Make, tmp_path: Path, new_python: Readied
 ) -> None:
     root, heavy = Path(__file__).parents[1], "{'torch', 'transformers', 'vllm'} & {*sys.modules}"
-    code = f"import vllm_plugin.check.examination; print(sorted({heavy}))"
-    assert run(code, site, root) == "[]\n"
+    first = f"import sys; sys.path[:0] = [{str(root)!r}, {str(site)!r}];"
+    code = f"{first} import vllm_plugin.check.examination; print(sorted({heavy}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     check = (
-        "from pathlib import Path; from vllm_plugin.check import examination as e;"
-        "e.check_serving(e.ServeCheckConfig(model=Path({!r})), {{}}); print(sorted({}))"
+        f"{first} from pathlib import Path; from vllm_plugin.check import examination as e;"
+        "e.check_serving(e.ServeCheckConfig(model=Path(sys.argv[1])), {});"
+        f"print(sorted({heavy}))"
     )
-    assert "transformers" not in run(check.format(str(tmp_path / "no"), heavy), site, root)
-    whole = check.format(str(make("llama-tied")), heavy)
-    assert run(whole, site, root) == "['torch', 'transformers']\n"
+    for model, found in (
+        (tmp_path / "no", ["torch"]),
+        (make("llama-tied"), ["torch", "transformers"]),
+    ):
+        done = new_python(check, model)
+        assert (done.returncode, done.stdout) == (0, f"{found}\n"), done.stderr
 
 
 def test_a_silu_model_is_left_to_vllm(make: Make) -> None:

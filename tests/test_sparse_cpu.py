@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
 import torch
+from readied import Readied
 from torch import Tensor
 
 from sparse_operators import cpu, cpu_bags, reference
@@ -156,7 +155,7 @@ print(torch.get_num_threads(), numba.get_num_threads())
 """
 
 
-def test_numba_starts_late_and_leaves_pytorch_its_threads() -> None:
-    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True)
+def test_numba_starts_late_and_leaves_pytorch_its_threads(new_python: Readied) -> None:
+    done = new_python(CHECK)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1 1\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from readied import Readied
 from torch import Tensor
 
 from sparse_operators import reference, sparse_down, sparse_up, sparse_up_down
@@ -108,19 +108,15 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert found.stdout.strip() == "[]"
 
 
-def test_the_cpu_needs_no_triton() -> None:
+def test_the_cpu_needs_no_triton(new_python: Readied) -> None:
     code = (
         "import sys, torch; sys.modules['triton'] = None;"
         "from sparse_operators import sparse_down;"
         "print(sparse_down(torch.ones(1, 2), torch.ones(2, 3)).tolist())"
     )
-    plain = os.environ | {
-        "NUMBA_DISABLE_JIT": "1"
-    }  # compiling takes seconds and is no subject here
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain
-    )
-    assert found.stdout.strip() == "[[2.0, 2.0, 2.0]]"
+    # Compiling takes seconds and is no subject here.
+    found = new_python(code, NUMBA_DISABLE_JIT="1")
+    assert (found.returncode, found.stdout.strip()) == (0, "[[2.0, 2.0, 2.0]]"), found.stderr
 
 
 def test_an_unknown_name() -> None:

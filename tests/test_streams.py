@@ -6,25 +6,41 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FULL = Path("/dev/full")
-RUN = [sys.executable, "-c", "from cli import main; main()"]
+RUN = "from cli import main; main()"
 SAID = "Error: cannot write standard output: No space left on device; print it somewhere else\n"
 
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 
 
-def psp(
-    *arguments: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE, **variables: str
-) -> subprocess.CompletedProcess[bytes]:
-    command = [*RUN, *arguments]
-    environment = os.environ | variables
-    return subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=environment, timeout=60
-    )
+Psp = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def psp(request: pytest.FixtureRequest) -> Psp:
+    """Run the command line in a new interpreter, which has torch where it is needed anyway."""
+
+    def run(
+        *arguments: str, stdout: int | None = None, stderr: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        if not {"--help", "--version"} & {*arguments}:
+            new_python = request.getfixturevalue("new_python")
+            done: subprocess.CompletedProcess[str] = new_python(
+                RUN, *arguments, stdout=stdout, stderr=stderr
+            )
+            return done
+        pipe = subprocess.PIPE
+        streams: dict[str, Any] = {"stdout": stdout or pipe, "stderr": stderr or pipe}
+        command, none = [sys.executable, "-c", RUN, *arguments], subprocess.DEVNULL
+        return subprocess.run(command, stdin=none, text=True, timeout=60, **streams)
+
+    return run
 
 
 @pytest.fixture
@@ -39,30 +55,32 @@ def refused_file(tmp_path: Path) -> str:
     "command",
     [["--help"], ["inspect", "--help"], ["estimate", "--help"], ["inspect", "MADE", "--json"]],
 )
-def test_a_full_device_costs_one_line(command: list[str], exact_dir: Path) -> None:
+def test_a_full_device_costs_one_line(psp: Psp, command: list[str], exact_dir: Path) -> None:
     command = [word.replace("MADE", str(exact_dir)) for word in command]
     with FULL.open("wb") as full:
         done = psp(*command, stdout=full.fileno())
-    assert (done.returncode, done.stderr.decode()) == (1, SAID)
+    assert (done.returncode, done.stderr) == (1, SAID)
 
 
-def test_a_full_standard_error_changes_no_exit_code(refused_file: str) -> None:
+def test_a_full_standard_error_changes_no_exit_code(psp: Psp, refused_file: str) -> None:
     with FULL.open("wb") as full:
         assert psp("inspect", refused_file, stderr=full.fileno()).returncode == 1
         assert psp("--version", stderr=full.fileno()).returncode == 0
 
 
 @pytest.mark.parametrize("command", [["--help"], ["inspect", "MADE", "--json"]])
-def test_a_reader_that_went_away_needs_no_line(command: list[str], exact_dir: Path) -> None:
+def test_a_reader_that_went_away_needs_no_line(
+    psp: Psp, command: list[str], exact_dir: Path
+) -> None:
     command = [word.replace("MADE", str(exact_dir)) for word in command]
     there, here = os.pipe()
     os.close(there)
     done = psp(*command, stdout=here)
     os.close(here)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-def test_a_closed_standard_error_pipe_keeps_the_exit_code(refused_file: str) -> None:
+def test_a_closed_standard_error_pipe_keeps_the_exit_code(psp: Psp, refused_file: str) -> None:
     there, here = os.pipe()
     os.close(there)
     assert psp("inspect", refused_file, stderr=here).returncode == 1

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import refused
-from processes import wait_for
+from processes import ending, forked, wait_for
 
 from common.errors import PredictorError
 from common.sealed import SEAL, read_sealed, write_sealed
@@ -150,16 +149,11 @@ def test_a_file_in_the_way_is_a_line_of_the_log(
 
 
 def test_a_dead_servers_lock_is_none(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, torch; from pathlib import Path; "
-        "from vllm_plugin.statistics import Statistics; "
-        f"kept = Statistics(Path(sys.argv[1]), {MODEL!r}, [torch.ones(7, dtype=torch.int64)] * 2); "
-        "kept.save(); os.kill(os.getpid(), 9)"
-    )
-    root = str(Path(statistics.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root}
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment)
-    assert ended.returncode == -9
+    def work() -> None:
+        made(tmp_path, [torch.ones(7, dtype=torch.int64)] * 2).save()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert ending(forked(work)) == -signal.SIGKILL
     made(tmp_path, grown()).close()
     assert facts(tmp_path)["tokens"] == 5
 
