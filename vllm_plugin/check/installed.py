@@ -70,15 +70,24 @@ def read_installed() -> Installed:
     spec = find_spec(_MODULE)
     if spec is None:
         return Installed(package=None, distributions=())
-    names: set[str] = {
-        canonicalize_name(each) for each in metadata.packages_distributions().get(_MODULE, ())
-    }
+    names: set[str] = {canonicalize_name(each) for each in _distributions_with(_MODULE)}
     names |= {name for name in (_MODULE, _FOR_CPU) if package_version(name) is not None}
     folders = list(spec.submodule_search_locations or ())
     return Installed(
         package=Path(folders[0]) if folders else None,
         distributions=tuple((name, metadata.version(name)) for name in sorted(names)),
     )
+
+
+def _distributions_with(module: str) -> Iterator[str]:
+    """Yield the names of the distributions that say, or whose files say, that they bring a package.
+
+    `metadata.packages_distributions` tells it of every package there is, and takes as long.
+    """
+    for each in metadata.distributions():
+        packages, files = each.read_text("top_level.txt"), each.read_text("RECORD")
+        if module in packages.split() if packages else f"\n{module}/" in f"\n{files}":
+            yield each.metadata["Name"]
 
 
 def version_findings(installed: Installed) -> Iterator[Finding]:
