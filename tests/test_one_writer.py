@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 import made_up_results
 import pytest
-import torch
 from conftest import refused
-from tqdm import tqdm
+from processes import ending, forked
 
 import common.outputs
 from common.errors import OutputError, TraceError
@@ -378,11 +376,6 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def export_until(steps: int, config: ExportConfig) -> bool:
     """Export in another process, killed when it has changed names so often; whether it was."""
-    pid = os.fork()
-    if pid:
-        return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    torch.set_num_threads(1)
-    tqdm.set_lock(RLock())  # its own is shared with all children, whoever is killed as he holds it
     left = [steps]
 
     def counted(real: Callable[..., object]) -> Callable[..., object]:
@@ -394,12 +387,14 @@ def export_until(steps: int, config: ExportConfig) -> bool:
 
         return call
 
-    try:
+    def work() -> None:
         for name in ("rename", "replace", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
         export(config)
-    finally:
-        os._exit(0)
+
+    ended = ending(forked(work))
+    assert ended in (0, -signal.SIGKILL)
+    return ended != 0
 
 
 def test_an_export_killed_between_its_names_is_the_old_or_the_new_one(
