@@ -21,6 +21,7 @@ import pytest
 from asked_tasks import settings_maker, write_tasks
 from conftest import ModelMaker, refused
 from processes import wait_for
+from readied import Readied
 from tqdm import tqdm
 
 from benchmarks.ray_nodes import Nodes, three_nodes
@@ -466,13 +467,14 @@ def processes_of(place: Path, *, named: str = "environ") -> list[int]:
     return found
 
 
-def test_without_the_option_nothing_of_ray_is_imported() -> None:
+def test_without_the_option_nothing_of_ray_is_imported(new_python: Readied) -> None:
     code = (
         "import sys; from cli import main; main(['train-predictor', '--help'], "
         "standalone_mode=False);"
         "import predictor.training.run;"
         "print(sorted({'ray', 'cluster.connection'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = new_python(code)
+    assert done.returncode == 0, done.stderr
     assert "--ray-gpus" in done.stdout
     assert done.stdout.endswith("[]\n")
