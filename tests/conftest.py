@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import readied
 import sentencepiece
 import torch
 from click.testing import CliRunner, Result
+from readied import new_python  # noqa: F401
 
 from architectures.checkpoint import Checkpoint
 from cli import main
@@ -68,10 +68,12 @@ def _fixed_threads() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _collected_tests_are_no_garbage() -> None:
+def _collected_tests_are_no_garbage() -> Iterator[None]:
     """Take 6,600 tests and what they import out of what every collection of garbage looks at."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()  # else libraries tell of leaks at the end
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -85,7 +87,7 @@ def _no_programs() -> None:
 
 
 @pytest.fixture(scope="session")
-def trainer_is_imported() -> Iterator[None]:
+def trainer_is_imported() -> None:
     """Take what transformers' Trainer imports out of the garbage that every run of it collects."""
     import torch.utils.tensorboard  # noqa: F401
 
@@ -93,16 +95,6 @@ def trainer_is_imported() -> Iterator[None]:
 
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def new_python() -> Iterator[readied.Readied]:
-    """Runs code in new interpreters in which torch is imported, and nothing else."""
-    run, process = readied.start()
-    with process, run.line:
-        yield run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import pytest
 
 _SECONDS = 120
 _SERVER = """
@@ -74,8 +77,9 @@ class Readied:
         return subprocess.CompletedProcess([code], ended, *said)
 
 
-def start() -> tuple[Readied, subprocess.Popen[bytes]]:
-    """Start the process; it ends when its line is closed."""
+@pytest.fixture(scope="session")
+def new_python() -> Iterator[Readied]:
+    """Runs code in new interpreters in which torch is imported, and nothing else."""
     here, there = socket.socketpair(socket.AF_UNIX)
     with there:
         number = there.fileno()
@@ -84,4 +88,5 @@ def start() -> tuple[Readied, subprocess.Popen[bytes]]:
         # Pipes, for Python keeps in mind whether its streams could be gone back in.
         process = subprocess.Popen(command, stdin=none, stdout=pipe, stderr=pipe, pass_fds=[number])
     here.settimeout(_SECONDS)
-    return Readied(here), process
+    with process, here:  # it ends when its line is closed
+        yield Readied(here)
