@@ -37,7 +37,10 @@ def hashed_meanwhile(checkpoint: Checkpoint) -> Iterator[Future[tuple[HashedFile
 
 
 def compare_files(
-    checkpoint: Checkpoint, found: Sequence[HashedFile], known: Sequence[HashedFile], made: Path
+    checkpoint: Checkpoint,
+    found: Sequence[HashedFile],
+    known: Sequence[HashedFile],
+    made: str | Path,
 ) -> str | None:
     """Refuse weights that have changed since something was made from them.
 

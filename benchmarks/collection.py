@@ -113,8 +113,8 @@ def measure_time_and_disk(config: CollectConfig, rounds: int) -> dict[str, objec
         seconds["collect"].append(time.perf_counter() - start)
         hooked = loaded(config, checkpoint)
     rows, shape = store.rows, checkpoint.shape
-    size = sum(file.stat().st_size for file in config.out.rglob("*") if file.is_file())
-    weights = sum(file.stat().st_size for file in config.out.rglob("weights.safetensors"))
+    size = sum(file.stat().st_size for file in config.directory.rglob("*") if file.is_file())
+    weights = sum(file.stat().st_size for file in config.directory.rglob("weights.safetensors"))
     reference = 2 * (shape.d_model + shape.d_ff) * shape.n_layers * rows
     return {
         "model": config.model,

@@ -205,7 +205,7 @@ class Workshop:
 
         older, again = replace(config, tokens=1800, seed=1), partial(collect, config)
         resumed = partial(collect, replace(config, force=False, resume=True))
-        common: dict[str, Any] = {"place": config.out.parent, "write": again, "read": read}
+        common: dict[str, Any] = {"place": config.directory.parent, "write": again, "read": read}
         yield Writer(name="collect", old=None, go_on=resumed, **common)
         yield Writer(name="collect --force", old=partial(collect, older), go_on=again, **common)
 

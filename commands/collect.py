@@ -31,4 +31,4 @@ def collect(config: CollectConfig, as_json: bool, threads: int) -> None:
     if store.rows < store.header.tokens:
         note(f"the data ended after {store.rows} tokens")
     echo(layer_table(summary["layers"], None))
-    echo(f"\n{store.rows} tokens of {store.documents} documents in {store.path}")
+    echo(f"\n{store.rows} tokens of {store.documents} documents in {store}")

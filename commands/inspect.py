@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from commands.options import PATH, json_option
+from commands.options import TRACES, json_option
 from commands.printing import echo, print_json, show
+from common.urls import Url
 
 
 @click.command()
-@click.argument("paths", type=PATH, metavar="ARTIFACT [ARTIFACT]", nargs=-1, required=True)
+@click.argument("paths", type=TRACES, metavar="ARTIFACT [ARTIFACT]", nargs=-1, required=True)
 @json_option
-def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
+def inspect(paths: tuple[Path | Url, ...], as_json: bool) -> None:
     """Print what an artifact is, and what it was made with; of two, how they differ.
 
     Of an exported file: keys, tensors, types, predictor ranks and bytes by kind. Of a directory
@@ -34,9 +35,13 @@ def inspect(paths: tuple[Path, ...], as_json: bool) -> None:
     if len(paths) > 2:
         raise click.UsageError("one artifact is shown, two are compared; these are more.")
     if len(paths) == 2:
+        if any(isinstance(path, Url) for path in paths):
+            raise click.UsageError("traces in an object store are shown, not compared: copy them.")
         one, other = map(describe, paths)
         return show(compare(one, other), comparison_table, as_json=as_json)
     [path] = paths
+    if isinstance(path, Url):
+        return show(describe(path), described_table, as_json=as_json)
     if (path / "head.json").is_file():
         head = HeadArtifact.open(path)
         return print_json(head) if as_json else echo(f"{head_table(head)}\n\n{made_table(path)}")

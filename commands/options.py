@@ -14,14 +14,30 @@ import click
 
 from common.errors import SettingsError
 from common.settings import Option, fraction_of, options_of
+from common.urls import is_url, path_or_url
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-PATH = click.Path(path_type=Path)
 
 if TYPE_CHECKING:
     _AnyType = click.ParamType[Any]
 else:
     _AnyType = click.ParamType  # not generic before click 8.4
+
+
+class _OnDisk(click.Path):
+    """A path; `Path` would make one of a URL too, with a slash less."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path."""
+        if isinstance(value, str) and is_url(value):
+            scheme = value.split("://")[0]
+            self.fail(
+                f"{scheme}:// is no path: only traces may lie in an object store; copy it here, or "
+                "mount it",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 class Fraction(click.FloatRange):
@@ -51,6 +67,11 @@ class Parsed(_AnyType):
             return self._parse(value) if isinstance(value, str) else value
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+PATH = _OnDisk(path_type=Path)
+TRACES = Parsed(path_or_url)
+"""A store of traces, in a directory or in an object store."""
 
 
 def settings_options(

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import click
 
-from commands.options import PATH, json_option
+from commands.options import TRACES, json_option
 from commands.printing import echo, print_json
+from common.urls import Url
 
 
 @click.group()
 def traces() -> None:
-    """Print or verify a directory of traces."""
+    """Print or verify traces, in a directory or at s3://."""
 
 
 @traces.command("info", short_help="Print what a store holds.")
-@click.argument("traces", type=PATH, metavar="TRACES")
+@click.argument("traces", type=TRACES, metavar="TRACES")
 @json_option
-def traces_info(traces: Path, as_json: bool) -> None:
+def traces_info(traces: Path | Url, as_json: bool) -> None:
     """Print what traces were made from, how far they are, and every layer's sparsity."""
     from common.table import fact_table, layer_table
     from predictor.traces.store import TraceStore
@@ -34,9 +35,9 @@ def traces_info(traces: Path, as_json: bool) -> None:
 
 
 @traces.command("check", short_help="Verify every file of a store.")
-@click.argument("traces", type=PATH, metavar="TRACES")
+@click.argument("traces", type=TRACES, metavar="TRACES")
 @json_option
-def traces_check(traces: Path, as_json: bool) -> None:
+def traces_check(traces: Path | Url, as_json: bool) -> None:
     """Verify checksums, shapes and counts; exit code 1 at the first file that is wrong."""
     from predictor.traces.store import TraceStore
     from predictor.traces.summary import check_traces

@@ -15,6 +15,7 @@ from common.provenance import PROVENANCE, Made, Provenance, read
 from common.sealed import read_sealed, seal_of
 from common.table import fact_table, layer_table, table
 from common.typed_json import plain
+from common.urls import Url
 from gguf_export.manifest import described
 
 _LONGEST = 60
@@ -47,12 +48,19 @@ class Described:
     provenance: Provenance | None
 
 
-def describe(path: Path) -> Described:
-    """Describe a directory or file that psp made; every file is read once, for its hash.
+def describe(path: Path | Url) -> Described:
+    """Describe what psp made; every file is read once, for its hash.
+
+    Of traces in an object store it is the manifest alone that is read and hashed.
+
+    Args:
+        path: a directory or file, or where traces are.
 
     Raises:
         PspError: it is none, or damaged.
     """
+    if isinstance(path, Url):
+        return _described_objects(path)
     kind, indices, facts = _facts(path)
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     own = [each for each in files if each.name != PROVENANCE]
@@ -65,6 +73,29 @@ def describe(path: Path) -> Described:
         sealed=all(seal_of(each) is not None for each in indices) if indices else None,
         files=dict(zip(names, hashes, strict=True)),
         provenance=_provenance(path),
+    )
+
+
+def _described_objects(url: Url) -> Described:
+    from predictor.traces.manifest import MANIFEST
+    from predictor.traces.store import TraceStore
+    from predictor.traces.summary import trace_summary
+
+    store = TraceStore.open(url)
+    with store.place.document(MANIFEST) as file:
+        [hashed] = hash_files([file])
+        sealed = seal_of(file) is not None
+    made = None
+    if store.place.has(PROVENANCE):
+        with store.place.document(PROVENANCE) as file:
+            made = read(file)
+    return Described(
+        path=str(url),
+        kind="traces",
+        facts=_without(trace_summary(store), "traces"),
+        sealed=sealed,
+        files={MANIFEST: hashed.xxh3_128},
+        provenance=made,
     )
 
 

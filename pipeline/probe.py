@@ -87,7 +87,7 @@ def probe(checkpoint: Checkpoint, settings: StepSettings, template: str, place: 
         # The first time anything runs it takes longer, which is no cost of a token.
         first = replace(header, tokens=min(header.tokens, _WARM_UP))
         _, load, _ = _recorded(checkpoint, first, scratch / "first", collect.device)
-        store, _, recorded = _recorded(checkpoint, header, small.out, collect.device)
+        store, _, recorded = _recorded(checkpoint, header, small.directory, collect.device)
         shards = store.path.rglob("shard-*.safetensors")
         row_bytes = sum(file.stat().st_size for file in shards) / store.rows
         fixed, row, jobs = _training(store, settings.train)

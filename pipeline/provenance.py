@@ -49,9 +49,10 @@ class Making:
         if not store.progress.complete:
             return
         header = store.header
-        self._record(
-            store.path, "traces", store.identity, [_model_of(store), _text_of(store, header.data)]
-        )
+        with store.place.changing(PROVENANCE) as file:
+            self._record(
+                file, "traces", store.identity, [_model_of(store), _text_of(store, header.data)]
+            )
 
     def predictors(self, artifact: PredictorArtifact, store: TraceStore) -> None:
         """Write what predictors were made with.
@@ -60,14 +61,16 @@ class Making:
             artifact: they.
             store: what they were trained on.
         """
-        traces = Ingredient(role="traces", name=shortened(str(store.path)), identity=store.identity)
+        traces = Ingredient(role="traces", name=shortened(str(store)), identity=store.identity)
         ingredients = [traces, _model_of(store)]
         if self.settings.data:
             text = Ingredient(
                 role="held-out text", name=_sources(self.settings.data), identity=None
             )
             ingredients.append(text)
-        self._record(artifact.path, "predictors", seal_of(artifact.path / INDEX), ingredients)
+        self._record(
+            artifact.path / PROVENANCE, "predictors", seal_of(artifact.path / INDEX), ingredients
+        )
 
     def head(self, artifact: HeadArtifact) -> None:
         """Write what a head's predictor was made with."""
@@ -83,7 +86,9 @@ class Making:
         if settings.traces is not None:
             name = shortened(str(settings.traces))
             ingredients.append(Ingredient(role="traces", name=name, identity=None))
-        self._record(artifact.path, "head", seal_of(artifact.path / HEAD_INDEX), ingredients)
+        self._record(
+            artifact.path / PROVENANCE, "head", seal_of(artifact.path / HEAD_INDEX), ingredients
+        )
 
     def sparsified(self) -> None:
         """Write what a sparsified model was made with."""
@@ -92,13 +97,13 @@ class Making:
             Ingredient(role="model", name=shortened(settings.model), identity=None),
             Ingredient(role="text", name=_sources(settings.data), identity=None),
         ]
-        self._record(settings.out, "sparsified model", None, ingredients)
+        self._record(settings.out / PROVENANCE, "sparsified model", None, ingredients)
 
     def _record(
-        self, directory: Path, artifact: str, identity: str | None, ingredients: list[Ingredient]
+        self, file: Path, artifact: str, identity: str | None, ingredients: list[Ingredient]
     ) -> None:
         record(
-            directory / PROVENANCE,
+            file,
             self.begun,
             artifact=artifact,
             identity=identity,

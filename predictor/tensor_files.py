@@ -42,9 +42,15 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     Raises:
         OutputError: the system refused.
     """
-    data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    data = tensor_bytes(tensors)
     write_bytes(file, data)
     return xxh3_128_hexdigest(data)
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return a safetensors file of tensors."""
+    data: bytes = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return data
 
 
 def load_tensors(

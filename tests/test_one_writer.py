@@ -212,7 +212,7 @@ def test_a_forced_collection_that_fails_keeps_the_old_traces_and_goes_on(
     wanted: CollectConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collect(wanted)
-    before, other = contents(wanted.out), replace(wanted, tokens=900, shard_rows=200)
+    before, other = contents(wanted.directory), replace(wanted, tokens=900, shard_rows=200)
     real, made = TraceStore._commit, []
 
     def fail(self: TraceStore, **progress: Any) -> None:
@@ -224,13 +224,13 @@ def test_a_forced_collection_that_fails_keeps_the_old_traces_and_goes_on(
     monkeypatch.setattr(TraceStore, "_commit", fail)
     with pytest.raises(KeyboardInterrupt):
         collect(other)
-    assert contents(wanted.out) == before
+    assert contents(wanted.directory) == before
     assert made[-1] != wanted.out
     monkeypatch.setattr(TraceStore, "_commit", real)
     store = collect(replace(other, force=False, resume=True))
     assert (store.path, store.rows) == (wanted.out, 900)
-    assert not any(path.name.startswith(".") for path in wanted.out.parent.iterdir())
-    again = collect(replace(other, out=wanted.out.with_name("u")))
+    assert not any(path.name.startswith(".") for path in wanted.directory.parent.iterdir())
+    again = collect(replace(other, out=wanted.directory.with_name("u")))
     assert contents(again.path) == contents(store.path)
 
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_and_leaves_whole_shards(
         TraceError, "1 of", "residual values of a batch do not fit torch.float16 (largest inf"
     ):
         collect(config)
-    check_interrupted(config.out)
+    check_interrupted(config.directory)
 
 
 def test_activations_that_overflow_are_refused_by_what_writes(
@@ -100,7 +100,7 @@ def test_activations_that_overflow_are_refused_by_what_writes(
     config = settings(model_dir, data_file, tmp_path / "out")
     with refused(TraceError, "the FFN's activations overflow torch.float32", "--device cpu"):
         collect(config)
-    check_interrupted(config.out)
+    check_interrupted(config.directory)
 
 
 def check_interrupted(path: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_disk_that_refuses_is_told_and_the_run_goes_on_later(
         with refused(OutputError, "no space left"):
             collect(config)
     assert threading.main_thread() not in calls
-    check_interrupted(config.out)
+    check_interrupted(config.directory)
     again = collect(settings(model_dir, data_file, tmp_path / "out", resume=True))
     assert contents(again.path) == contents(whole.path)
 
@@ -162,7 +162,7 @@ def test_a_shard_that_cannot_be_finished_takes_the_next_one_with_it(
     with refused(OutputError, "no space left"):
         collect(config)
     assert len(TraceStore.open(config.out).progress.shards) == 1
-    check_interrupted(config.out)
+    check_interrupted(config.directory)
 
 
 def test_a_failure_that_shows_at_the_end_of_the_next_shard_holds_nobody_up(
@@ -219,7 +219,7 @@ def test_an_interrupted_recording_leaves_whole_shards(
     config = settings(model_dir, data_file, tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         collect(config)
-    check_interrupted(config.out)
+    check_interrupted(config.directory)
 
 
 def test_lanes_keep_their_order_and_stop_at_the_first_failure() -> None:

@@ -215,9 +215,9 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bytes(
         ended = kill_after(run, delay)
         delay *= 0.9
     assert ended == -signal.SIGKILL
-    check_what_is_committed(run.out)
+    check_what_is_committed(run.directory)
     collect(run)
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -229,10 +229,10 @@ def test_a_run_killed_several_times_resumes_to_the_same_bytes(
         shutil.rmtree(run.out, ignore_errors=True)
         duration, kills = duration * 0.9, 0
         while kills < 5 and kill_after(run, duration * draw.uniform(0.3, 0.6)):
-            check_what_is_committed(run.out)
+            check_what_is_committed(run.directory)
             kills += 1
     assert ending(start(run)) == 0
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 def test_a_run_killed_before_every_file_operation_resumes_to_the_same_bytes(
@@ -245,13 +245,13 @@ def test_a_run_killed_before_every_file_operation_resumes_to_the_same_bytes(
     while ended == -signal.SIGKILL:
         count += 1
         ended = ending(start(run, die_at(count, *operations)))
-        if (run.out / "manifest.json").exists():
+        if (run.directory / "manifest.json").exists():
             committed.append(len(TraceStore.open(run.out).progress.shards))
     assert ended == 0
     assert committed == sorted(committed), "nothing committed is ever lost"
     assert set(committed) == {0, 1, 2, 3}
     assert count > 20
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,11 @@ def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(
     assert ending(start(run, die_at(renames, "os.rename"))) == -signal.SIGKILL
     if shards is not None:
         assert len(TraceStore.open(run.out).progress.shards) == shards
-    assert contents(run.out).keys() - contents(traces.path).keys(), "nothing was left half-written"
+    assert contents(run.directory).keys() - contents(traces.path).keys(), (
+        "nothing was left half-written"
+    )
     collect(settings(run.out, resume=True))
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 def test_a_text_cut_behind_what_is_recorded_leaves_no_stray_file(
@@ -283,7 +285,7 @@ def test_a_text_cut_behind_what_is_recorded_leaves_no_stray_file(
     data.write_text(line * len({document for document, _ in shard.segments}))
     assert collect(run).rows == shard.rows
     unbroken = collect(settings(tmp_path / "unbroken", data=str(data)))
-    assert contents(run.out) == contents(unbroken.path)
+    assert contents(run.directory) == contents(unbroken.path)
 
 
 def limit_files(size: int, handler: Any) -> Arm:
@@ -309,7 +311,7 @@ def test_a_run_that_ends_amid_a_write_resumes_to_the_same_bytes(
     run = settings(tmp_path / "out")
     ended = ending(start(run, limit_files(size, signal.SIG_DFL if killed else signal.SIG_IGN)))
     assert ended == (-signal.SIGXFSZ if killed else 1)
-    left = [path for path in run.out.rglob(".*") if path.stat().st_size]
+    left = [path for path in run.directory.rglob(".*") if path.stat().st_size]
     if killed:
         assert left, "nothing was left half-written"
     else:
@@ -319,7 +321,7 @@ def test_a_run_that_ends_amid_a_write_resumes_to_the_same_bytes(
         assert not left
     assert TraceStore.open(run.out).rows == 0
     collect(settings(run.out, resume=True))
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 @pytest.mark.parametrize("removals", [1, 2, 4, 6, 8, 9, 11])
@@ -331,7 +333,7 @@ def test_a_run_killed_while_it_replaces_a_store_resumes_to_the_same_bytes(
     arm = die_at(removals, "os.remove", "os.rmdir")
     assert ending(start(run, arm)) == -signal.SIGKILL
     collect(settings(run.out, resume=True))
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
     assert os.listdir(tmp_path) == ["out"], "the old store is gone"
 
 
@@ -352,11 +354,11 @@ def test_the_command_killed_twice_resumes_to_the_same_bytes(
     sizes = ("--tokens", TOKENS, "--context", CONTEXT, "--batch", BATCH)
     command = [str(word) for word in ("collect", *inputs, *sizes, "--threads", 1)]
     for shard in (0, 1):
-        part = run.out / f"layer-00/.shard-{shard:05d}.safetensors.part"
+        part = run.directory / f"layer-00/.shard-{shard:05d}.safetensors.part"
         kill_command([*command, "--resume"], part, tmp_path / "said")
         assert len(TraceStore.open(run.out).progress.shards) in (shard, shard + 1)
-    before = contents(run.out)
+    before = contents(run.directory)
     assert psp(*command).exit_code == 1, "not without --resume"
-    assert contents(run.out) == before
+    assert contents(run.directory) == before
     assert psp(*command, "--resume").exit_code == 0
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)

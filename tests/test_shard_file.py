@@ -409,5 +409,5 @@ def test_no_store_is_larger_than_predicted_nor_much_smaller(
         run = replace(run, data=str(tmp_path / "tiny.jsonl"))
     store = collect(run)
     assert store.rows == tokens
-    real = sum(path.stat().st_size for path in run.out.rglob("*") if path.is_file())
+    real = sum(path.stat().st_size for path in run.directory.rglob("*") if path.is_file())
     assert real <= most_bytes(store.header, tokens) < factor * real

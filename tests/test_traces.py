@@ -376,7 +376,7 @@ def test_a_residual_beyond_float16_is_counted_and_asks_for_bfloat16_which_works(
     assert int(told[1]) == pytest.approx(int((inputs.float().abs() > 65504).sum()), rel=0.01)
     assert float(told[2]) == pytest.approx(float(inputs.float().abs().max()), rel=0.01)
     assert TraceStore.open(half.out).rows == 0, "nothing infinite was stored"
-    assert not list(half.out.rglob(".*")), "nothing was left half-written"
+    assert not list(half.directory.rglob(".*")), "nothing was left half-written"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

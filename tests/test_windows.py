@@ -307,7 +307,7 @@ def collect_half(run: CollectConfig) -> None:
     """Leave a store as a kill does that comes before the second manifest."""
     store = collect(run)
     write_manifest(
-        store.path,
+        store.place,
         store.header,
         Progress(shards=store.progress.shards[:1], weights=(), complete=False),
     )
@@ -332,14 +332,14 @@ def test_a_text_that_has_changed_is_refused_until_it_is_restored(
     write_texts(data, original)
     run = settings(tmp_path / "out", data=str(data), resume=True)
     collect_half(run)
-    before = contents(run.out)
+    before = contents(run.directory)
     write_texts(data, TEXT_CHANGES[change](original))
     with refused(TraceError, str(run.out), f"{data} or the tokenizer has changed", "--force"):
         collect(run)
-    assert contents(run.out) == before
+    assert contents(run.directory) == before
     write_texts(data, [*original, "text behind what is asked for"])
     collect(run)
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 def test_document_boundaries_that_have_moved_are_noticed(
@@ -391,10 +391,10 @@ def test_a_bad_line_amid_the_text_costs_nothing_that_is_recorded(
     with refused(DataError, f"{data}:7", "not valid JSON"):
         collect(run)
     assert 0 < len(TraceStore.open(run.out).progress.shards) < 3
-    assert not list(run.out.rglob(".*"))
+    assert not list(run.directory.rglob(".*"))
     data.write_text("".join(lines))
     collect(run)
-    assert contents(run.out) == contents(traces.path)
+    assert contents(run.directory) == contents(traces.path)
 
 
 def test_a_text_without_a_token_ends_without_a_traceback(

@@ -204,7 +204,7 @@ def _recorded(
     store = TraceStore.create(config.out, _header(config, checkpoint))
     tokenizer = checkpoint.tokenizer()
     _, seconds = timed(kit, lambda: record_rows(model, checkpoint, norms, tokenizer, store))
-    size = sum(file.stat().st_size for file in config.out.rglob("shard-*"))
+    size = sum(file.stat().st_size for file in config.directory.rglob("shard-*"))
     sparsity = store.activation_sparsity()
     shutil.rmtree(config.out)
     return seconds, size, sum(sparsity.values()) / len(sparsity)
@@ -278,7 +278,7 @@ def _labels(
             config,
             tokens=sizes.compared,
             device=device,
-            out=config.out.with_name(f"compared-{len(stores)}"),
+            out=config.directory.with_name(f"compared-{len(stores)}"),
         )
         store = TraceStore.create(run.out, _header(run, checkpoint))
         record(_loaded(kit, checkpoint, device), checkpoint, checkpoint.tokenizer(), store)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from os.path import exists, isdir, islink
+from pathlib import Path
 
 import torch
 
@@ -25,12 +27,15 @@ from common.outputs import in_place, written_whole
 from common.overlap import made_ahead
 from common.text_sources.names import need_repeatable, recorded
 from common.units import decimal_size
+from common.urls import Url
 from predictor.collection.recorder import Recorder, read_layer_weights
 from predictor.collection.settings import CollectConfig
 from predictor.collection.text import Text, token_bar
 from predictor.collection.windows import cut_batches
-from predictor.collection.writing import AtOnce, Meanwhile
-from predictor.traces.manifest import TraceHeader
+from predictor.collection.writing import SHARDS, AtOnce, Meanwhile
+from predictor.traces.manifest import MANIFEST, TraceHeader
+from predictor.traces.objects import Objects, require_scratch
+from predictor.traces.place import place_of
 from predictor.traces.rows import LayerWeights
 from predictor.traces.shard_file import INPUT_DTYPES
 from predictor.traces.store import TraceStore
@@ -67,10 +72,23 @@ def collect(
         config = replace(config, device=worker_device(config.device, config.ray_gpus))
     if config.resume:
         need_repeatable(config.data, "--resume", "collect anew, or from a file")
-    resume, force = config.resume, config.force
-    with written_whole(config.out, resume=resume, force=force, marker="manifest.json") as out:
+    with _written(config) as out:
         _collected(replace(config, out=out), report, foresee)
     return TraceStore.open(config.out)
+
+
+@contextmanager
+def _written(config: CollectConfig) -> Iterator[Path | Url]:
+    """Yield where to write: in an object store always the place itself, which has no lock."""
+    if isinstance(config.out, Url):
+        place = Objects(config.out)
+        place.ask(write=True)
+        place.remove_parts()
+        yield config.out
+        return
+    resume, force = config.resume, config.force
+    with written_whole(config.out, resume=resume, force=force, marker=MANIFEST) as out:
+        yield out
 
 
 def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> None:
@@ -93,7 +111,7 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> None:
         lines.append("windows: every second one begins without BOS, as texts do in PowerInfer")
     for line in (*lines, *foresee(checkpoint)):
         report(line)
-    _check_disk(config, header, store, report)
+    _check_room(config, header, store, report)
     if config.ray is not None:
         from predictor.collection.nodes import collection_on_nodes
 
@@ -116,7 +134,8 @@ def _collected(config: CollectConfig, report: Report, foresee: Foresee) -> None:
 
 def _created(config: CollectConfig, header: TraceHeader) -> TraceStore:
     """Begin a store, in the place of what is there."""
-    remove_output(config.out)
+    if isinstance(config.out, Path):
+        remove_output(config.out)
     return TraceStore.create(config.out, header)
 
 
@@ -257,7 +276,7 @@ def choose_template(checkpoint: Checkpoint, choice: str, report: Report) -> str:
 
 def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | None:
     """Return the store to go on with, or None where one is to be made."""
-    if config.resume and exists(config.out / "manifest.json"):
+    if config.resume and place_of(config.out).has(MANIFEST):
         store = TraceStore.open(config.out)
         for key, value in vars(header).items():
             if key == "shard_rows" and config.shard_rows is None:
@@ -269,7 +288,10 @@ def _begun_store(config: CollectConfig, header: TraceHeader) -> TraceStore | Non
                     "use the same settings, or --force to start over",
                 )
         return store
-    refuse_existing(config.out, force=config.force, marker="manifest.json", resumable=True)
+    if isinstance(config.out, Url):
+        Objects(config.out).refuse_taken()
+    else:
+        refuse_existing(config.out, force=config.force, marker=MANIFEST, resumable=True)
     return None
 
 
@@ -277,24 +299,34 @@ def _shown(value: object) -> str:
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
-def _check_disk(
+def _check_room(
     config: CollectConfig, header: TraceHeader, store: TraceStore | None, report: Report
 ) -> None:
-    needed = most_bytes(header, header.tokens - (store.rows if store else 0))
-    place = next(path for path in (config.out, *config.out.absolute().parents) if exists(path))
+    """Refuse disks that are too small; how much room an object store has nobody can tell."""
+    rows = header.tokens - (store.rows if store else 0)
+    if isinstance(config.out, Path):
+        _check_disk(config.out, most_bytes(header, rows), new=store is None, report=report)
+    elif config.ray is None:
+        shards = 1 if torch.device(device_named(config.device)).type == "cpu" else SHARDS
+        needed = most_bytes(header, min(rows, shards * header.shard_rows))
+        report("disk: " + require_scratch(needed, "what is not uploaded yet"))
+
+
+def _check_disk(path: Path, needed: int, *, new: bool, report: Report) -> None:
+    place = next(each for each in (path, *path.absolute().parents) if exists(each))
     if not isdir(place):
-        raise OutputError(f"{config.out}: {place} is no directory", "choose another --out")
+        raise OutputError(f"{path}: {place} is no directory", "choose another --out")
     free = shutil.disk_usage(place).free
-    if store is None and isdir(config.out) and not islink(config.out):
-        free += sum(file.lstat().st_size for file in config.out.rglob("*"))
+    if new and isdir(path) and not islink(path):
+        free += sum(file.lstat().st_size for file in path.rglob("*"))
     most, left = decimal_size(needed), decimal_size(free)
     report(f"disk: needs at most {most}, {left} free")
     if needed > free:
-        out = in_place(config.out)
+        out = in_place(path)
         raise OutputError(
             f"{out}: the traces need up to {most}, {left} are free",
             "collect fewer --tokens, or some --layers at a time, or choose another --out"
-            + ("" if out == config.out else "; the old ones stay until the new ones are complete"),
+            + ("" if out == path else "; the old ones stay until the new ones are complete"),
         )
 
 

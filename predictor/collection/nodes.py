@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -25,10 +26,13 @@ from cluster.pipeline import Pipeline, TooFewError, in_flight
 from cluster.pool import several_on_nodes
 from cluster.session import cluster_for, parts_beside, path_on_nodes
 from cluster.watch import Watch
+from common.urls import Url
 from predictor.collection.recording import Files, Item, Recording, recording, stage_of
 from predictor.collection.settings import CollectConfig
 from predictor.collection.text import Text, TextShard, token_bar
 from predictor.traces.manifest import TraceHeader
+from predictor.traces.objects import Objects
+from predictor.traces.place import Directory, Place
 from predictor.traces.staging import StagedFile
 from predictor.traces.store import TraceStore
 
@@ -144,12 +148,12 @@ def collection_on_nodes(
 
     handed = _handed_over(checkpoint, header)
     with (
-        parts_beside(config.out) as parts,
+        _parts(config.out) as parts,
         cluster_for(
             config.ray,
             lambda: hold().worker,
             read=weight_files(checkpoint),
-            write=parts,
+            write=parts.where if isinstance(parts, Directory) else None,
             note=note,
             store=in_flight(header.n_layers) * handed if config.weights == PIPELINED else 0,
         ),
@@ -223,6 +227,20 @@ def _handed_over(checkpoint: Checkpoint, header: TraceHeader) -> int:
 def _shards(header: TraceHeader, rows: int) -> int:
     """Return how many shards are missing at most."""
     return -(-(header.tokens - rows) // header.shard_rows)
+
+
+@contextmanager
+def _parts(out: Path | Url) -> Iterator[Place]:
+    """Yield where workers write: beside a directory, or within a prefix of an object store."""
+    if isinstance(out, Path):
+        with parts_beside(out) as directory:
+            yield Directory(directory)
+        return
+    store = Objects(out)
+    try:
+        yield store.parts()
+    finally:
+        store.remove_parts()
 
 
 def _named(item: Item) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from predictor.collection.text import TextShard
 from predictor.collection.windows import cut_batches
 from predictor.collection.writing import AtOnce, Meanwhile, Segments
 from predictor.traces.manifest import TraceHeader
+from predictor.traces.place import Place
 from predictor.traces.shard_file import INPUT_DTYPES, ShardWriter
 from predictor.traces.staging import StagedFile, stage_shard, stage_weights
 from predictor.traces.store import shard_layout
@@ -40,7 +40,7 @@ class Recording:
     Attributes:
         model: the model, as every node can open it.
         header: of the store.
-        parts: directory for the workers' files.
+        parts: where workers write.
         device: where to compute.
         weights: see `load_model`.
         blocks: numbers of those that it runs.
@@ -48,7 +48,7 @@ class Recording:
 
     model: str
     header: TraceHeader
-    parts: Path
+    parts: Place
     device: str
     weights: str
     blocks: range

@@ -22,6 +22,7 @@ from common.settings import (
     text_option,
 )
 from common.text_sources.names import Sources
+from common.urls import Url, path_or_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,10 @@ class CollectConfig:
     model: ModelName
     data: Annotated[Sources, text_option("Text to run the model on.")]
     field: Field = "text"
-    out: Annotated[Path, Option("Directory for the traces.", "TRACES")]
+    out: Annotated[
+        Path | Url,
+        Option("Directory for the traces, or s3://BUCKET/PREFIX.", "TRACES", parse=path_or_url),
+    ]
     tokens: Annotated[int, Option("Tokens to record, in all.", least=1)]
     context: Annotated[int, Option("Longest window, tokens.", least=2)] = 512
     batch: Annotated[int, Option("Windows run at once.", least=1)] = 8
@@ -84,3 +88,9 @@ class CollectConfig:
         check_settings(self, TraceError)
         if self.weights == "pipelined" and self.ray is None:
             raise TraceError("--weights pipelined needs several workers", "pass --ray too")
+
+    @property
+    def directory(self) -> Path:
+        """Where traces go that go on a disk."""
+        assert isinstance(self.out, Path)
+        return self.out

@@ -93,7 +93,7 @@ class Text:
                 yield shard
             elif (committed.text_sha256, committed.segments) != (shard.text_sha256, shard.segments):
                 raise TraceError(
-                    f"{store.path}: {shown(header.data)} or the tokenizer has changed since the "
+                    f"{store}: {shown(header.data)} or the tokenizer has changed since the "
                     "store was begun",
                     "restore it, or use --force to start over",
                 )

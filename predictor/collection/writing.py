@@ -27,7 +27,7 @@ LLaMA-7B's are 40 MB."""
 _LANES = 8
 """Threads that write, each its own layers; one copies about 2 GB/s into the system's memory."""
 
-_SHARDS = 2
+SHARDS = 2
 """Shards that are written at the same time."""
 
 _PATIENCE = 0.2
@@ -85,7 +85,7 @@ class Meanwhile:
     def __init__(self, store: Sharded) -> None:
         """Take the store."""
         self._store = store
-        self._pool = ThreadPoolExecutor(_SHARDS)
+        self._pool = ThreadPoolExecutor(SHARDS)
         self._number = store.next_shard
         self._lanes = min(_LANES, len(store.layers), os.cpu_count() or 1)
         self._last: Future[None] | None = None

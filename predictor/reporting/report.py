@@ -107,12 +107,12 @@ def measure_predictors(store: TraceStore, artifact: PredictorArtifact) -> list[L
     header = artifact.header
     if header.traces_identity != store.identity:
         raise PredictorError(
-            f"{artifact.path}: was trained from other traces than {store.path}", "pass those"
+            f"{artifact.path}: was trained from other traces than {store}", "pass those"
         )
     layers = [layer for layer in store.header.layers if layer in artifact.layers]
     if not layers:
         raise PredictorError(
-            f"{artifact.path}: holds no finished layer of {store.path}", "train one first"
+            f"{artifact.path}: holds no finished layer of {store}", "train one first"
         )
     held = store.holdout(header.holdout, header.seed).nonzero()[:, 0]
     return [

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 from common.errors import COLLECT_AGAIN, TraceError
+from common.files import json_bytes
 from common.hashing import HashedFile
-from common.sealed import read_sealed, write_sealed
+from common.sealed import read_sealed, sealed
 from common.typed_json import Closed, Count, JsonError, Misfit, Range, parse
 from common.version import tool_version
 from predictor.traces.packing import BITS
+from predictor.traces.place import Place
 from predictor.traces.shard_file import INPUT_DTYPES
 
 SCHEMA_VERSION = 2
@@ -133,33 +134,37 @@ class _Manifest:
     progress: Progress
 
 
-def read_manifest(path: Path) -> tuple[TraceHeader, Progress]:
-    """Read the manifest of a store directory.
+def read_manifest(place: Place) -> tuple[TraceHeader, Progress]:
+    """Read the manifest of a store.
 
     Raises:
         TraceError: no store there, a damaged manifest or another schema version.
     """
     remedy = "pass a directory made by 'psp collect'"
-    manifest = read_sealed(path / MANIFEST, TraceError, remedy)
+    with place.document(MANIFEST) as file:
+        manifest = read_sealed(file, TraceError, remedy)
     version = manifest.get("schema_version")
     if version != SCHEMA_VERSION:
         raise TraceError(
-            f"{path}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
+            f"{place}: trace schema version is {version!r}, this psp reads {SCHEMA_VERSION}",
             f"{COLLECT_AGAIN}",
         )
     try:
         found = parse(_Manifest, manifest)
     except JsonError as error:
-        raise TraceError(f"{path}/{MANIFEST}: damaged ({error})", COLLECT_AGAIN) from error
+        raise TraceError(f"{place}/{MANIFEST}: damaged ({error})", COLLECT_AGAIN) from error
     return found.header, found.progress
 
 
-def write_manifest(path: Path, header: TraceHeader, progress: Progress) -> None:
-    """Write the manifest, whole or not at all."""
+def write_manifest(
+    place: Place, header: TraceHeader, progress: Progress, *, new: bool = False
+) -> None:
+    """Write the manifest, whole or not at all; see `Place.writing`."""
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": tool_version(),
         "header": asdict(header),
         "progress": asdict(progress),
     }
-    write_sealed(path / MANIFEST, document)
+    with place.writing(MANIFEST, new=new) as part:
+        part.write_bytes(json_bytes(sealed(document)))

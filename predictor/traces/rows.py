@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from common.errors import COLLECT_AGAIN, TraceError
+from common.urls import Url
 from predictor.traces.packing import codes_at, decode_importance, flat_places, unpack_active
 
 Places = npt.NDArray[np.int64]
@@ -47,7 +48,7 @@ class LayerRows:
     scale: torch.Tensor
     starts: torch.Tensor
     importance: torch.Tensor
-    file: Path
+    file: Path | Url
 
 
 class ShardedRows:
@@ -192,7 +193,7 @@ def _as_numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
     return array
 
 
-def damaged_inputs(file: Path) -> TraceError:
+def damaged_inputs(file: Path | Url) -> TraceError:
     """Return the error about inputs that are no numbers."""
     return TraceError(
         f"{file}: inputs hold NaN or inf",
@@ -200,7 +201,7 @@ def damaged_inputs(file: Path) -> TraceError:
     )
 
 
-def check_counts(file: Path, per_row: torch.Tensor, counts: torch.Tensor) -> None:
+def check_counts(file: Path | Url, per_row: torch.Tensor, counts: torch.Tensor) -> None:
     """Refuse a file whose active bits, so many in each row, contradict its counts of neurons.
 
     Raises:

@@ -37,6 +37,9 @@ _PREFIX = 1024
 """Bytes before the data: the header's length (8) and the header, padded with spaces."""
 
 _CHUNK = 1 << 20
+_DIGEST = 32
+"""Characters of a checksum."""
+
 _CHECKED_ROWS = 1024
 INPUT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _CODES = {"float16": "F16", "bfloat16": "BF16"}
@@ -301,6 +304,41 @@ def stated_digest(path: Path) -> str:
             return str((file.metadata() or {}).get("xxh3_128"))
     except (SafetensorError, OSError) as error:
         raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+
+
+def head_bytes(layout: ShardLayout) -> int:
+    """Return the bytes that a file begins with, up to its counts."""
+    return _PREFIX + 8 * layout.d_ff
+
+
+def read_head(name: str, head: bytes, layout: ShardLayout) -> tuple[str, torch.Tensor]:
+    """Return what a file states where it begins.
+
+    Args:
+        name: of the file, for errors.
+        head: as many bytes as `head_bytes` says, or what there is.
+        layout: its sizes.
+
+    Returns:
+        Its checksum, and its (d_ff,) int64 counts.
+
+    Raises:
+        TraceError: damaged, or of other sizes than `layout`.
+    """
+    counts = np.frombuffer(head[_PREFIX:].ljust(8 * layout.d_ff), np.int64, layout.d_ff).copy()
+    try:
+        digest = str(json.loads(head[8:_PREFIX])["__metadata__"]["xxh3_128"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        digest = ""
+    code_bytes = layout.importance_bytes(max(0, int(counts.sum())))
+    # The header can only be what the writer writes of such sizes, with such a checksum.
+    if len(head) < head_bytes(layout) or not _is_prefix(head[:_PREFIX], layout, code_bytes, digest):
+        raise TraceError(f"{name}: damaged, or of other sizes than the manifest's", COLLECT_AGAIN)
+    return digest, torch.from_numpy(counts)
+
+
+def _is_prefix(found: bytes, layout: ShardLayout, code_bytes: int, digest: str) -> bool:
+    return len(digest) == _DIGEST and found == _prefix(layout, code_bytes, digest)
 
 
 def vouch_shard(path: Path, layout: ShardLayout) -> str:

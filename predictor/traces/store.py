@@ -1,14 +1,15 @@
-"""The trace store: what a model's FFNs did on each token, on disk.
+"""The trace store: what a model's FFNs did on each token, on disk or in an object store.
 
-Layout of a store directory::
+Layout of a store, see `predictor.traces.place` for where it may be::
 
     manifest.json                     written last at every commit; the truth about what is valid
     layer-00/weights.safetensors      gate (d_ff, d_model) float16 and down_norms (d_ff,) float32,
                                       see `LayerWeights`
     layer-00/shard-00000.safetensors  rows, see `shard_file`
 
-A shard is committed by renaming its file of every layer and then writing the manifest that counts
-it. A killed run leaves at most files that no manifest counts; the next run overwrites them.
+A shard is committed by putting its file of every layer in its place, whole, and then the manifest
+that counts it. A killed run leaves at most files that no manifest counts; the next run overwrites
+them.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import xxhash
 
 from common.errors import COLLECT_AGAIN, TraceError
-from common.files import atomic_path, put_in_place, sha256
+from common.files import sha256
 from common.hashing import HashedFile
 from common.lock import refuse_written
+from common.urls import Url
 from predictor.traces.device_rows import rows_for
 from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
+from predictor.traces.objects import Objects, require_scratch
 from predictor.traces.packing import count_active
+from predictor.traces.place import Directory, Place, place_of
 from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows, check_counts
 from predictor.traces.shard_file import (
     ShardLayout,
@@ -39,39 +43,62 @@ from predictor.traces.shard_file import (
     check_shard,
     read_shard,
     read_tensors,
-    shard_counts,
-    stated_digest,
     vouch_shard,
 )
 from predictor.traces.staging import StagedFile, write_weights
+from predictor.traces.stated import stated_counts, stated_digests
 
 _CPU = torch.device("cpu")
+_WEIGHTS = "weights.safetensors"
 
 
 class TraceStore:
-    """A store directory, opened for reading or for appending shards."""
+    """A store, opened for reading or for appending shards.
 
-    def __init__(self, path: Path, header: TraceHeader, progress: Progress) -> None:
-        """Wrap a directory whose manifest holds `header` and `progress`."""
-        self.path, self.header, self.progress = path, header, progress
-        self._vouched: set[tuple[int, int]] = set()
+    Attributes:
+        place: where it is.
+    """
+
+    def __init__(self, place: Place, header: TraceHeader, progress: Progress) -> None:
+        """Wrap a place whose manifest holds `header` and `progress`."""
+        self.place, self.header, self.progress = place, header, progress
+        self._vouched: set[str] = set()
+
+    def __str__(self) -> str:
+        """Return how users name it."""
+        return str(self.place)
+
+    @property
+    def path(self) -> Path:
+        """The directory of a store that is in one."""
+        assert isinstance(self.place, Directory)
+        return self.place.where
 
     @classmethod
-    def create(cls, path: Path, header: TraceHeader) -> TraceStore:
-        """Start an empty store."""
-        store = cls(path, header, Progress(shards=(), weights=(), complete=False))
-        store._commit()
+    def create(cls, where: Path | Url, header: TraceHeader) -> TraceStore:
+        """Start an empty store.
+
+        Raises:
+            OutputError: the system, or the object store, refused.
+        """
+        progress = Progress(shards=(), weights=(), complete=False)
+        store = cls(place_of(where), header, progress)
+        write_manifest(store.place, header, progress, new=True)
         return store
 
     @classmethod
-    def open(cls, path: Path) -> TraceStore:
+    def open(cls, where: Path | Url) -> TraceStore:
         """Open a store.
 
         Raises:
-            TraceError: no store there, damaged manifest or another schema version.
+            TraceError: no store there, damaged manifest or another schema version, or an object
+                store that does not answer.
         """
-        header, progress = read_manifest(path)
-        return cls(path, header, progress)
+        place = place_of(where)
+        if isinstance(place, Objects):
+            place.ask(write=False)
+        header, progress = read_manifest(place)
+        return cls(place, header, progress)
 
     def require_complete(self) -> None:
         """Refuse a store whose collection was interrupted, or whose files are not those committed.
@@ -82,14 +109,33 @@ class TraceStore:
             TraceError: with the command that goes on, or a file is another one.
         """
         if not self.progress.complete:
-            refuse_written(self.path, TraceError)
+            if isinstance(self.place, Directory):
+                refuse_written(self.path, TraceError)
             raise TraceError(
-                f"{self.path}: collection was interrupted after {self.rows} rows",
+                f"{self}: collection was interrupted after {self.rows} rows",
                 "finish it with 'psp collect ... --resume'",
             )
-        for number in range(len(self.progress.shards)):
-            files = (self._shard_file(layer, number) for layer in self.header.layers)
-            self._require_counted(number, map(stated_digest, files))
+        for number, shard in enumerate(self.progress.shards):
+            layout = self._layout(shard.rows)
+            names = {_shard_name(layer, number): layout for layer in self.header.layers}
+            self._require_counted(number, stated_digests(self.place, names))
+
+    def require_scratch(self, layers: int) -> None:
+        """Refuse a scratch directory that does not hold as many layers as are read at once.
+
+        A store in a directory needs none.
+
+        Raises:
+            OutputError: it is too small.
+        """
+        if isinstance(self.place, Objects):
+            sizes = self.place.sizes()
+            most = max(
+                sum(size for name, size in sizes.items() if name.startswith(_layer_name(layer, "")))
+                for layer in self.header.layers
+            )
+            held = min(layers, len(self.header.layers))
+            require_scratch(held * most, f"{self}: reading {held} of its layers at once")
 
     @property
     def rows(self) -> int:
@@ -129,13 +175,7 @@ class TraceStore:
     def _commit(self, **progress: Any) -> None:
         """Write the manifest with progress that has been made."""
         self.progress = replace(self.progress, **progress)
-        write_manifest(self.path, self.header, self.progress)
-
-    def _layer_file(self, layer: int, name: str) -> Path:
-        return self.path / f"layer-{layer:02d}" / f"{name}.safetensors"
-
-    def _shard_file(self, layer: int, number: int) -> Path:
-        return self._layer_file(layer, f"shard-{number:05d}")
+        write_manifest(self.place, self.header, self.progress)
 
     def _layout(self, rows: int) -> ShardLayout:
         return shard_layout(self.header, rows)
@@ -164,9 +204,10 @@ class TraceStore:
         with ExitStack() as stack:
             writers = {}
             for layer in self.header.layers:
-                file = self._shard_file(layer, number)
-                part = stack.enter_context(atomic_path(file))
-                writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), file))
+                name = _shard_name(layer, number)
+                part, file = stack.enter_context(self.place.writing(name)), self.place.at(name)
+                shown = file if isinstance(file, Path) else part
+                writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), shown))
             yield writers
             before()
         assert number == len(self.progress.shards)
@@ -179,7 +220,7 @@ class TraceStore:
         text_sha256: str,
         files: Mapping[int, StagedFile],
     ) -> None:
-        """Append a shard that other processes wrote on the store's disk, see `staging`.
+        """Append a shard that other processes wrote beside the store, see `staging`.
 
         Args:
             segments: as for `shard`.
@@ -191,7 +232,7 @@ class TraceStore:
         """
         number = len(self.progress.shards)
         for layer in self.header.layers:
-            _adopt(files[layer], self._shard_file(layer, number))
+            self.place.adopt(files[layer].file, _shard_name(layer, number))
         digests = {layer: file.digest for layer, file in files.items()}
         self._count(segments, text_sha256, digests)
 
@@ -211,28 +252,29 @@ class TraceStore:
             skipped_rows: rows of the source without text.
             model_files: the model's weights.
         """
-        for layer in self.header.layers:
-            wanted = {self._shard_file(layer, n).name for n in range(len(self.progress.shards))}
-            for file in self._layer_file(layer, "weights").parent.iterdir():
-                if _is_ours(file) and file.name not in wanted:
-                    file.unlink()
+        layers, shards = self.header.layers, range(len(self.progress.shards))
+        wanted = {_shard_name(layer, number) for layer in layers for number in shards}
+        ours = tuple(_layer_name(layer, "") for layer in layers)
+        found = (name for name in self.place.sizes() if name.startswith(ours) and _is_ours(name))
+        self.place.remove(*(name for name in found if name not in wanted))
         self._commit(complete=True, skipped_rows=skipped_rows, model_files=model_files)
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
         digests = [
-            write_weights(self._layer_file(layer, "weights"), weights) for layer, weights in layers
+            write_weights(self.place, _layer_name(layer, _WEIGHTS), weights)
+            for layer, weights in layers
         ]
         self._commit(weights=tuple(digests))
 
     def adopt_weights(self, files: Sequence[StagedFile]) -> None:
-        """Do the same with what other processes wrote on the store's disk, see `staging`.
+        """Do the same with what other processes wrote beside the store, see `staging`.
 
         Raises:
             OutputError: the system refused.
         """
         for layer, file in zip(self.header.layers, files, strict=True):
-            _adopt(file, self._layer_file(layer, "weights"))
+            self.place.adopt(file.file, _layer_name(layer, _WEIGHTS))
         self._commit(weights=tuple(file.digest for file in files))
 
     @contextmanager
@@ -254,11 +296,11 @@ class TraceStore:
 
     def _refuse_replaced(self) -> None:
         try:
-            same = read_manifest(self.path) == (self.header, self.progress)
+            same = read_manifest(self.place) == (self.header, self.progress)
         except TraceError:
             same = False
         if not same:
-            raise TraceError(f"{self.path}: was replaced while it was read", "start again")
+            raise TraceError(f"{self}: was replaced while it was read", "start again")
 
     def weights(self, layer: int) -> LayerWeights:
         """Read what `save_weights` stored.
@@ -271,7 +313,10 @@ class TraceStore:
             return self._read_weights(layer)
 
     def _read_weights(self, layer: int) -> LayerWeights:
-        file = self._layer_file(layer, "weights")
+        with self.place.reading(_layer_name(layer, _WEIGHTS)) as [file]:
+            return self._weights_of(layer, file)
+
+    def _weights_of(self, layer: int, file: Path) -> LayerWeights:
         tensors = read_tensors(file)
         stated = dict(zip(self.header.layers, self.progress.weights, strict=False)).get(layer)
         if stated is not None and xxhash.xxh3_128_hexdigest(file.read_bytes()) != stated:
@@ -299,42 +344,50 @@ class TraceStore:
                 manifest, or the store was replaced since it was opened.
         """
         if layer not in self.header.layers:
-            raise TraceError(f"{self.path}: layer {layer} was not collected", "see --layers")
+            raise TraceError(f"{self}: layer {layer} was not collected", "see --layers")
         if not self.progress.shards:
-            raise TraceError(f"{self.path}: holds no rows yet", "go on with 'psp collect --resume'")
-        with self._one_collection():
-            self._vouch(layer)
+            raise TraceError(f"{self}: holds no rows yet", "go on with 'psp collect --resume'")
+        shards = self._shards_of(layer)
+        with self._one_collection(), self.place.reading(*shards) as files:
             pieces = [
-                self._mapped(layer, n, shard.rows) for n, shard in enumerate(self.progress.shards)
+                self._mapped(name, file, layout)
+                for (name, layout), file in zip(shards.items(), files, strict=True)
             ]
         if device.type == "cuda":
             return rows_for(device, pieces, lambda: list(map(_counted, pieces)))
         return ShardedRows(*map(_counted, pieces))
 
-    def _vouch(self, layer: int) -> None:
-        """Read a layer's shards, once, and compare their checksums with those that they state.
-
-        Raises:
-            TraceError: one differs.
-        """
-        for number, shard in enumerate(self.progress.shards):
-            if (layer, number) not in self._vouched:
-                vouch_shard(self._shard_file(layer, number), self._layout(shard.rows))
-                self._vouched.add((layer, number))
+    def _shards_of(self, layer: int) -> dict[str, ShardLayout]:
+        """Return the names of a layer's shard files, with their sizes."""
+        return {
+            _shard_name(layer, number): self._layout(shard.rows)
+            for number, shard in enumerate(self.progress.shards)
+        }
 
     def _require_counted(self, number: int, digests: Iterable[str]) -> None:
         """Refuse files of a shard, layer after layer, that are not those that were committed."""
         if _joined(digests) != self.progress.shards[number].sha256:
             raise TraceError(
-                f"{self.path}: shard {number} is whole but not the manifest's", COLLECT_AGAIN
+                f"{self}: shard {number} is whole but not the manifest's", COLLECT_AGAIN
             )
 
-    def _mapped(self, layer: int, number: int, rows: int) -> LayerRows:
-        """Map a shard file; where rows' importance begins is left open."""
-        file, starts = self._shard_file(layer, number), torch.zeros(0, dtype=torch.int64)
-        parts = read_shard(file, self._layout(rows))
+    def _mapped(self, name: str, file: Path, layout: ShardLayout) -> LayerRows:
+        """Map a shard file; where rows' importance begins is left open.
+
+        One that stays where it is is read and compared with its checksum once.
+
+        Raises:
+            TraceError: it differs.
+        """
+        if name not in self._vouched:
+            vouch_shard(file, layout)
+        if isinstance(self.place, Directory):
+            self._vouched.add(name)
         return LayerRows(
-            importance_bits=self.header.importance_bits, starts=starts, file=file, **parts
+            importance_bits=self.header.importance_bits,
+            starts=torch.zeros(0, dtype=torch.int64),
+            file=self.place.at(name),
+            **read_shard(file, layout),
         )
 
     def activation_sparsity(self) -> dict[int, float]:
@@ -343,8 +396,8 @@ class TraceStore:
         sparsity = {}
         with self._one_collection():
             for layer in self.header.layers:
-                files = (self._shard_file(layer, n) for n in range(len(self.progress.shards)))
-                active = sum(int(shard_counts(file).sum()) for file in files)
+                counts = stated_counts(self.place, self._shards_of(layer))
+                active = sum(int(each.sum()) for each in counts)
                 sparsity[layer] = 1 - active / decisions
         return sparsity
 
@@ -358,13 +411,14 @@ class TraceStore:
         for layer in self.header.layers[:counted]:
             self.weights(layer)
         if self.progress.shards and counted != len(self.header.layers):
-            raise TraceError(
-                f"{self.path}/manifest.json: weights of layers are missing", COLLECT_AGAIN
-            )
+            raise TraceError(f"{self}/manifest.json: weights of layers are missing", COLLECT_AGAIN)
         for number, shard in enumerate(self.progress.shards):
             layout = self._layout(shard.rows)
-            files = (self._shard_file(each, number) for each in self.header.layers)
-            self._require_counted(number, [check_shard(file, layout) for file in files])
+            digests = []
+            for layer in self.header.layers:
+                with self.place.reading(_shard_name(layer, number)) as [file]:
+                    digests.append(check_shard(file, layout))
+            self._require_counted(number, digests)
 
     def holdout(self, share: float, seed: int) -> torch.Tensor:
         """Choose whole documents for the holdout.
@@ -381,8 +435,7 @@ class TraceStore:
         """
         if self.documents < 2:
             raise TraceError(
-                f"{self.path}: holds {self.documents} document, a holdout by document needs at "
-                "least 2",
+                f"{self}: holds {self.documents} document, a holdout by document needs at least 2",
                 "collect from more documents or more --tokens",
             )
         return hold_out(self.segments, share, seed)
@@ -399,11 +452,6 @@ def shard_layout(header: TraceHeader, rows: int) -> ShardLayout:
     )
 
 
-def _adopt(staged: StagedFile, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    put_in_place(staged.file, file)
-
-
 def _counted(piece: LayerRows) -> LayerRows:
     """Find where each row's importance begins."""
     if not piece.importance_bits:
@@ -413,8 +461,18 @@ def _counted(piece: LayerRows) -> LayerRows:
     return replace(piece, starts=torch.cumsum(per_row, 0) - per_row)
 
 
-def _is_ours(file: Path) -> bool:
+def _layer_name(layer: int, name: str) -> str:
+    """Return the name of a layer's file, or what all of its files' names begin with."""
+    return f"layer-{layer:02d}/{name}"
+
+
+def _shard_name(layer: int, number: int) -> str:
+    return _layer_name(layer, f"shard-{number:05d}.safetensors")
+
+
+def _is_ours(name: str) -> bool:
     """Whether a file is a shard's, or one that was not finished."""
+    file = PurePosixPath(name)
     return file.match("shard-*.safetensors") or file.match(".*.safetensors.part")
 
 

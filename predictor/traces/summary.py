@@ -17,10 +17,9 @@ def trace_summary(store: TraceStore) -> dict[str, Any]:
     """
     header = asdict(store.header)
     sparsity = store.activation_sparsity() if store.rows else {}
-    files = (file for file in store.path.rglob("*") if file.is_file() and file.name != PROVENANCE)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(size for name, size in store.place.sizes().items() if name != PROVENANCE)
     return {
-        "traces": str(store.path),
+        "traces": str(store),
         "complete": store.progress.complete,
         "tokens": store.rows,
         "tokens_asked": header.pop("tokens"),
@@ -44,7 +43,7 @@ def check_traces(store: TraceStore) -> dict[str, Any]:
     """
     store.check()
     return {
-        "traces": str(store.path),
+        "traces": str(store),
         "complete": store.progress.complete,
         "tokens": store.rows,
         "files": len(store.header.layers) * (1 + len(store.progress.shards)),

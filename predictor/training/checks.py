@@ -72,17 +72,17 @@ def check_importance(trainer: LayerTrainer) -> None:
     bits = store.header.importance_bits
     if recipe.importance and not bits:
         raise PredictorError(
-            f"{store.path}: holds no importance, by which recipe {recipe.name} weighs",
+            f"{store}: holds no importance, by which recipe {recipe.name} weighs",
             "collect with --importance-bits 2, or pass --recipe dejavu",
         )
     if trainer.config.label_top_fraction is not None and bits < RANKING_BITS:
         raise PredictorError(
-            f"{store.path}: its importance of {bits} bits cannot rank neurons",
+            f"{store}: its importance of {bits} bits cannot rank neurons",
             f"collect with --importance-bits {RANKING_BITS}, or leave out --label-top-fraction",
         )
     if trainer.bound is not None and not bits:
         raise PredictorError(
-            f"{store.path}: holds no importance, by which thresholds are chosen",
+            f"{store}: holds no importance, by which thresholds are chosen",
             "collect with --importance-bits 2, or leave out the bound",
         )
 
@@ -96,13 +96,12 @@ def check_activity(store: TraceStore, layers: list[int]) -> None:
     for layer in layers:
         if sparsity[layer] == 1:
             raise PredictorError(
-                f"{store.path}: no neuron of layer {layer} was ever active, so its predictor has "
+                f"{store}: no neuron of layer {layer} was ever active, so its predictor has "
                 "nothing to learn from",
                 "collect from other text, or check the model's weights",
             )
     if len(sparsity) == store.header.n_layers and not any(sparsity.values()):
         raise PredictorError(
-            f"{store.path}: every neuron of every layer was always active, so there is nothing to "
-            "skip",
+            f"{store}: every neuron of every layer was always active, so there is nothing to skip",
             "make the model sparse first (psp sparsify)",
         )

@@ -57,13 +57,13 @@ def held_out(
         note(line)
     if checkpoint.fingerprint != store.header.model_fingerprint:
         raise PredictorError(
-            f"{checkpoint.path}: its weights or sizes differ from the model that {store.path} was "
+            f"{checkpoint.path}: its weights or sizes differ from the model that {store} was "
             "made of",
             "pass that one as --model",
         )
     known = store.progress.model_files
     found = hash_files(weight_files(checkpoint)) if known else ()
-    if (other := compare_files(checkpoint, found, known, store.path)) is not None:
+    if (other := compare_files(checkpoint, found, known, str(store))) is not None:
         note(other)
     held = choose_documents(store.segments, config.holdout, config.seed)
     windows = held_out_windows(

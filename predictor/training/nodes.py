@@ -163,7 +163,9 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[Wo
         gpus=config.ray_gpus,
         memory=layer_memory(store.header, store.rows),
     )
-    device, read = worker_device(config.device, config.ray_gpus), [store.path / MANIFEST]
+    device, manifest = worker_device(config.device, config.ray_gpus), store.place.at(MANIFEST)
+    # Who does not see an object store is told of when its worker opens the traces.
+    read = [manifest] if isinstance(manifest, Path) else []
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
         read += weight_files(Checkpoint.open(config.model or store.header.model))
     with (
@@ -172,7 +174,7 @@ def nodes_for(trainer: LayerTrainer, note: Callable[[str], None]) -> Iterator[Wo
     ):
         known = replace(
             config,
-            traces=store.path.absolute(),
+            traces=store.place.absolute(),
             outtype=trainer.outtype,
             device=device,
             ray=None,
@@ -195,7 +197,8 @@ def _trainer(run: _Run) -> LayerTrainer:
     """
     store = TraceStore.open(run.config.traces)
     if store.identity != run.identity:
-        raise TraceError(f"{store.path}: was replaced while it was read", COLLECT_AGAIN)
+        raise TraceError(f"{store}: was replaced while it was read", COLLECT_AGAIN)
+    store.require_scratch(1)
     return layer_trainer(run.config, store)
 
 

@@ -68,8 +68,10 @@ def _trained(config: TrainConfig, weight: float, note: Note) -> PredictorArtifac
     store.require_complete()
     layers = _chosen_layers(config, store)
     trainer = layer_trainer(config, store)
+    if config.ray is None:
+        store.require_scratch(trainer.jobs)
     sizes, rows = (store.header.n_layers, store.header.d_model), len(trainer.train)
-    check_ranks(trainer.config, *sizes, rows, store.path)
+    check_ranks(trainer.config, *sizes, rows, str(store))
     check_importance(trainer)
     check_activity(store, layers)
     if trainer.bound is not None and trainer.bound.ffn_bytes is None:
@@ -131,7 +133,7 @@ def _chosen_layers(config: TrainConfig, store: TraceStore) -> list[int]:
         return list(recorded)
     if unknown := [layer for layer in config.layers if layer not in recorded]:
         raise PredictorError(
-            f"--layers: {store.path} has no layer {unknown[0]}",
+            f"--layers: {store} has no layer {unknown[0]}",
             f"it holds {len(recorded)} layers from {recorded[0]} to {recorded[-1]}",
         )
     return list(config.layers)
@@ -218,4 +220,4 @@ def _check_text(config: TrainConfig, store: TraceStore, note: Note) -> None:
         field, template = header.field, header.chat_template
         look_at_documents(config.data, field, template, config.eval_tokens, note)
     else:
-        need_repeatable(header.data, f"the held-out part of {store.path}", "pass --data")
+        need_repeatable(header.data, f"the held-out part of {store}", "pass --data")

@@ -21,6 +21,7 @@ from common.settings import (
     text_option,
 )
 from common.text_sources.names import Sources
+from common.urls import Url, path_or_url
 from predictor.size import Size
 
 AUTO = "auto"
@@ -197,7 +198,10 @@ def rank_of(text: str) -> int | str | tuple[int, ...]:
 class TrainConfig:
     """Settings of a training."""
 
-    traces: Annotated[Path, Option("Directory from psp collect.", "TRACES")]
+    traces: Annotated[
+        Path | Url,
+        Option("What psp collect made, on disk or at s3://.", "TRACES", parse=path_or_url),
+    ]
     out: Annotated[Path, Option("Directory for the predictors.", "PREDICTORS")]
     recipe: Annotated[
         str,
