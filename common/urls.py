@@ -31,9 +31,9 @@ def path_or_url(text: str) -> Path | Url:
         return Path(text)
     if "@" in text:
         raise ValueError("a URL holds no credentials; they come from the library's environment.")
+    if text.split(":")[0] in _ON_DISK:
+        raise ValueError(f"{text!r} is on a disk; pass the path itself.")
     found = text.rstrip("/")
     if not _FORM.fullmatch(found) or {".", ".."} & set(found.split("/")):
         raise ValueError(f"{text!r} is no place in an object store; write s3://BUCKET/PREFIX.")
-    if found.split(":")[0] in _ON_DISK:
-        raise ValueError(f"{text!r} is on a disk; pass the path itself.")
     return Url(found)

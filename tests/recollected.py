@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from xxhash import xxh3_128_hexdigest
 
+from predictor.traces.names import shard_name
 from predictor.traces.shard_file import _prefix
-from predictor.traces.store import TraceStore, _joined, _shard_name
+from predictor.traces.store import TraceStore, _joined
 
 
 def recommit(path: Path, change: Callable[[Path, dict[str, torch.Tensor]], object]) -> None:
@@ -21,7 +22,7 @@ def recommit(path: Path, change: Callable[[Path, dict[str, torch.Tensor]], objec
     for number, shard in enumerate(store.progress.shards):
         layout, digests = store._layout(shard.rows), []
         for layer in store.header.layers:
-            file = path / _shard_name(layer, number)
+            file = path / shard_name(layer, number)
             tensors = load_file(file)
             change(file, tensors)
             parts = layout.parts(len(tensors["importance"]))

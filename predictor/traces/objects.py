@@ -6,8 +6,9 @@ fetched there and mapped. Credentials, endpoints and retries are the library's o
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -25,8 +26,10 @@ _SECONDS = 10
 """That an object store has to answer before the start; libraries retry for minutes."""
 
 _EXTRAS = {"s3": "psp[s3]", "s3a": "psp[s3]", "gs": "gcsfs", "gcs": "gcsfs"}
-_NAME = "check its name, or pass traces that 'psp collect' made"
-_CHECK = "check bucket, network and the credentials in the library's environment"
+_CHECK = "check bucket, network, and endpoint and credentials in the library's environment"
+_HOLDER = re.compile(r"//[^/@\s]*@")
+"""Name and password in an address."""
+
 
 Answer = TypeVar("Answer")
 
@@ -81,6 +84,11 @@ class Objects(Place):
             found = files.find(root, detail=True)
             start = len(root) + 1
             return {path[start:]: int(told["size"]) for path, told in found.items()}
+
+    def largest(self, starts: Iterable[str]) -> int:
+        """Return the most bytes of objects together whose names begin alike, of some beginnings."""
+        sizes = self.sizes().items()
+        return max(sum(size for name, size in sizes if name.startswith(each)) for each in starts)
 
     @contextmanager
     def writing(self, name: str, *, new: bool = False) -> Iterator[Path]:
@@ -169,7 +177,8 @@ class Objects(Place):
         if held := self.sizes():
             raise OutputError(
                 f"{self.where}: holds {len(held)} objects already",
-                "pass --resume to go on with traces, remove them, or choose another --out",
+                "--force replaces nothing there: remove them, choose another --out, or pass "
+                "--resume to go on with traces",
             )
 
     def remove_parts(self) -> None:
@@ -215,12 +224,15 @@ class Objects(Place):
                 f"install it with: pip install '{wanted}'",
             ) from problem
         except FileNotFoundError as problem:
-            raise error(f"{what}: no such bucket or object", _NAME) from problem
-        except ValueError as problem:
-            raise error(f"{what}: {reason(problem)}", "pass s3:// or gs://") from problem
+            raise error(f"{what}: no such bucket or object", "check its name") from problem
         except Exception as problem:
-            # Libraries raise their own kinds: no network, no such bucket, other credentials.
-            raise error(f"{what}: {reason(problem)}", _CHECK) from problem
+            # Libraries raise their own kinds: no network, other credentials, unknown protocols.
+            raise error(f"{what}: {_said(problem)}", _CHECK) from problem
+
+
+def _said(problem: Exception) -> str:
+    """Return what a library says, without what an endpoint's address may hold."""
+    return _HOLDER.sub("//", reason(problem)).rstrip(".")
 
 
 def require_scratch(needed: int, what: str) -> str:

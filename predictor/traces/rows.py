@@ -19,7 +19,13 @@ import torch
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.urls import Url
-from predictor.traces.packing import codes_at, decode_importance, flat_places, unpack_active
+from predictor.traces.packing import (
+    codes_at,
+    count_active,
+    decode_importance,
+    flat_places,
+    unpack_active,
+)
 
 Places = npt.NDArray[np.int64]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -355,3 +361,16 @@ class LabelledRows:
         places, importance = self._active(index, importance=True)
         squares = self.rows.inputs_at(index).square().sum(1).clamp_min(_TINY)
         return places, importance.square_().div_(squares[places // self.d_ff])
+
+
+def counted(piece: LayerRows) -> LayerRows:
+    """Find where each row's importance begins.
+
+    Raises:
+        TraceError: as `check_counts`.
+    """
+    if not piece.importance_bits:
+        return piece
+    per_row = count_active(piece.active)
+    check_counts(piece.file, per_row, piece.counts)
+    return replace(piece, starts=torch.cumsum(per_row, 0) - per_row)

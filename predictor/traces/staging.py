@@ -10,11 +10,12 @@ from uuid import uuid4
 
 from xxhash import xxh3_128_hexdigest
 
+from common.errors import COLLECT_AGAIN, TraceError
 from common.urls import Url
 from predictor.tensor_files import tensor_bytes
 from predictor.traces.place import Place
 from predictor.traces.rows import LayerWeights
-from predictor.traces.shard_file import ShardLayout, ShardWriter
+from predictor.traces.shard_file import ShardLayout, ShardWriter, read_tensors
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,30 @@ def write_weights(place: Place, name: str, weights: LayerWeights) -> str:
     with place.writing(name) as part:
         part.write_bytes(data)
     return xxh3_128_hexdigest(data)
+
+
+def read_weights(file: Path, digest: str | None, d_model: int, d_ff: int) -> LayerWeights:
+    """Read what `write_weights` wrote.
+
+    Args:
+        file: to read.
+        digest: what it returned, None where that is not known yet.
+        d_model: hidden size.
+        d_ff: neurons.
+
+    Raises:
+        TraceError: missing, damaged, or of other sizes.
+    """
+    tensors = read_tensors(file)
+    if digest is not None and xxh3_128_hexdigest(file.read_bytes()) != digest:
+        raise TraceError(f"{file}: checksum differs from the manifest's", COLLECT_AGAIN)
+    for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
+        found = tuple(tensors[name].shape) if name in tensors else None
+        if found != shape:
+            raise TraceError(
+                f"{file}: {name} has shape {found}, the manifest implies {shape}", COLLECT_AGAIN
+            )
+    return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
 
 
 def stage_weights(parts: Place, layer: int, weights: LayerWeights) -> StagedFile:

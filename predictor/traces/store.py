@@ -19,11 +19,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from common.errors import COLLECT_AGAIN, TraceError
 from common.files import sha256
@@ -33,23 +32,21 @@ from common.urls import Url
 from predictor.traces.device_rows import rows_for
 from predictor.traces.holdout import hold_out
 from predictor.traces.manifest import Progress, Shard, TraceHeader, read_manifest, write_manifest
+from predictor.traces.names import WEIGHTS, is_of_a_shard, layer_name, shard_name
 from predictor.traces.objects import Objects, require_scratch
-from predictor.traces.packing import count_active
 from predictor.traces.place import Directory, Place, place_of
-from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows, check_counts
+from predictor.traces.rows import LayerRows, LayerWeights, ShardedRows, counted
 from predictor.traces.shard_file import (
     ShardLayout,
     ShardWriter,
     check_shard,
     read_shard,
-    read_tensors,
     vouch_shard,
 )
-from predictor.traces.staging import StagedFile, write_weights
+from predictor.traces.staging import StagedFile, read_weights, write_weights
 from predictor.traces.stated import stated_counts, stated_digests
 
 _CPU = torch.device("cpu")
-_WEIGHTS = "weights.safetensors"
 
 
 class TraceStore:
@@ -117,7 +114,7 @@ class TraceStore:
             )
         for number, shard in enumerate(self.progress.shards):
             layout = self._layout(shard.rows)
-            names = {_shard_name(layer, number): layout for layer in self.header.layers}
+            names = {shard_name(layer, number): layout for layer in self.header.layers}
             self._require_counted(number, stated_digests(self.place, names))
 
     def require_scratch(self, layers: int) -> None:
@@ -129,13 +126,9 @@ class TraceStore:
             OutputError: it is too small.
         """
         if isinstance(self.place, Objects):
-            sizes = self.place.sizes()
-            most = max(
-                sum(size for name, size in sizes.items() if name.startswith(_layer_name(layer, "")))
-                for layer in self.header.layers
-            )
             held = min(layers, len(self.header.layers))
-            require_scratch(held * most, f"{self}: reading {held} of its layers at once")
+            needed = held * self.place.largest(layer_name(n, "") for n in self.header.layers)
+            require_scratch(needed, f"{self}: reading {held} of its layers at once")
 
     @property
     def rows(self) -> int:
@@ -204,7 +197,7 @@ class TraceStore:
         with ExitStack() as stack:
             writers = {}
             for layer in self.header.layers:
-                name = _shard_name(layer, number)
+                name = shard_name(layer, number)
                 part, file = stack.enter_context(self.place.writing(name)), self.place.at(name)
                 shown = file if isinstance(file, Path) else part
                 writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), shown))
@@ -232,7 +225,7 @@ class TraceStore:
         """
         number = len(self.progress.shards)
         for layer in self.header.layers:
-            self.place.adopt(files[layer].file, _shard_name(layer, number))
+            self.place.adopt(files[layer].file, shard_name(layer, number))
         digests = {layer: file.digest for layer, file in files.items()}
         self._count(segments, text_sha256, digests)
 
@@ -253,16 +246,18 @@ class TraceStore:
             model_files: the model's weights.
         """
         layers, shards = self.header.layers, range(len(self.progress.shards))
-        wanted = {_shard_name(layer, number) for layer in layers for number in shards}
-        ours = tuple(_layer_name(layer, "") for layer in layers)
-        found = (name for name in self.place.sizes() if name.startswith(ours) and _is_ours(name))
+        wanted = {shard_name(layer, number) for layer in layers for number in shards}
+        ours = tuple(layer_name(layer, "") for layer in layers)
+        found = (
+            name for name in self.place.sizes() if name.startswith(ours) and is_of_a_shard(name)
+        )
         self.place.remove(*(name for name in found if name not in wanted))
         self._commit(complete=True, skipped_rows=skipped_rows, model_files=model_files)
 
     def save_weights(self, layers: Iterable[tuple[int, LayerWeights]]) -> None:
         """Store the weights of every recorded layer, in order, gates as float16."""
         digests = [
-            write_weights(self.place, _layer_name(layer, _WEIGHTS), weights)
+            write_weights(self.place, layer_name(layer, WEIGHTS), weights)
             for layer, weights in layers
         ]
         self._commit(weights=tuple(digests))
@@ -274,7 +269,7 @@ class TraceStore:
             OutputError: the system refused.
         """
         for layer, file in zip(self.header.layers, files, strict=True):
-            self.place.adopt(file.file, _layer_name(layer, _WEIGHTS))
+            self.place.adopt(file.file, layer_name(layer, WEIGHTS))
         self._commit(weights=tuple(file.digest for file in files))
 
     @contextmanager
@@ -313,22 +308,9 @@ class TraceStore:
             return self._read_weights(layer)
 
     def _read_weights(self, layer: int) -> LayerWeights:
-        with self.place.reading(_layer_name(layer, _WEIGHTS)) as [file]:
-            return self._weights_of(layer, file)
-
-    def _weights_of(self, layer: int, file: Path) -> LayerWeights:
-        tensors = read_tensors(file)
-        stated = dict(zip(self.header.layers, self.progress.weights, strict=False)).get(layer)
-        if stated is not None and xxhash.xxh3_128_hexdigest(file.read_bytes()) != stated:
-            raise TraceError(f"{file}: checksum differs from the manifest's", COLLECT_AGAIN)
-        d_ff, d_model = self.header.d_ff, self.header.d_model
-        for name, shape in (("gate", (d_ff, d_model)), ("down_norms", (d_ff,))):
-            found = tuple(tensors[name].shape) if name in tensors else None
-            if found != shape:
-                raise TraceError(
-                    f"{file}: {name} has shape {found}, the manifest implies {shape}", COLLECT_AGAIN
-                )
-        return LayerWeights(tensors["gate"].float(), tensors["down_norms"])
+        with self.place.reading(layer_name(layer, WEIGHTS)) as [file]:
+            stated = dict(zip(self.header.layers, self.progress.weights, strict=False)).get(layer)
+            return read_weights(file, stated, self.header.d_model, self.header.d_ff)
 
     def layer(self, layer: int, device: torch.device = _CPU) -> ShardedRows:
         """Map all rows of one layer; only where each row's importance begins is held in memory.
@@ -354,13 +336,13 @@ class TraceStore:
                 for (name, layout), file in zip(shards.items(), files, strict=True)
             ]
         if device.type == "cuda":
-            return rows_for(device, pieces, lambda: list(map(_counted, pieces)))
-        return ShardedRows(*map(_counted, pieces))
+            return rows_for(device, pieces, lambda: list(map(counted, pieces)))
+        return ShardedRows(*map(counted, pieces))
 
     def _shards_of(self, layer: int) -> dict[str, ShardLayout]:
         """Return the names of a layer's shard files, with their sizes."""
         return {
-            _shard_name(layer, number): self._layout(shard.rows)
+            shard_name(layer, number): self._layout(shard.rows)
             for number, shard in enumerate(self.progress.shards)
         }
 
@@ -416,7 +398,7 @@ class TraceStore:
             layout = self._layout(shard.rows)
             digests = []
             for layer in self.header.layers:
-                with self.place.reading(_shard_name(layer, number)) as [file]:
+                with self.place.reading(shard_name(layer, number)) as [file]:
                     digests.append(check_shard(file, layout))
             self._require_counted(number, digests)
 
@@ -450,30 +432,6 @@ def shard_layout(header: TraceHeader, rows: int) -> ShardLayout:
         input_dtype=header.input_dtype,
         importance_bits=header.importance_bits,
     )
-
-
-def _counted(piece: LayerRows) -> LayerRows:
-    """Find where each row's importance begins."""
-    if not piece.importance_bits:
-        return piece
-    per_row = count_active(piece.active)
-    check_counts(piece.file, per_row, piece.counts)
-    return replace(piece, starts=torch.cumsum(per_row, 0) - per_row)
-
-
-def _layer_name(layer: int, name: str) -> str:
-    """Return the name of a layer's file, or what all of its files' names begin with."""
-    return f"layer-{layer:02d}/{name}"
-
-
-def _shard_name(layer: int, number: int) -> str:
-    return _layer_name(layer, f"shard-{number:05d}.safetensors")
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a file is a shard's, or one that was not finished."""
-    file = PurePosixPath(name)
-    return file.match("shard-*.safetensors") or file.match(".*.safetensors.part")
 
 
 def _joined(digests: Iterable[str]) -> str:
