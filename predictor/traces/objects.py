@@ -196,9 +196,9 @@ class Objects(Place):
         return str(self._files()._strip_protocol(self.at(name) if name else self.where))
 
     def _put(self, path: Path, name: str, *, new: bool = False) -> None:
-        mode = "create" if new else "overwrite"
+        options = {"mode": "create"} if new else {}
         with self._asked(self.at(name), OutputError):
-            self._files().put_file(str(path), self._key(name), mode=mode)
+            self._files().put_file(str(path), self._key(name), **options)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:
