@@ -196,7 +196,7 @@ def test_a_run_that_is_killed_is_gone_on_with(make: Make, local: TraceStore, s3:
                 os.kill(os.getpid(), signal.SIGKILL)
             put(self, *arguments, **options)
 
-        Objects._put = put_or_die
+        pytest.MonkeyPatch().setattr(Objects, "_put", put_or_die)
 
     assert ending(start(make(s3), arm)) == -signal.SIGKILL
     assert len(TraceStore.open(s3).progress.shards) == 1
