@@ -74,6 +74,7 @@ def test_resume_with_other_settings_is_refused(
 def test_no_setting_that_changes_the_bytes_is_left_out_above() -> None:
     known = {key for key, _, _ in OTHER_SETTINGS}
     elsewhere = {"model", "out", "weights", "device", "force", "resume"}
+    elsewhere |= {"ray", "ray_cpus", "ray_gpus", "verbose"}
     assert {field.name for field in fields(CollectConfig)} == known | elsewhere
 
 
