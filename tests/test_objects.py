@@ -188,15 +188,16 @@ def test_so_it_is_at_a_server(make: Make, local: TraceStore, s3: Url) -> None:
 
 def test_a_run_that_is_killed_is_gone_on_with(make: Make, local: TraceStore, s3: Url) -> None:
     def arm() -> None:
-        put, left = Objects._put, [9]  # a layer of the second shard is there
+        kind = fsspec.get_filesystem_class("s3")
+        put, left = kind._put_file, [9]  # amid the second shard
 
-        def put_or_die(self: Objects, *arguments: Any, **options: Any) -> None:
+        async def put_or_die(self: Any, *arguments: Any, **options: Any) -> None:
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            put(self, *arguments, **options)
+            await put(self, *arguments, **options)
 
-        pytest.MonkeyPatch().setattr(Objects, "_put", put_or_die)
+        pytest.MonkeyPatch().setattr(kind, "_put_file", put_or_die)
 
     assert ending(start(make(s3), arm)) == -signal.SIGKILL
     assert len(TraceStore.open(s3).progress.shards) == 1

@@ -166,5 +166,5 @@ def write_manifest(
         "header": asdict(header),
         "progress": asdict(progress),
     }
-    with place.writing(MANIFEST, new=new) as part:
+    with place.writing(MANIFEST, new=new) as [part]:
         part.write_bytes(json_bytes(sealed(document)))

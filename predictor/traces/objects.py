@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -91,12 +91,12 @@ class Objects(Place):
         return max(sum(size for name, size in sizes if name.startswith(each)) for each in starts)
 
     @contextmanager
-    def writing(self, name: str, *, new: bool = False) -> Iterator[Path]:
-        """Write to a scratch directory and upload."""
+    def writing(self, *names: str, new: bool = False) -> Iterator[list[Path]]:
+        """Write to a scratch directory and upload, several at once as the library does."""
         with self._scratch() as place:
-            part = place / name.replace("/", "-")
-            yield part
-            self._put(part, name, new=new)
+            parts = [place / name.replace("/", "-") for name in names]
+            yield parts
+            self._put(dict(zip(names, parts, strict=True)), new=new)
 
     @contextmanager
     def reading(self, *names: str) -> Iterator[list[Path]]:
@@ -126,7 +126,7 @@ class Objects(Place):
             with self._asked(self.at(name), TraceError), suppress(FileNotFoundError):
                 self._fetch_document(place, name)
             yield place / name
-            self._put(place / name, name)
+            self._put({name: place / name})
 
     def _fetch_document(self, place: Path, name: str) -> None:
         with self._files().open(self._key(name), "rb") as file:
@@ -195,10 +195,12 @@ class Objects(Place):
         """Return what the library calls a file."""
         return str(self._files()._strip_protocol(self.at(name) if name else self.where))
 
-    def _put(self, path: Path, name: str, *, new: bool = False) -> None:
+    def _put(self, made: Mapping[str, Path], *, new: bool = False) -> None:
         options = {"mode": "create"} if new else {}
-        with self._asked(self.at(name), OutputError):
-            self._files().put_file(str(path), self._key(name), **options)
+        what = self.at(next(iter(made))) if len(made) == 1 else self.where
+        with self._asked(what, OutputError):
+            keys = [self._key(name) for name in made]
+            self._files().put([str(path) for path in made.values()], keys, **options)
 
     @contextmanager
     def _scratch(self) -> Iterator[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from common.files import atomic_path, put_in_place
@@ -47,15 +47,16 @@ class Place(ABC):
         """Return the name of every file, and its bytes."""
 
     @abstractmethod
-    def writing(self, name: str, *, new: bool = False) -> AbstractContextManager[Path]:
-        """Write a file, whole or not at all.
+    def writing(self, *names: str, new: bool = False) -> AbstractContextManager[list[Path]]:
+        """Write files, each whole or not at all.
 
         Args:
-            name: of the file, which is replaced if there is one.
-            new: refuse to replace one, where the place can see to that.
+            names: of the files; what there is under one is replaced.
+            new: refuse to replace it, where the place can see to that.
 
         Yields:
-            The path to write to; it becomes the file if the block ends without an exception.
+            A path to write to for each; they become the files if the block ends without an
+            exception.
 
         Raises:
             OutputError: the system, or the object store, refused.
@@ -122,9 +123,11 @@ class Directory(Place):
         files = (file for file in self.where.rglob("*") if file.is_file())
         return {file.relative_to(self.where).as_posix(): file.stat().st_size for file in files}
 
-    def writing(self, name: str, *, new: bool = False) -> AbstractContextManager[Path]:
-        """Write beside it and rename; who else writes a directory is told by its lock."""
-        return atomic_path(self.at(name))
+    @contextmanager
+    def writing(self, *names: str, new: bool = False) -> Iterator[list[Path]]:
+        """Write beside them and rename; who else writes a directory is told by its lock."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(atomic_path(self.at(name))) for name in names]
 
     @contextmanager
     def reading(self, *names: str) -> Iterator[list[Path]]:

@@ -41,7 +41,7 @@ def write_weights(place: Place, name: str, weights: LayerWeights) -> str:
         OutputError: the system, or the object store, refused.
     """
     data = tensor_bytes({"gate": weights.gate.half(), "down_norms": weights.down_norms})
-    with place.writing(name) as part:
+    with place.writing(name) as [part]:
         part.write_bytes(data)
     return xxh3_128_hexdigest(data)
 
@@ -102,12 +102,10 @@ def stage_shard(
     attempt = uuid4().hex
     names = {each: f"shard-{number:05d}-layer-{each:02d}-{attempt}" for each in layers}
     made: dict[int, StagedFile] = {}
-    with ExitStack() as stack:
+    with parts.writing(*names.values()) as files, ExitStack() as stack:
         writers = {
-            layer: stack.enter_context(
-                ShardWriter(stack.enter_context(parts.writing(name)), layout)
-            )
-            for layer, name in names.items()
+            layer: stack.enter_context(ShardWriter(file, layout))
+            for layer, file in zip(names, files, strict=True)
         }
         yield writers, made
     made |= {n: StagedFile(parts.at(name), writers[n].digest) for n, name in names.items()}

@@ -193,14 +193,14 @@ class TraceStore:
             Layer number to writer.
         """
         number = len(self.progress.shards) if number is None else number
-        rows = sum(rows for _, rows in segments)
-        with ExitStack() as stack:
+        layout = self._layout(sum(rows for _, rows in segments))
+        names = [shard_name(layer, number) for layer in self.header.layers]
+        with self.place.writing(*names) as parts, ExitStack() as stack:
             writers = {}
-            for layer in self.header.layers:
-                name = shard_name(layer, number)
-                part, file = stack.enter_context(self.place.writing(name)), self.place.at(name)
-                shown = file if isinstance(file, Path) else part
-                writers[layer] = stack.enter_context(ShardWriter(part, self._layout(rows), shown))
+            for layer, name, part in zip(self.header.layers, names, parts, strict=True):
+                file = self.place.at(name)
+                writer = ShardWriter(part, layout, file if isinstance(file, Path) else part)
+                writers[layer] = stack.enter_context(writer)
             yield writers
             before()
         assert number == len(self.progress.shards)
