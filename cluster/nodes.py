@@ -77,8 +77,8 @@ def require_room(worker: Worker) -> None:
 
     raise ClusterError(
         f"no node of the cluster has {worker.cpus} CPUs, {worker.gpus:g} GPUs and "
-        f"{worker.memory / GIB:.1f} GiB for a worker; the most are {most('CPU'):g}, {most('GPU'):g} "
-        f"and {most('memory') / GIB:.1f}",
+        f"{worker.memory / GIB:.1f} GiB for a worker; the most are {most('CPU'):g}, "
+        f"{most('GPU'):g} and {most('memory') / GIB:.1f}",
         "lower --ray-cpus or --ray-gpus, or add a node",
     )
 

@@ -17,7 +17,8 @@ import fsspec
 import pytest
 from click.testing import Result
 from conftest import ModelMaker, refused
-from test_resume import ending, start
+from processes import ending
+from test_resume import start
 
 from common.errors import OutputError, TraceError
 from common.provenance import PROVENANCE
