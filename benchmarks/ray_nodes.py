@@ -17,6 +17,14 @@ NODE: dict[str, Any] = {
 }
 
 
+_NOTICED = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 6,
+}
+"""A death within 3 s, instead of 15."""
+
+
 class Nodes:
     """The cluster.
 
@@ -28,7 +36,7 @@ class Nodes:
         """Start the first; `fill` starts the others."""
         from ray.cluster_utils import Cluster
 
-        head = NODE | {"include_dashboard": False, "no_monitor": True}
+        head = NODE | {"include_dashboard": False, "no_monitor": True, "_system_config": _NOTICED}
         self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         self.address: str = self._cluster.address
         self._others: list[Any] = []

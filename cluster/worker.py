@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -45,10 +46,11 @@ class _Actor:
             The node's id and host name, and the process.
         """
         import ray
-        import torch
 
-        torch.set_num_threads(self._threads)
+        # Ray has told OpenMP so, before torch was imported; what starts may think otherwise.
         self._work = self._start()
+        if (torch := sys.modules.get("torch")) is not None:
+            torch.set_num_threads(self._threads)
         node = ray.get_runtime_context().get_node_id()
         return node, os.uname().nodename, os.getpid()
 
