@@ -282,6 +282,8 @@ def estimate() -> Document:
         "efficiency": {"matrix": 0.8, "rows": 0.7, "columns": 0.7},
         "layer_seconds": 1e-5,
         "dense_layer_seconds": None,
+        "compute": None,
+        "compute_efficiency": 1.0,
         "source": "datasheet",
     }
     link = {"bandwidth": 5e10, "efficiency": 0.8, "copy_seconds": 1e-5, "source": "datasheet"}
