@@ -158,7 +158,7 @@ def assert_same_store(found: Path, expected: Path) -> None:
     assert not [each for each in found.parent.iterdir() if each.name.startswith(".")]
 
 
-@pytest.mark.parametrize("weights", ["resident", "pipelined"])
+@pytest.mark.parametrize("weights", ["resident", pytest.param("pipelined", marks=pytest.mark.slow)])
 def test_traces_are_the_same_bytes_though_a_node_dies(
     weights: str,
     nodes: Nodes,
@@ -188,6 +188,7 @@ def test_predictors_are_the_same_bytes_though_a_node_dies(
     assert_same(out, alone)
 
 
+@pytest.mark.slow
 def test_answers_are_the_same(
     nodes: Nodes, model_dir: Path, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_answers_are_the_same(
     assert spread.unfinished == ()
 
 
+@pytest.mark.slow
 def test_a_file_is_compared_with_its_model(
     nodes: Nodes, model_dir: Path, exact_bundle: Bundle, tmp_path: Path
 ) -> None:
