@@ -11,7 +11,9 @@ from asked_tasks import settings_maker, write_tasks
 from conftest import ModelMaker, refused
 from workers_here import place_workers_here
 
+from architectures.model import OutOfMemory
 from common.errors import EngineError, SettingsError, TraceError
+from evaluation.backends.transformers_model import TransformersBackend
 from evaluation.run import evaluate
 from gguf_export.bundle import Bundle
 from gguf_files.reader import GGUFFile
@@ -118,17 +120,11 @@ def test_answers(
     assert spread.unfinished == ()
 
     def no_memory(*args: Any) -> Any:
-        from architectures.model import OutOfMemory
-
         raise OutOfMemory("cpu: out of memory", "pass less")
 
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "evaluation.backends.transformers_model.TransformersBackend.score", no_memory
-        )
-        patched.setattr(
-            "evaluation.backends.transformers_model.TransformersBackend.generate", no_memory
-        )
+        for name in ("score", "generate"):
+            patched.setattr(TransformersBackend, name, no_memory)
         notes: list[str] = []
         with refused(EngineError, "arm dense answered no task"):
             evaluate(replace(config, output_path=tmp_path / "none", ray=HERE), notes.append)

@@ -27,7 +27,8 @@ class PoolHere:
     def __init__(self, start: Callable[[], Any], worker: Worker, *, most: int) -> None:
         assert most > 0
         assert worker.memory > 0
-        self._start, self._work = sent(start), None
+        self._start = sent(start)
+        self._work: Any = None
 
     def __enter__(self) -> PoolHere:
         return self
