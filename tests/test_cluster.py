@@ -80,8 +80,8 @@ def short_path() -> Iterator[Path]:
 
 
 def settings(store: TraceStore, out: Path, **changes: Any) -> TrainConfig:
-    """Scouts, training and thresholds of every layer, and passes of the model."""
-    values: dict[str, Any] = {"traces": store.path, "out": out, "max_ppl_gap": 0.5}
+    """Scouts, training and thresholds of every layer."""
+    values: dict[str, Any] = {"traces": store.path, "out": out, "ffn_bytes": 0.5}
     return TrainConfig(**(values | changes))
 
 
@@ -129,13 +129,13 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 @contextmanager
-def killed_node(nodes: Nodes) -> Iterator[None]:
+def killed_node(nodes: Nodes, within: float = 5) -> Iterator[None]:
     """Kill one of two nodes at a random moment of the block, at the latest after it."""
     seed = random.SystemRandom().randrange(1 << 32)
     chosen = random.Random(seed)
     print(f"seed {seed}")  # pytest shows it if this fails
     nodes.fill()
-    killer = threading.Timer(chosen.uniform(0, 5), nodes.kill, [chosen])
+    killer = threading.Timer(chosen.uniform(0, within), nodes.kill, [chosen])
     killer.start()
     try:
         yield
@@ -189,6 +189,18 @@ def test_predictors_are_the_same_bytes_though_a_node_dies(
 
 
 @pytest.mark.slow
+def test_a_gap_is_measured_though_a_node_dies(
+    nodes: Nodes, deep_traces: TraceStore, tmp_path: Path
+) -> None:
+    config = settings(deep_traces, tmp_path / "alone", ffn_bytes=None, max_ppl_gap=0.5)
+    train_predictors(config)
+    with killed_node(nodes, within=20):
+        train_predictors(replace(config, out=tmp_path / "spread", ray=nodes.address))
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "spread" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
 def test_answers_are_the_same(
     nodes: Nodes, model_dir: Path, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +243,7 @@ def test_a_killed_driver_is_gone_on_from(
     config = settings(deep_traces, out, ray=nodes.address)
     code = "from cli import main; main()"
     driver = [sys.executable, "-c", code, "train-predictor", "--ray", nodes.address]
-    given = ["--traces", config.traces, "--out", out, "--max-ppl-gap", "0.5", "--threads", "1"]
+    given = ["--traces", config.traces, "--out", out, "--ffn-bytes", "0.5", "--threads", "1"]
     with subprocess.Popen([*driver, *map(str, given)], cwd=ROOT) as process:
 
         def committed() -> bool:
