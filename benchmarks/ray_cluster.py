@@ -39,6 +39,7 @@ from benchmarks.training import SHARD_ROWS, batch, documents, header, planted_la
 from cluster.spans import Span
 from cluster.watch import spans_heard
 from predictor.collection.collect import collect
+from predictor.collection.nodes import PIPELINED
 from predictor.collection.settings import CollectConfig
 from predictor.traces.rows import LayerWeights
 from predictor.traces.store import TraceStore
@@ -66,11 +67,14 @@ class Job:
     def run(self, name: str, address: str | None) -> tuple[float, list[Span]]:
         """Do it in this process; return the seconds it took, and every item's times."""
         out, spans, begun = self.place / name, list[Span](), time.time()
+        given = self.given
+        if address is None and given.get("weights") == PIPELINED:
+            given = given | {"weights": "auto"}
         with spans_heard(spans.append):
             if self.command == "collect":
-                collect(CollectConfig(out=out, ray=address, **self.given))
+                collect(CollectConfig(out=out, ray=address, **given))
             else:
-                train_predictors(TrainConfig(out=out, ray=address, **self.given))
+                train_predictors(TrainConfig(out=out, ray=address, **given))
         first = min((span.sent for span in spans), default=begun)
         return time.time() - first, spans
 
