@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from cluster.nodes import Worker, room_for
 from cluster.watch import WAITING, Watch
-from cluster.worker import WATCH, Stage, StageActor, result
+from cluster.worker import WATCH, Stage, StageActor, hired, result
 from common.errors import ClusterError, reason
 
 Item = TypeVar("Item")
@@ -147,17 +147,8 @@ class Pipeline(Generic[Item, Made]):
         if not missing:
             return
         self._require_room()
-        kind: Any = ray.remote(
-            num_cpus=self._worker.cpus,
-            num_gpus=self._worker.gpus,
-            memory=self._worker.memory,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={WATCH: 1},
-            scheduling_strategy="SPREAD",
-        )
         for n in missing:
-            self._stages[n] = kind(StageActor).remote(self._starts[n], self._worker.cpus)
+            self._stages[n] = hired(StageActor, self._starts[n], self._worker)
         calls = {n: self._stages[n].prepare.remote() for n in missing}
         begun, told = time.monotonic(), False
         for n, call in calls.items():

@@ -14,7 +14,7 @@ from cluster.backlog import Backlog, Entry
 from cluster.nodes import Worker, require_room, room_for
 from cluster.spans import Span
 from cluster.watch import WAITING, Watch
-from cluster.worker import WATCH, Start, WorkerActor, result
+from cluster.worker import WATCH, Start, WorkerActor, hired, result
 from common.errors import ClusterError, PspError, reason
 
 Item = TypeVar("Item")
@@ -150,18 +150,7 @@ class Pool(Generic[Item, Made]):
         self._watch.working(sum(units.values()), len(ready), len({hand.node for hand in ready}))
 
     def _hired(self) -> _Hand[Item]:
-        import ray
-
-        kind: Any = ray.remote(
-            num_cpus=self._worker.cpus,
-            num_gpus=self._worker.gpus,
-            memory=self._worker.memory,
-            max_restarts=0,
-            max_task_retries=0,
-            concurrency_groups={WATCH: 1},
-            scheduling_strategy="SPREAD",
-        )
-        actor = kind(WorkerActor).remote(self._start, self._worker.cpus)
+        actor = hired(WorkerActor, self._start, self._worker)
         self._count += 1
         return _Hand(f"worker {self._count}", actor, actor.prepare.remote())
 

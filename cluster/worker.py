@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from cluster.nodes import Worker
 from common.errors import PspError
 
 Item = TypeVar("Item")
@@ -94,6 +95,28 @@ class StageActor(_Actor, Generic[Item, Made]):
             return None, None
         made: tuple[Made, Any] = self._work(item, entering)
         return made
+
+
+def hired(kind: type[_Actor], start: Callable[[], Any], worker: Worker) -> Any:
+    """Return Ray's handle of an actor, which starts once a node has room for it.
+
+    Args:
+        kind: of the actor.
+        start: see `Start`; of a stage, what makes a `Stage`.
+        worker: what it takes of a node.
+    """
+    import ray
+
+    actor: Any = ray.remote(
+        num_cpus=worker.cpus,
+        num_gpus=worker.gpus,
+        memory=worker.memory,
+        max_restarts=0,
+        max_task_retries=0,
+        concurrency_groups={WATCH: 1},
+        scheduling_strategy="SPREAD",
+    )
+    return actor(kind).remote(start, worker.cpus)
 
 
 def result(call: Any) -> Any:
