@@ -2,8 +2,9 @@
 
     python -m benchmarks.vouching --model DIR --data FILE --rounds 7 [--only export-gguf]
 
-Collects, trains (recipe svd, which takes the least time beside reading) and exports in a process of
-their own each, as they are and with functions that neither hash nor lock in the place of psp's.
+Collects, trains (recipe svd, which takes the least time beside reading) and exports, with and
+without verifying, in a process of their own each, as they are and with functions that neither hash
+nor lock in the place of psp's.
 Prints one JSON line a command: seconds of the wall and of the processors, medians, and `overhead`,
 the median over rounds of the one over the other, less 1. Where other work shares the machine those
 say little: `spent_share` is the part of the processors' time that was spent inside these functions.
@@ -31,10 +32,11 @@ import xxhash
 from benchmarks.shared import print_line
 from benchmarks.soak_processes import in_child
 from common import lock, sealed
-from common.hashing import hash_file
+from common.hashing import HashedWriter, hash_file
 from common.lock import locked
 from gguf_export.bundle import export
 from gguf_export.settings import SUFFIX, ExportConfig
+from powerinfer_bridge.verify.verification import ExportCheck
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
 from predictor.traces import shard_file, store
@@ -135,8 +137,12 @@ class Spent:
             *(shard_file.vouch_shard, shard_file._digest),
         )
         _replace({function: self.counted(function) for function in functions})
-        replaced: Any = store.TraceStore
-        replaced._refuse_replaced = self.counted(replaced._refuse_replaced)
+        methods: tuple[tuple[Any, str], ...] = (
+            (store.TraceStore, "_refuse_replaced"),
+            (HashedWriter, "_take"),
+        )
+        for owner, name in methods:
+            setattr(owner, name, self.counted(getattr(owner, name)))
 
 
 def _replace(others: dict[Any, Any]) -> None:
@@ -172,7 +178,8 @@ def commands(model: str, data: str, tokens: int, work: Path) -> dict[str, Callab
     return {
         "collect": partial(collect, given),
         "train-predictor": partial(train_predictors, train),
-        "export-gguf": partial(export, written),
+        "export-gguf --no-verify": partial(export, written),
+        "export-gguf": partial(export, written, ExportCheck(model, out)),
     }
 
 

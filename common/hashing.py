@@ -1,13 +1,15 @@
-"""Hashes of whole files: read once, and remembered as long as the file stays the same."""
+"""Hashes of whole files: taken as they are written, or read once and remembered while they stay."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 from xxhash import xxh3_128
@@ -17,6 +19,9 @@ from common.errors import DataError, OutputError
 from common.files import refuse_special
 from common.sealed import read_sealed, write_sealed
 from common.typed_json import Closed, Count, JsonError, parse, plain
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _PIECE = 1 << 20
 """Bytes that are read at once into one place: a processor's cache holds them until they are hashed.
@@ -57,6 +62,37 @@ class _Remembered(Closed):
 @dataclass(frozen=True, kw_only=True)
 class _Memory:
     files: dict[str, _Remembered]
+
+
+class HashedWriter(io.BufferedWriter):
+    """A file that is written from its begin to its end, and hashed as it is."""
+
+    def __init__(self, raw: io.RawIOBase, begun: bytes) -> None:
+        """Go on with a file.
+
+        Args:
+            raw: the file, at its end.
+            begun: what it holds.
+        """
+        super().__init__(raw)
+        self._state, self._size = xxh3_128(begun), len(begun)
+
+    def write(self, data: ReadableBuffer) -> int:
+        """Write bytes, all of them.
+
+        Raises:
+            OSError: the system refused.
+        """
+        self._take(data)
+        return super().write(data)
+
+    def _take(self, data: ReadableBuffer) -> None:
+        self._state.update(data)
+        self._size += memoryview(data).nbytes
+
+    def hashed(self, name: str) -> HashedFile:
+        """Return what was written, under a name."""
+        return HashedFile(name=name, bytes=self._size, xxh3_128=self._state.hexdigest())
 
 
 def hash_file(path: Path, piece: int = _PIECE) -> tuple[int, str]:

@@ -188,15 +188,17 @@ def _exported(
         if not predictors.empty:
             write_directories(predictors, unnamed.predictor_directory, unnamed.activation_directory)
         planned = plan_predictors(predictors, ranks, shape, config.types)
-        writer.write(unnamed.model_file, bundle.model_file, sparse_keys, planned, sparse=True)
+        written = [
+            writer.write(unnamed.model_file, bundle.model_file, sparse_keys, planned, sparse=True)
+        ]
         if check is not None:
             check(unnamed.model_file)
         if dense is not None:
-            dense.write(unnamed.dense_file, bundle.dense_file)
+            written.append(dense.write(unnamed.dense_file, bundle.dense_file))
             if dense_check is not None and dense.architecture == SMALLTHINKER:
                 dense_check(unnamed.dense_file)
         changed = compare_files(checkpoint, files.result(), predictors.model_files, predictors.path)
-    write_manifest(config, begun, checkpoint, files.result(), bundle.written)
+    write_manifest(config, begun, checkpoint, files.result(), bundle.written, written)
     return bundle if changed is None else replace(bundle, warnings=(*bundle.warnings, changed))
 
 

@@ -14,6 +14,7 @@ from common.clock import now
 from common.element_types import ELEMENT_NAMES
 from common.errors import ExportError
 from common.files import atomic_path, refuse_existing, remove_output
+from common.hashing import HashedFile
 from common.lock import locked
 from gguf_export.manifest import manifest_path, write_manifest
 from gguf_export.plan import conversion_note, plan_model
@@ -85,15 +86,18 @@ class DenseModel:
             if line is not None:
                 yield line if line.startswith("dense file") else f"dense file: {line}"
 
-    def write(self, path: Path, target: Path) -> None:
+    def write(self, path: Path, target: Path) -> HashedFile:
         """Write it; see `ModelFile.write`.
 
         Args:
             path: a temporary name.
             target: its final name, for messages.
+
+        Returns:
+            What was written, by the target's name.
         """
         if isinstance(self.types, ExpertTypes):
-            write_one_expert(
+            return write_one_expert(
                 self.checkpoint,
                 self.vocabulary,
                 self.types,
@@ -102,10 +106,9 @@ class DenseModel:
                 transposed=self.transposed,
                 head=self.head,
             )
-            return
         writer = ModelWriter(self.checkpoint, self.vocabulary, self.types)
         note = {NOTE_KEY: self.checkpoint.architecture.dense_note or ""}
-        writer.write(path, target, note, sparse=False)
+        return writer.write(path, target, note, sparse=False)
 
 
 def dense_model(
@@ -154,10 +157,12 @@ class SingleFile:
     Attributes:
         model_file: its path.
         warnings: what a user should know of it, a line each.
+        written: what it holds.
     """
 
     model_file: Path
     warnings: tuple[str, ...]
+    written: HashedFile
 
     @property
     def outputs(self) -> dict[str, str]:
@@ -191,7 +196,7 @@ def _exported(config: ExportConfig, verify: Callable[[Path], None] | None) -> Si
     write = _export_expert if checkpoint.shape.experts is None else _export_mixture
     with hashed_meanwhile(checkpoint) as files:
         made = write(config, checkpoint, verify)
-    write_manifest(config, begun, checkpoint, files.result(), [config.out])
+    write_manifest(config, begun, checkpoint, files.result(), [config.out], [made.written])
     return made
 
 
@@ -220,13 +225,12 @@ def _export_expert(
     refuse_existing(config.out, force=config.force)
     with ExitStack() as stack:
         path = stack.enter_context(atomic_path(config.out))
-        made.write(path, config.out)
+        written = made.write(path, config.out)
         if verify is not None:
             verify(path)
         remove_output(manifest_path(config.out))
-    return SingleFile(
-        config.out, (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *window, *told)
-    )
+    warnings = (*checkpoint.notes, *vocabulary.notes, *vocabulary.warnings, *window, *told)
+    return SingleFile(config.out, warnings, written)
 
 
 def _vocabulary(config: ExportConfig, checkpoint: Checkpoint) -> Vocabulary:
@@ -250,7 +254,9 @@ def _export_mixture(
     head = None if given is None else open_head_predictor(given, checkpoint)
     refuse_existing(config.out, force=config.force)
     with atomic_path(config.out) as path:
-        write_mixture(checkpoint, vocabulary, types, path, config.out, transposed=second, head=head)
+        written = write_mixture(
+            checkpoint, vocabulary, types, path, config.out, transposed=second, head=head
+        )
         if verify is not None:
             verify(path)
         remove_output(manifest_path(config.out))
@@ -260,4 +266,4 @@ def _export_mixture(
         *vocabulary.warnings,
         *mixture_notes(checkpoint, vocabulary),
     )
-    return SingleFile(config.out, told)
+    return SingleFile(config.out, told, written)

@@ -39,8 +39,9 @@ def write_manifest(
     checkpoint: Checkpoint,
     model_files: Sequence[HashedFile],
     outputs: Iterable[Path],
+    written: Iterable[HashedFile],
 ) -> Path:
-    """Hash what was exported and write it down.
+    """Write down what was exported, by hashes.
 
     Args:
         config: of the export.
@@ -48,6 +49,7 @@ def write_manifest(
         checkpoint: the model.
         model_files: its weights.
         outputs: files and directories.
+        written: those of them that were hashed as they were written; the others are read.
 
     Returns:
         The manifest.
@@ -64,6 +66,7 @@ def write_manifest(
         files=tuple(model_files),
     )
     sources = (config.predictors, config.head_predictor)
+    known = {spelt(each.name): replace(each, name=spelt(each.name)) for each in written}
     record(
         path,
         begun,
@@ -72,7 +75,9 @@ def write_manifest(
         seed=None,
         settings=plain(config),
         ingredients=[model, *(_ingredient(each) for each in sources if each is not None)],
-        outputs=[_hashed(*each) for each in _files(path.parent, outputs)],
+        outputs=[
+            known.get(name) or _hashed(name, file) for name, file in _files(path.parent, outputs)
+        ],
     )
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from architectures.checkpoint import Checkpoint
 from common.errors import ExportError
 from common.files import write_error
+from common.hashing import HashedFile, HashedWriter
 from common.overlap import flushed_meanwhile, made_ahead
 from gguf_export.model_keys import add_keys, provenance
 from gguf_export.plan import PlannedTensor, plan_model
@@ -63,7 +65,7 @@ class ModelWriter:
         predictors: Iterable[PlannedTensor] = (),
         *,
         sparse: bool,
-    ) -> None:
+    ) -> HashedFile:
         """Write a PWRI file, which PowerInfer runs sparsely, or a GGUF file, run densely.
 
         Args:
@@ -73,13 +75,16 @@ class ModelWriter:
             predictors: tensors that follow the model's, see `plan.plan_predictors`.
             sparse: which of the two.
 
+        Returns:
+            What was written, by the target's name.
+
         Raises:
             PspError: see `ModelFile.write`.
         """
         model = list(plan_model(self.checkpoint, sparse=sparse, types=self.types))
         name = self.checkpoint.architecture.gguf_name
         file = ModelFile(self.checkpoint, self.vocabulary, name)
-        file.write(path, target, keys, [*model, *predictors], sparse=sparse)
+        return file.write(path, target, keys, [*model, *predictors], sparse=sparse)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class ModelFile:
         tensors: Sequence[PlannedTensor],
         *,
         sparse: bool = False,
-    ) -> None:
+    ) -> HashedFile:
         """Write it.
 
         Args:
@@ -116,6 +121,9 @@ class ModelFile:
                 the file comes from follow.
             tensors: all of it, in order.
             sparse: whether PowerInfer runs it sparsely.
+
+        Returns:
+            What was written, by the target's name.
 
         Raises:
             OutputError: the system refused a write.
@@ -134,10 +142,13 @@ class ModelFile:
                 _add_types(writer, model)
                 for key, value in {**keys, **self._told()}.items():
                     _add_key(writer, key, value)
-                _write_tensors(writer, tensors, self.vocabulary.engine)
-                if sparse:
-                    writer.fout[0].seek(0)
-                    writer.fout[0].write(SPARSE_MAGIC)
+                for each in tensors:
+                    # With a type of its own given, the writer takes no notice of numpy's.
+                    dtype = np.dtype(np.float32)
+                    writer.add_tensor_info(each.name, each.shape, dtype, each.size, each.kind)
+                file = _begun(writer, path, sparse=sparse)
+                _write_tensors(writer, file, tensors, self.vocabulary.engine)
+                return file.hashed(target.name)
         except OSError as error:
             raise write_error(target, error) from error
         except ExportError:
@@ -175,17 +186,27 @@ def _add_types(writer: GGUFWriter, tensors: Sequence[PlannedTensor]) -> None:
         writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _write_tensors(writer: GGUFWriter, tensors: Sequence[PlannedTensor], engine: str) -> None:
-    """Write header and tensors, through the file object: it says why a write failed, numpy not."""
-    for tensor in tensors:
-        # With a type of its own given, the writer takes no notice of numpy's.
-        dtype = np.dtype(np.float32)
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size, tensor.kind)
+def _begun(writer: GGUFWriter, path: Path, *, sparse: bool) -> HashedWriter:
+    """Write everything before the tensors' data; return the file."""
     writer.write_header_to_file()
+    [header] = writer.fout
+    if sparse:
+        header.seek(0)
+        header.write(SPARSE_MAGIC)
+        header.seek(0, os.SEEK_END)
+        header.flush()
+    file = HashedWriter(header.detach(), path.read_bytes())
+    writer.fout = [file]
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    file = writer.fout[0]
     writer.write_padding(file, file.tell())
+    return file
+
+
+def _write_tensors(
+    writer: GGUFWriter, file: HashedWriter, tensors: Sequence[PlannedTensor], engine: str
+) -> None:
+    """Write the data, through the file object: it says why a write failed, numpy not."""
     with flushed_meanwhile(file.fileno()):
         for tensor in tqdm(tensors, unit="tensor", desc="export-gguf", disable=None):
             begin = file.tell()

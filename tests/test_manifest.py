@@ -13,7 +13,9 @@ from click.testing import Result
 from conftest import refused
 
 import gguf_export.gpu_split
+import gguf_export.manifest
 from common.errors import FormatError, OutputError, ResultError
+from common.hashing import hash_file
 from common.provenance import read
 from gguf_export.bundle import Bundle, export
 from gguf_export.gpu_split import split
@@ -113,6 +115,23 @@ def test_a_dense_file_is_vouched_for_too(
     flip(made.dense_file, made.dense_file.stat().st_size - 5)
     result = psp("verify", made.dense_file)
     assert (result.exit_code, "checksum" in result.output) == (1, True)
+
+
+def test_model_files_are_hashed_as_they_are_written_and_not_read_for_it(
+    model_dir: Path, exact_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+
+    def hashed(path: Path) -> tuple[int, str]:
+        read.append(path)
+        return hash_file(path)
+
+    monkeypatch.setattr(gguf_export.manifest, "hash_file", hashed)
+    out = tmp_path / "m.powerinfer.gguf"
+    made = export(ExportConfig(model=str(model_dir), predictors=exact_dir, out=out, dense=True))
+
+    assert {path.suffix for path in read} == {".pt", ".json"}
+    assert check_outputs(out, [out, made.dense_file]) == "2 files hold what was exported"
 
 
 def test_a_file_of_others_has_nothing_to_compare_with(bundle: Bundle, psp: Psp) -> None:

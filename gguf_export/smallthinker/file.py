@@ -8,6 +8,7 @@ from gguf import ExpertGatingFuncType
 
 from architectures.checkpoint import Checkpoint
 from architectures.spec import ModelShape
+from common.hashing import HashedFile
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.plan import plan_expert
 from gguf_export.smallthinker.requirements import shift_note
@@ -29,7 +30,7 @@ def write_one_expert(
     *,
     transposed: bool = False,
     head: HeadArtifact | None = None,
-) -> None:
+) -> HashedFile:
     """Write it; see `ModelFile.write` and `plan_expert`.
 
     Args:
@@ -41,6 +42,9 @@ def write_one_expert(
         transposed: see `plan_expert`.
         head: the output head's predictor, which goes into the file.
 
+    Returns:
+        What was written, by the target's name.
+
     Raises:
         PspError: see `ModelFile.write`.
     """
@@ -51,7 +55,7 @@ def write_one_expert(
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))
     file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, expert_sizes(shape, neurons))
-    file.write(path, target, keys, tensors)
+    return file.write(path, target, keys, tensors)
 
 
 def expert_sizes(shape: ModelShape, neurons: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from architectures.checkpoint import Checkpoint
+from common.hashing import HashedFile
 from gguf_export.plan import PlannedTensor
 from gguf_export.smallthinker.head_predictor import with_head_predictor
 from gguf_export.smallthinker.mixture import mixture_sizes, mixture_tensors
@@ -46,7 +47,7 @@ def write_mixture(
     *,
     transposed: bool,
     head: HeadArtifact | None = None,
-) -> None:
+) -> HashedFile:
     """Write the file; see `ModelFile.write` and `plan_mixture`.
 
     Args:
@@ -58,6 +59,9 @@ def write_mixture(
         transposed: see `plan_mixture`.
         head: the output head's predictor, which goes into the file.
 
+    Returns:
+        What was written, by the target's name.
+
     Raises:
         PspError: see `ModelFile.write`.
     """
@@ -65,4 +69,4 @@ def write_mixture(
     if head is not None:
         tensors = list(with_head_predictor(tensors, head, checkpoint))
     file = ModelFile(checkpoint, vocabulary, SMALLTHINKER, mixture_sizes(checkpoint))
-    file.write(path, target, bos_keys(checkpoint, vocabulary), tensors)
+    return file.write(path, target, bos_keys(checkpoint, vocabulary), tensors)
