@@ -7,6 +7,8 @@ them.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -133,11 +135,8 @@ class TensorFiles:
     def _names(self, shard: Path) -> dict[str, Path]:
         if shard.suffix != ".safetensors":
             return dict.fromkeys(self._torch_file(shard), shard)
-        try:
-            with safetensors.safe_open(shard, framework="pt") as file:
-                return dict.fromkeys(file.keys(), shard)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise _damaged(shard, error) from error
+        with _safetensors(shard) as file:
+            return dict.fromkeys(file.keys(), shard)
 
     def _torch_file(self, shard: Path) -> dict[str, torch.Tensor]:
         if shard not in self._opened:
@@ -168,7 +167,7 @@ class TensorFiles:
         if shard.suffix != ".safetensors":
             tensor = self._torch_file(shard)[name]
             return tuple(tensor.shape), tensor.dtype
-        with safetensors.safe_open(shard, framework="pt") as file:
+        with _safetensors(shard) as file:
             piece = file.get_slice(name)
             return tuple(piece.get_shape()), _DTYPES.get(piece.get_dtype(), piece.get_dtype())
 
@@ -176,7 +175,7 @@ class TensorFiles:
         """Read a tensor in its stored dtype, or its first `count` rows; mapped where possible."""
         shard, name = self.shards[name], self.prefix + name
         if shard.suffix == ".safetensors":
-            with safetensors.safe_open(shard, framework="pt") as file:
+            with _safetensors(shard) as file:
                 stored: torch.Tensor = (
                     file.get_tensor(name) if count is None else file.get_slice(name)[:count]
                 )
@@ -186,6 +185,19 @@ class TensorFiles:
             problem = f"{shard}: tensor {name} does not hold all its numbers"
             raise CheckpointError(problem, FETCH_AGAIN)
         return tensor if count is None else tensor[:count]
+
+
+@contextmanager
+def _safetensors(shard: Path) -> Iterator[Any]:
+    """Open a file, which may be gone since it was last looked at."""
+    try:
+        with safetensors.safe_open(shard, framework="pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise _damaged(shard, error) from error
+    except OSError as error:
+        problem = f"{shard}: cannot be read ({reason(error)})"
+        raise CheckpointError(problem, "look at the file and its disk") from error
 
 
 def _damaged(shard: Path, error: BaseException) -> CheckpointError:

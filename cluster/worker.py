@@ -131,7 +131,7 @@ def result(call: Any) -> Any:
     try:
         return ray.get(call)
     except RayTaskError as error:
-        if isinstance(error.cause, PspError):
+        if isinstance(error.cause, PspError | OSError):
             raise error.cause from None
         if isinstance(error.cause, RayError):
             raise error.cause from None

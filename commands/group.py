@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
@@ -10,6 +12,11 @@ import click
 
 from commands.streams import make_ready, printed
 from common.errors import PspError
+
+_GONE = {errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ENXIO, errno.EREMOTEIO, errno.ESTALE}
+"""What the system says of a disk that is gone, a network's for instance. Any access may meet it."""
+
+_LOOK = "look at its disk, then start again, with --resume where the command has that"
 
 
 class Commands(Mapping[str, click.Command]):
@@ -61,3 +68,8 @@ class Group(click.Group):
             return super().invoke(ctx)
         except PspError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            named = "a file" if error.filename is None else os.fsdecode(error.filename)
+            raise click.ClickException(f"{named}: {error.strerror}; {_LOOK}") from error

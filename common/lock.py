@@ -56,7 +56,8 @@ def locked(out: Path, option: str = "--out") -> Iterator[None]:
         with suppress(OSError):
             file.unlink()
         if descriptor >= 0:
-            os.close(descriptor)
+            with suppress(OSError):  # a network's disk that is gone
+                os.close(descriptor)
         for each in made:
             with suppress(OSError):  # it holds something by now
                 each.rmdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import shutil
@@ -278,6 +279,23 @@ def test_a_bug_keeps_its_traceback(psp: Psp, monkeypatch: pytest.MonkeyPatch) ->
     options = ("--model", "m", "--predictors", "p", "--out", "o.powerinfer.gguf")
     with pytest.raises(ZeroDivisionError, match="a bug"):
         psp("export-gguf", *options)
+
+
+@pytest.mark.parametrize("file", ["shared/part", None])
+def test_a_disk_that_is_gone_costs_one_line_wherever_it_is_met(
+    psp: Psp, monkeypatch: pytest.MonkeyPatch, file: str | None
+) -> None:
+    def gone(*arguments: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", file)
+
+    monkeypatch.setattr("gguf_export.bundle.export", gone)
+    options = ("--model", "m", "--predictors", "p", "--out", "o.powerinfer.gguf")
+    result = psp("export-gguf", *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"Error: {file or 'a file'}: Stale file handle; look at its disk, then start again, with "
+        "--resume where the command has that"
+    ]
 
 
 def steps(model: Path, data: Path, text: Path, out: Path) -> Steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -85,6 +86,19 @@ def holder(out: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+def test_a_lock_whose_disk_is_gone_hides_no_error(tmp_path: Path) -> None:
+    def gone(descriptor: int) -> None:
+        os.closerange(descriptor, descriptor + 1)
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.lock.os.close", gone)
+        with refused(OutputError, "what happened"), locked(tmp_path / "out"):
+            raise OutputError("what happened", "do something")
+    with locked(tmp_path / "out"):
+        assert writer_of(tmp_path / "out") is None
 
 
 def test_a_second_writer_is_told_of_the_first(

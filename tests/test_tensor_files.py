@@ -46,6 +46,16 @@ def save_bin(path: Path, content: object, kind: str = "bin") -> Path:
     return file
 
 
+def test_a_file_that_is_gone_since_it_was_found_costs_one_line(tmp_path: Path) -> None:
+    save_tensors(some_tensors(), tmp_path, "safetensors")
+    files = TensorFiles(tmp_path)
+    [file] = set(files.shards.values())
+    file.unlink()
+    for use in (files.read, files.describe):
+        with refused(str(file), "cannot be read", "look at the file and its disk"):
+            use("a.weight")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_tensors_as_stored(tmp_path: Path, layout: str) -> None:
     tensors = some_tensors()

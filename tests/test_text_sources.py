@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gc
 import gzip
 import io
@@ -87,6 +88,25 @@ def test_packed_plain_text_is_cut_as_plain_text_is(tmp_path: Path, packing: str)
     assert len(documents) > 1
     assert list(read_documents(packed)) == documents
     assert read_text(packed) == read_text(plain) == text
+
+
+def test_a_disk_that_is_gone_is_no_matter_to_who_reads_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Gone(io.BytesIO):
+        def close(self) -> None:
+            super().close()
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\n")
+    monkeypatch.setattr(streams, "_opened", lambda file: Gone(path.read_bytes()))
+    (file,) = read_documents(str(path)).files
+    pieces = streams._Reading(file)._pieces()  # type: ignore[arg-type]
+    assert next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    with refused("not connected"):
+        list(streams.lines(file))  # type: ignore[arg-type]
 
 
 def test_lines_are_whole_wherever_pieces_end(

@@ -120,6 +120,8 @@ class _Reading:
                     done += len(piece)
                     yield piece
         except OSError as error:
+            if isinstance(error.__context__, GeneratorExit):
+                return  # of a file that nobody reads on, and whose disk is gone
             if error.errno is not None:
                 raise DataError(f"{self._file.name}: {error.strerror}", "check --data") from error
             yield from self._up_to_damage(done)
