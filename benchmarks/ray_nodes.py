@@ -7,8 +7,10 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 NODE: dict[str, Any] = {
     "num_cpus": 1,
@@ -40,6 +42,7 @@ class Nodes:
         self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         self.address: str = self._cluster.address
         self._others: list[Any] = []
+        self._silent: list[psutil.Process] = []
 
     def fill(self) -> None:
         """Start as many nodes as died."""
@@ -52,8 +55,21 @@ class Nodes:
         node = self._others.pop(chosen.randrange(2))
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def hang(self, chosen: random.Random) -> None:
+        """Let a node fall silent, as if its cable were drawn."""
+        node = self._others.pop(chosen.randrange(2))
+        for started in node.all_processes.values():
+            for each in started:
+                process = psutil.Process(each.process.pid)
+                self._silent += [process, *process.children(recursive=True)]
+        for process in self._silent:
+            process.suspend()
+
     def close(self) -> None:
         """End all processes."""
+        for process in self._silent:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._cluster.shutdown()
 
 

@@ -20,6 +20,9 @@ _SAME = ("psp", "torch")
 _SECONDS = 120
 """That a node has to start a process and to answer."""
 
+_LOOK = 1.0
+"""Seconds between two looks at which nodes are there."""
+
 _NEWS = 5.0
 """Seconds until everybody knows of a node that died."""
 
@@ -163,7 +166,7 @@ def _answers(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the name of every node and what it found."""
     import ray
-    from ray.exceptions import GetTimeoutError, NodeDiedError, RayError
+    from ray.exceptions import NodeDiedError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(_looker())
@@ -174,18 +177,26 @@ def _answers(
         ).remote(_SAME, stated, _BEGINNING, write, node["NodeID"])
         for node in nodes
     ]
-    for node, reference in zip(nodes, asked, strict=True):
-        name = node_name(node)
-        try:
-            yield name, ray.get(reference, timeout=_SECONDS)
-        except GetTimeoutError as error:
-            raise ClusterError(f"node {name} did not answer within {_SECONDS} s") from error
-        except NodeDiedError:
-            continue
-        except RayError as error:
-            if _has_died(node):
+    waiting = dict(zip(asked, nodes, strict=True))
+    deadline = time.monotonic() + _SECONDS
+    while waiting:
+        for reference in ray.wait(list(waiting), timeout=_LOOK)[0]:
+            node = waiting.pop(reference)
+            try:
+                yield node_name(node), ray.get(reference)
+            except NodeDiedError:
                 continue
-            raise ClusterError(f"node {name} cannot run a task ({reason(error)})") from error
+            except RayError as error:
+                if not _has_died(node):
+                    raise ClusterError(
+                        f"node {node_name(node)} cannot run a task ({reason(error)})"
+                    ) from error
+        # Of a call that was on its way to a node which fell silent, Ray never tells.
+        there = {node["NodeID"] for node in alive_nodes()}
+        waiting = {call: node for call, node in waiting.items() if node["NodeID"] in there}
+        if waiting and time.monotonic() > deadline:
+            silent = node_name(next(iter(waiting.values())))
+            raise ClusterError(f"node {silent} did not answer within {_SECONDS} s")
 
 
 def _has_died(node: Mapping[str, Any]) -> bool:
