@@ -54,7 +54,8 @@ def read_answers(path: Path) -> object:
 
 
 def make_sparsified(path: Path) -> Path:
-    """Write what `psp sparsify` marks its directory with, and its log."""
+    """Write what `psp sparsify` marks its directory with, its log, and one without checksums."""
+    from common.json_lines import line_of
     from common.sealed import write_sealed
     from prosparse.training import MARKER
 
@@ -62,17 +63,19 @@ def make_sparsified(path: Path) -> Path:
     write_sealed(path / MARKER, {"schema_version": 1, "settings": settings})
     step: dict[str, Any] = {"step": 1, "stage": 0, "kind": "sft", "lambda": 0.0, "lm_loss": 2.5}
     lines = [step | {"sparsity": [0.5, 0.5]}, step | {"ppl": 7.5, "sparsity": [0.5, 0.5]}]
-    log = path / "training" / "log.jsonl"
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training = path / "training"
+    (training / "log.jsonl").write_bytes(b"".join(map(line_of, lines)))
+    (training / "older.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 def read_sparsified(path: Path) -> None:
-    """Describe it, and read its log as a resumed training does."""
+    """Describe it, and read its logs as a resumed training does."""
     from pipeline.artifacts import describe, described_table
     from prosparse.training_log import last_evaluation, read_log
 
-    last_evaluation(read_log(path / "training" / "log.jsonl"))
+    for name in ("log.jsonl", "older.jsonl"):
+        last_evaluation(read_log(path / "training" / name))
     assert described_table(describe(path))
 
 

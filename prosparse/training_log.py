@@ -7,6 +7,9 @@
   `sparsity` (one number a layer), `learning_rate`, `grad_norm`;
 - of an evaluation on held-out text: `step`, `stage`, `kind`, `lambda`, `lm_loss`, `ppl` and
   `sparsity`. Only these have `ppl`.
+
+Each line has a checksum as a journal's has it, see `common.json_lines`. A log in which none has one
+is of an older version and is read as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from common.errors import OutputError
-from common.files import read_whole
+from common.files import read_whole, write_bytes
+from common.json_lines import append, line_of
+from common.sealed import SEAL, unsealed
 from prosparse.schedule import Schedule
 
 Line = dict[str, Any]
@@ -37,26 +42,56 @@ def read_log(path: Path) -> list[Line]:
     Raises:
         OutputError: unreadable, or a line is damaged.
     """
-    if not path.exists():
-        return []
     log: list[Line] = []
-    lines = read_whole(path, OutputError, _AGAIN).splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not _is_line(entry) or len(entry["sparsity"]) != len((log or [entry])[0]["sparsity"]):
+    entries = _entries(path)
+    sealed = any(isinstance(each, dict) and SEAL in each for each in entries)
+    for number, entry in enumerate(entries, 1):
+        line = _line(entry, sealed=sealed)
+        if line is None or len(line["sparsity"]) != len((log or [line])[0]["sparsity"]):
             raise OutputError(f"{path}: line {number} is damaged", _AGAIN)
-        log.append(entry)
+        log.append(line)
     return log
 
 
-def _is_line(entry: Any) -> bool:
-    """Whether a value has what others read of a line; a loss may be no finite number."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("sparsity"), list):
+def _entries(path: Path) -> list[Any]:
+    """Return what the finished lines hold, None of one that is no JSON."""
+    if not path.exists():
+        return []
+    *lines, rest = read_whole(path, OutputError, _AGAIN).split(b"\n")
+    return [_parsed(line) for line in ([*lines, rest] if _outlasts_its_object(rest) else lines)]
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _outlasts_its_object(rest: bytes) -> bool:
+    """Whether more than an object is there: its end of line is damaged, nobody was killed in it."""
+    text = rest.decode("utf-8", "replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return end < len(text)
+
+
+def _line(entry: Any, *, sealed: bool) -> Line | None:
+    """Return an entry without its checksum, None if it is damaged."""
+    if not isinstance(entry, dict) or (sealed and SEAL not in entry):
+        return None
+    try:
+        line = unsealed(entry)
+    except (ValueError, RecursionError):
+        return None
+    return line if _is_line(line) else None
+
+
+def _is_line(entry: Line) -> bool:
+    """Whether an object has what others read of a line; a loss may be no finite number."""
+    if not isinstance(entry.get("sparsity"), list):
         return False
     figures = [entry.get("lambda"), entry.get("ppl", 0.0), *entry["sparsity"]]
     steps = [entry.get("step"), entry.get("stage")]
@@ -86,7 +121,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             done = state.global_step
             kept = [line for line in read_log(self.path) if line["step"] <= done] if done else []
-            self.path.write_text("".join(map(_line, kept)), encoding="utf-8")
+            write_bytes(self.path, b"".join(map(line_of, kept)))
             self._bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -104,9 +139,7 @@ class Journal(TrainerCallback):  # type: ignore[misc]
         """Write a line."""
         if not state.is_world_process_zero or "sparsity" not in logs:
             return
-        record = self.record(state.global_step, logs)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        append(self.path, self.record(state.global_step, logs))
         if self._bar is not None:
             shown = {"lambda": f"{logs['lambda']:.3g}", "sparsity": f"{logs['sparsity']:.1%}"}
             shown |= {key: f"{logs[key]:.3f}" for key in ("lm_loss", "ppl") if key in logs}
@@ -131,7 +164,3 @@ class Journal(TrainerCallback):  # type: ignore[misc]
             record |= {"lm_loss": logs["eval_loss"], "ppl": logs["ppl"]}
         layers = sum(key.startswith(_LAYER) for key in logs)
         return record | {"sparsity": [logs[f"{_LAYER}{layer}"] for layer in range(layers)]}
-
-
-def _line(record: Line) -> str:
-    return json.dumps(record) + "\n"

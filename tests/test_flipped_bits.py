@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ import made_up_results
 import pytest
 from conftest import refused
 
-from common.errors import PredictorError, PspError, TraceError
+from common.errors import OutputError, PredictorError, PspError, TraceError
+from common.json_lines import append
 from common.sealed import SEAL, read_sealed, write_sealed
 from predictor.artifact import PredictorArtifact
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
+from prosparse.training_log import read_log
 from report.runs import load_runs
 from results.bench import BENCH
 from results.evaluation import EVALUATION
@@ -97,6 +102,25 @@ def test_of_results_before_they_are_shown(tmp_path: Path) -> None:
         kind.write(tmp_path, kind.read(tmp_path))
     found = unnoticed(tmp_path, lambda: load_runs([tmp_path]))
     assert not [place for place in found if not harmless(place, tmp_path)], found
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_of_a_trainings_log_every_single_one(tmp_path: Path, lines: int) -> None:
+    line = {"step": 10, "stage": 0, "kind": "sft", "lambda": 1e-5, "loss": math.inf}
+    written = [line | {"lm_loss": 2.5 + step, "sparsity": [0.5, -0.0]} for step in range(lines)]
+    file = tmp_path / "log.jsonl"
+    for each in written:
+        append(file, each)
+    whole, found = file.read_bytes(), set[int]()
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        with suppress(OutputError):  # 1E-05 is 1e-05
+            if read_log(file) != written:
+                found.add(place)
+    name = range(whole.index(SEAL.encode()), whole.index(SEAL.encode()) + len(SEAL))
+    assert found == set(name if lines == 1 else ()), "only an only line's seal is not missed"
+    file.write_bytes(whole[:-9])
+    assert read_log(file) == written[:-1], "a process that was killed as it wrote"
 
 
 def harmless(place: str, directory: Path) -> bool:

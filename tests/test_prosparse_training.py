@@ -266,19 +266,6 @@ def test_other_settings_do_not_resume(trained: Trained, config: SparsifyConfig) 
     assert not same(before, weights(config))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("step", "1"), ("sparsity", [0.5]), ("sparsity", []), ("lambda", None)]
-)
-def test_a_damaged_log_is_refused(tmp_path: Path, key: str, value: object) -> None:
-    line = {"step": 1, "stage": 0, "lambda": 0.0, "sparsity": [0.5, 0.5], "lm_loss": math.inf}
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(f"{json.dumps(each)}\n" for each in (line, line)) + "{")
-    assert read_log(log) == [line, line]  # the unfinished one is left out
-    log.write_text("".join(f"{json.dumps(each)}\n" for each in (line, line | {key: value})))
-    with refused(OutputError, "log.jsonl: line 2 is damaged", "--force"):
-        read_log(log)
-
-
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(config: SparsifyConfig) -> None:
     # In the last stage λ outgrows float32: loss inf.
     schedule = Schedule.of(("warmup", 0.1, 8), ("decay", 1e39, 12))
