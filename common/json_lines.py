@@ -70,8 +70,9 @@ class JournalKind:
         kept = 0
         with opened(file, OutputError, self.elsewhere) as stream:
             for number, line in enumerate(iter(lambda: stream.readline(LARGEST_DOCUMENT), b""), 1):
-                if not line.endswith(b"\n") and number > 1 and not stream.read(1):
-                    break  # the last one, unfinished
+                last = not line.endswith(b"\n") and number > 1 and not stream.read(1)
+                if last and not outlasts_its_object(line):
+                    break  # unfinished
                 entry = self._entry(file, line, number)
                 if number == 1:
                     self._demand(file, entry, identity)
@@ -149,6 +150,18 @@ def append(file: Path, entry: Mapping[str, object]) -> None:
 def line_of(entry: Mapping[str, object]) -> bytes:
     """Return an entry's line; bytes of a prompt that are no characters stay as ASCII escapes."""
     return json.dumps(sealed(entry), ensure_ascii=True).encode() + b"\n"
+
+
+def outlasts_its_object(rest: bytes) -> bool:
+    """Whether a line without its end holds more than an object.
+
+    A process that was killed in it has not written more: the end is damaged, or what follows is.
+    """
+    try:
+        _, end = json.JSONDecoder().raw_decode(text := rest.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return False
+    return end < len(text)
 
 
 def _cut(file: Path, size: int) -> None:

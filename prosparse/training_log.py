@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from common.errors import OutputError
 from common.files import read_whole, write_bytes
-from common.json_lines import append, line_of
+from common.json_lines import append, line_of, outlasts_its_object
 from common.sealed import SEAL, unsealed
 from prosparse.schedule import Schedule
 
@@ -58,7 +58,7 @@ def _entries(path: Path) -> list[Any]:
     if not path.exists():
         return []
     *lines, rest = read_whole(path, OutputError, _AGAIN).split(b"\n")
-    return [_parsed(line) for line in ([*lines, rest] if _outlasts_its_object(rest) else lines)]
+    return [_parsed(line) for line in ([*lines, rest] if outlasts_its_object(rest) else lines)]
 
 
 def _parsed(line: bytes) -> Any:
@@ -66,16 +66,6 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _outlasts_its_object(rest: bytes) -> bool:
-    """Whether more than an object is there: its end of line is damaged, nobody was killed in it."""
-    text = rest.decode("utf-8", "replace")
-    try:
-        _, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
-        return False
-    return end < len(text)
 
 
 def _line(entry: Any, *, sealed: bool) -> Line | None:

@@ -110,6 +110,9 @@ def test_a_changed_digit_is_noticed(tmp_path: Path) -> None:
         file.write_bytes(whole.replace(digits, others))
         with refused(OutputError, f"samples.jsonl: line {line} is damaged", "--force"):
             reopen(tmp_path / "out")
+    file.write_bytes(whole[:-1] + b"\x0b")  # the last line's end: no process was killed in it
+    with refused(OutputError, "samples.jsonl: line 2 is damaged", "--force"):
+        reopen(tmp_path / "out")
 
 
 def test_a_run_that_stands_there_twice_is_no_second_one(tmp_path: Path) -> None:
