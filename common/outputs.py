@@ -159,12 +159,13 @@ def set_aside(out: Path) -> None:
 
 
 def drop_kept(out: Path) -> None:
-    """Remove what `set_aside` kept, once the new directory is complete.
+    """Remove what `set_aside` kept and a killed `changed_whole` left, once the new one is complete.
 
     Raises:
         OutputError: the system refused.
     """
     remove_output(kept_beside(out))
+    remove_output(_beside(out, "changed"))
 
 
 def kept_beside(out: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.errors import EngineError, OutputError, PspError, SettingsError
 from common.files import refuse_existing, write_bytes
 from common.lock import locked
-from common.outputs import drop_kept, set_aside
+from common.outputs import changed_whole, drop_kept, recover, set_aside
 from common.version import package_version, tool_version
 from evaluation.answers import DIRECTORY, Answer, Answers, file_name, open_answers
 from evaluation.arms import Arm, ArmFacts, Arms
@@ -102,6 +102,7 @@ def _claimed(config: EvaluateConfig) -> Iterator[None]:
         yield
         return
     with locked(out, _OPTION):
+        recover(out)
         begun = (out / DIRECTORY).is_dir()
         if not (config.resume and begun):
             how = {"force": config.force, "resumable": begun}
@@ -196,10 +197,24 @@ def _finished(
         )
     result = document(config, arms.first, suite, tasks, questions, asked, scored, notes.lines)
     if config.output_path is not None:
-        EVALUATION.write(config.output_path, result)
-        if config.log_samples:
-            _write_samples(config.output_path, asked, scored)
+        with _replaced(config, config.output_path) as out:
+            if config.log_samples:
+                _write_samples(out, asked, scored)
+            EVALUATION.write(out, result)
     return result
+
+
+@contextmanager
+def _replaced(config: EvaluateConfig, out: Path) -> Iterator[Path]:
+    """Return where to write results; old ones change with their samples in one step.
+
+    Where there are none yet, the document, written last, says that the samples are complete.
+    """
+    if not (config.log_samples and EVALUATION.path(out).exists()):
+        yield out
+        return
+    with changed_whole(out) as copy:
+        yield copy
 
 
 def _failed(asked: Asked, scored: Scored, note: Note) -> Asked:

@@ -205,6 +205,39 @@ def test_a_full_disk_ends_the_run_and_a_resume_goes_on(
     assert comparable(result) == comparable(plain)
 
 
+def test_samples_and_document_are_of_one_evaluation_whenever_it_is_killed(
+    settings: Callable[..., EvaluateConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    asked = {"tasks": (own_task(tmp_path / "own", "mine", "acc", output_type="multiple_choice"),)}
+    common: dict[str, Any] = {**asked, "output_path": out, "log_samples": True}
+
+    def results() -> dict[str, bytes]:
+        found = [out / EVALUATION.name, *(out / "samples").glob("*")]
+        return {file.name: file.read_bytes() for file in found if file.exists()}
+
+    def killed(*given: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(EVALUATION), "write", killed)
+        with pytest.raises(Killed):
+            evaluate(settings(**common, limit=2))
+    assert list(results()) == ["dense_mine.jsonl"], "the document is last"
+    evaluate(settings(**common, limit=2, resume=True))
+    few = results()
+    with monkeypatch.context() as patch:
+        patch.setattr("common.outputs.exchange", killed)
+        with pytest.raises(Killed):
+            evaluate(settings(**common, limit=4, resume=True))
+    assert results() == few
+    assert [path.name for path in tmp_path.glob(".*")] == [".out.changed"]
+    evaluate(settings(**asked, output_path=out, limit=4, resume=True))
+    assert not list(tmp_path.glob(".*")), "what the killed one left is gone"
+    evaluate(settings(**common, limit=4, resume=True))
+    assert [len(file.split(b"\n")) for file in results().values()][1:] == [5]
+
+
 def test_long_names_of_tasks_have_files(
     settings: Callable[..., EvaluateConfig], tmp_path: Path
 ) -> None:
