@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.soak_writer import (
+    Work,
+    Writer,
+    determined_by_run,
+    determined_by_training,
+    evaluated,
+    in_place,
+    measured,
+    read_answers,
+)
 from common.documents import read_text
-from common.errors import ResultError
-from common.outputs import kept_beside
-from common.provenance import PROVENANCE
-from common.sealed import read_sealed
+from evaluation.answers import DIRECTORY
+from evaluation.settings import EvaluateConfig
 from gguf_export.bundle import Bundle, export
 from gguf_export.commit import finish_commit
 from gguf_export.gpu_split import split
-from gguf_export.manifest import MANIFEST, check_outputs
+from gguf_export.manifest import check_outputs
 from gguf_export.pwri.gpu_index import index_path
 from gguf_export.settings import SUFFIX, ExportConfig, SplitConfig
 from pipeline.plan import prepare
@@ -28,100 +36,36 @@ from powerinfer_bridge.benchmark.settings import BenchConfig
 from predictor.artifact import PredictorArtifact
 from predictor.collection.collect import collect
 from predictor.collection.settings import CollectConfig
+from predictor.head.artifact import HeadArtifact
+from predictor.head.inputs import INPUTS_INDEX, read_inputs
+from predictor.head.run import train_head
+from predictor.head.settings import HeadConfig
 from predictor.traces.store import TraceStore
 from predictor.training.run import train_predictors
 from predictor.training.settings import TrainConfig
 from prosparse.schedule import Schedule
 from prosparse.settings import SparsifyConfig
-from results.bench import BENCH
+from results.evaluation import EVALUATION
 
 _PIECE = 500
 """Characters of a document."""
 
-_MADE_BY_RUN = ("held-out.jsonl", "traces/", "predictors/", "export/", "verify.json")
-"""What in a run's directory does not hold times or speeds."""
-
-_MEASURED = ("layers", "ppl_dense", "ppl_sparse", "continuations", "prompts", "settings")
-"""What in a benchmark does not."""
-
-Files = dict[str, bytes]
-Work = Callable[[], object]
-
-
-def everything(directory: Path) -> Files:
-    """Return all files by name, but for what is hidden."""
-    found = (path for path in directory.rglob("*") if path.is_file())
-    names = ((path, str(path.relative_to(directory))) for path in found)
-    return {name: path.read_bytes() for path, name in names if "/." not in f"/{name}"}
-
-
-def determined(directory: Path) -> Files:
-    """Return what readers see, but for what tells the time."""
-    found = everything(directory)
-    return {name: data for name, data in found.items() if not name.endswith((PROVENANCE, MANIFEST))}
-
-
-def determined_by_run(directory: Path) -> Files:
-    """Return what a run makes, but for what was timed."""
-    found = determined(directory)
-    return {
-        name: data
-        for name, data in found.items()
-        if name.partition("/")[2].startswith(_MADE_BY_RUN)
-    }
-
-
-def determined_by_training(directory: Path) -> Files:
-    """Return a sparsified model, without what its training tells."""
-    found = determined(directory)
-    return {name: data for name, data in found.items() if "/training/" not in f"/{name}"}
-
-
-def measured(directory: Path) -> Files:
-    """Return a benchmark's document, but for what was timed."""
-    found = {}
-    for file in sorted(directory.glob(f"[!.]*/{BENCH.name}")):
-        document = read_sealed(file, ResultError, "")
-        known = {name: document[name] for name in _MEASURED} | {"rows": len(document["samples"])}
-        found[str(file.relative_to(directory))] = json.dumps(known).encode()
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writer:
-    """A command in one directory.
-
-    Attributes:
-        name: for counts.
-        place: where it writes, and nothing else lies.
-        old: makes what is there before, None where nothing is.
-        write: the command.
-        go_on: what a user runs after a kill.
-        read: looks at what is there as the next reader would, None where nobody looks at bytes.
-        seen: returns what is determined of a place.
-        in_place: the directory beside which the old one is kept meanwhile, None if the old one
-            stays until the end.
-    """
-
-    name: str
-    place: Path
-    old: Work | None
-    write: Work
-    go_on: Work
-    read: Work | None
-    seen: Callable[[Path], Files] = determined
-    in_place: Path | None = None
-
-    @property
-    def kept(self) -> Path | None:
-        """Where the old directory is kept at this moment, None if it is not."""
-        kept = None if self.in_place is None else kept_beside(self.in_place)
-        return kept if kept is not None and kept.exists() else None
-
-    def look(self) -> None:
-        """Let the next command finish what it would."""
-        for file in self.place.glob(f".*{SUFFIX}.commit"):
-            finish_commit(file.with_name(file.name[1:].removesuffix(".commit")))
+_FROM_ROWS = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{text}}"}
+_TASKS: dict[str, dict[str, Any]] = {
+    "choose": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "end": {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+"""Tasks of `evaluate`, as lm-eval's files have them."""
 
 
 class Workshop:
@@ -173,6 +117,24 @@ class Workshop:
         export(ExportConfig(model=self.model, predictors=predictors, out=out, force=True))
         return out
 
+    @cached_property
+    def _tasks(self) -> Path:
+        """Twelve questions with choices and twelve texts to be ended, made of the text."""
+        tasks = self.work / "in" / "tasks"
+        tasks.mkdir()
+        said = [json.loads(line)["text"] for line in Path(self.data[0]).read_text().splitlines()]
+        rows = [
+            {"text": text[:60], "choices": [text[60:75], text[90:105]], "answer": number % 2}
+            for number, text in enumerate(said[:12])
+        ]
+        data = tasks / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, task in _TASKS.items():
+            whole = {"task": name, **_FROM_ROWS, **task}
+            whole["dataset_kwargs"] = {"data_files": {"test": str(data)}}
+            (tasks / f"{name}.yaml").write_text(json.dumps(whole))
+        return tasks
+
     def writers(self, only: Collection[str] = ()) -> list[Writer]:
         """Return the commands whose name begins with one of some words, all if there are none."""
         made: dict[str, Callable[[], Iterator[Writer]]] = {
@@ -183,6 +145,8 @@ class Workshop:
             "bench-powerinfer": self._benchmarking,
             "run": self._running,
             "sparsify": self._sparsifying,
+            "evaluate": self._evaluating,
+            "head": self._training_head,
         }
         chosen = only or tuple(made)
         return [
@@ -274,7 +238,7 @@ class Workshop:
             repeats=1,
             warm_up=0,
         )
-        yield from _in_place("bench-powerinfer", bench, config, {"repeats": 2}, seen=measured)
+        yield from in_place("bench-powerinfer", bench, config, {"repeats": 2}, seen=measured)
 
     def _running(self) -> Iterator[Writer]:
         config = RunConfig(
@@ -295,7 +259,7 @@ class Workshop:
             silent: Callable[[str], None] = lambda line: None  # noqa: E731
             return execute(prepare(config, silent), silent)
 
-        yield from _in_place("run", run, config, {"tokens": 900}, seen=determined_by_run)
+        yield from in_place("run", run, config, {"tokens": 900}, seen=determined_by_run)
 
     def _sparsifying(self) -> Iterator[Writer]:
         config = SparsifyConfig(
@@ -315,28 +279,67 @@ class Workshop:
         from prosparse.training import sparsify  # torch's trainer takes seconds to import
 
         changes = {"learning_rate": 1e-3}
-        yield from _in_place("sparsify", sparsify, config, changes, seen=determined_by_training)
+        yield from in_place("sparsify", sparsify, config, changes, seen=determined_by_training)
 
+    def _evaluating(self) -> Iterator[Writer]:
+        from evaluation.run import evaluate
 
-def _in_place(
-    name: str,
-    command: Callable[[Any], object],
-    config: Any,
-    changes: dict[str, Any],
-    *,
-    seen: Callable[[Path], Files],
-) -> Iterator[Writer]:
-    """Yield a command that writes in its place, anew and over what other settings made."""
-    forced, resumed = replace(config, force=True), replace(config, resume=True)
+        config = EvaluateConfig(
+            model=(self.model,),
+            tasks=(str(self._tasks),),
+            gguf=(self._file,),
+            batch_size=4,
+            device="cpu",
+            output_path=self.work / "out" / "v" / "evaluation",
+        )
+        out = config.output_path
+        assert out is not None
 
-    def go_on() -> object:
-        begun = kept_beside(config.out).exists()
-        return command(resumed if begun else forced)
+        def read() -> None:
+            EVALUATION.read(out)
+            for file in (out / DIRECTORY).iterdir():
+                read_answers(file)
 
-    common: dict[str, Any] = {
-        **{"place": config.out.parent, "in_place": config.out, "seen": seen, "read": None},
-    }
-    again, older = partial(command, forced), partial(command, replace(forced, **changes))
-    fresh = partial(command, resumed)
-    yield Writer(name=name, old=None, write=fresh, go_on=fresh, **common)
-    yield Writer(name=f"{name} --force", old=older, write=again, go_on=go_on, **common)
+        evaluate(replace(config, output_path=None))  # imports what every child would, for seconds
+        how: dict[str, Any] = {"seen": evaluated, "out": "output_path"}
+        yield from in_place("evaluate", evaluate, config, {"limit": 4}, read=read, **how)
+        kept = replace(config, log_samples=True, resume=True)
+        more, fewer = partial(evaluate, kept), partial(evaluate, replace(kept, limit=4))
+        yield Writer(
+            name="evaluate --resume, more questions",
+            place=out.parent,
+            old=fewer,
+            write=more,
+            go_on=more,
+            read=None,
+            seen=evaluated,
+        )
+
+    def _training_head(self) -> Iterator[Writer]:
+        config = HeadConfig(
+            model=self.model,
+            data=self.data,
+            out=self.work / "out" / "h" / "head",
+            tokens=1500,
+            context=128,
+            rank=32,
+            max_ppl_gap=9.0,
+            max_changed=1.0,
+            force=True,
+        )
+        train_head(replace(config, out=self.work / "in" / "head"))  # imports likewise
+        again = partial(train_head, config)
+        resumed = partial(train_head, replace(config, force=False, resume=True))
+        begun = config.out.with_name(f".{config.out.name}.new") / INPUTS_INDEX
+
+        def read() -> None:
+            HeadArtifact.open(config.out).read()
+            read_inputs(config.out)
+
+        def go_on() -> object:
+            return resumed() if begun.exists() else again()
+
+        common: dict[str, Any] = {"place": config.out.parent, "write": again, "read": read}
+        yield Writer(name="head", old=None, go_on=resumed, **common)
+        older = partial(train_head, replace(config, seed=1))
+        yield Writer(name="head --force", old=older, go_on=go_on, **common)
