@@ -348,7 +348,8 @@ def remove_output(path: Path) -> None:
 
 
 def _only_leftovers(path: Path) -> bool:
-    """Whether a directory holds nothing but what a killed run left behind."""
+    """Whether a directory holds nothing but what a killed run left behind, at whatever depth."""
     return (path.is_dir() and not path.is_symlink()) and all(
-        entry.name.startswith(".") and entry.suffix == ".part" for entry in path.iterdir()
+        (entry.name.startswith(".") and entry.suffix == ".part") or _only_leftovers(entry)
+        for entry in path.iterdir()
     )

@@ -476,3 +476,14 @@ def test_yaml_whose_aliases_grow_is_refused() -> None:
         parse_yaml(f"a0: &a0 [1]\n{levels}".encode())
     with pytest.raises(yaml.YAMLError, match="a value holds itself"):
         parse_yaml(b"a: &a {b: [*a]}")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_a_killed_process_left_half_is_in_nobodys_way(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "out"
+    (out / "training" / ".windows.part").mkdir(parents=True)
+    (out / "training" / ".sparsify.json.part").write_text("{")
+    refuse_existing(out, force=force, marker="training/sparsify.json")
+    (out / "training" / "notes.txt").touch()
+    with refused(OutputError, str(out)):
+        refuse_existing(out, force=force, marker="training/sparsify.json")
