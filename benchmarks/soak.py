@@ -50,11 +50,15 @@ def main(
     """Break commands at random until the time is over."""
     torch.set_num_threads(1)
     chance, begun = random.Random(seed), time.monotonic()
-    deeds = deed or tuple(_DEEDS)
     with tempfile.TemporaryDirectory(dir=out) as place:
         # The user's own cache of hashes is none of the soak's.
         os.environ["PSP_CACHE_DIR"] = f"{place}/cache"
-        soak = Soak(Workshop(model, data, Path(place)).writers(only), chance)
+        writers = Workshop(model, data, Path(place)).writers(only)
+        read = any(each.read is not None for each in writers)
+        if "flip" in deed and not read:
+            raise click.UsageError(f"nobody reads the bytes of {', '.join(only)}")
+        deeds = deed or tuple(each for each in _DEEDS if read or each != "flip")
+        soak = Soak(writers, chance)
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             [name] = chance.choices(deeds, [_DEEDS[each] for each in deeds])

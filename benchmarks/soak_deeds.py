@@ -199,7 +199,8 @@ class Soak:
         self._prepare(each)
         assert ended(in_child(each.write)) == 0, each.name
         found = sorted(path for path in each.place.rglob("*") if path.is_file())
-        known = [path for path in found if path.name != PROVENANCE]
+        told = [path for path in found if path.name != PROVENANCE]
+        known = [path for path in told if path.name in each.vouched] if each.vouched else told
         for _ in range(_FLIPS):
             file = self._chance.choice(known)
             whole = file.read_bytes()

@@ -109,6 +109,7 @@ class Writer:
         write: the command.
         go_on: what a user runs after a kill.
         read: looks at what is there as the next reader would, None where nobody looks at bytes.
+        vouched: names of the files whose bytes it compares, all if empty.
         seen: returns what is determined of a place.
         in_place: the directory beside which the old one is kept meanwhile, None if the old one
             stays until the end.
@@ -120,6 +121,7 @@ class Writer:
     write: Work
     go_on: Work
     read: Work | None
+    vouched: tuple[str, ...] = ()
     seen: Callable[[Path], Files] = determined
     in_place: Path | None = None
 
@@ -144,6 +146,7 @@ def in_place(
     seen: Callable[[Path], Files],
     out: str = "out",
     read: Work | None = None,
+    vouched: tuple[str, ...] = (),
 ) -> Iterator[Writer]:
     """Yield a command that writes in its place, anew and over what other settings made.
 
@@ -155,6 +158,7 @@ def in_place(
         seen: as of a `Writer`.
         out: the setting that names the directory.
         read: as of a `Writer`.
+        vouched: likewise.
     """
     place = getattr(config, out)
     forced, resumed = replace(config, force=True), replace(config, resume=True)
@@ -165,6 +169,7 @@ def in_place(
 
     common: dict[str, Any] = {
         **{"place": place.parent, "in_place": place, "seen": seen, "read": read},
+        "vouched": vouched,
     }
     again, older = partial(command, forced), partial(command, replace(forced, **changes))
     fresh = partial(command, resumed)

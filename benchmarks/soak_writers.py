@@ -20,6 +20,8 @@ from benchmarks.soak_writer import (
     read_answers,
 )
 from common.documents import read_text
+from common.errors import OutputError
+from common.sealed import read_sealed
 from evaluation.answers import DIRECTORY
 from evaluation.settings import EvaluateConfig
 from gguf_export.bundle import Bundle, export
@@ -276,10 +278,16 @@ class Workshop:
             device="cpu",
         )
 
-        from prosparse.training import sparsify  # torch's trainer takes seconds to import
+        from prosparse.training import MARKER, sparsify  # torch's trainer takes seconds to import
+        from prosparse.training_log import read_log
 
-        changes = {"learning_rate": 1e-3}
-        yield from in_place("sparsify", sparsify, config, changes, seen=determined_by_training)
+        def read() -> None:
+            read_sealed(config.out / MARKER, OutputError, "")
+            read_log(config.log)
+
+        told = tuple(Path(name).name for name in (MARKER, config.log))
+        how: dict[str, Any] = {"seen": determined_by_training, "read": read, "vouched": told}
+        yield from in_place("sparsify", sparsify, config, {"learning_rate": 1e-3}, **how)
 
     def _evaluating(self) -> Iterator[Writer]:
         from evaluation.run import evaluate
