@@ -150,6 +150,21 @@ def write_error(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write {path}: {error.strerror or error}", remedy)
 
 
+@contextmanager
+def refused_writes(path: Path) -> Iterator[None]:
+    """Say in one line that libraries found no room for what they write below `path`.
+
+    Raises:
+        OutputError: the disk or the quota is full, a file may not grow, or nothing may be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise write_error(path, error) from error
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

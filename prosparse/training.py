@@ -20,7 +20,7 @@ from torch import nn
 from architectures.checkpoint import Checkpoint
 from architectures.model import LoadedModel, load_model
 from common.errors import OutputError, PspError, SparsityError
-from common.files import refuse_existing
+from common.files import refuse_existing, refused_writes
 from common.lock import locked
 from common.machine import bfloat16_note
 from common.outputs import drop_kept, set_aside
@@ -93,7 +93,8 @@ def sparsify(
     with locked(config.out) if first else nullcontext():
         _first_process(arguments, prepare)
         if not config.finished:
-            _train(config, checkpoint, arguments, report)
+            with refused_writes(config.out):  # checkpoints and TensorBoard's files are not psp's
+                _train(config, checkpoint, arguments, report)
         if first:
             drop_kept(config.out)
     return _result(config)

@@ -23,6 +23,7 @@ from common.files import (
     read_json,
     read_whole,
     refuse_existing,
+    refused_writes,
     remove_output,
     sha256,
     write_bytes,
@@ -487,3 +488,11 @@ def test_what_a_killed_process_left_half_is_in_nobodys_way(tmp_path: Path, force
     (out / "training" / "notes.txt").touch()
     with refused(OutputError, str(out)):
         refuse_existing(out, force=force, marker="training/sparsify.json")
+
+
+def test_a_library_that_finds_no_room_is_told_of_in_one_line(tmp_path: Path) -> None:
+    told = refused(OutputError, str(tmp_path), "No space left", "free some space")
+    with told, refused_writes(tmp_path):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(FileNotFoundError), refused_writes(tmp_path):
+        (tmp_path / "none").read_bytes()
