@@ -555,6 +555,10 @@ def test_it_goes_on_with_what_was_recorded(
     assert train_head(settings(model, long_data, out, resume=True)) == again
     with refused(PredictorError, "another max_changed"):
         train_head(settings(model, long_data, out, resume=True, max_changed=0.2))
+    with refused(PredictorError, "another tokens", "--force"):
+        train_head(settings(model, long_data, out, resume=True, tokens=2500))
+    with refused(PredictorError, "another ranks", "--force"):
+        train_head(settings(model, long_data, out, resume=True, rank=64))
     with refused(PredictorError, "nothing to train on"):
         HeadConfig(out=out)
     with refused(PredictorError, "rank 33"):

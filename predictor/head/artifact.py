@@ -45,6 +45,7 @@ class HeadHeader(Closed):
         tokens: rows that were trained and measured on.
         holdout: share of them held out, by document.
         seed: seed of the run.
+        ranks: those that were asked for; None if they were to be chosen, or an older psp wrote it.
     """
 
     model: str
@@ -59,6 +60,7 @@ class HeadHeader(Closed):
     tokens: Count
     holdout: float
     seed: Count
+    ranks: tuple[Count, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

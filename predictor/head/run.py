@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -152,9 +152,13 @@ def _begun(config: HeadConfig, source: _Source) -> HeadArtifact | None:
         "max_changed": config.max_changed,
         "holdout": config.holdout,
         "seed": config.seed,
+        "ranks": config.ranks,
     }
+    found, used = asdict(artifact.header), recorded(out)
+    if used is not None:
+        found, asked = found | asdict(used), asked | asdict(source.header)
     for key, value in asked.items():
-        if getattr(artifact.header, key) != value:
+        if found[key] != value:
             raise PredictorError(
                 f"{out}: was trained with another {key}",
                 "use the same settings, or --force to start over",
@@ -244,6 +248,7 @@ def _written(
         tokens=tokens,
         holdout=config.holdout,
         seed=config.seed,
+        ranks=config.ranks,
     )
     return write_head(config.out, header, points, found.predictor, found.level)
 
