@@ -15,6 +15,7 @@ from click.testing import Result
 from gguf import GGUFValueType
 
 from common.errors import printable
+from common.hashing import HashedFile
 from gguf_export.bundle import Bundle
 from gguf_export.manifest import MANIFEST
 from gguf_export.writer import ModelWriter
@@ -42,11 +43,12 @@ def damaging(
 
     write = ModelWriter.write
 
-    def faulty(writer: ModelWriter, path: Path, *args: Any, **settings: Any) -> None:
-        write(writer, path, *args, **settings)
+    def faulty(writer: ModelWriter, path: Path, *args: Any, **settings: Any) -> HashedFile:
+        written = write(writer, path, *args, **settings)
         content = bytearray(path.read_bytes())
         damage(GGUFFile(path), content)
         path.write_bytes(content)
+        return written
 
     monkeypatch.setattr(ModelWriter, "write", faulty)
 
