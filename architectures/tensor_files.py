@@ -19,6 +19,7 @@ import torch
 from architectures.missing_tensors import explain_missing, wrapper_prefix
 from architectures.weight_files import WeightFiles, find_weights
 from common.errors import FETCH_AGAIN, CheckpointError, reason
+from common.files import why_unreadable
 
 _DTYPES = {
     "F16": torch.float16,
@@ -196,7 +197,7 @@ def _safetensors(shard: Path) -> Iterator[Any]:
     except safetensors.SafetensorError as error:
         raise _damaged(shard, error) from error
     except OSError as error:
-        problem = f"{shard}: cannot be read ({reason(error)})"
+        problem = f"{shard}: cannot be read ({why_unreadable(shard, error)})"
         raise CheckpointError(problem, "look at the file and its disk") from error
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import OutputError, PspError
+from common.errors import OutputError, PspError, reason
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another --out",
@@ -252,6 +252,18 @@ def refuse_special(path: Path, error: type[PspError], remedy: str) -> None:
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise error(f"{path}: no plain file", remedy)
+
+
+def why_unreadable(path: Path, error: BaseException) -> str:
+    """Return what the system says of opening a file, or what a library said that could not read it.
+
+    safetensors calls a file missing whatever keeps it from opening it.
+    """
+    try:
+        with path.open("rb"):
+            return reason(error)
+    except OSError as own:
+        return own.strerror or reason(own)
 
 
 def _at_once(path: str, flags: int) -> int:

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from xxhash import xxh3_128_hexdigest
 
 from common.errors import PspError
-from common.files import refuse_special, write_bytes
+from common.files import refuse_special, why_unreadable, write_bytes
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def load_tensors(
         data = file.read_bytes()
         found: dict[str, torch.Tensor] = load(data)
     except (SafetensorError, OSError) as problem:
-        raise error(f"{file}: missing or damaged ({problem})", remedy) from problem
+        why = why_unreadable(file, problem)
+        raise error(f"{file}: missing or damaged ({why})", remedy) from problem
     if digest is not None and xxh3_128_hexdigest(data) != digest:
         raise error(f"{file}: damaged, or another run's (its checksum differs)", remedy)
     return found

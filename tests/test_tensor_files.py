@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import resource
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,26 @@ def test_a_file_that_is_gone_since_it_was_found_costs_one_line(tmp_path: Path) -
     [file] = set(files.shards.values())
     file.unlink()
     for use in (files.read, files.describe):
-        with refused(str(file), "cannot be read", "look at the file and its disk"):
+        with refused(str(file), "cannot be read", "No such file", "look at the file and its disk"):
             use("a.weight")
+
+
+def test_a_file_that_is_there_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    save_tensors(some_tensors(), tmp_path, "safetensors")
+    files, held = TensorFiles(tmp_path), list[int]()
+    assert files.shards
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, before[1]))
+    try:
+        with suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        with refused("cannot be read (Too many open files)"):
+            files.read("a.weight")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for each in held:
+            os.close(each)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -30,7 +30,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from common.errors import COLLECT_AGAIN, TraceError
-from common.files import refuse_special, write_error
+from common.files import refuse_special, why_unreadable, write_error
 from predictor.traces.packing import shift_codes, unpack_active
 
 _PREFIX = 1024
@@ -256,7 +256,8 @@ def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+        why = why_unreadable(path, error)
+        raise TraceError(f"{path}: missing or damaged ({why})", COLLECT_AGAIN) from error
 
 
 def read_shard(path: Path, layout: ShardLayout) -> dict[str, torch.Tensor]:
@@ -303,7 +304,8 @@ def stated_digest(path: Path) -> str:
         with safe_open(path, framework="pt") as file:
             return str((file.metadata() or {}).get("xxh3_128"))
     except (SafetensorError, OSError) as error:
-        raise TraceError(f"{path}: missing or damaged ({error})", COLLECT_AGAIN) from error
+        why = why_unreadable(path, error)
+        raise TraceError(f"{path}: missing or damaged ({why})", COLLECT_AGAIN) from error
 
 
 def head_bytes(layout: ShardLayout) -> int:
