@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -24,19 +25,25 @@ from common.errors import PspError
 REFUSED = 2
 """Exit status of work that ended in one line."""
 
+_INTERRUPTING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+
 _YEARS = 3
 
 
 def in_child(work: Callable[[], object], before: Callable[[], object] = lambda: None) -> int:
     """Do something in a process of its own, after something else there; return its number."""
+    # One that is interrupted before it is in its own `try` would clean up after its parent.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTING)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return pid
-    torch.set_num_threads(1)
-    # Its own lock is shared with all children: one that is killed as it draws would stop them all.
-    tqdm.set_lock(RLock())
     status = 1
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        torch.set_num_threads(1)
+        # Its own lock is shared with all: one that is killed as it draws would stop them all.
+        tqdm.set_lock(RLock())
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         before()
