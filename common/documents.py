@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import chain
 
 from common.chat import render
@@ -255,6 +256,7 @@ def _no_text(sources: Sources) -> DataError:
     return DataError(f"{shown(sources)}: holds no text", "pass a source with at least one document")
 
 
+@cache
 def sample_text() -> str:
     """Return English prose that every Python has: its reference's topics (`pydoc_data.topics`)."""
     from pydoc_data.topics import topics

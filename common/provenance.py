@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -101,12 +102,11 @@ class Provenance(Closed):
 
 def this_run(begun: str, *, resumed: bool = False) -> Made:
     """Return what is known of the process that is at work."""
-    versions = {name: version for name in _PACKAGES if (version := package_version(name))}
     return Made(
         command=_command(sys.argv),
         psp=tool_version(),
         commit=source_commit(Path(__file__).resolve().parents[1]),
-        versions={"python": platform.python_version(), **versions},
+        versions={"python": platform.python_version(), **_versions()},
         begun=begun,
         ended=now(),
         resumed=resumed,
@@ -206,6 +206,12 @@ def source_commit(root: Path) -> str | None:
         return next(line.split()[0] for line in packed if line.endswith(f" {name}"))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    """Return what is installed of the packages that matter, as this process found it."""
+    return {name: version for name in _PACKAGES if (version := package_version(name))}
 
 
 def _command(argv: Sequence[str]) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 
+
+@cache  # reading it takes 2 ms, and every artifact records it several times
 def tool_version() -> str:
     """Return the installed version of psp."""
     from importlib.metadata import version
