@@ -16,11 +16,13 @@ a word, and numbers are only what Unicode 13 calls a digit.
 from __future__ import annotations
 
 import heapq
+import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
+from operator import add
 from typing import NoReturn, TypeVar
 
 from common.errors import DataError
@@ -28,7 +30,9 @@ from common.errors import DataError
 Symbol = TypeVar("Symbol", str, bytes)
 
 SPACE = "\u2581".encode()
-_LENGTHS = (1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 4)
+_CHARACTER = re.compile(
+    rb"[\x00-\xbf]|[\xc0-\xdf].?|[\xe0-\xef].{0,2}|[\xf0-\xff].{0,3}", re.DOTALL
+)
 _LETTER, _DIGIT, _WHITESPACE, _OTHER, _END = range(5)
 _SHORT = frozenset("stmd")
 _LONG = frozenset(("re", "ve", "ll"))
@@ -91,12 +95,10 @@ class PieceEncoder:
         )
 
     def _segments(self, symbols: list[bytes]) -> Iterator[bytes]:
-        start = 0
-        for at in range(1, len(symbols)):
-            if symbols[at - 1] + symbols[at] not in self._joined:
-                yield b"".join(symbols[start:at])
-                start = at
-        yield b"".join(symbols[start:])
+        pairs = enumerate(map(add, symbols, symbols[1:]), 1)
+        cuts = [at for at, pair in pairs if pair not in self._joined]
+        for start, end in pairwise([0, *cuts, len(symbols)]):
+            yield symbols[start] if end == start + 1 else b"".join(symbols[start:end])
 
     def _segment_ids(self, segment: bytes) -> list[int]:
         ids: list[int] = []
@@ -127,12 +129,7 @@ def _refuse_byte(byte: int) -> NoReturn:
 
 def characters(data: bytes) -> list[bytes]:
     """Split UTF-8 into characters by their leading bytes, as llama.cpp does."""
-    found, at = [], 0
-    while at < len(data):
-        size = _LENGTHS[data[at] >> 4]
-        found.append(data[at : at + size])
-        at += size
-    return found
+    return _CHARACTER.findall(data)
 
 
 _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
