@@ -6,28 +6,25 @@ import gc
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import sentencepiece
-import torch
-from click.testing import CliRunner, Result
 from readied import new_python  # noqa: F401
 
-from architectures.checkpoint import Checkpoint
-from cli import main
 from common.errors import PspError
-from gguf_export.bundle import Bundle, export
-from gguf_export.settings import ExportConfig
-from predictor.artifact import PredictorArtifact, PredictorHeader
-from predictor.collection.collect import collect
-from predictor.collection.settings import CollectConfig
-from predictor.stored import LayerPredictor
-from predictor.traces.store import TraceStore
+
+if TYPE_CHECKING:  # 2 s, which a process that only hands tests out to others does not need
+    import torch
+    from click.testing import Result
+
+    from gguf_export.bundle import Bundle
+    from predictor.artifact import PredictorArtifact
+    from predictor.collection.settings import CollectConfig
+    from predictor.traces.store import TraceStore
 
 POWERINFER_BIN = os.environ.get("PSP_POWERINFER_BIN")
 LLAMA_CPP_BIN = os.environ.get("PSP_LLAMA_CPP_BIN")
@@ -53,6 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run tests marked slow")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while tests are imported: there is none, and it takes 2 s a process."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--runslow"):
         return
@@ -64,6 +71,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _fixed_threads() -> None:
     """One thread: tiny matrices gain nothing from more, and bytes depend on the number."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -128,6 +137,7 @@ class ModelMaker:
     tokenizer: bytes
 
     def __call__(self, path: Path, *, seed: int = 0, shards: str = "5GB", **changes: Any) -> Path:
+        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         settings: dict[str, Any] = {
@@ -157,6 +167,8 @@ class ModelMaker:
 
 @pytest.fixture(scope="session")
 def tokenizer_bytes() -> bytes:
+    import sentencepiece
+
     buffer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 20),
@@ -214,6 +226,7 @@ def long_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def settings(model_dir: Path, long_data: Path) -> Callable[..., CollectConfig]:
     """Make settings of a collection on the tiny model."""
+    from predictor.collection.settings import CollectConfig
 
     def make(out: Path, **changes: Any) -> CollectConfig:
         chosen: dict[str, Any] = {
@@ -234,6 +247,8 @@ def traces(
     settings: Callable[..., CollectConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
     """Traces of three shards, made in one go."""
+    from predictor.collection.collect import collect
+
     store = collect(settings(tmp_path_factory.mktemp("traces") / "whole"))
     assert len(store.progress.shards) == 3
     return store
@@ -251,6 +266,9 @@ def ranked_traces(
     model_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
     """Traces whose importance can rank neurons."""
+    from predictor.collection.collect import collect
+    from predictor.collection.settings import CollectConfig
+
     out = tmp_path_factory.mktemp("ranked") / "traces"
     sizes: dict[str, Any] = {"tokens": 2000, "context": 64, "importance_bits": 8}
     return collect(CollectConfig(model=str(model_dir), data=str(data_file), out=out, **sizes))
@@ -261,6 +279,9 @@ def narrow_traces(
     narrow_model: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> TraceStore:
     """Return traces of the narrow model, to train whole sets of predictors from."""
+    from predictor.collection.collect import collect
+    from predictor.collection.settings import CollectConfig
+
     out = tmp_path_factory.mktemp("narrow") / "traces"
     sizes: dict[str, Any] = {"tokens": 1000, "context": 64, "importance_bits": 8}
     return collect(CollectConfig(model=str(narrow_model), data=str(data_file), out=out, **sizes))
@@ -271,6 +292,8 @@ def exact(gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     fc1 = [I; −I] and fc2 = [W, −W] give fc2·relu(fc1·x) = W·x.
     """
+    import torch
+
     identity = torch.eye(gate.shape[1])
     return torch.cat([identity, -identity]), torch.cat([gate, -gate], dim=1)
 
@@ -281,6 +304,12 @@ def write_predictors(
     make: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exact,
 ) -> PredictorArtifact:
     """Write predictors made from each layer's gate matrix (times its norm), without training."""
+    import torch
+
+    from architectures.checkpoint import Checkpoint
+    from predictor.artifact import PredictorArtifact, PredictorHeader
+    from predictor.stored import LayerPredictor
+
     checkpoint = Checkpoint.open(model)
     shape = checkpoint.shape
     layers = []
@@ -319,6 +348,9 @@ def exact_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def make_export(model: Path, predictors: Path, out: Path, *, force: bool = False) -> Bundle:
+    from gguf_export.bundle import export
+    from gguf_export.settings import ExportConfig
+
     return export(ExportConfig(model=str(model), predictors=predictors, out=out, force=force))
 
 
@@ -333,6 +365,10 @@ def exact_bundle(
 @pytest.fixture
 def psp() -> Callable[..., Result]:
     """Run the command line in this process; bugs keep their traceback."""
+    import torch
+    from click.testing import CliRunner
+
+    from cli import main
 
     def run(*arguments: object) -> Result:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
