@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +59,11 @@ def library_files() -> list[Path]:
     Raises:
         DataError: this Python ships no source.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not _SKIPPED & set(path.relative_to(root).parts)
-        and _SMALLEST <= path.stat().st_size <= _LARGEST
-    ]
+    root, sources = Path(sysconfig.get_paths()["stdlib"]), list[Path]()
+    for directory, inner, names in os.walk(root):
+        inner[:] = set(inner) - _SKIPPED  # of installed packages there may be 100,000 files
+        sources += (Path(directory, name) for name in names if name.endswith(".py"))
+    files = [path for path in sorted(sources) if _SMALLEST <= path.stat().st_size <= _LARGEST]
     if len(files) < 50:
         raise DataError(
             f"{root}: only {len(files)} source files", "install Python with its library"
