@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gguf_export.pwri.schema import DENSE_THRESHOLD
 from powerinfer_bridge.engine.engine import Engine, generate
 from powerinfer_bridge.engine.perplexity import engine_perplexity
 from powerinfer_bridge.programs.powerinfer import PowerInfer
-from quickstart.model import write_corpus
+from quickstart.model import library_files, write_corpus
 from quickstart.pipeline import Paths, quickstart
 from quickstart.settings import QuickstartConfig
 from report.runs import load_runs
@@ -95,6 +96,14 @@ def test_other_settings_need_another_directory(
     with pytest.raises(OutputError, match="no quickstart"):
         quickstart(QuickstartConfig(out=tmp_path, size="tiny"))
     assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_the_library_is_listed_in_order_and_without_what_is_installed() -> None:
+    files, root = library_files(), Path(sysconfig.get_paths()["stdlib"])
+    assert files == sorted(files)
+    directories = {part for file in files for part in file.relative_to(root).parts[:-1]}
+    assert {"json", "email"} <= directories
+    assert not {"site-packages", "dist-packages", "test", "tests"} & directories
 
 
 def test_corpus_depends_on_the_seed_alone(tmp_path: Path) -> None:

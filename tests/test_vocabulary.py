@@ -16,6 +16,7 @@ from tokenizer_kinds import real_prompt_ids
 
 from common.errors import FormatError
 from gguf_export.bundle import Bundle
+from gguf_export.tokens.encoders import characters
 from gguf_export.tokens.model_vocabulary import MIXED_TEXTS
 from gguf_export.tokens.vocabulary import Vocabulary, read_file_vocabulary
 from gguf_files.reader import GGUFFile
@@ -215,6 +216,18 @@ def test_real_prompt_ids_are_the_files(
 ) -> None:
     real = real_prompt_ids(powerinfer_bin / "main", exact_bundle.model_file, text, tmp_path)
     assert real == vocabulary.prompt_ids(text)
+
+
+def test_characters_are_as_long_as_their_first_byte_says() -> None:
+    cut = ["a", "é", "▁", "😀", "\n"]
+    assert characters("".join(cut).encode()) == [each.encode() for each in cut]
+    assert characters(b"\x96a\xc3\n\xe2\xe2a\xff") == [
+        b"\x96",
+        b"a",
+        b"\xc3\n",
+        b"\xe2\xe2a",
+        b"\xff",
+    ]
 
 
 @pytest.mark.parametrize("text", ["word " * 200_000, "ab" * 500_000])
