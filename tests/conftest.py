@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Look for no garbage while tests are imported: there is none, and it takes 2 s a process."""
+    """Look for no garbage while tests are imported: there is next to none."""
     gc.disable()
     try:
         return (yield)
