@@ -159,7 +159,11 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         load_hardware(str(tmp_path / "odd\0name.yaml"))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=200,
+    deadline=None,  # a machine may be busy
+)
 @given(st.binary(max_size=80))
 def test_no_bytes_are_a_bug(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "any.yaml"
