@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from common.errors import EngineError, OutputError, PspError, SettingsError
-from common.files import refuse_existing, write_bytes
+from common.files import refuse_existing, remove_output, write_bytes
 from common.lock import locked
 from common.outputs import changed_whole, drop_kept, recover, set_aside
 from common.version import package_version, tool_version
@@ -197,20 +197,21 @@ def _finished(
         )
     result = document(config, arms.first, suite, tasks, questions, asked, scored, notes.lines)
     if config.output_path is not None:
-        with _replaced(config, config.output_path) as out:
-            if config.log_samples:
+        logged = config.log_samples or (config.output_path / SAMPLES).exists()
+        with _replaced(config.output_path, logged=logged) as out:
+            if logged:
                 _write_samples(out, asked, scored)
             EVALUATION.write(out, result)
     return result
 
 
 @contextmanager
-def _replaced(config: EvaluateConfig, out: Path) -> Iterator[Path]:
+def _replaced(out: Path, *, logged: bool) -> Iterator[Path]:
     """Return where to write results; old ones change with their samples in one step.
 
     Where there are none yet, the document, written last, says that the samples are complete.
     """
-    if not (config.log_samples and EVALUATION.path(out).exists()):
+    if not (logged and EVALUATION.path(out).exists()):
         yield out
         return
     with changed_whole(out) as copy:
@@ -228,9 +229,10 @@ def _failed(asked: Asked, scored: Scored, note: Note) -> Asked:
 
 
 def _write_samples(out: Path, asked: Sequence[Asked], scored: Sequence[Scored]) -> None:
-    """Write every question and answer as lm-eval logs them, a JSON object a line."""
+    """Write questions and answers as lm-eval logs them, a JSON object a line; no others stay."""
     from lm_eval.utils import handle_non_serializable
 
+    remove_output(out / SAMPLES)
     for each, found in zip(asked, scored, strict=True):
         for task, samples in found.samples.items():
             lines = [json.dumps(sample, default=handle_non_serializable) for sample in samples]
