@@ -203,7 +203,7 @@ class Pool(Generic[Item, Made]):
         entry, stale = hand.entry, hand.entry is not None and hand.of is not self._backlog
         try:
             found = result(hand.call)
-        except (RayTaskError, PspError):
+        except (RayTaskError, PspError, OSError):
             if not stale:
                 raise
         except RayError as error:
