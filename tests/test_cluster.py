@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -275,7 +276,13 @@ def test_a_killed_worker_is_replaced_and_an_error_of_ours_is_not_tried_again(
         time.sleep(60)
         return 0
 
+    def finds_its_disk_gone(number: int, tell: Tell) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "shared/part")
+
     assert dict(made_of(dies_once, range(3))) == {0: 0, 1: 1, 2: 4}
+    with pytest.raises(OSError, match="'shared/part'") as met:
+        list(made_of(finds_its_disk_gone, range(3)))
+    assert met.value.errno == errno.ESTALE  # of which the command line makes a line
     begun = time.monotonic()
     with refused(PredictorError, "layer 0 is damaged; train again"):
         list(made_of(refuses, range(9)))
